@@ -1,0 +1,298 @@
+r"""Networks whose outputs listen only to the inputs before them.
+
+A masked autoregressive network (MADE) gives every unit a *degree*: the number of coordinates, in
+the network's order, that it may know about. A connection exists where knowledge is allowed to flow,
+
+.. math::
+    M^{\text{hidden}}_{ab} = [\deg a \ge \deg b], \qquad
+    M^{\text{output}}_{ab} = [\deg a > \deg b],
+
+so the Jacobian of every output is strictly triangular in the order, with exact zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+__all__ = ["MaskedAutoregressiveNetwork"]
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "elu": nn.ELU,
+    "gelu": nn.GELU,
+    "leaky_relu": nn.LeakyReLU,
+    "relu": nn.ReLU,
+    "selu": nn.SELU,
+    "sigmoid": nn.Sigmoid,
+    "silu": nn.SiLU,
+    "softplus": nn.Softplus,
+    "tanh": nn.Tanh,
+}
+
+
+class MaskedAutoregressiveNetwork(nn.Module):
+    r"""A masked autoregressive network: parameters for each coordinate from those before it.
+
+    Returns ``num_params`` vectors :math:`p(x)` with :math:`\partial p_i / \partial x_j = 0`
+    exactly, unless :math:`j` comes before :math:`i` in ``order``. Every permitted dependence is
+    there whatever the widths: the output layer reads the input itself beside the last hidden layer.
+    A context, where there is one, feeds every layer and every output. One call costs one dense
+    network of the same widths, :math:`O(D H + H^2)` per row.
+
+    Hidden units are sorted by degree, so the units of one degree lie side by side. The outputs of
+    a fresh network are within about 1e-3 of zero. Every weight counts as much as one over the
+    square root of its unit's inputs, so that one learning rate suits all widths.
+
+    Args:
+        input_dim: Number of coordinates, D.
+        hidden_dims: Widths of the hidden layers, a list or one int. By default two layers of
+            ``max(64, 2 * input_dim)``.
+        context_dim: Size of the context's last axis; 0 for none.
+        num_params: How many vectors to return.
+        order: The order of the coordinates: ``order[k]`` comes k-th. By default as they stand.
+        activation: What follows each hidden layer: a name (``"elu"``, ``"relu"``, ``"tanh"``,
+            ``"gelu"``, ``"silu"``, ...) or a module that acts on each unit by itself.
+
+    Raises:
+        ValueError: If a size is not positive, if ``order`` is no permutation, or if the activation
+            is unknown.
+
+    References:
+        Germain et al. (2015), MADE, https://arxiv.org/abs/1502.03509
+
+    Example:
+        >>> network = MaskedAutoregressiveNetwork(3, hidden_dims=[16], order=[2, 0, 1])
+        >>> loc, log_scale = network(torch.randn(5, 3))
+        >>> loc.shape
+        torch.Size([5, 3])
+        >>> slope = torch.func.jacrev(lambda x: network(x)[0])(torch.randn(3))
+        >>> slope != 0  # 0 listens to 2, and 1 to both
+        tensor([[False, False,  True],
+                [ True, False,  True],
+                [False, False, False]])
+    """
+
+    order: Tensor
+    hidden: Sequence[_MaskedLinear]
+
+    def __init__(
+        self,
+        input_dim: int,
+        hidden_dims: int | Sequence[int] | None = None,
+        *,
+        context_dim: int = 0,
+        num_params: int = 2,
+        order: Sequence[int] | Tensor | None = None,
+        activation: str | nn.Module = "elu",
+    ) -> None:
+        super().__init__()
+        self.input_dim = _size("input_dim", input_dim)
+        self.hidden_dims = _widths(hidden_dims, input_dim)
+        self.context_dim = _size("context_dim", context_dim, smallest=0)
+        self.num_params = _size("num_params", num_params)
+        self.activation = _activation(activation)
+        self.register_buffer("order", _permutation(order, input_dim))
+
+        widths = [input_dim, *self.hidden_dims]
+        layers = [_MaskedLinear(before, after) for before, after in pairwise(widths)]
+        self.hidden = nn.ModuleList(layers)  # type: ignore[assignment]
+        self.output = _MaskedLinear(widths[-1] + input_dim, num_params * input_dim)
+        if self.context_dim:
+            num_units = sum(self.hidden_dims) + self.output.out_features
+            self.context_layer = _MaskedLinear(context_dim, num_units, bias=False)
+        self._build_masks()
+        self.reset_parameters()
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Returns ``num_params`` tensors, each of shape ``batch_shape + (D,)``.
+
+        Args:
+            x: Of shape ``batch_shape + (input_dim,)``.
+            context: Of shape ``batch_shape + (context_dim,)``; the batch shapes broadcast.
+        """
+        self._check(x, context)
+        h = x
+        if context is None:
+            for layer in self.hidden:
+                h = self.activation(layer(h))
+            out = self.output(torch.cat([h, x], -1))
+        else:
+            *offsets, output_offset = self._offsets(context)
+            for layer, offset in zip(self.hidden, offsets, strict=True):
+                h = self.activation(layer(h) + offset)
+            x = x.expand(h.shape[:-1] + x.shape[-1:])
+            out = self.output(torch.cat([h, x], -1)) + output_offset
+        return torch.split(out, self.input_dim, -1)
+
+    def _offsets(self, context: Tensor) -> Sequence[Tensor]:
+        """What the context adds to each layer, the output layer last."""
+        widths = [*self.hidden_dims, self.output.out_features]
+        return torch.split(self.context_layer(context), widths, -1)
+
+    def reset_parameters(self) -> None:
+        """Draws fresh weights from PyTorch's generator; the outputs start near zero."""
+        for layer in self.hidden:
+            nn.init.normal_(layer.weight)
+            nn.init.uniform_(layer.bias, -1, 1)
+        nn.init.normal_(self.output.weight, std=1e-4)
+        nn.init.zeros_(self.output.bias)
+        if self.context_dim:
+            nn.init.normal_(self.context_layer.weight)
+            nn.init.normal_(self.context_layer.weight[-self.output.out_features :], std=1e-4)
+
+    def hidden_degrees(self) -> list[Tensor]:
+        """The degree of each unit of each hidden layer, in ascending order.
+
+        A unit of degree d listens to the first d coordinates. Without a context the degrees run
+        from 1 to D - 1; with one, units of degree 0 carry what the context says to all coordinates.
+        """
+        lowest = 0 if self.context_dim or self.input_dim == 1 else 1
+        choices = self.input_dim - lowest
+        # Unit a of H sits at the middle of the a-th of H equal parts of the range.
+        return [
+            lowest + (2 * torch.arange(H, device=self.order.device) + 1) * choices // (2 * H)
+            for H in self.hidden_dims
+        ]
+
+    def _build_masks(self) -> None:
+        position = torch.argsort(self.order)
+        degrees = [position + 1, *self.hidden_degrees()]
+        for layer, (before, after) in zip(self.hidden, pairwise(degrees), strict=True):
+            connections = after[:, None] >= before
+            layer.set_mask(connections * _factor(connections.sum(-1, keepdim=True)))
+        features = torch.cat([degrees[-1], position + 1])
+        outputs = (position + 1).repeat(self.num_params)
+        factor = _factor(features.new_tensor(len(features) + self.context_dim))
+        self.output.set_mask((outputs[:, None] > features) * factor)
+        if self.context_dim:
+            hidden = _factor(features.new_tensor(self.context_dim)).expand(sum(self.hidden_dims))
+            factors = torch.cat([hidden, factor.expand(len(outputs))])
+            self.context_layer.set_mask(factors[:, None].expand(-1, self.context_dim))
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._build_masks()  # the order may be another one now
+
+    def _check(self, x: Tensor, context: Tensor | None) -> None:
+        if x.dim() == 0 or x.shape[-1] != self.input_dim:
+            raise ValueError(
+                f"x should end in input_dim={self.input_dim} coordinates; got a tensor of shape "
+                f"{tuple(x.shape)}."
+            )
+        if context is None:
+            if self.context_dim:
+                raise ValueError(
+                    f"This network expects a context with context_dim={self.context_dim} features; "
+                    "got none. Call network(x, context), or flow.condition(context)."
+                )
+        else:
+            if not self.context_dim:
+                raise ValueError(
+                    "This network was built without a context, yet got one of shape "
+                    f"{tuple(context.shape)}. Build it with a context_dim."
+                )
+            check_context(context, self.context_dim)
+        dtype = self.output.weight.dtype
+        got = {x.dtype, x.dtype if context is None else context.dtype}
+        if got != {dtype} and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(
+                f"x and context should have the network's dtype, {dtype}; got "
+                f"{' and '.join(sorted(map(str, got)))}. Convert the network with .double() or "
+                ".float(), or the inputs with .to(...)."
+            )
+
+    def extra_repr(self) -> str:
+        parts = [f"input_dim={self.input_dim}", f"hidden_dims={self.hidden_dims}"]
+        if self.context_dim:
+            parts.append(f"context_dim={self.context_dim}")
+        return ", ".join([*parts, f"num_params={self.num_params}"])
+
+
+def _factor(num_inputs: Tensor) -> Tensor:
+    """How much each of a unit's weights counts: about one over the square root of their number.
+
+    Adam moves all weights of a unit by its learning rate, at once and in concert; this keeps their
+    sum in hand, whatever the width. A power of two is the same number in every dtype.
+    """
+    return torch.exp2(torch.round(-0.5 * torch.log2(num_inputs.clamp(min=1))))
+
+
+class _MaskedLinear(nn.Linear):
+    """A linear layer whose weights count as much as its mask says: not at all where it is 0."""
+
+    mask: Tensor
+
+    def set_mask(self, mask: Tensor) -> None:
+        # Not in the state: the network rebuilds it from its order and its sizes.
+        self.register_buffer("mask", mask.to(self.weight), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight * self.mask, self.bias)
+
+    def reset_parameters(self) -> None:
+        """Left to the network, which knows how many connections each unit has."""
+
+
+def check_context(context: Tensor, context_dim: int | None) -> None:
+    """Raises a ValueError unless ``context`` ends in ``context_dim`` features."""
+    if isinstance(context, Tensor) and context.dim() and context_dim in (None, context.shape[-1]):
+        return
+    got = f"a tensor of shape {tuple(context.shape)}" if isinstance(context, Tensor) else context
+    raise ValueError(
+        f"context should end in context_dim={context_dim} features, one row per batch element; "
+        f"got {got}. An encoder's last layer sets this size."
+    )
+
+
+def _size(name: str, value: object, smallest: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < smallest:
+        raise ValueError(f"{name} should be an int of at least {smallest}; got {value!r}.")
+    return int(value)
+
+
+def _widths(hidden_dims: int | Sequence[int] | None, input_dim: int) -> list[int]:
+    if hidden_dims is None:
+        return 2 * [max(64, 2 * input_dim)]
+    widths = list(hidden_dims) if isinstance(hidden_dims, Sequence) else [hidden_dims]
+    if not widths:
+        raise ValueError(
+            "hidden_dims should be an int, or a list of one int for each hidden layer; got an "
+            "empty list. None gives two layers of max(64, 2 * input_dim)."
+        )
+    return [_size(f"hidden_dims[{i}]", width) for i, width in enumerate(widths)]
+
+
+def _permutation(order: Sequence[int] | Tensor | None, input_dim: int) -> Tensor:
+    if order is None:
+        return torch.arange(input_dim)
+    given = order.tolist() if isinstance(order, Tensor) else list(order)
+    if sorted(given) != list(range(input_dim)):
+        raise ValueError(
+            f"order should be a permutation of 0, ..., {input_dim - 1}, where order[k] is the "
+            f"coordinate that comes k-th; got {given}."
+        )
+    return torch.tensor(given, dtype=torch.long)
+
+
+def _activation(activation: str | nn.Module) -> nn.Module:
+    if isinstance(activation, str):
+        if activation not in ACTIVATIONS:
+            raise ValueError(
+                f"activation should be one of {', '.join(ACTIVATIONS)}, or a module; got "
+                f"{activation!r}."
+            )
+        return ACTIVATIONS[activation]()
+    if not isinstance(activation, nn.Module):
+        raise ValueError(
+            f"activation should be a name or a module; got {activation!r}. Wrap a function in an "
+            "nn.Module, or use its class: nn.Tanh() for torch.tanh."
+        )
+    return activation
