@@ -1,0 +1,35 @@
+r"""Inverse autoregressive flows for Pyro.
+
+.. math::
+    y = \mu(x) + \sigma(x) \odot x, \qquad x \sim N(0, I)
+
+Noise ``x`` to latent ``y`` in one network pass; the density of what was drawn comes for free.
+"""
+
+from .distributions import DiagonalNormal
+from .networks import MaskedAutoregressiveNetwork
+from .registration import register
+from .transforms import (
+    ConditionalInverseAutoregressiveFlow,
+    ConditionalInverseAutoregressiveFlowStack,
+    InverseAutoregressiveFlow,
+    InverseAutoregressiveFlowStack,
+    conditional_inverse_autoregressive_flow,
+    inverse_autoregressive_flow,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConditionalInverseAutoregressiveFlow",
+    "ConditionalInverseAutoregressiveFlowStack",
+    "DiagonalNormal",
+    "InverseAutoregressiveFlow",
+    "InverseAutoregressiveFlowStack",
+    "MaskedAutoregressiveNetwork",
+    "conditional_inverse_autoregressive_flow",
+    "inverse_autoregressive_flow",
+    "register",
+]
+
+register()

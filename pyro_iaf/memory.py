@@ -1,0 +1,125 @@
+"""What flows remember: the passes that made the tensors that are still alive.
+
+A pass is kept under the tensor that it made, and that tensor is held weakly, so a pass lives as
+long as somebody holds what came of it. Nothing that is kept may lead back to that tensor through
+its graph: the noise and the log-determinant of a pass are older than the value. A pass is returned
+only while all that it hangs on is as it was: the tensors' identity, version and address, and the
+number of optimiser steps taken in this process, since some optimisers write past the version.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+_optimizer_steps = 0
+
+
+def count_optimizer_step(*_: object) -> None:
+    """The hook that runs after every step of every optimiser; it only counts."""
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+class Pass:
+    """One pass of a flow: the tensor at its other end, and the flow's log-determinant."""
+
+    __slots__ = ("_gradients", "_sources", "_stamp", "_tensors", "log_det", "partner")
+
+    def __init__(
+        self,
+        sources: Sequence[object],
+        tensors: list[Tensor],
+        made: Tensor,
+        partner: Tensor,
+        log_det: Tensor,
+    ) -> None:
+        self.partner, self.log_det = partner, log_det
+        self._sources, self._tensors = sources, [*tensors, partner]  # held: their ids stay theirs
+        self._stamp = _stamp(sources, [*self._tensors, made])
+        self._gradients = self._wanted(made)
+
+    def is_fresh(self, sources: Sequence[object], made: Tensor) -> bool:
+        """Whether a pass from these sources would make the same tensor now."""
+        tensors = _tensors(sources)
+        return tensors is not None and self._stamp == _stamp(
+            sources, [*tensors, self.partner, made]
+        )
+
+    def has_enough_graph(self, made: Tensor) -> bool:
+        """Whether all the gradients that are wanted now are there."""
+        wanted = self._wanted(made)
+        return wanted is None or not any(wanted) or wanted == self._gradients
+
+    def _wanted(self, made: Tensor) -> list[bool] | None:
+        if not torch.is_grad_enabled():
+            return None
+        return [tensor.requires_grad for tensor in (*self._tensors, made)]
+
+
+class Memory:
+    """Passes in one direction, each under the tensor that it made.
+
+    ``sources`` is what a pass depends on besides the tensor it starts from: modules, tensors and
+    settings, always in the same order.
+    """
+
+    def __init__(self) -> None:
+        self._passes = WeakIdKeyDictionary()
+
+    def keep(
+        self, sources: Sequence[object], made: Tensor, partner: Tensor, log_det: Tensor
+    ) -> None:
+        """Remembers a pass, unless something about it can't be watched."""
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            return
+        tensors = _tensors(sources)
+        # Tensors from inference mode have no version.
+        if tensors is not None and not any(t.is_inference() for t in (*tensors, partner)):
+            self._passes[made] = Pass(sources, tensors, made, partner, log_det)
+
+    def recall(self, sources: Sequence[object], made: Tensor | None) -> Pass | None:
+        """The pass that made this tensor, if it was of these sources and nothing has changed."""
+        if made is None or torch.compiler.is_compiling():
+            return None
+        known: Pass | None = self._passes.get(made)
+        return known if known is not None and known.is_fresh(sources, made) else None
+
+
+def _tensors(sources: Sequence[object]) -> list[Tensor] | None:
+    """All tensors in the sources; None where there is something that can't be watched."""
+    tensors: list[Tensor | None] = []
+    queue = list(sources)
+    for source in queue:  # it grows as we go: several times faster than module.parameters()
+        if isinstance(source, nn.Module):
+            if source.__dict__.get("_pyro_samples"):
+                return None  # weights with a prior are drawn anew, past every version
+            tensors += source._parameters.values()
+            tensors += source._buffers.values()
+            queue += source._modules.values()
+        elif isinstance(source, Tensor):
+            tensors.append(source)
+        elif isinstance(source, functools.partial):
+            queue += [source.func, *source.args, *source.keywords.values()]
+        elif callable(source):
+            return None  # who knows what it closes over
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def _stamp(sources: Sequence[object], tensors: list[Tensor]) -> list[object]:
+    stamp: list[object] = [_optimizer_steps]
+    stamp += [s if isinstance(s, bool | int | float) else id(s) for s in sources]
+    for tensor in tensors:
+        stamp += (id(tensor), tensor._version, _address(tensor))
+    return stamp
+
+
+def _address(tensor: Tensor) -> int:
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:
+        return 0  # the tensors of tracers and of torch.func have none

@@ -1,0 +1,619 @@
+r"""Inverse autoregressive flows: noise ``x`` to latent ``y`` in one network pass.
+
+.. math::
+    y = m(x) + e^{s(x)} \odot x, \qquad
+    \log \left| \det \frac{\partial y}{\partial x} \right| = \sum_{i=1}^{D} s_i(x),
+
+where coordinate :math:`i` of :math:`m` and :math:`s` listens only to the coordinates before it. The
+Jacobian is triangular, so its log-determinant is a sum over the vector: one number per vector.
+
+Every pass is remembered as long as the value that it made is alive. Scoring that value then needs
+no pass at all; the inverse is there for values from elsewhere.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from pyro.distributions import constraints
+from pyro.distributions.conditional import ConditionalTransformModule
+from pyro.distributions.torch_transform import TransformModule
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
+
+from .inversion import attach_gradient, check_round_trip, invert
+from .memory import Memory, Pass
+from .networks import MaskedAutoregressiveNetwork, check_context
+
+__all__ = [
+    "ConditionalInverseAutoregressiveFlow",
+    "ConditionalInverseAutoregressiveFlowStack",
+    "InverseAutoregressiveFlow",
+    "InverseAutoregressiveFlowStack",
+    "conditional_inverse_autoregressive_flow",
+    "inverse_autoregressive_flow",
+]
+
+# Networks speak freely; scales stay within e^-10 and e^10. Smooth, so gradients are the true ones.
+LOG_SCALE_BOUND = 10.0
+
+_forward = Memory()  # passes under y, made from x
+_backward = Memory()  # under x, where y was made from an equal tensor without the gradient
+_originals = WeakIdKeyDictionary()  # that x: the equal tensor
+_expected = WeakIdKeyDictionary()  # x that an inverse has returned: its y, weakly
+
+
+class _Flow(TransformModule):
+    """A bijection on vectors that is a module, and so is its inverse."""
+
+    domain = constraints.real_vector
+    codomain = constraints.real_vector
+    bijective = True
+    sign = +1
+    _inverse_flow: weakref.ref[_InverseFlow] | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _inv_call(self, y: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward_shape(self, shape: torch.Size) -> torch.Size:
+        raise NotImplementedError
+
+    def inverse_shape(self, shape: torch.Size) -> torch.Size:
+        return self.forward_shape(shape)
+
+    @property
+    def inv(self) -> _Flow:
+        """The inverse, a module with the same parameters; ``flow.inv.inv is flow``."""
+        # Held weakly: a cycle would keep a conditioned flow, and its context's graph, until gc.
+        inverse = None if self._inverse_flow is None else self._inverse_flow()
+        if inverse is None:
+            inverse = _InverseFlow(self)
+            self._inverse_flow = weakref.ref(inverse)
+        return inverse
+
+    def with_cache(self, cache_size: int = 1) -> _Flow:
+        return self  # every pass is remembered as it is
+
+    def __repr__(self) -> str:
+        return nn.Module.__repr__(self)
+
+
+class _InverseFlow(_Flow):
+    """A flow walked backwards; its input is the flow's output."""
+
+    def __init__(self, flow: _Flow) -> None:
+        super().__init__()
+        self.flow = flow
+
+    @property
+    def inv(self) -> _Flow:
+        self.flow._inverse_flow = weakref.ref(self)  # a copy has yet to be told
+        return self.flow
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.flow._inv_call(x)
+
+    def _inv_call(self, y: Tensor) -> Tensor:
+        return self.flow(y)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return -self.flow.log_abs_det_jacobian(y, x)
+
+    def forward_shape(self, shape: torch.Size) -> torch.Size:
+        return self.flow.inverse_shape(shape)
+
+    def inverse_shape(self, shape: torch.Size) -> torch.Size:
+        return self.flow.forward_shape(shape)
+
+
+class InverseAutoregressiveFlow(_Flow):
+    r"""One layer of inverse autoregressive flow, affine or gated.
+
+    Affine, with a network that returns :math:`m` and :math:`s`:
+
+    .. math::
+        y = m(x) + \sigma(x) \odot x, \qquad \sigma = e^{s}
+
+    Gated, which can only contract:
+
+    .. math::
+        y = \sigma(x) \odot x + (1 - \sigma(x)) \odot m(x), \qquad
+        \sigma = \mathrm{sigmoid}(s + \text{gate\_bias})
+
+    :math:`s` is bounded by :math:`10 \tanh(s / 10)`. A fresh affine flow is nearly the identity, a
+    fresh gated one nearly ``x * sigmoid(gate_bias)``.
+
+    The event is the vector: ``log_abs_det_jacobian`` is summed over it, of shape ``batch_shape``
+    and in nats. Forward costs one network pass, the log-determinant of a value that the flow made
+    nothing, of another one pass, and the inverse of a value from elsewhere D passes. ``flow.inv``
+    is the masked autoregressive flow with the same parameters: scoring costs one pass, sampling D.
+
+    Args:
+        network: A :class:`~pyro_iaf.MaskedAutoregressiveNetwork` with two parameters, or any
+            autoregressive callable with an ``order`` or a ``permutation`` that returns two vectors,
+            as ``pyro.nn.AutoRegressiveNN`` does. Passes of a callable that is no module are not
+            remembered, since nobody can tell when its parameters change.
+        gated: Whether to gate instead of shift and scale.
+        gate_bias: Added to the gate; at 2 a fresh flow keeps 88 % of the noise.
+
+    Raises:
+        ValueError: If the network has no order, does not return two vectors, or wants a context.
+
+    References:
+        Kingma et al. (2016), equations 10, 13 and 14, https://arxiv.org/abs/1606.04934
+
+    Example:
+        >>> flow = InverseAutoregressiveFlow(MaskedAutoregressiveNetwork(3, [16]))
+        >>> x = torch.randn(5, 3)
+        >>> y = flow(x)
+        >>> flow.log_abs_det_jacobian(x, y).shape
+        torch.Size([5])
+        >>> flow.inv(y) is x  # remembered
+        True
+    """
+
+    autoregressive = True
+    context: Tensor | None = None
+
+    def __init__(
+        self, network: Callable[..., Any], *, gated: bool = False, gate_bias: float = 2.0
+    ) -> None:
+        super().__init__()
+        if getattr(network, "context_dim", 0):
+            raise ValueError(
+                "InverseAutoregressiveFlow expects a network without a context; got one with "
+                f"context_dim={network.context_dim}. Use "  # type: ignore[attr-defined]
+                "ConditionalInverseAutoregressiveFlow(network).condition(context)."
+            )
+        _check_network(network)
+        self.network = network
+        self.input_dim = len(_order(network))
+        self.gated = gated
+        self.gate_bias = gate_bias
+
+    @property
+    def order(self) -> Tensor:
+        """The order of the coordinates: ``order[k]`` comes k-th."""
+        return _order(self.network)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Carries noise to a latent, in one network pass."""
+        y = self._expected(x)
+        return self._pass(x)[0] if y is None else y
+
+    def _inv_call(self, y: Tensor) -> Tensor:
+        known = _forward.recall(self._sources, y)
+        if known is None and not torch.compiler.is_compiling():
+            known = _forward.recall(self._sources, _originals.get(y))
+        if known is None:
+            return invert(self._coefficients, y.expand(self.inverse_shape(y.shape)), self.order)
+        x = known.partner
+        if y in _originals or not known.has_enough_graph(y):
+            # The noise is known. What it lacks is its dependence on y and on the parameters.
+            x, log_det = attach_gradient(self._coefficients, x, y)
+            _backward.keep(self._sources, x, y, log_det)
+            _originals[x] = known.partner
+        _expected[x] = WeakIdRef(y)
+        return x
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Log-determinant of the Jacobian at ``x``, in nats, of shape ``batch_shape``.
+
+        Free where the flow made ``y`` from ``x``; one network pass otherwise, from ``x`` alone.
+        """
+        known = self._pass_between(x, y)
+        if not torch.compiler.is_compiling():
+            _expected.pop(x, None)
+        if known is None:
+            return self._pass(x)[1]
+        return known.log_det if torch.is_grad_enabled() else known.log_det.detach()
+
+    def _pass_between(self, x: Tensor, y: Tensor) -> Pass | None:
+        for memory, made, partner in ((_forward, y, x), (_backward, x, y)):
+            known = memory.recall(self._sources, made)
+            if known is not None and known.partner is partner and known.has_enough_graph(made):
+                return known
+        return None
+
+    def _expected(self, x: Tensor) -> Tensor | None:
+        """The value that this ``x`` is the inverse of, from ``inv`` to ``log_abs_det_jacobian``.
+
+        Between the two, ``ComposeTransform`` asks its parts for the values in between once more,
+        and knows them again by their identity only.
+        """
+        reference = None if torch.compiler.is_compiling() else _expected.get(x)
+        y = None if reference is None else reference()
+        if y is None or (y.requires_grad and not torch.is_grad_enabled()):
+            return None
+        return None if self._pass_between(x, y) is None else y
+
+    @property
+    def _sources(self) -> tuple[object, ...]:
+        return self.network, self.context, self.gated, self.gate_bias
+
+    def _pass(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        shape = self.forward_shape(x.shape)
+        x = x if x.shape == shape else x.expand(shape)  # the very tensor where it can be
+        shift, log_scale = self._coefficients(x)
+        y = torch.addcmul(shift, log_scale.exp(), x)
+        log_det = log_scale.sum(-1)
+        _forward.keep(self._sources, y, x, log_det)
+        return y, log_det
+
+    def _coefficients(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        context = {} if self.context is None else {"context": self.context}
+        out = self.network(x, **context)
+        if not isinstance(out, tuple | list) or len(out) != 2:
+            raise ValueError(
+                "The network should return two tensors like x, a shift and a log-scale; got "
+                f"{type(out).__name__}. MaskedAutoregressiveNetwork(..., num_params=2) does."
+            )
+        shift, log_scale = out
+        log_scale = LOG_SCALE_BOUND * torch.tanh(log_scale / LOG_SCALE_BOUND)
+        if not self.gated:
+            return shift, log_scale
+        gate = log_scale + self.gate_bias
+        return torch.sigmoid(-gate) * shift, functional.logsigmoid(gate)
+
+    def forward_shape(self, shape: torch.Size) -> torch.Size:
+        if not shape or shape[-1] != self.input_dim:
+            raise ValueError(
+                f"This flow acts on vectors of {self.input_dim} coordinates; got shape "
+                f"{tuple(shape)}. The last dimension is the event, those before it are the batch."
+            )
+        if self.context is None:
+            return shape
+        batch_shape = self.context.shape[:-1]
+        try:
+            return torch.Size([*torch.broadcast_shapes(shape[:-1], batch_shape), shape[-1]])
+        except RuntimeError as error:
+            raise ValueError(
+                f"The batch shape of the context, {tuple(batch_shape)}, should broadcast with that "
+                f"of the value, {tuple(shape[:-1])}."
+            ) from error
+
+    def extra_repr(self) -> str:
+        return f"gated=True, gate_bias={self.gate_bias}" if self.gated else ""
+
+
+class _ConditionedFlow(InverseAutoregressiveFlow):
+    """A conditional flow that has its context."""
+
+    def __init__(self, flow: ConditionalInverseAutoregressiveFlow, context: Tensor) -> None:
+        _Flow.__init__(self)
+        self.network, self.input_dim = flow.network, flow.input_dim
+        self.gated, self.gate_bias = flow.gated, flow.gate_bias
+        # Past Module.__setattr__: a context that is a Parameter belongs to whoever made it.
+        self.__dict__["context"] = context
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        return {**state, "context": state["context"].detach()}  # a graph can't be copied
+
+
+class InverseAutoregressiveFlowStack(_Flow):
+    """Several flows, one after the other; the first acts on the noise.
+
+    The log-determinant, in nats and of shape ``batch_shape``, is the sum of theirs. For a value
+    that the stack made, it walks back over the values in between and costs nothing; otherwise one
+    network pass for each flow.
+
+    Args:
+        parts: The flows, all of one ``input_dim``.
+
+    Raises:
+        ValueError: If there are no parts, or they are no flows, or of several sizes.
+
+    Example:
+        >>> stack = inverse_autoregressive_flow(3, num_flows=2)
+        >>> [part.order.tolist() for part in stack.parts]
+        [[0, 1, 2], [2, 1, 0]]
+        >>> x = torch.randn(5, 3)
+        >>> stack.log_abs_det_jacobian(x, stack(x)).shape
+        torch.Size([5])
+    """
+
+    autoregressive = False
+
+    parts: Sequence[InverseAutoregressiveFlow]
+
+    def __init__(self, parts: Sequence[InverseAutoregressiveFlow]) -> None:
+        super().__init__()
+        _check_parts(parts, InverseAutoregressiveFlow)
+        self.parts = nn.ModuleList(parts)  # type: ignore[assignment]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        for part in self.parts:
+            x = part(x)
+        return x
+
+    def _inv_call(self, y: Tensor) -> Tensor:
+        known = _forward.recall(self.parts[-1]._sources, y)
+        x = y
+        for part in reversed(self.parts):
+            x = part._inv_call(x)
+        if known is None and not torch.compiler.is_compiling():
+            with torch.no_grad():
+                check_round_trip(self(x.detach()), y)
+        return x
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Log-determinant of the Jacobian at ``x``, in nats, of shape ``batch_shape``."""
+        terms = self._remembered(x, y)
+        if terms is None:
+            terms = []
+            for part in self.parts:
+                after = part(x)
+                terms.append(part.log_abs_det_jacobian(x, after))
+                x = after
+        return functools.reduce(torch.add, terms)
+
+    def _remembered(self, x: Tensor, y: Tensor) -> list[Tensor] | None:
+        """The parts' log-determinants, from the passes between ``x`` and ``y``, if known."""
+        walks = ((_forward, list(self.parts)[::-1], y, x), (_backward, list(self.parts), x, y))
+        for memory, parts, value, end in walks:
+            terms = []
+            for part in parts:
+                known = memory.recall(part._sources, value)
+                if known is None or not known.has_enough_graph(value):
+                    break
+                terms.append(known.log_det)
+                _expected.pop(known.partner if memory is _forward else value, None)
+                value = known.partner
+            if len(terms) == len(parts) and value is end:
+                return terms if torch.is_grad_enabled() else [term.detach() for term in terms]
+        return None
+
+    def forward_shape(self, shape: torch.Size) -> torch.Size:
+        for part in self.parts:
+            shape = part.forward_shape(shape)
+        return shape
+
+
+class ConditionalInverseAutoregressiveFlow(ConditionalTransformModule):
+    r"""A flow that waits for a context: ``flow.condition(context)`` is the flow.
+
+    The context feeds every layer of the network and carries batch shape: with one of shape
+    ``(B, C)``, the conditioned flow makes ``batch_shape (B,)``, and row b of its values depends on
+    row b of the context alone. Shapes ``(C,)`` and ``(P, B, C)`` broadcast likewise.
+
+    Args:
+        network: As for :class:`~pyro_iaf.InverseAutoregressiveFlow`, called as
+            ``network(x, context=context)``; a
+            :class:`~pyro_iaf.MaskedAutoregressiveNetwork` with a ``context_dim``, or
+            ``pyro.nn.ConditionalAutoRegressiveNN``.
+        gated: Whether to gate instead of shift and scale.
+        gate_bias: Added to the gate.
+
+    Raises:
+        ValueError: If the network has no order or takes no context; from ``condition``, if the
+            context doesn't end in ``context_dim`` features.
+
+    References:
+        Kingma et al. (2016), https://arxiv.org/abs/1606.04934
+
+    Example:
+        >>> network = MaskedAutoregressiveNetwork(3, [16], context_dim=2)
+        >>> flow = ConditionalInverseAutoregressiveFlow(network)
+        >>> base = DiagonalNormal(torch.zeros(3), torch.ones(3))
+        >>> posterior = dist.ConditionalTransformedDistribution(base, [flow])
+        >>> posterior.condition(torch.randn(5, 2)).batch_shape
+        torch.Size([5])
+    """
+
+    domain = constraints.real_vector
+    codomain = constraints.real_vector
+    bijective = True
+
+    def __init__(
+        self, network: Callable[..., Any], *, gated: bool = False, gate_bias: float = 2.0
+    ) -> None:
+        super().__init__()
+        if getattr(network, "context_dim", None) == 0:
+            raise ValueError(
+                "ConditionalInverseAutoregressiveFlow expects a network with a context; got one "
+                "with context_dim=0. Give it a context_dim, or use InverseAutoregressiveFlow."
+            )
+        _check_network(network)
+        self.network = network
+        self.input_dim = len(_order(network))
+        self.gated = gated
+        self.gate_bias = gate_bias
+
+    @property
+    def order(self) -> Tensor:
+        """The order of the coordinates: ``order[k]`` comes k-th."""
+        return _order(self.network)
+
+    def condition(self, context: Tensor) -> InverseAutoregressiveFlow:
+        """The flow at this context, with the same parameters."""
+        check_context(context, getattr(self.network, "context_dim", None))
+        return _ConditionedFlow(self, context)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        raise _missing_context()
+
+    extra_repr = InverseAutoregressiveFlow.extra_repr
+
+
+class ConditionalInverseAutoregressiveFlowStack(ConditionalTransformModule):
+    """Several conditional flows, one after the other, that share a context.
+
+    Args:
+        parts: The flows, all of one ``input_dim``.
+
+    Raises:
+        ValueError: If there are no parts, or they are no conditional flows, or of several sizes.
+
+    Example:
+        >>> stack = conditional_inverse_autoregressive_flow(3, 2, num_flows=2)
+        >>> flow = stack.condition(torch.randn(5, 2))
+        >>> flow(torch.randn(3)).shape
+        torch.Size([5, 3])
+    """
+
+    domain = constraints.real_vector
+    codomain = constraints.real_vector
+    bijective = True
+
+    parts: Sequence[ConditionalInverseAutoregressiveFlow]
+
+    def __init__(self, parts: Sequence[ConditionalInverseAutoregressiveFlow]) -> None:
+        super().__init__()
+        _check_parts(parts, ConditionalInverseAutoregressiveFlow)
+        self.parts = nn.ModuleList(parts)  # type: ignore[assignment]
+
+    def condition(self, context: Tensor) -> InverseAutoregressiveFlowStack:
+        """The stack at this context, with the same parameters."""
+        return InverseAutoregressiveFlowStack([part.condition(context) for part in self.parts])
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        raise _missing_context()
+
+
+def inverse_autoregressive_flow(
+    input_dim: int,
+    hidden_dims: int | Sequence[int] | None = None,
+    *,
+    num_flows: int = 1,
+    gated: bool = False,
+    gate_bias: float = 2.0,
+    order: Sequence[int] | Tensor | None = None,
+    activation: str | nn.Module = "elu",
+) -> InverseAutoregressiveFlow | InverseAutoregressiveFlowStack:
+    """An inverse autoregressive flow with its network, or a stack of them.
+
+    Args:
+        input_dim: Number of coordinates, D.
+        hidden_dims: Widths of each network's hidden layers, a list or one int. By default two
+            layers of ``max(64, 2 * input_dim)``.
+        num_flows: How many flows; more than one make a stack, each with the order of the one before
+            it reversed.
+        gated: Whether to gate instead of shift and scale.
+        gate_bias: Added to the gate.
+        order: The order of the coordinates in the first flow; by default as they stand.
+        activation: What follows each hidden layer, by name or as a module.
+
+    Raises:
+        ValueError: If a size is not positive, or ``order`` is no permutation.
+
+    Example:
+        >>> flow = inverse_autoregressive_flow(10, num_flows=2)
+        >>> base = DiagonalNormal(torch.zeros(10), torch.ones(10))
+        >>> posterior = dist.TransformedDistribution(base, [flow])
+        >>> posterior.log_prob(posterior.rsample()).shape
+        torch.Size([])
+    """
+    parts = [
+        InverseAutoregressiveFlow(network, gated=gated, gate_bias=gate_bias)
+        for network in _networks(num_flows, input_dim, hidden_dims, 0, order, activation)
+    ]
+    return parts[0] if num_flows == 1 else InverseAutoregressiveFlowStack(parts)
+
+
+def conditional_inverse_autoregressive_flow(
+    input_dim: int,
+    context_dim: int,
+    hidden_dims: int | Sequence[int] | None = None,
+    *,
+    num_flows: int = 1,
+    gated: bool = False,
+    gate_bias: float = 2.0,
+    order: Sequence[int] | Tensor | None = None,
+    activation: str | nn.Module = "elu",
+) -> ConditionalInverseAutoregressiveFlow | ConditionalInverseAutoregressiveFlowStack:
+    """A conditional inverse autoregressive flow with its network, or a stack of them.
+
+    Args:
+        input_dim: Number of coordinates, D.
+        context_dim: Size of the context's last axis, C.
+        hidden_dims: This and all that follows as for :func:`inverse_autoregressive_flow`.
+        num_flows: How many flows.
+        gated: Whether to gate.
+        gate_bias: Added to the gate.
+        order: The order of the coordinates in the first flow.
+        activation: What follows each hidden layer.
+
+    Raises:
+        ValueError: If a size is not positive, or ``order`` is no permutation.
+
+    Example:
+        >>> flow = conditional_inverse_autoregressive_flow(10, context_dim=4)
+        >>> flow.condition(torch.randn(5, 4))(torch.randn(5, 10)).shape
+        torch.Size([5, 10])
+    """
+    if context_dim == 0:
+        raise ValueError(
+            "context_dim should be at least 1; got 0. Without a context, use "
+            "inverse_autoregressive_flow."
+        )
+    parts = [
+        ConditionalInverseAutoregressiveFlow(network, gated=gated, gate_bias=gate_bias)
+        for network in _networks(num_flows, input_dim, hidden_dims, context_dim, order, activation)
+    ]
+    return parts[0] if num_flows == 1 else ConditionalInverseAutoregressiveFlowStack(parts)
+
+
+def _networks(
+    num_flows: int,
+    input_dim: int,
+    hidden_dims: int | Sequence[int] | None,
+    context_dim: int,
+    order: Sequence[int] | Tensor | None,
+    activation: str | nn.Module,
+) -> Iterator[MaskedAutoregressiveNetwork]:
+    if isinstance(num_flows, bool) or not isinstance(num_flows, int) or num_flows < 1:
+        raise ValueError(f"num_flows should be an int of at least 1; got {num_flows!r}.")
+    for _ in range(num_flows):
+        network = MaskedAutoregressiveNetwork(
+            input_dim, hidden_dims, context_dim=context_dim, order=order, activation=activation
+        )
+        order = network.order.flip(0)
+        yield network
+
+
+def _order(network: Any) -> Tensor:
+    order = getattr(network, "order", None)
+    return getattr(network, "permutation", None) if order is None else order  # type: ignore[return-value]
+
+
+def _check_network(network: Any) -> None:
+    if not callable(network) or not isinstance(_order(network), Tensor):
+        raise ValueError(
+            "A flow expects an autoregressive network: a callable with an `order`, or a "
+            "`permutation`, that says which coordinate comes when; got "
+            f"{type(network).__name__}. MaskedAutoregressiveNetwork and pyro.nn.AutoRegressiveNN "
+            "are such."
+        )
+    num_params = getattr(network, "num_params", 2)
+    if num_params != 2:
+        raise ValueError(
+            "A flow expects a network with num_params=2, a shift and a log-scale; got "
+            f"{num_params}."
+        )
+
+
+def _check_parts(parts: Sequence[Any], kind: type) -> None:
+    strangers = [type(part).__name__ for part in parts if not isinstance(part, kind)]
+    sizes = [] if strangers else [part.input_dim for part in parts]
+    if strangers or len(set(sizes)) != 1:
+        raise ValueError(
+            f"A stack expects one {kind.__name__} or more, all of one input_dim; got "
+            f"{', '.join(strangers) or f'input_dim {sizes}'}. For other transforms use "
+            "pyro.distributions.transforms.ComposeTransformModule."
+        )
+
+
+def _missing_context() -> ValueError:
+    return ValueError("A conditional flow waits for its context: flow.condition(context)(x).")

@@ -1,0 +1,63 @@
+"""The table of flows that the property tests run over: one line each."""
+
+import torch
+from pyro.nn import AutoRegressiveNN
+
+from pyro_iaf import (
+    InverseAutoregressiveFlow,
+    conditional_inverse_autoregressive_flow,
+    inverse_autoregressive_flow,
+)
+
+flow, conditional = inverse_autoregressive_flow, conditional_inverse_autoregressive_flow
+
+
+def foreign(input_dim):
+    return InverseAutoregressiveFlow(AutoRegressiveNN(input_dim, [16]))
+
+
+BIJECTIONS = {
+    "affine": lambda: flow(4, [16]),
+    "affine, defaults": lambda: flow(4),
+    "affine, two layers": lambda: flow(5, [16, 12]),
+    "affine, own order": lambda: flow(4, [16], order=[2, 0, 3, 1]),
+    "affine, narrow": lambda: flow(6, 2),
+    "affine, one unit a layer": lambda: flow(4, [1, 1]),
+    "affine, one coordinate": lambda: flow(1, [8]),
+    "affine, tanh": lambda: flow(4, [16], activation="tanh"),
+    "affine, float32": lambda: flow(4, [16]).float(),
+    "gated": lambda: flow(4, [16], gated=True),
+    "gated, biased": lambda: flow(4, [16], gated=True, gate_bias=-1.0),
+    "stack": lambda: flow(4, [16], num_flows=3),
+    "stack, float32": lambda: flow(4, [16], num_flows=2).float(),
+    "gated stack": lambda: flow(4, [16], num_flows=2, gated=True),
+    "conditioned": lambda: conditional(4, 2, [16]).condition(torch.randn(2)),
+    "conditioned, gated": lambda: conditional(4, 2, [16], gated=True).condition(torch.randn(2)),
+    "conditioned, one coordinate": lambda: conditional(1, 2, [8]).condition(torch.randn(2)),
+    "conditioned stack": lambda: conditional(4, 2, 16, num_flows=2).condition(torch.randn(2)),
+    "inverse": lambda: flow(4, [16]).inv,
+    "inverse stack": lambda: flow(4, [16], num_flows=2).inv,
+    "Pyro's network": lambda: foreign(4),
+}
+
+
+SINGLE = [name for name in BIJECTIONS if "stack" not in name and "inverse" not in name]
+DOUBLE = [name for name in BIJECTIONS if "float32" not in name]
+
+
+def rough(module, scale=0.3):
+    """Moves every parameter away from where it starts, so that nothing is near zero by luck."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(scale * torch.randn_like(parameter))
+    return module
+
+
+def make(name):
+    return rough(BIJECTIONS[name]())
+
+
+def dim_and_dtype(bijection):
+    flow = getattr(bijection, "flow", bijection)  # of an inverse
+    part = getattr(flow, "parts", [flow])[0]
+    return part.input_dim, next(bijection.parameters()).dtype
