@@ -1,0 +1,45 @@
+# `make demo` and `make test` set up what they need in .venv; nothing else has to be installed.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint wheel bench clean
+
+demo: $(VENV)/demo.stamp
+	$(BIN)/python tutorials/01_guide_by_hand.py
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The wheel has to work away from the checkout.
+wheel: $(VENV)/dev.stamp
+	rm -rf build dist
+	PIP_CONSTRAINT= $(BIN)/python -m build --wheel --outdir dist .
+	$(INSTALL) --no-deps --target dist/alone dist/*.whl
+	cd dist && PYTHONPATH=alone ../$(BIN)/python -c \
+	  "import pyro_iaf; print(pyro_iaf.__version__, pyro_iaf.__file__); assert 'alone' in pyro_iaf.__file__"
+
+bench: $(VENV)/demo.stamp
+	$(BIN)/python benchmarks/distributions.py
+	$(BIN)/python benchmarks/flows.py
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/demo.stamp: setup.cfg constraints.txt | $(VENV)/bin/python
+	$(INSTALL) -e '.[plot]'
+	touch $@
+
+$(VENV)/dev.stamp: setup.cfg constraints.txt | $(VENV)/bin/python
+	$(INSTALL) -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
