@@ -81,26 +81,30 @@ class DiagonalNormal(TorchDistribution):
                 f"least one dimension; got {_described(loc)}. For one coordinate use "
                 "loc.unsqueeze(-1); for a univariate normal use Normal."
             )
-        try:
-            self.loc, self.scale = broadcast_all(loc, scale)
-        except RuntimeError as error:
-            raise ValueError(
-                "DiagonalNormal expects loc and scale to broadcast to batch_shape + (D,); got loc "
-                f"{_described(loc)} and scale {_described(scale)}."
-            ) from error
-        dtype = torch.promote_types(self.loc.dtype, self.scale.dtype)
-        if not dtype.is_floating_point:
-            raise ValueError(
-                f"DiagonalNormal expects floating-point loc and scale; got {self.loc.dtype} and "
-                f"{self.scale.dtype}. Convert one of them with .float()."
-            )
-        self.loc, self.scale = self.loc.to(dtype), self.scale.to(dtype)
-        # The scale before it was broadcast: its logarithms are summed once, not once per row.
-        has_rows = isinstance(scale, Tensor) and scale.dim() > 0
-        self._own_scale = scale.to(dtype) if has_rows else self.scale  # type: ignore[union-attr]
-        if torch.compiler.is_compiling():
-            validate_args = False  # no full graph can branch on values
-        super().__init__(self.loc.shape[:-1], self.loc.shape[-1:], validate_args=validate_args)
+        # The scale as given: its logarithms are summed before it is repeated over the batch.
+        own_scale = scale
+        if not isinstance(scale, Tensor) or loc.shape != scale.shape:
+            try:
+                loc, scale = broadcast_all(loc, scale)
+            except RuntimeError as error:
+                raise ValueError(
+                    "DiagonalNormal expects loc and scale to broadcast to batch_shape + (D,); got "
+                    f"loc {_described(loc)} and scale {_described(scale)}."
+                ) from error
+        if loc.dtype != scale.dtype or not loc.is_floating_point():
+            loc, scale = _as_floats(loc, scale)
+        if not isinstance(own_scale, Tensor) or own_scale.shape[-1:] != loc.shape[-1:]:
+            own_scale = scale
+        self.loc, self.scale, self._own_scale = loc, scale, own_scale.to(scale.dtype)
+        # A check of its own, at half the price of the general one; no full graph can hold either.
+        validate = self._validate_args if validate_args is None else validate_args
+        if validate and not torch.compiler.is_compiling():
+            _check_values(loc, self._own_scale)
+        super().__init__(loc.shape[:-1], loc.shape[-1:], validate_args=False)
+        if validate_args is None:
+            del self._validate_args  # Pyro's setting counts, whenever it is asked for
+        else:
+            self._validate_args = validate_args
 
     def expand(self, batch_shape: _size, _instance: DiagonalNormal | None = None) -> DiagonalNormal:
         new: DiagonalNormal = self._get_checked_instance(DiagonalNormal, _instance)
@@ -131,17 +135,17 @@ class DiagonalNormal(TorchDistribution):
         if self._validate_args and not torch.compiler.is_compiling():
             self._validate_sample(value)
         z = (value - self.loc) / self.scale
-        squares: Tensor = torch.linalg.vecdot(z, z)
-        return -0.5 * squares - self._log_volume()
+        exponent = torch.add(self._log_scale_sum(), torch.linalg.vecdot(z, z), alpha=0.5)
+        return -self.event_shape[0] * _HALF_LOG_2PI - exponent
 
     def entropy(self) -> Tensor:
         """Differential entropy in nats, of shape ``batch_shape``."""
-        return (self._log_volume() + 0.5 * self.event_shape[0]).expand(self.batch_shape)
+        entropy = self._log_scale_sum() + self.event_shape[0] * (0.5 + _HALF_LOG_2PI)
+        return entropy if entropy.shape == self.batch_shape else entropy.expand(self.batch_shape)
 
-    def _log_volume(self) -> Tensor:
-        """Minus the log-density at the mean; its shape broadcasts to ``batch_shape``."""
-        log_scale = self._own_scale.log().expand(*self._own_scale.shape[:-1], *self.event_shape)
-        return log_scale.sum(-1) + self.event_shape[0] * _HALF_LOG_2PI
+    def _log_scale_sum(self) -> Tensor:
+        """Of a shape that broadcasts to ``batch_shape``."""
+        return self._own_scale.log().sum(-1)
 
     @property
     def mean(self) -> Tensor:
@@ -173,6 +177,30 @@ class DiagonalNormal(TorchDistribution):
     def precision_matrix(self) -> Tensor:
         """Inverse covariance, of shape ``batch_shape + (D, D)``."""
         return torch.diag_embed(self.scale.square().reciprocal())
+
+
+def _as_floats(loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(loc.dtype, scale.dtype)
+    if not dtype.is_floating_point:
+        raise ValueError(
+            "DiagonalNormal expects a floating-point loc or scale; got "
+            f"{loc.dtype} and {scale.dtype}. Convert one of them with .float()."
+        )
+    return loc.to(dtype), scale.to(dtype)
+
+
+def _check_values(loc: Tensor, scale: Tensor) -> None:
+    if not torch._is_all_true(loc == loc):
+        raise ValueError(
+            f"DiagonalNormal expects a loc without NaN; got {_described(loc)} with "
+            f"{int(loc.isnan().sum())} of them. Look at what computed it."
+        )
+    if not torch._is_all_true(scale > 0):
+        raise ValueError(
+            f"DiagonalNormal expects a positive scale; got {_described(scale)} with "
+            f"{int((~(scale > 0)).sum())} entries that are not, the smallest {float(scale.min())}. "
+            "exp or softplus makes a positive scale of any number."
+        )
 
 
 def _described(value: object) -> str:

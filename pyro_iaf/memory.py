@@ -10,6 +10,7 @@ number of optimiser steps taken in this process, since some optimisers write pas
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -28,7 +29,7 @@ def count_optimizer_step(*_: object) -> None:
 class Pass:
     """One pass of a flow: the tensor at its other end, and the flow's log-determinant."""
 
-    __slots__ = ("_gradients", "_sources", "_stamp", "_tensors", "log_det", "partner")
+    __slots__ = ("_gradients", "_sources", "_steps", "_tensors", "_versions", "log_det", "partner")
 
     def __init__(
         self,
@@ -39,15 +40,19 @@ class Pass:
         log_det: Tensor,
     ) -> None:
         self.partner, self.log_det = partner, log_det
-        self._sources, self._tensors = sources, [*tensors, partner]  # held: their ids stay theirs
-        self._stamp = _stamp(sources, [*self._tensors, made])
+        self._sources, self._tensors, self._steps = sources, tensors, _optimizer_steps
+        self._versions = _versions([*tensors, partner, made])
         self._gradients = self._wanted(made)
 
     def is_fresh(self, sources: Sequence[object], made: Tensor) -> bool:
         """Whether a pass from these sources would make the same tensor now."""
+        if self._steps != _optimizer_steps or not _same(self._sources, sources):
+            return False
         tensors = _tensors(sources)
-        return tensors is not None and self._stamp == _stamp(
-            sources, [*tensors, self.partner, made]
+        return (
+            tensors is not None
+            and _same(self._tensors, tensors)
+            and self._versions == _versions([*tensors, self.partner, made])
         )
 
     def has_enough_graph(self, made: Tensor) -> bool:
@@ -58,7 +63,7 @@ class Pass:
     def _wanted(self, made: Tensor) -> list[bool] | None:
         if not torch.is_grad_enabled():
             return None
-        return [tensor.requires_grad for tensor in (*self._tensors, made)]
+        return [tensor.requires_grad for tensor in (*self._tensors, self.partner, made)]
 
 
 class Memory:
@@ -96,11 +101,14 @@ def _tensors(sources: Sequence[object]) -> list[Tensor] | None:
     queue = list(sources)
     for source in queue:  # it grows as we go: several times faster than module.parameters()
         if isinstance(source, nn.Module):
-            if source.__dict__.get("_pyro_samples"):
+            state = source.__dict__
+            if state.get("_pyro_samples"):
                 return None  # weights with a prior are drawn anew, past every version
-            tensors += source._parameters.values()
-            tensors += source._buffers.values()
-            queue += source._modules.values()
+            tensors += state["_parameters"].values()
+            tensors += state["_buffers"].values()
+            queue += state["_modules"].values()
+        elif source is None or isinstance(source, bool | float):
+            continue
         elif isinstance(source, Tensor):
             tensors.append(source)
         elif isinstance(source, functools.partial):
@@ -110,16 +118,13 @@ def _tensors(sources: Sequence[object]) -> list[Tensor] | None:
     return [tensor for tensor in tensors if tensor is not None]
 
 
-def _stamp(sources: Sequence[object], tensors: list[Tensor]) -> list[object]:
-    stamp: list[object] = [_optimizer_steps]
-    stamp += [s if isinstance(s, bool | int | float) else id(s) for s in sources]
-    for tensor in tensors:
-        stamp += (id(tensor), tensor._version, _address(tensor))
-    return stamp
+def _same(these: Sequence[object], those: Sequence[object]) -> bool:
+    return len(these) == len(those) and all(map(operator.is_, these, those))
 
 
-def _address(tensor: Tensor) -> int:
+def _versions(tensors: list[Tensor]) -> list[int]:
+    versions = [tensor._version for tensor in tensors]
     try:
-        return tensor.data_ptr()
+        return versions + [tensor.data_ptr() for tensor in tensors]
     except RuntimeError:
-        return 0  # the tensors of tracers and of torch.func have none
+        return versions  # the tensors of tracers and of torch.func have no address

@@ -1,0 +1,62 @@
+"""Paired timings: contenders take turns, so that a noisy machine is noisy to all of them."""
+
+import json
+import pathlib
+import platform
+import statistics
+import sys
+import time
+
+import pyro
+import torch
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+
+
+def race(contenders, *, rounds=15, seconds=0.02):
+    """Median time of each contender, and the median over rounds of its ratio to the last one.
+
+    ``contenders`` maps names to functions. Each round runs all of them in turn, each as often as
+    fits in ``seconds``.
+    """
+    repeats = {}
+    for name, run in contenders.items():
+        run()  # warm up
+        start = time.perf_counter()
+        run()
+        repeats[name] = max(1, int(seconds / (time.perf_counter() - start)))
+    times = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, run in contenders.items():
+            start = time.perf_counter()
+            for _ in range(repeats[name]):
+                run()
+            times[name].append((time.perf_counter() - start) / repeats[name])
+    peer = times[list(contenders)[-1]]
+    return {
+        name: {
+            "microseconds": round(1e6 * statistics.median(taken), 2),
+            "ratio": round(statistics.median(a / b for a, b in zip(taken, peer, strict=True)), 3),
+        }
+        for name, taken in times.items()
+    }
+
+
+def save(name, note, rows):
+    """Writes the rows as JSON, with what they were measured on, and prints them as a table."""
+    about = {
+        "command": f"python benchmarks/{pathlib.Path(sys.argv[0]).name}",
+        "note": note,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "pyro": pyro.__version__,
+        "threads": torch.get_num_threads(),
+    }
+    RESULTS.mkdir(exist_ok=True)
+    text = json.dumps({"about": about, "rows": rows}, indent=1)
+    (RESULTS / f"{name}.json").write_text(text + "\n")
+    columns = list(rows[0])
+    widths = [max(len(str(row[c])) for row in [*rows, {c: c for c in columns}]) for c in columns]
+    print(f"\n{name}: {note}")
+    for row in [{c: c for c in columns}, *rows]:
+        print("  ".join(f"{row[c]!s:>{width}}" for c, width in zip(columns, widths, strict=True)))
