@@ -29,6 +29,7 @@ wheel: $(VENV)/dev.stamp
 bench: $(VENV)/demo.stamp
 	$(BIN)/python benchmarks/distributions.py
 	$(BIN)/python benchmarks/flows.py
+	$(BIN)/python benchmarks/features.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -45,6 +45,12 @@ def tasks(flow, base, batch):
         with torch.no_grad():
             posterior.log_prob(posterior.rsample((batch,)))
 
+    def draw_ten_and_score():
+        with torch.no_grad():
+            draws = [posterior.rsample((batch,)) for _ in range(10)]
+            for y in draws:
+                posterior.log_prob(y)
+
     def score_foreign():
         with torch.no_grad():
             posterior.log_prob(foreign.clone())
@@ -53,6 +59,7 @@ def tasks(flow, base, batch):
         "draw": draw,
         "draw and score": draw_and_score,
         "draw, score, backward": step,
+        "draw ten, then score them": draw_ten_and_score,
         "score a foreign value": score_foreign,
     }
 

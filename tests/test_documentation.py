@@ -1,0 +1,112 @@
+"""What the documentation shows, runs; what it claims, is what was measured."""
+
+import doctest
+import importlib
+import inspect
+import json
+import pathlib
+import pkgutil
+import re
+import subprocess
+import sys
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch.distributions import AffineTransform
+
+import pyro_iaf
+
+ROOT = pathlib.Path(__file__).parent.parent
+MODULES = ["pyro_iaf", *(f"pyro_iaf.{m.name}" for m in pkgutil.iter_modules(pyro_iaf.__path__))]
+PUBLIC = sorted(set(pyro_iaf.__all__))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_run(name):
+    torch.set_default_dtype(torch.float32)  # as the reader has it
+    module = importlib.import_module(name)
+    names = {name: getattr(pyro_iaf, name) for name in PUBLIC}
+    names |= {"torch": torch, "pyro": pyro, "dist": dist, "AffineTransform": AffineTransform}
+    flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+    failed, _ = doctest.testmod(module, extraglobs=names, optionflags=flags)
+    assert failed == 0
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_is_documented(name):
+    thing = getattr(pyro_iaf, name)
+    doc = inspect.getdoc(thing)
+    assert "Example:" in doc
+    for parameter in inspect.signature(thing).parameters:
+        assert f"{parameter}: " in doc, parameter
+
+
+def blocks(language):
+    text = (ROOT / "README.md").read_text()
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def test_the_readme_runs():
+    torch.set_default_dtype(torch.float32)
+    scope = {}
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), scope)
+
+
+def test_the_readme_opens_with_two_commands():
+    first, second = (line.split("#")[0].strip() for line in blocks("sh")[0].splitlines()[:2])
+    assert (first, second) == ("make demo", "make test")
+    assert second in (ROOT / ".ci" / "run").read_text()
+
+
+def table(header):
+    """The cells of the README's table under this header row."""
+    lines = (ROOT / "README.md").read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(header))
+    cells = []
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        cells.append([cell.strip() for cell in line.strip("|").split("|")])
+    return cells
+
+
+def results(name):
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["rows"]
+
+
+def test_the_feature_table_is_what_was_measured():
+    measured = [
+        [row["feature"].capitalize(), row["Pyro"].split(":")[0], row["pyro_iaf"]]
+        for row in results("features")
+    ]
+    assert table("| What a flow does |") == measured
+
+
+def test_the_cost_table_is_what_was_measured():
+    measured = {(row["task"], row["batch"], row["D"]): row for row in results("flows")}
+    shown = table("| Operation |")
+    assert len(shown) == len({task for task, *_ in measured})
+    for task, _, *times in shown:
+        for cell, (batch, D) in zip(times, [(16, 10), (128, 128)], strict=True):
+            row = measured[task, batch, D]
+            assert cell == f"{row['ours_us'] / 1000:.2f} / {row['pyro_us'] / 1000:.2f} ms"
+
+
+def test_the_cost_of_the_diagonal_normal_is_what_was_measured():
+    ratios = [row["ratio"] for row in results("distributions")]
+    claim = f"takes between {min(ratios):.2f} and {max(ratios):.2f} times as long"
+    assert claim in (ROOT / "README.md").read_text()
+
+
+TUTORIALS = sorted((ROOT / "tutorials").glob("[0-9]*.py"))
+
+
+@pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
+def test_tutorials_run(path, tmp_path):
+    command = [sys.executable, str(path), "--smoke", "--output", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / f"{path.stem}.png").stat().st_size > 10_000
