@@ -5,6 +5,10 @@ long as somebody holds what came of it. Nothing that is kept may lead back to th
 its graph: the noise and the log-determinant of a pass are older than the value. A pass is returned
 only while all that it hangs on is as it was: the tensors' identity, version and address, and the
 number of optimiser steps taken in this process, since some optimisers write past the version.
+
+Throughout, ``sources`` is what a pass depends on besides the tensor it starts from: modules,
+tensors and settings, always in the same order. Nothing is kept in inference mode, or while
+``torch.compile`` traces.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
 
 _optimizer_steps = 0
 
@@ -60,39 +64,110 @@ class Pass:
         wanted = self._wanted(made)
         return wanted is None or not any(wanted) or wanted == self._gradients
 
+    def wanted_log_det(self) -> Tensor:
+        """The log-determinant, with a graph where gradients are on."""
+        return self.log_det if torch.is_grad_enabled() else self.log_det.detach()
+
     def _wanted(self, made: Tensor) -> list[bool] | None:
         if not torch.is_grad_enabled():
             return None
         return [tensor.requires_grad for tensor in (*self._tensors, self.partner, made)]
 
 
-class Memory:
-    """Passes in one direction, each under the tensor that it made.
+_forward = WeakIdKeyDictionary()  # value: the pass that made it of its noise
+_backward = WeakIdKeyDictionary()  # noise: the pass that gave it the gradient it had lacked
+_twins = WeakIdKeyDictionary()  # noise of a backward pass: the tensor that it is equal to
+_values = WeakIdKeyDictionary()  # noise that an inverse has returned: its value, weakly
 
-    ``sources`` is what a pass depends on besides the tensor it starts from: modules, tensors and
-    settings, always in the same order.
+
+def keep(sources: Sequence[object], x: Tensor, y: Tensor, log_det: Tensor) -> None:
+    """Remembers that a flow made ``y`` of ``x``, if all that this depends on can be watched."""
+    _keep(_forward, sources, y, x, log_det)
+
+
+def keep_gradient(
+    sources: Sequence[object], x: Tensor, y: Tensor, log_det: Tensor, twin: Tensor
+) -> None:
+    """Remembers ``x``, the inverse of ``y`` with a graph; its twin is the noise without one."""
+    _keep(_backward, sources, x, y, log_det)
+    _twins[x] = twin
+
+
+def pass_to(sources: Sequence[object], y: Tensor) -> Pass | None:
+    """The pass in which a flow made ``y``, if all its gradients are there."""
+    if torch.compiler.is_compiling():
+        return None
+    known = _recall(_forward, sources, y)
+    return known if known is not None and known.has_enough_graph(y) else None
+
+
+def noise_of(sources: Sequence[object], y: Tensor) -> Tensor | None:
+    """The noise that a flow made ``y`` of, or something equal to ``y``; gradients may lack."""
+    if torch.compiler.is_compiling():
+        return None
+    known = _recall(_forward, sources, y) or _recall(_forward, sources, _twins.get(y))
+    return None if known is None else known.partner
+
+
+def pass_between(sources: Sequence[object], x: Tensor, y: Tensor) -> Pass | None:
+    """The pass from ``x`` to ``y``, or back, if all its gradients are there."""
+    if torch.compiler.is_compiling():
+        return None
+    for passes, made, partner in ((_forward, y, x), (_backward, x, y)):
+        known = _recall(passes, sources, made)
+        if known is not None and known.partner is partner and known.has_enough_graph(made):
+            return known
+    return None
+
+
+def expect(x: Tensor, y: Tensor) -> None:
+    """Notes that an inverse returns ``x`` for ``y``, so that its flow can return ``y`` for ``x``.
+
+    Between an inverse and the log-determinant ``ComposeTransform`` asks its parts for the values in
+    between once more, and knows them again by their identity only. The note holds until the
+    log-determinant and no longer: whoever asks next may have changed the noise, or a parameter,
+    past its version, as ``gradcheck`` does.
     """
+    _values[x] = WeakIdRef(y)
 
-    def __init__(self) -> None:
-        self._passes = WeakIdKeyDictionary()
 
-    def keep(
-        self, sources: Sequence[object], made: Tensor, partner: Tensor, log_det: Tensor
-    ) -> None:
-        """Remembers a pass, unless something about it can't be watched."""
-        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
-            return
-        tensors = _tensors(sources)
-        # Tensors from inference mode have no version.
-        if tensors is not None and not any(t.is_inference() for t in (*tensors, partner)):
-            self._passes[made] = Pass(sources, tensors, made, partner, log_det)
+def settle(x: Tensor) -> None:
+    """Ends what :func:`expect` began."""
+    if not torch.compiler.is_compiling():
+        _values.pop(x, None)
 
-    def recall(self, sources: Sequence[object], made: Tensor | None) -> Pass | None:
-        """The pass that made this tensor, if it was of these sources and nothing has changed."""
-        if made is None or torch.compiler.is_compiling():
-            return None
-        known: Pass | None = self._passes.get(made)
-        return known if known is not None and known.is_fresh(sources, made) else None
+
+def expected(sources: Sequence[object], x: Tensor) -> Tensor | None:
+    """The value that is expected of ``x``, if nothing has changed."""
+    reference = None if torch.compiler.is_compiling() else _values.get(x)
+    y: Tensor | None = None if reference is None else reference()
+    if y is None or (y.requires_grad and not torch.is_grad_enabled()):
+        return None
+    return None if pass_between(sources, x, y) is None else y
+
+
+def _keep(
+    passes: WeakIdKeyDictionary,
+    sources: Sequence[object],
+    made: Tensor,
+    partner: Tensor,
+    log_det: Tensor,
+) -> None:
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return
+    tensors = _tensors(sources)
+    # Tensors from inference mode have no version.
+    if tensors is not None and not any(t.is_inference() for t in (*tensors, partner)):
+        passes[made] = Pass(sources, tensors, made, partner, log_det)
+
+
+def _recall(
+    passes: WeakIdKeyDictionary, sources: Sequence[object], made: Tensor | None
+) -> Pass | None:
+    if made is None:
+        return None
+    known: Pass | None = passes.get(made)
+    return known if known is not None and known.is_fresh(sources, made) else None
 
 
 def _tensors(sources: Sequence[object]) -> list[Tensor] | None:

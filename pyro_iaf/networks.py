@@ -241,6 +241,29 @@ class _MaskedLinear(nn.Linear):
         """Left to the network, which knows how many connections each unit has."""
 
 
+def order_of(network: Any) -> Tensor:
+    """The order of any autoregressive network's coordinates, ours or Pyro's."""
+    order = getattr(network, "order", None)
+    return getattr(network, "permutation", None) if order is None else order  # type: ignore[return-value]
+
+
+def check_network(network: Any) -> None:
+    """Raises a ValueError unless a flow can stand on this network."""
+    if not callable(network) or not isinstance(order_of(network), Tensor):
+        raise ValueError(
+            "A flow expects an autoregressive network: a callable with an `order`, or a "
+            "`permutation`, that says which coordinate comes when; got "
+            f"{type(network).__name__}. MaskedAutoregressiveNetwork and pyro.nn.AutoRegressiveNN "
+            "are such."
+        )
+    num_params = getattr(network, "num_params", 2)
+    if num_params != 2:
+        raise ValueError(
+            "A flow expects a network with num_params=2, a shift and a log-scale; got "
+            f"{num_params}."
+        )
+
+
 def check_context(context: Tensor, context_dim: int | None) -> None:
     """Raises a ValueError unless ``context`` ends in ``context_dim`` features."""
     if isinstance(context, Tensor) and context.dim() and context_dim in (None, context.shape[-1]):

@@ -24,11 +24,10 @@ from pyro.distributions.conditional import ConditionalTransformModule
 from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
 
+from . import memory
 from .inversion import attach_gradient, check_round_trip, invert
-from .memory import Memory, Pass
-from .networks import MaskedAutoregressiveNetwork, check_context
+from .networks import MaskedAutoregressiveNetwork, check_context, check_network, order_of
 
 __all__ = [
     "ConditionalInverseAutoregressiveFlow",
@@ -41,11 +40,6 @@ __all__ = [
 
 # Networks speak freely; scales stay within e^-10 and e^10. Smooth, so gradients are the true ones.
 LOG_SCALE_BOUND = 10.0
-
-_forward = Memory()  # passes under y, made from x
-_backward = Memory()  # under x, where y was made from an equal tensor without the gradient
-_originals = WeakIdKeyDictionary()  # that x: the equal tensor
-_expected = WeakIdKeyDictionary()  # x that an inverse has returned: its y, weakly
 
 
 class _Flow(TransformModule):
@@ -119,7 +113,26 @@ class _InverseFlow(_Flow):
         return self.flow.forward_shape(shape)
 
 
-class InverseAutoregressiveFlow(_Flow):
+class _OnNetwork:
+    """What a flow and its conditional twin share: a network, and how it is read."""
+
+    def _adopt(self, network: Callable[..., Any], gated: bool, gate_bias: float) -> None:
+        check_network(network)
+        self.network = network
+        self.input_dim = len(order_of(network))
+        self.gated = gated
+        self.gate_bias = gate_bias
+
+    @property
+    def order(self) -> Tensor:
+        """The order of the coordinates: ``order[k]`` comes k-th."""
+        return order_of(self.network)
+
+    def extra_repr(self) -> str:
+        return f"gated=True, gate_bias={self.gate_bias}" if self.gated else ""
+
+
+class InverseAutoregressiveFlow(_OnNetwork, _Flow):
     r"""One layer of inverse autoregressive flow, affine or gated.
 
     Affine, with a network that returns :math:`m` and :math:`s`:
@@ -178,20 +191,11 @@ class InverseAutoregressiveFlow(_Flow):
                 f"context_dim={network.context_dim}. Use "  # type: ignore[attr-defined]
                 "ConditionalInverseAutoregressiveFlow(network).condition(context)."
             )
-        _check_network(network)
-        self.network = network
-        self.input_dim = len(_order(network))
-        self.gated = gated
-        self.gate_bias = gate_bias
-
-    @property
-    def order(self) -> Tensor:
-        """The order of the coordinates: ``order[k]`` comes k-th."""
-        return _order(self.network)
+        self._adopt(network, gated, gate_bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Carries noise to a latent, in one network pass."""
-        y = self._expected(x)
+        y = memory.expected(self._sources, x)
         return self._pass(x)[0] if y is None else y
 
     def _inv_call(self, y: Tensor) -> Tensor:
@@ -199,19 +203,16 @@ class InverseAutoregressiveFlow(_Flow):
 
     def _walk_back(self, y: Tensor) -> tuple[Tensor, bool]:
         """The noise of ``y``, and whether it was remembered."""
-        known = _forward.recall(self._sources, y)
-        if known is None and not torch.compiler.is_compiling():
-            known = _forward.recall(self._sources, _originals.get(y))
-        if known is None:
+        known = memory.pass_to(self._sources, y)
+        noise = memory.noise_of(self._sources, y) if known is None else known.partner
+        if noise is None:
             y = y.expand(self.inverse_shape(y.shape))
             return invert(self._coefficients, y, self.order), False
-        x = known.partner
-        if y in _originals or not known.has_enough_graph(y):
-            # The noise is known. What it lacks is its dependence on y and on the parameters.
-            x, log_det = attach_gradient(self._coefficients, x, y)
-            _backward.keep(self._sources, x, y, log_det)
-            _originals[x] = known.partner
-        _expected[x] = WeakIdRef(y)
+        x = noise
+        if known is None:  # what the noise lacks is its dependence on y and on the parameters
+            x, log_det = attach_gradient(self._coefficients, noise, y)
+            memory.keep_gradient(self._sources, x, y, log_det, noise)
+        memory.expect(x, y)
         return x, True
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
@@ -219,31 +220,9 @@ class InverseAutoregressiveFlow(_Flow):
 
         Free where the flow made ``y`` from ``x``; one network pass otherwise, from ``x`` alone.
         """
-        known = self._pass_between(x, y)
-        if not torch.compiler.is_compiling():
-            _expected.pop(x, None)
-        if known is None:
-            return self._pass(x)[1]
-        return known.log_det if torch.is_grad_enabled() else known.log_det.detach()
-
-    def _pass_between(self, x: Tensor, y: Tensor) -> Pass | None:
-        for memory, made, partner in ((_forward, y, x), (_backward, x, y)):
-            known = memory.recall(self._sources, made)
-            if known is not None and known.partner is partner and known.has_enough_graph(made):
-                return known
-        return None
-
-    def _expected(self, x: Tensor) -> Tensor | None:
-        """The value that this ``x`` is the inverse of, from ``inv`` to ``log_abs_det_jacobian``.
-
-        Between the two, ``ComposeTransform`` asks its parts for the values in between once more,
-        and knows them again by their identity only.
-        """
-        reference = None if torch.compiler.is_compiling() else _expected.get(x)
-        y = None if reference is None else reference()
-        if y is None or (y.requires_grad and not torch.is_grad_enabled()):
-            return None
-        return None if self._pass_between(x, y) is None else y
+        memory.settle(x)
+        known = memory.pass_between(self._sources, x, y)
+        return self._pass(x)[1] if known is None else known.wanted_log_det()
 
     @property
     def _sources(self) -> tuple[object, ...]:
@@ -255,7 +234,7 @@ class InverseAutoregressiveFlow(_Flow):
         shift, log_scale = self._coefficients(x)
         y = torch.addcmul(shift, log_scale.exp(), x)
         log_det = log_scale.sum(-1)
-        _forward.keep(self._sources, y, x, log_det)
+        memory.keep(self._sources, x, y, log_det)
         return y, log_det
 
     def _coefficients(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -290,17 +269,13 @@ class InverseAutoregressiveFlow(_Flow):
                 f"of the value, {tuple(shape[:-1])}."
             ) from error
 
-    def extra_repr(self) -> str:
-        return f"gated=True, gate_bias={self.gate_bias}" if self.gated else ""
-
 
 class _ConditionedFlow(InverseAutoregressiveFlow):
     """A conditional flow that has its context."""
 
     def __init__(self, flow: ConditionalInverseAutoregressiveFlow, context: Tensor) -> None:
         _Flow.__init__(self)
-        self.network, self.input_dim = flow.network, flow.input_dim
-        self.gated, self.gate_bias = flow.gated, flow.gate_bias
+        self._adopt(flow.network, flow.gated, flow.gate_bias)
         # Past Module.__setattr__: a context that is a Parameter belongs to whoever made it.
         self.__dict__["context"] = context
 
@@ -360,27 +335,23 @@ class InverseAutoregressiveFlowStack(_Flow):
         terms = self._remembered(x, y)
         if terms is None:
             terms = []
-            for part in self.parts:
-                after = part(x)
+            for k, part in enumerate(self.parts, 1):
+                after = y if k == len(self.parts) else part(x)
                 terms.append(part.log_abs_det_jacobian(x, after))
                 x = after
         return functools.reduce(torch.add, terms)
 
     def _remembered(self, x: Tensor, y: Tensor) -> list[Tensor] | None:
-        """The parts' log-determinants, from the passes between ``x`` and ``y``, if known."""
-        walks = ((_forward, list(self.parts)[::-1], y, x), (_backward, list(self.parts), x, y))
-        for memory, parts, value, end in walks:
-            terms = []
-            for part in parts:
-                known = memory.recall(part._sources, value)
-                if known is None or not known.has_enough_graph(value):
-                    break
-                terms.append(known.log_det)
-                _expected.pop(known.partner if memory is _forward else value, None)
-                value = known.partner
-            if len(terms) == len(parts) and value is end:
-                return terms if torch.is_grad_enabled() else [term.detach() for term in terms]
-        return None
+        """The parts' log-determinants on the way back from ``y``, if it leads to ``x``."""
+        terms, value = [], y
+        for part in reversed(self.parts):
+            known = memory.pass_to(part._sources, value)
+            if known is None:
+                return None
+            value = known.partner
+            memory.settle(value)
+            terms.append(known.wanted_log_det())
+        return terms if value is x else None
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
         for part in self.parts:
@@ -388,7 +359,7 @@ class InverseAutoregressiveFlowStack(_Flow):
         return shape
 
 
-class ConditionalInverseAutoregressiveFlow(ConditionalTransformModule):
+class ConditionalInverseAutoregressiveFlow(_OnNetwork, ConditionalTransformModule):
     r"""A flow that waits for a context: ``flow.condition(context)`` is the flow.
 
     The context feeds every layer of the network and carries batch shape: with one of shape
@@ -432,16 +403,7 @@ class ConditionalInverseAutoregressiveFlow(ConditionalTransformModule):
                 "ConditionalInverseAutoregressiveFlow expects a network with a context; got one "
                 "with context_dim=0. Give it a context_dim, or use InverseAutoregressiveFlow."
             )
-        _check_network(network)
-        self.network = network
-        self.input_dim = len(_order(network))
-        self.gated = gated
-        self.gate_bias = gate_bias
-
-    @property
-    def order(self) -> Tensor:
-        """The order of the coordinates: ``order[k]`` comes k-th."""
-        return _order(self.network)
+        self._adopt(network, gated, gate_bias)
 
     def condition(self, context: Tensor) -> InverseAutoregressiveFlow:
         """The flow at this context, with the same parameters."""
@@ -450,8 +412,6 @@ class ConditionalInverseAutoregressiveFlow(ConditionalTransformModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         raise _missing_context()
-
-    extra_repr = InverseAutoregressiveFlow.extra_repr
 
 
 class ConditionalInverseAutoregressiveFlowStack(ConditionalTransformModule):
@@ -588,27 +548,6 @@ def _networks(
         )
         order = network.order.flip(0)
         yield network
-
-
-def _order(network: Any) -> Tensor:
-    order = getattr(network, "order", None)
-    return getattr(network, "permutation", None) if order is None else order  # type: ignore[return-value]
-
-
-def _check_network(network: Any) -> None:
-    if not callable(network) or not isinstance(_order(network), Tensor):
-        raise ValueError(
-            "A flow expects an autoregressive network: a callable with an `order`, or a "
-            "`permutation`, that says which coordinate comes when; got "
-            f"{type(network).__name__}. MaskedAutoregressiveNetwork and pyro.nn.AutoRegressiveNN "
-            "are such."
-        )
-    num_params = getattr(network, "num_params", 2)
-    if num_params != 2:
-        raise ValueError(
-            "A flow expects a network with num_params=2, a shift and a log-scale; got "
-            f"{num_params}."
-        )
 
 
 def _check_parts(parts: Sequence[Any], kind: type) -> None:
