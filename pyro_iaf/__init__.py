@@ -6,15 +6,17 @@ r"""Inverse autoregressive flows for Pyro.
 Noise ``x`` to latent ``y`` in one network pass; the density of what was drawn comes for free.
 """
 
+from .conditional import (
+    ConditionalInverseAutoregressiveFlow,
+    ConditionalInverseAutoregressiveFlowStack,
+    conditional_inverse_autoregressive_flow,
+)
 from .distributions import DiagonalNormal
 from .networks import MaskedAutoregressiveNetwork
 from .registration import register
 from .transforms import (
-    ConditionalInverseAutoregressiveFlow,
-    ConditionalInverseAutoregressiveFlowStack,
     InverseAutoregressiveFlow,
     InverseAutoregressiveFlowStack,
-    conditional_inverse_autoregressive_flow,
     inverse_autoregressive_flow,
 )
 

@@ -10,8 +10,10 @@ log-density. Everything costs O(D).
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from pyro.distributions import constraints
@@ -86,7 +88,7 @@ class DiagonalNormal(TorchDistribution):
         if not isinstance(scale, Tensor) or loc.shape != scale.shape:
             try:
                 loc, scale = broadcast_all(loc, scale)
-            except RuntimeError as error:
+            except (RuntimeError, ValueError) as error:
                 raise ValueError(
                     "DiagonalNormal expects loc and scale to broadcast to batch_shape + (D,); got "
                     f"loc {_described(loc)} and scale {_described(scale)}."
@@ -289,12 +291,28 @@ def _half_quadratic(loc: Tensor, variance: Tensor, q: DiagonalNormal) -> Tensor:
     return 0.5 * (quadratic - 1).sum(-1) + q.scale.log().sum(-1)
 
 
+def _on_one_space(divergence: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]:
+    @functools.wraps(divergence)
+    def checked(p: Distribution, q: Distribution) -> Tensor:
+        if p.event_shape != q.event_shape:
+            raise ValueError(
+                "KL(p | q) is between distributions over the same vectors; got event shapes "
+                f"{tuple(p.event_shape)} and {tuple(q.event_shape)}."
+            )
+        return divergence(p, q)
+
+    return checked
+
+
 KL_DIVERGENCES = {
-    (DiagonalNormal, DiagonalNormal): _kl_diagonal_diagonal,
-    (DiagonalNormal, MultivariateNormal): _kl_diagonal_multivariate,
-    (MultivariateNormal, DiagonalNormal): _kl_multivariate_diagonal,
-    (DiagonalNormal, LowRankMultivariateNormal): _kl_diagonal_low_rank,
-    (LowRankMultivariateNormal, DiagonalNormal): _kl_low_rank_diagonal,
-    (DiagonalNormal, Independent): _kl_diagonal_independent,
-    (Independent, DiagonalNormal): _kl_independent_diagonal,
+    pair: _on_one_space(divergence)
+    for pair, divergence in [
+        ((DiagonalNormal, DiagonalNormal), _kl_diagonal_diagonal),
+        ((DiagonalNormal, MultivariateNormal), _kl_diagonal_multivariate),
+        ((MultivariateNormal, DiagonalNormal), _kl_multivariate_diagonal),
+        ((DiagonalNormal, LowRankMultivariateNormal), _kl_diagonal_low_rank),
+        ((LowRankMultivariateNormal, DiagonalNormal), _kl_low_rank_diagonal),
+        ((DiagonalNormal, Independent), _kl_diagonal_independent),
+        ((Independent, DiagonalNormal), _kl_independent_diagonal),
+    ]
 }

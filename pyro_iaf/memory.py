@@ -15,11 +15,15 @@ from __future__ import annotations
 
 import functools
 import operator
+import weakref
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
+
+from .inversion import runs_eagerly
 
 _optimizer_steps = 0
 
@@ -30,48 +34,61 @@ def count_optimizer_step(*_: object) -> None:
     _optimizer_steps += 1
 
 
-class Pass:
-    """One pass of a flow: the tensor at its other end, and the flow's log-determinant."""
+class Watched(NamedTuple):
+    """What a pass depends on besides its ends."""
 
-    __slots__ = ("_gradients", "_sources", "_steps", "_tensors", "_versions", "log_det", "partner")
+    tensors: list[Tensor]  # compared by identity, version and address
+    objects: list[object]  # modules and partial functions, compared by identity
+    settings: list[object]  # compared by value
+
+
+class Pass:
+    """One pass of a flow: the tensor at its other end, and the flow's log-scale there.
+
+    The log-scale is kept, and not the log-determinant, so that everybody gets a sum of their own.
+    """
 
     def __init__(
-        self,
-        sources: Sequence[object],
-        tensors: list[Tensor],
-        made: Tensor,
-        partner: Tensor,
-        log_det: Tensor,
+        self, watched: Watched, made: Tensor, partner: Tensor, given: Tensor, log_scale: Tensor
     ) -> None:
-        self.partner, self.log_det = partner, log_det
-        self._sources, self._tensors, self._steps = sources, tensors, _optimizer_steps
-        self._versions = _versions([*tensors, partner, made])
-        self._gradients = self._wanted(made)
+        self.partner = partner
+        self.given = given  # the partner before the context widened its batch shape
+        self._log_scale = log_scale
+        self._tensors, self._settings = watched.tensors, watched.settings
+        # Weakly, as a module may well hold what its flow made. Those alive have their ids for good.
+        self._objects = [weakref.ref(thing) for thing in watched.objects]
+        self._ids = [id(thing) for thing in watched.objects]
+        self._steps = _optimizer_steps
+        tensors = [*watched.tensors, partner, made]
+        self._versions = _versions(tensors)
+        self._storages = _storages(tensors)  # while they are held, their addresses stay theirs
+        self._graph = _graph(tensors) if torch.is_grad_enabled() else None
 
     def is_fresh(self, sources: Sequence[object], made: Tensor) -> bool:
         """Whether a pass from these sources would make the same tensor now."""
-        if self._steps != _optimizer_steps or not _same(self._sources, sources):
+        if self._steps != _optimizer_steps:
             return False
-        tensors = _tensors(sources)
+        now = _watch(sources)
         return (
-            tensors is not None
-            and _same(self._tensors, tensors)
-            and self._versions == _versions([*tensors, self.partner, made])
+            now is not None
+            and self._settings == now.settings
+            and self._ids == [id(thing) for thing in now.objects]
+            and all(reference() is not None for reference in self._objects)
+            and len(self._tensors) == len(now.tensors)
+            and all(map(operator.is_, self._tensors, now.tensors))
+            and self._versions == _versions([*now.tensors, self.partner, made])
         )
 
     def has_enough_graph(self, made: Tensor) -> bool:
         """Whether all the gradients that are wanted now are there."""
-        wanted = self._wanted(made)
-        return wanted is None or not any(wanted) or wanted == self._gradients
+        tensors = [*self._tensors, self.partner, made]
+        if not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
+            return True
+        return self._graph == _graph(tensors)
 
-    def wanted_log_det(self) -> Tensor:
-        """The log-determinant, with a graph where gradients are on."""
-        return self.log_det if torch.is_grad_enabled() else self.log_det.detach()
-
-    def _wanted(self, made: Tensor) -> list[bool] | None:
-        if not torch.is_grad_enabled():
-            return None
-        return [tensor.requires_grad for tensor in (*self._tensors, self.partner, made)]
+    def log_det(self) -> Tensor:
+        """The flow's log-determinant, from noise to value."""
+        return self._log_scale.sum(-1)
 
 
 _forward = WeakIdKeyDictionary()  # value: the pass that made it of its noise
@@ -80,48 +97,53 @@ _twins = WeakIdKeyDictionary()  # noise of a backward pass: the tensor that it i
 _values = WeakIdKeyDictionary()  # noise that an inverse has returned: its value, weakly
 
 
-def keep(sources: Sequence[object], x: Tensor, y: Tensor, log_det: Tensor) -> None:
+def keep(sources: Sequence[object], x: Tensor, y: Tensor, log_scale: Tensor, given: Tensor) -> None:
     """Remembers that a flow made ``y`` of ``x``, if all that this depends on can be watched."""
-    _keep(_forward, sources, y, x, log_det)
+    _keep(_forward, sources, y, x, given, log_scale)
 
 
 def keep_gradient(
-    sources: Sequence[object], x: Tensor, y: Tensor, log_det: Tensor, twin: Tensor
+    sources: Sequence[object], x: Tensor, y: Tensor, log_scale: Tensor, twin: Tensor
 ) -> None:
     """Remembers ``x``, the inverse of ``y`` with a graph; its twin is the noise without one."""
-    _keep(_backward, sources, x, y, log_det)
+    _keep(_backward, sources, x, y, y, log_scale)
     _twins[x] = twin
 
 
 def pass_to(sources: Sequence[object], y: Tensor) -> Pass | None:
     """The pass in which a flow made ``y``, if all its gradients are there."""
-    if torch.compiler.is_compiling():
-        return None
-    known = _recall(_forward, sources, y)
-    return known if known is not None and known.has_enough_graph(y) else None
+    return _recall(_forward, sources, y, graph=True)
 
 
-def noise_of(sources: Sequence[object], y: Tensor) -> Tensor | None:
-    """The noise that a flow made ``y`` of, or something equal to ``y``; gradients may lack."""
-    if torch.compiler.is_compiling():
-        return None
-    known = _recall(_forward, sources, y) or _recall(_forward, sources, _twins.get(y))
-    return None if known is None else known.partner
+def pass_back(sources: Sequence[object], x: Tensor) -> Pass | None:
+    """The pass that gave ``x``, an inverse, its gradient, if all its gradients are there."""
+    return _recall(_backward, sources, x, graph=True)
 
 
 def pass_between(sources: Sequence[object], x: Tensor, y: Tensor) -> Pass | None:
     """The pass from ``x`` to ``y``, or back, if all its gradients are there."""
-    if torch.compiler.is_compiling():
+    known = pass_to(sources, y)
+    if known is not None and (known.partner is x or known.given is x):
+        return known
+    known = pass_back(sources, x)
+    return known if known is not None and known.partner is y else None
+
+
+def noise_of(sources: Sequence[object], y: Tensor) -> Tensor | None:
+    """The noise that a flow made ``y`` of, or something equal to ``y``; gradients may lack.
+
+    They are given to it with a hook, which plain autograd alone would run.
+    """
+    if not runs_eagerly():
         return None
-    for passes, made, partner in ((_forward, y, x), (_backward, x, y)):
-        known = _recall(passes, sources, made)
-        if known is not None and known.partner is partner and known.has_enough_graph(made):
-            return known
-    return None
+    known = _recall(_forward, sources, y, graph=False)
+    if known is None and y in _twins and y._version == 0:
+        known = _recall(_forward, sources, _twins[y], graph=False)
+    return None if known is None else known.partner
 
 
 def expect(x: Tensor, y: Tensor) -> None:
-    """Notes that an inverse returns ``x`` for ``y``, so that its flow can return ``y`` for ``x``.
+    """Notes that an inverse returns ``x``, the noise of ``y``, so its flow can return ``y`` for it.
 
     Between an inverse and the log-determinant ``ComposeTransform`` asks its parts for the values in
     between once more, and knows them again by their identity only. The note holds until the
@@ -143,7 +165,8 @@ def expected(sources: Sequence[object], x: Tensor) -> Tensor | None:
     y: Tensor | None = None if reference is None else reference()
     if y is None or (y.requires_grad and not torch.is_grad_enabled()):
         return None
-    return None if pass_between(sources, x, y) is None else y
+    known = pass_to(sources, y)
+    return y if known is not None and known.partner is x else None
 
 
 def _keep(
@@ -151,55 +174,74 @@ def _keep(
     sources: Sequence[object],
     made: Tensor,
     partner: Tensor,
-    log_det: Tensor,
+    given: Tensor,
+    log_scale: Tensor,
 ) -> None:
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return
-    tensors = _tensors(sources)
+    watched = _watch(sources)
     # Tensors from inference mode have no version.
-    if tensors is not None and not any(t.is_inference() for t in (*tensors, partner)):
-        passes[made] = Pass(sources, tensors, made, partner, log_det)
+    if watched is not None and not any(t.is_inference() for t in (*watched.tensors, partner)):
+        passes[made] = Pass(watched, made, partner, given, log_scale)
 
 
 def _recall(
-    passes: WeakIdKeyDictionary, sources: Sequence[object], made: Tensor | None
+    passes: WeakIdKeyDictionary, sources: Sequence[object], made: Tensor, graph: bool
 ) -> Pass | None:
-    if made is None:
+    if torch.compiler.is_compiling():
         return None
     known: Pass | None = passes.get(made)
-    return known if known is not None and known.is_fresh(sources, made) else None
+    if known is None or not known.is_fresh(sources, made):
+        return None
+    return known if not graph or known.has_enough_graph(made) else None
 
 
-def _tensors(sources: Sequence[object]) -> list[Tensor] | None:
-    """All tensors in the sources; None where there is something that can't be watched."""
+def _watch(sources: Sequence[object]) -> Watched | None:
+    """What there is to watch in the sources; None where something can't be watched."""
     tensors: list[Tensor | None] = []
+    objects: list[object] = []
+    settings: list[object] = []
     queue = list(sources)
     for source in queue:  # it grows as we go: several times faster than module.parameters()
         if isinstance(source, nn.Module):
             state = source.__dict__
-            if state.get("_pyro_samples"):
-                return None  # weights with a prior are drawn anew, past every version
+            if state.get("_pyro_samples") or state.get("_pyro_params"):
+                return None  # Pyro sets these anew, past every version
+            objects.append(source)
             tensors += state["_parameters"].values()
             tensors += state["_buffers"].values()
             queue += state["_modules"].values()
+            settings.append(state["training"])
         elif source is None or isinstance(source, bool | float):
-            continue
+            settings.append(source)
         elif isinstance(source, Tensor):
             tensors.append(source)
         elif isinstance(source, functools.partial):
+            objects.append(source)
             queue += [source.func, *source.args, *source.keywords.values()]
         elif callable(source):
             return None  # who knows what it closes over
-    return [tensor for tensor in tensors if tensor is not None]
-
-
-def _same(these: Sequence[object], those: Sequence[object]) -> bool:
-    return len(these) == len(those) and all(map(operator.is_, these, those))
+    return Watched([tensor for tensor in tensors if tensor is not None], objects, settings)
 
 
 def _versions(tensors: list[Tensor]) -> list[int]:
     versions = [tensor._version for tensor in tensors]
+    if torch._C._len_torch_dispatch_stack():
+        return versions  # a tracer's tensors have no address
     try:
         return versions + [tensor.data_ptr() for tensor in tensors]
     except RuntimeError:
-        return versions  # the tensors of tracers and of torch.func have no address
+        return versions  # nor have those of torch.func
+
+
+def _storages(tensors: list[Tensor]) -> list[object]:
+    try:
+        return [tensor.untyped_storage() for tensor in tensors]
+    except RuntimeError:
+        return []  # those of torch.func have no storage either
+
+
+def _graph(tensors: list[Tensor]) -> list[object]:
+    """Who wants gradients, and where they go. A node does not hold the tensor it made."""
+    flags: list[object] = [tensor.requires_grad for tensor in tensors]
+    return flags + [tensor.grad_fn for tensor in tensors]

@@ -12,7 +12,7 @@ so the Jacobian of every output is strictly triangular in the order, with exact 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from numbers import Integral
 from typing import Any
@@ -92,12 +92,12 @@ class MaskedAutoregressiveNetwork(nn.Module):
         activation: str | nn.Module = "elu",
     ) -> None:
         super().__init__()
-        self.input_dim = _size("input_dim", input_dim)
+        self.input_dim = check_size("input_dim", input_dim)
         self.hidden_dims = _widths(hidden_dims, input_dim)
-        self.context_dim = _size("context_dim", context_dim, smallest=0)
-        self.num_params = _size("num_params", num_params)
+        self.context_dim = check_size("context_dim", context_dim, smallest=0)
+        self.num_params = check_size("num_params", num_params)
         self.activation = _activation(activation)
-        self.register_buffer("order", _permutation(order, input_dim))
+        self.register_buffer("order", torch.tensor(check_order(order, self.input_dim)))
 
         widths = [input_dim, *self.hidden_dims]
         layers = [_MaskedLinear(before, after) for before, after in pairwise(widths)]
@@ -108,6 +108,7 @@ class MaskedAutoregressiveNetwork(nn.Module):
             self.context_layer = _MaskedLinear(context_dim, num_units, bias=False)
         self._build_masks()
         self.reset_parameters()
+        self.register_load_state_dict_post_hook(_rebuild_masks)  # for another order, or device
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, ...]:
         """Returns ``num_params`` tensors, each of shape ``batch_shape + (D,)``.
@@ -140,11 +141,11 @@ class MaskedAutoregressiveNetwork(nn.Module):
         for layer in self.hidden:
             nn.init.normal_(layer.weight)
             nn.init.uniform_(layer.bias, -1, 1)
-        nn.init.normal_(self.output.weight, std=1e-4)
+        nn.init.normal_(self.output.weight, std=3e-5)
         nn.init.zeros_(self.output.bias)
         if self.context_dim:
             nn.init.normal_(self.context_layer.weight)
-            nn.init.normal_(self.context_layer.weight[-self.output.out_features :], std=1e-4)
+            nn.init.normal_(self.context_layer.weight[-self.output.out_features :], std=3e-5)
 
     def hidden_degrees(self) -> list[Tensor]:
         """The degree of each unit of each hidden layer, in ascending order.
@@ -174,12 +175,6 @@ class MaskedAutoregressiveNetwork(nn.Module):
             hidden = _factor(features.new_tensor(self.context_dim)).expand(sum(self.hidden_dims))
             factors = torch.cat([hidden, factor.expand(len(outputs))])
             self.context_layer.set_mask(factors[:, None].expand(-1, self.context_dim))
-
-    def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._build_masks()  # the order may be another one now
 
     def _check(self, x: Tensor, context: Tensor | None) -> None:
         if x.dim() == 0 or x.shape[-1] != self.input_dim:
@@ -225,6 +220,10 @@ def _factor(num_inputs: Tensor) -> Tensor:
     return torch.exp2(torch.round(-0.5 * torch.log2(num_inputs.clamp(min=1))))
 
 
+def _rebuild_masks(network: MaskedAutoregressiveNetwork, _: object) -> None:
+    network._build_masks()
+
+
 class _MaskedLinear(nn.Linear):
     """A linear layer whose weights count as much as its mask says: not at all where it is 0."""
 
@@ -256,6 +255,9 @@ def check_network(network: Any) -> None:
             f"{type(network).__name__}. MaskedAutoregressiveNetwork and pyro.nn.AutoRegressiveNN "
             "are such."
         )
+    if not isinstance(network, MaskedAutoregressiveNetwork):  # which has checked its own
+        order = order_of(network)
+        check_order(order, len(order))
     num_params = getattr(network, "num_params", 2)
     if num_params != 2:
         raise ValueError(
@@ -275,7 +277,8 @@ def check_context(context: Tensor, context_dim: int | None) -> None:
     )
 
 
-def _size(name: str, value: object, smallest: int = 1) -> int:
+def check_size(name: str, value: object, smallest: int = 1) -> int:
+    """The value as an int, or a ValueError that names what it is of."""
     if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < smallest:
         raise ValueError(f"{name} should be an int of at least {smallest}; got {value!r}.")
     return int(value)
@@ -284,25 +287,27 @@ def _size(name: str, value: object, smallest: int = 1) -> int:
 def _widths(hidden_dims: int | Sequence[int] | None, input_dim: int) -> list[int]:
     if hidden_dims is None:
         return 2 * [max(64, 2 * input_dim)]
-    widths = list(hidden_dims) if isinstance(hidden_dims, Sequence) else [hidden_dims]
+    widths = list(hidden_dims) if isinstance(hidden_dims, Iterable) else [hidden_dims]
     if not widths:
         raise ValueError(
             "hidden_dims should be an int, or a list of one int for each hidden layer; got an "
             "empty list. None gives two layers of max(64, 2 * input_dim)."
         )
-    return [_size(f"hidden_dims[{i}]", width) for i, width in enumerate(widths)]
+    return [check_size(f"hidden_dims[{i}]", width) for i, width in enumerate(widths)]
 
 
-def _permutation(order: Sequence[int] | Tensor | None, input_dim: int) -> Tensor:
+def check_order(order: Sequence[int] | Tensor | None, input_dim: int) -> list[int]:
+    """The order as a list, or a ValueError if it is no permutation."""
     if order is None:
-        return torch.arange(input_dim)
-    given = order.tolist() if isinstance(order, Tensor) else list(order)
-    if sorted(given) != list(range(input_dim)):
+        return list(range(input_dim))
+    given = order.tolist() if isinstance(order, Tensor) else order
+    as_list = list(given) if isinstance(given, Iterable) else []
+    if len(as_list) != input_dim or set(as_list) != set(range(input_dim)):
         raise ValueError(
             f"order should be a permutation of 0, ..., {input_dim - 1}, where order[k] is the "
             f"coordinate that comes k-th; got {given}."
         )
-    return torch.tensor(given, dtype=torch.long)
+    return as_list
 
 
 def _activation(activation: str | nn.Module) -> nn.Module:

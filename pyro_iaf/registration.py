@@ -13,12 +13,17 @@ import pyro.distributions.transforms
 from torch.distributions.kl import register_kl
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from . import distributions, memory, transforms
+from . import conditional, distributions, memory, transforms
 
 __all__ = ["register"]
 
-NAMES = [(pyro.distributions, distributions.DiagonalNormal)] + [
-    (pyro.distributions.transforms, getattr(transforms, name)) for name in transforms.__all__
+NAMES = [
+    (pyro.distributions, distributions.DiagonalNormal),
+    *(
+        (pyro.distributions.transforms, getattr(module, name))
+        for module in (transforms, conditional)
+        for name in module.__all__
+    ),
 ]
 
 _counts_steps = False

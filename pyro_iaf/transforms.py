@@ -13,28 +13,25 @@ no pass at all; the inverse is there for values from elsewhere.
 
 from __future__ import annotations
 
+import copy
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from pyro.distributions import constraints
-from pyro.distributions.conditional import ConditionalTransformModule
 from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor, nn
 from torch.nn import functional
 
 from . import memory
-from .inversion import attach_gradient, check_round_trip, invert
-from .networks import MaskedAutoregressiveNetwork, check_context, check_network, order_of
+from .inversion import attach_gradient, check_round_trip, invert, runs_eagerly
+from .networks import MaskedAutoregressiveNetwork, check_network, check_order, check_size, order_of
 
 __all__ = [
-    "ConditionalInverseAutoregressiveFlow",
-    "ConditionalInverseAutoregressiveFlowStack",
     "InverseAutoregressiveFlow",
     "InverseAutoregressiveFlowStack",
-    "conditional_inverse_autoregressive_flow",
     "inverse_autoregressive_flow",
 ]
 
@@ -42,7 +39,7 @@ __all__ = [
 LOG_SCALE_BOUND = 10.0
 
 
-class _Flow(TransformModule):
+class Flow(TransformModule):
     """A bijection on vectors that is a module, and so is its inverse."""
 
     domain = constraints.real_vector
@@ -67,7 +64,7 @@ class _Flow(TransformModule):
         return self.forward_shape(shape)
 
     @property
-    def inv(self) -> _Flow:
+    def inv(self) -> Flow:
         """The inverse, a module with the same parameters; ``flow.inv.inv is flow``."""
         # Held weakly: a cycle would keep a conditioned flow, and its context's graph, until gc.
         inverse = None if self._inverse_flow is None else self._inverse_flow()
@@ -76,24 +73,27 @@ class _Flow(TransformModule):
             self._inverse_flow = weakref.ref(inverse)
         return inverse
 
-    def with_cache(self, cache_size: int = 1) -> _Flow:
+    def with_cache(self, cache_size: int = 1) -> Flow:
         return self  # every pass is remembered as it is
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_inverse_flow": None}
 
     def __repr__(self) -> str:
         return nn.Module.__repr__(self)
 
 
-class _InverseFlow(_Flow):
+class _InverseFlow(Flow):
     """A flow walked backwards; its input is the flow's output."""
 
-    flow: _Flow
+    flow: Flow
 
-    def __init__(self, flow: _Flow) -> None:
+    def __init__(self, flow: Flow) -> None:
         super().__init__()
         self._modules["flow"] = flow  # half the price of an assignment, at every log_prob
 
     @property
-    def inv(self) -> _Flow:
+    def inv(self) -> Flow:
         self.flow._inverse_flow = weakref.ref(self)  # a copy has yet to be told
         return self.flow
 
@@ -113,15 +113,15 @@ class _InverseFlow(_Flow):
         return self.flow.forward_shape(shape)
 
 
-class _OnNetwork:
+class OnNetwork:
     """What a flow and its conditional twin share: a network, and how it is read."""
 
     def _adopt(self, network: Callable[..., Any], gated: bool, gate_bias: float) -> None:
         check_network(network)
         self.network = network
         self.input_dim = len(order_of(network))
-        self.gated = gated
-        self.gate_bias = gate_bias
+        self.gated = bool(gated)
+        self.gate_bias = float(gate_bias)
 
     @property
     def order(self) -> Tensor:
@@ -132,7 +132,7 @@ class _OnNetwork:
         return f"gated=True, gate_bias={self.gate_bias}" if self.gated else ""
 
 
-class InverseAutoregressiveFlow(_OnNetwork, _Flow):
+class InverseAutoregressiveFlow(OnNetwork, Flow):
     r"""One layer of inverse autoregressive flow, affine or gated.
 
     Affine, with a network that returns :math:`m` and :math:`s`:
@@ -195,6 +195,10 @@ class InverseAutoregressiveFlow(_OnNetwork, _Flow):
 
     def __call__(self, x: Tensor) -> Tensor:
         """Carries noise to a latent, in one network pass."""
+        if not isinstance(x, Tensor):
+            raise ValueError(
+                f"A flow acts on tensors; got {type(x).__name__}. Use torch.tensor(...)."
+            )
         y = memory.expected(self._sources, x)
         return self._pass(x)[0] if y is None else y
 
@@ -204,15 +208,18 @@ class InverseAutoregressiveFlow(_OnNetwork, _Flow):
     def _walk_back(self, y: Tensor) -> tuple[Tensor, bool]:
         """The noise of ``y``, and whether it was remembered."""
         known = memory.pass_to(self._sources, y)
-        noise = memory.noise_of(self._sources, y) if known is None else known.partner
+        if known is not None:
+            memory.expect(known.partner, y)
+            return known.partner, True
+        noise = memory.noise_of(self._sources, y)
         if noise is None:
             y = y.expand(self.inverse_shape(y.shape))
             return invert(self._coefficients, y, self.order), False
-        x = noise
-        if known is None:  # what the noise lacks is its dependence on y and on the parameters
-            x, log_det = attach_gradient(self._coefficients, noise, y)
-            memory.keep_gradient(self._sources, x, y, log_det, noise)
-        memory.expect(x, y)
+        if not torch.is_grad_enabled():
+            return noise, True
+        # The noise is known. What it lacks is its dependence on y and on the parameters.
+        x, log_scale = attach_gradient(self._coefficients, noise, y)
+        memory.keep_gradient(self._sources, x, y, log_scale, noise)
         return x, True
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
@@ -221,21 +228,22 @@ class InverseAutoregressiveFlow(_OnNetwork, _Flow):
         Free where the flow made ``y`` from ``x``; one network pass otherwise, from ``x`` alone.
         """
         memory.settle(x)
+        self.forward_shape(y.shape)
         known = memory.pass_between(self._sources, x, y)
-        return self._pass(x)[1] if known is None else known.wanted_log_det()
+        return self._pass(x)[1].sum(-1) if known is None else known.log_det()
 
     @property
     def _sources(self) -> tuple[object, ...]:
         return self.network, self.context, self.gated, self.gate_bias
 
     def _pass(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The value that ``x`` becomes, and the log-scale of each coordinate."""
         shape = self.forward_shape(x.shape)
-        x = x if x.shape == shape else x.expand(shape)  # the very tensor where it can be
-        shift, log_scale = self._coefficients(x)
-        y = torch.addcmul(shift, log_scale.exp(), x)
-        log_det = log_scale.sum(-1)
-        memory.keep(self._sources, x, y, log_det)
-        return y, log_det
+        wide = x if x.shape == shape else x.expand(shape)  # the very tensor where it can be
+        shift, log_scale = self._coefficients(wide)
+        y = torch.addcmul(shift, log_scale.exp(), wide)
+        memory.keep(self._sources, wide, y, log_scale.expand_as(y), x)
+        return y, log_scale.expand_as(y)
 
     def _coefficients(self, x: Tensor) -> tuple[Tensor, Tensor]:
         context = {} if self.context is None else {"context": self.context}
@@ -246,6 +254,11 @@ class InverseAutoregressiveFlow(_OnNetwork, _Flow):
                 f"{type(out).__name__}. MaskedAutoregressiveNetwork(..., num_params=2) does."
             )
         shift, log_scale = out
+        if shift.shape[-1] != self.input_dim or log_scale.shape[-1] != self.input_dim:
+            raise ValueError(
+                f"The network should return a shift and a log-scale for {self.input_dim} "
+                f"coordinates; got shapes {tuple(shift.shape)} and {tuple(log_scale.shape)}."
+            )
         log_scale = LOG_SCALE_BOUND * torch.tanh(log_scale / LOG_SCALE_BOUND)
         if not self.gated:
             return shift, log_scale
@@ -270,21 +283,7 @@ class InverseAutoregressiveFlow(_OnNetwork, _Flow):
             ) from error
 
 
-class _ConditionedFlow(InverseAutoregressiveFlow):
-    """A conditional flow that has its context."""
-
-    def __init__(self, flow: ConditionalInverseAutoregressiveFlow, context: Tensor) -> None:
-        _Flow.__init__(self)
-        self._adopt(flow.network, flow.gated, flow.gate_bias)
-        # Past Module.__setattr__: a context that is a Parameter belongs to whoever made it.
-        self.__dict__["context"] = context
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__()
-        return {**state, "context": state["context"].detach()}  # a graph can't be copied
-
-
-class InverseAutoregressiveFlowStack(_Flow):
+class InverseAutoregressiveFlowStack(Flow):
     """Several flows, one after the other; the first acts on the noise.
 
     The log-determinant, in nats and of shape ``batch_shape``, is the sum of theirs. For a value
@@ -312,7 +311,7 @@ class InverseAutoregressiveFlowStack(_Flow):
 
     def __init__(self, parts: Sequence[InverseAutoregressiveFlow]) -> None:
         super().__init__()
-        _check_parts(parts, InverseAutoregressiveFlow)
+        check_parts(parts, InverseAutoregressiveFlow)
         self.parts = nn.ModuleList(parts)  # type: ignore[assignment]
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -325,7 +324,7 @@ class InverseAutoregressiveFlowStack(_Flow):
         for part in reversed(self.parts):
             x, known = part._walk_back(x)
             remembered = remembered and known
-        if not remembered and not torch.compiler.is_compiling():
+        if not remembered and runs_eagerly():
             with torch.no_grad():
                 check_round_trip(self(x.detach()), y)
         return x
@@ -342,111 +341,28 @@ class InverseAutoregressiveFlowStack(_Flow):
         return functools.reduce(torch.add, terms)
 
     def _remembered(self, x: Tensor, y: Tensor) -> list[Tensor] | None:
-        """The parts' log-determinants on the way back from ``y``, if it leads to ``x``."""
-        terms, value = [], y
-        for part in reversed(self.parts):
-            known = memory.pass_to(part._sources, value)
-            if known is None:
-                return None
-            value = known.partner
-            memory.settle(value)
-            terms.append(known.wanted_log_det())
-        return terms if value is x else None
+        """The parts' log-determinants on the way between ``x`` and ``y``, if remembered."""
+        parts = list(self.parts)
+        for recall, order, start, end in (
+            (memory.pass_to, parts[::-1], y, x),
+            (memory.pass_back, parts, x, y),
+        ):
+            value, given, terms = start, start, []
+            for part in order:
+                known = recall(part._sources, value)
+                if known is None:
+                    break
+                value, given = known.partner, known.given
+                memory.settle(value)
+                terms.append(known.log_det())
+            if len(terms) == len(parts) and (value is end or given is end):
+                return terms
+        return None
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
         for part in self.parts:
             shape = part.forward_shape(shape)
         return shape
-
-
-class ConditionalInverseAutoregressiveFlow(_OnNetwork, ConditionalTransformModule):
-    r"""A flow that waits for a context: ``flow.condition(context)`` is the flow.
-
-    The context feeds every layer of the network and carries batch shape: with one of shape
-    ``(B, C)``, the conditioned flow makes ``batch_shape (B,)``, and row b of its values depends on
-    row b of the context alone. Shapes ``(C,)`` and ``(P, B, C)`` broadcast likewise.
-
-    Args:
-        network: As for :class:`~pyro_iaf.InverseAutoregressiveFlow`, called as
-            ``network(x, context=context)``; a
-            :class:`~pyro_iaf.MaskedAutoregressiveNetwork` with a ``context_dim``, or
-            ``pyro.nn.ConditionalAutoRegressiveNN``.
-        gated: Whether to gate instead of shift and scale.
-        gate_bias: Added to the gate.
-
-    Raises:
-        ValueError: If the network has no order or takes no context; from ``condition``, if the
-            context doesn't end in ``context_dim`` features.
-
-    References:
-        Kingma et al. (2016), https://arxiv.org/abs/1606.04934
-
-    Example:
-        >>> network = MaskedAutoregressiveNetwork(3, [16], context_dim=2)
-        >>> flow = ConditionalInverseAutoregressiveFlow(network)
-        >>> base = DiagonalNormal(torch.zeros(3), torch.ones(3))
-        >>> posterior = dist.ConditionalTransformedDistribution(base, [flow])
-        >>> posterior.condition(torch.randn(5, 2)).batch_shape
-        torch.Size([5])
-    """
-
-    domain = constraints.real_vector
-    codomain = constraints.real_vector
-    bijective = True
-
-    def __init__(
-        self, network: Callable[..., Any], *, gated: bool = False, gate_bias: float = 2.0
-    ) -> None:
-        super().__init__()
-        if getattr(network, "context_dim", None) == 0:
-            raise ValueError(
-                "ConditionalInverseAutoregressiveFlow expects a network with a context; got one "
-                "with context_dim=0. Give it a context_dim, or use InverseAutoregressiveFlow."
-            )
-        self._adopt(network, gated, gate_bias)
-
-    def condition(self, context: Tensor) -> InverseAutoregressiveFlow:
-        """The flow at this context, with the same parameters."""
-        check_context(context, getattr(self.network, "context_dim", None))
-        return _ConditionedFlow(self, context)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        raise _missing_context()
-
-
-class ConditionalInverseAutoregressiveFlowStack(ConditionalTransformModule):
-    """Several conditional flows, one after the other, that share a context.
-
-    Args:
-        parts: The flows, all of one ``input_dim``.
-
-    Raises:
-        ValueError: If there are no parts, or they are no conditional flows, or of several sizes.
-
-    Example:
-        >>> stack = conditional_inverse_autoregressive_flow(3, 2, num_flows=2)
-        >>> flow = stack.condition(torch.randn(5, 2))
-        >>> flow(torch.randn(3)).shape
-        torch.Size([5, 3])
-    """
-
-    domain = constraints.real_vector
-    codomain = constraints.real_vector
-    bijective = True
-
-    parts: Sequence[ConditionalInverseAutoregressiveFlow]
-
-    def __init__(self, parts: Sequence[ConditionalInverseAutoregressiveFlow]) -> None:
-        super().__init__()
-        _check_parts(parts, ConditionalInverseAutoregressiveFlow)
-        self.parts = nn.ModuleList(parts)  # type: ignore[assignment]
-
-    def condition(self, context: Tensor) -> InverseAutoregressiveFlowStack:
-        """The stack at this context, with the same parameters."""
-        return InverseAutoregressiveFlowStack([part.condition(context) for part in self.parts])
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        raise _missing_context()
 
 
 def inverse_autoregressive_flow(
@@ -484,55 +400,12 @@ def inverse_autoregressive_flow(
     """
     parts = [
         InverseAutoregressiveFlow(network, gated=gated, gate_bias=gate_bias)
-        for network in _networks(num_flows, input_dim, hidden_dims, 0, order, activation)
+        for network in fresh_networks(num_flows, input_dim, hidden_dims, 0, order, activation)
     ]
     return parts[0] if num_flows == 1 else InverseAutoregressiveFlowStack(parts)
 
 
-def conditional_inverse_autoregressive_flow(
-    input_dim: int,
-    context_dim: int,
-    hidden_dims: int | Sequence[int] | None = None,
-    *,
-    num_flows: int = 1,
-    gated: bool = False,
-    gate_bias: float = 2.0,
-    order: Sequence[int] | Tensor | None = None,
-    activation: str | nn.Module = "elu",
-) -> ConditionalInverseAutoregressiveFlow | ConditionalInverseAutoregressiveFlowStack:
-    """A conditional inverse autoregressive flow with its network, or a stack of them.
-
-    Args:
-        input_dim: Number of coordinates, D.
-        context_dim: Size of the context's last axis, C.
-        hidden_dims: This and all that follows as for :func:`inverse_autoregressive_flow`.
-        num_flows: How many flows.
-        gated: Whether to gate.
-        gate_bias: Added to the gate.
-        order: The order of the coordinates in the first flow.
-        activation: What follows each hidden layer.
-
-    Raises:
-        ValueError: If a size is not positive, or ``order`` is no permutation.
-
-    Example:
-        >>> flow = conditional_inverse_autoregressive_flow(10, context_dim=4)
-        >>> flow.condition(torch.randn(5, 4))(torch.randn(5, 10)).shape
-        torch.Size([5, 10])
-    """
-    if context_dim == 0:
-        raise ValueError(
-            "context_dim should be at least 1; got 0. Without a context, use "
-            "inverse_autoregressive_flow."
-        )
-    parts = [
-        ConditionalInverseAutoregressiveFlow(network, gated=gated, gate_bias=gate_bias)
-        for network in _networks(num_flows, input_dim, hidden_dims, context_dim, order, activation)
-    ]
-    return parts[0] if num_flows == 1 else ConditionalInverseAutoregressiveFlowStack(parts)
-
-
-def _networks(
+def fresh_networks(
     num_flows: int,
     input_dim: int,
     hidden_dims: int | Sequence[int] | None,
@@ -540,17 +413,22 @@ def _networks(
     order: Sequence[int] | Tensor | None,
     activation: str | nn.Module,
 ) -> Iterator[MaskedAutoregressiveNetwork]:
-    if isinstance(num_flows, bool) or not isinstance(num_flows, int) or num_flows < 1:
-        raise ValueError(f"num_flows should be an int of at least 1; got {num_flows!r}.")
-    for _ in range(num_flows):
-        network = MaskedAutoregressiveNetwork(
-            input_dim, hidden_dims, context_dim=context_dim, order=order, activation=activation
+    """A network for each flow of a stack, each with the order of the one before it reversed."""
+    order = check_order(order, check_size("input_dim", input_dim))
+    for _ in range(check_size("num_flows", num_flows)):
+        yield MaskedAutoregressiveNetwork(
+            input_dim,
+            hidden_dims,
+            context_dim=context_dim,
+            order=order,
+            activation=copy.deepcopy(activation),  # one for each, if it has parameters
         )
-        order = network.order.flip(0)
-        yield network
+        order = order[::-1]
 
 
-def _check_parts(parts: Sequence[Any], kind: type) -> None:
+def check_parts(parts: Sequence[Any], kind: type) -> None:
+    """Raises a ValueError unless a stack of this kind of flow can be made of the parts."""
+    parts = parts if isinstance(parts, Iterable) else [parts]
     strangers = [type(part).__name__ for part in parts if not isinstance(part, kind)]
     sizes = [] if strangers else [part.input_dim for part in parts]
     if strangers or len(set(sizes)) != 1:
@@ -559,7 +437,3 @@ def _check_parts(parts: Sequence[Any], kind: type) -> None:
             f"{', '.join(strangers) or f'input_dim {sizes}'}. For other transforms use "
             "pyro.distributions.transforms.ComposeTransformModule."
         )
-
-
-def _missing_context() -> ValueError:
-    return ValueError("A conditional flow waits for its context: flow.condition(context)(x).")

@@ -26,13 +26,18 @@ def base(request):
 
 
 def flows_by_hand(flow, noise):
-    """Equation 10 for each flow in turn; returns the value, and the sum of all log-scales."""
+    """Equation 10 (or 13 and 14) for each flow in turn: the value, and the sum of log-scales."""
     z, log_scales = noise, torch.zeros(noise.shape[:-1])
     for part in getattr(flow, "parts", [flow]):
-        loc, raw = part.network(z)
-        log_scale = 10 * torch.tanh(raw / 10)
-        z = loc + log_scale.exp() * z
-        log_scales = log_scales + sum(log_scale[..., i] for i in range(z.shape[-1]))
+        m, s = part.network(z)
+        s = 10 * torch.tanh(s / 10)
+        if part.gated:
+            sigma = 1 / (1 + (-s - part.gate_bias).exp())
+            z = sigma * z + (1 - sigma) * m
+        else:
+            sigma = s.exp()
+            z = sigma * z + m
+        log_scales = log_scales + sum(sigma[..., i].log() for i in range(z.shape[-1]))
     return z, log_scales
 
 
@@ -44,11 +49,12 @@ def density_by_hand(noise, log_scales):
     return total
 
 
+@pytest.mark.parametrize("kind", [{}, {"gated": True}, {"gated": True, "gate_bias": -1.0}])
 @pytest.mark.parametrize("num_flows", [1, 3])
 @pytest.mark.parametrize("D", [1, 2, 3, 10, 50])
 @pytest.mark.parametrize("batch_shape", [(), (5,), (3, 5)])
-def test_density_is_that_of_the_paper(base, D, batch_shape, num_flows):
-    flow = rough(inverse_autoregressive_flow(D, [16], num_flows=num_flows), 0.1)
+def test_density_is_that_of_the_paper(base, D, batch_shape, num_flows, kind):
+    flow = rough(inverse_autoregressive_flow(D, [16], num_flows=num_flows, **kind), 0.1)
     noise = torch.randn(*batch_shape, D)
     value, log_scales = flows_by_hand(flow, noise)
     expected = density_by_hand(noise, log_scales)

@@ -166,6 +166,12 @@ def test_divergence_from_other_independents_is_not_there():
         kl_divergence(ours, dist.Laplace(torch.zeros(3), torch.ones(3)).to_event(1))
 
 
+def test_divergence_between_other_spaces_is_refused():
+    one, four = (DiagonalNormal(torch.zeros(D), torch.ones(D)) for D in (1, 4))
+    with pytest.raises(ValueError, match=r"event shapes \(1,\) and \(4,\)"):
+        kl_divergence(one, four)
+
+
 def test_masked_divergences_are_zero_where_masked():
     ours, theirs = OTHERS["diagonal"](2, 3), OTHERS["independent"](2, 3)
     mask = torch.tensor([True, False])
@@ -251,6 +257,12 @@ def test_loc_has_to_be_a_vector(loc):
 def test_shapes_have_to_broadcast():
     with pytest.raises(ValueError, match=r"shape \(3,\) and scale a tensor of shape \(4,\)"):
         DiagonalNormal(torch.zeros(3), torch.ones(4))
+
+
+@pytest.mark.parametrize("scale", [None, [1.0, 1.0]])
+def test_a_scale_has_to_be_a_tensor_or_a_number(scale):
+    with pytest.raises(ValueError, match="expects loc and scale to broadcast"):
+        DiagonalNormal(torch.zeros(2), scale)
 
 
 def test_integers_are_refused():

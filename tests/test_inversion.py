@@ -39,6 +39,16 @@ def test_a_loss_of_precision_is_never_silent(num_flows, steepness):
         flow.inv(y)
 
 
+def test_a_stack_measures_what_its_parts_can_not():
+    flow = inverse_autoregressive_flow(2, [8], num_flows=2).float()
+    with torch.no_grad():
+        for sign, part in zip((1, -1), flow.parts, strict=True):
+            part.network.output.bias.copy_(torch.tensor([sign * 1e7, sign * 1e7, 0.0, 0.0]))
+    y = torch.randn(4, 2, dtype=torch.float32)
+    with pytest.warns(RuntimeWarning, match="comes back only"):  # a shift by 1e7 and back
+        flow.inv(y)
+
+
 def test_a_good_inverse_comes_without_a_warning(recwarn):
     flow = rough(inverse_autoregressive_flow(10, [16], num_flows=2), 0.1)
     for dtype in (torch.float32, torch.float64):
@@ -107,10 +117,28 @@ def test_the_implicit_gradient_passes_gradcheck():
 
         with torch.no_grad():
             known = invert(coefficients, y, flow.order)
-        return attach_gradient(coefficients, known, y)
+        x, log_scale = attach_gradient(coefficients, known, y)
+        return x, log_scale.sum(-1)
 
     y, bias = torch.randn(2, 3, requires_grad=True), torch.randn(6, requires_grad=True)
     assert torch.autograd.gradcheck(run, (y, bias))
+
+
+def test_batched_gradients_agree_with_single_ones():
+    flow = rough(inverse_autoregressive_flow(4, [16]))
+    y = drawn_without_gradients(flow, 4)[0].clone()
+    with torch.no_grad():
+        y = flow(flow.inv(y))
+    x = flow.inv(y.requires_grad_())
+    together = torch.autograd.grad(x, y, torch.eye(4), is_grads_batched=True)[0]
+    assert_close(together, torch.func.jacrev(flow.inv)(y.detach()))
+
+
+def test_a_map_without_gradients_is_left_without():
+    x, y = torch.zeros(3), torch.ones(3)
+    found, log_scale = attach_gradient(lambda x: (torch.ones(3), torch.zeros(3)), x, y)
+    assert_close(found, x)
+    assert not log_scale.requires_grad
 
 
 def test_a_second_derivative_says_what_to_do():
