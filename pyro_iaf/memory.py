@@ -56,8 +56,8 @@ class Pass:
         self._log_scale = log_scale
         self._tensors, self._settings = watched.tensors, watched.settings
         # Weakly, as a module may well hold what its flow made. Those alive have their ids for good.
-        self._objects = [weakref.ref(thing) for thing in watched.objects]
-        self._ids = [id(thing) for thing in watched.objects]
+        self._objects = list(map(weakref.ref, watched.objects))
+        self._ids = list(map(id, watched.objects))
         self._steps = _optimizer_steps
         tensors = [*watched.tensors, partner, made]
         self._versions = _versions(tensors)
@@ -72,8 +72,8 @@ class Pass:
         return (
             now is not None
             and self._settings == now.settings
-            and self._ids == [id(thing) for thing in now.objects]
-            and all(reference() is not None for reference in self._objects)
+            and self._ids == list(map(id, now.objects))
+            and None not in [reference() for reference in self._objects]
             and len(self._tensors) == len(now.tensors)
             and all(map(operator.is_, self._tensors, now.tensors))
             and self._versions == _versions([*now.tensors, self.partner, made])
@@ -202,16 +202,20 @@ def _watch(sources: Sequence[object]) -> Watched | None:
     objects: list[object] = []
     settings: list[object] = []
     queue = list(sources)
-    for source in queue:  # it grows as we go: several times faster than module.parameters()
+    # The queue grows as we go. This runs at every recall: half as long as module.parameters().
+    for source in queue:
         if isinstance(source, nn.Module):
             state = source.__dict__
-            if state.get("_pyro_samples") or state.get("_pyro_params"):
+            if "_pyro_samples" in state and (state["_pyro_samples"] or state["_pyro_params"]):
                 return None  # Pyro sets these anew, past every version
             objects.append(source)
-            tensors += state["_parameters"].values()
-            tensors += state["_buffers"].values()
-            queue += state["_modules"].values()
             settings.append(state["training"])
+            if parameters := state["_parameters"]:
+                tensors += parameters.values()
+            if buffers := state["_buffers"]:
+                tensors += buffers.values()
+            if children := state["_modules"]:
+                queue += children.values()
         elif source is None or isinstance(source, bool | float):
             settings.append(source)
         elif isinstance(source, Tensor):
