@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["attach_gradient", "check_round_trip", "invert"]
+__all__ = ["attach_gradient", "check_round_trip", "invert", "runs_eagerly"]
 
 #: What an autoregressive map does at ``x``: its shift and the logarithm of its scale.
 Coefficients: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]

@@ -25,6 +25,19 @@ from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
 
 from .inversion import runs_eagerly
 
+__all__ = [
+    "count_optimizer_step",
+    "expect",
+    "expected",
+    "keep",
+    "keep_gradient",
+    "noise_of",
+    "pass_back",
+    "pass_between",
+    "pass_to",
+    "settle",
+]
+
 _optimizer_steps = 0
 
 

@@ -97,7 +97,8 @@ class MaskedAutoregressiveNetwork(nn.Module):
         self.context_dim = check_size("context_dim", context_dim, smallest=0)
         self.num_params = check_size("num_params", num_params)
         self.activation = _activation(activation)
-        self.register_buffer("order", torch.tensor(check_order(order, self.input_dim)))
+        order = torch.tensor(check_order(order, self.input_dim), dtype=torch.long)
+        self.register_buffer("order", order)
 
         widths = [input_dim, *self.hidden_dims]
         layers = [_MaskedLinear(before, after) for before, after in pairwise(widths)]

@@ -242,8 +242,9 @@ class InverseAutoregressiveFlow(OnNetwork, Flow):
         wide = x if x.shape == shape else x.expand(shape)  # the very tensor where it can be
         shift, log_scale = self._coefficients(wide)
         y = torch.addcmul(shift, log_scale.exp(), wide)
-        memory.keep(self._sources, wide, y, log_scale.expand_as(y), x)
-        return y, log_scale.expand_as(y)
+        log_scale = log_scale if log_scale.shape == y.shape else log_scale.expand_as(y)
+        memory.keep(self._sources, wide, y, log_scale, x)
+        return y, log_scale
 
     def _coefficients(self, x: Tensor) -> tuple[Tensor, Tensor]:
         context = {} if self.context is None else {"context": self.context}

@@ -153,7 +153,8 @@ for row in zip(names, *rows(exact), *rows(found), strict=True):
 
 # %% [markdown]
 # Below, look for the funnel: at small `tau` the effect in the first school has little room, at
-# large `tau` a lot. The dots on the right should thin out where those on the left do.
+# large `tau` a lot. The guide's dots should spread and narrow as those of NUTS do; see how far down
+# the neck they reach.
 
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
