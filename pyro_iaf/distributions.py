@@ -137,7 +137,7 @@ class DiagonalNormal(TorchDistribution):
         if self._validate_args and not torch.compiler.is_compiling():
             self._validate_sample(value)
         z = (value - self.loc) / self.scale
-        exponent = torch.add(self._log_scale_sum(), torch.linalg.vecdot(z, z), alpha=0.5)
+        exponent = torch.add(self._log_scale_sum(), z.square().sum(-1), alpha=0.5)
         return -self.event_shape[0] * _HALF_LOG_2PI - exponent
 
     def entropy(self) -> Tensor:

@@ -100,7 +100,7 @@ def attach_gradient(coefficients: Coefficients, x: Tensor, y: Tensor) -> tuple[T
     shift, log_scale = coefficients(point)
     scale = log_scale.exp()
     again = shift + scale * point
-    log_scale = log_scale.expand_as(again)
+    log_scale = log_scale.expand_as(again).to(again.dtype)
     gap = y - again  # zero but for rounding; its gradient, once solved for, is all we want of it
     if gap.requires_grad:
         gap.register_hook(lambda v: v if v is None else _solve_transposed(again, point, scale, v))
@@ -163,7 +163,7 @@ def check_round_trip(again: Tensor, y: Tensor) -> None:
     Example:
         >>> check_round_trip(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]))
     """
-    if not runs_eagerly() or not y.numel():
+    if not runs_eagerly() or y.is_meta or not y.numel():
         return
     with torch.no_grad():
         residual = float(((again - y).abs() / (1 + y.abs())).where(y.isfinite(), 0).max())

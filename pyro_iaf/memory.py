@@ -229,15 +229,15 @@ def _watch(sources: Sequence[object]) -> Watched | None:
                 tensors += buffers.values()
             if children := state["_modules"]:
                 queue += children.values()
-        elif source is None or isinstance(source, bool | float):
+        elif source is None or isinstance(source, bool | int | float | str):
             settings.append(source)
         elif isinstance(source, Tensor):
             tensors.append(source)
         elif isinstance(source, functools.partial):
             objects.append(source)
             queue += [source.func, *source.args, *source.keywords.values()]
-        elif callable(source):
-            return None  # who knows what it closes over
+        else:
+            return None  # who knows what it closes over, or holds
     return Watched([tensor for tensor in tensors if tensor is not None], objects, settings)
 
 

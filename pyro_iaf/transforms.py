@@ -242,6 +242,7 @@ class InverseAutoregressiveFlow(OnNetwork, Flow):
         wide = x if x.shape == shape else x.expand(shape)  # the very tensor where it can be
         shift, log_scale = self._coefficients(wide)
         y = torch.addcmul(shift, log_scale.exp(), wide)
+        log_scale = log_scale.to(y.dtype)  # autocast computes it in half precision
         log_scale = log_scale if log_scale.shape == y.shape else log_scale.expand_as(y)
         memory.keep(self._sources, wide, y, log_scale, x)
         return y, log_scale

@@ -200,6 +200,15 @@ def test_no_stale_value_after_a_change_of_parameters(change):
     assert_close(flow(flow.inv(y)), y)
 
 
+def test_no_stale_value_after_a_change_of_an_integer():
+    flow = rough(inverse_autoregressive_flow(D, [8], gated=True))
+    flow.gate_bias = 1
+    y = flow(x := torch.randn(3, D))
+    flow.gate_bias = 3
+    assert_close(flow(flow.inv(y)), y)
+    assert_close(flow.log_abs_det_jacobian(x, y), flow.log_abs_det_jacobian(x.clone(), y.clone()))
+
+
 def test_no_stale_value_after_a_change_of_value_or_noise():
     flow = rough(inverse_autoregressive_flow(D, [8]))
     for changed in ("value", "noise"):

@@ -449,6 +449,22 @@ def test_dtype_follows_an_explicit_conversion():
         assert y.dtype == flow.log_abs_det_jacobian(torch.zeros(4, dtype=dtype), y).dtype == dtype
 
 
+def test_autocast_keeps_densities_in_full_precision():
+    D = 50
+    flow = rough(inverse_autoregressive_flow(D, [16], num_flows=2), 0.05).float()
+    base = standard_normal(D, torch.float32)
+    x = torch.randn(8, D, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(base.log_prob(x), dist.Normal(x.new_zeros(D), 1.0).to_event(1).log_prob(x))
+        y = flow(x)
+        assert flow.log_abs_det_jacobian(x, y).dtype == torch.float32
+
+
+def test_shapes_are_inferred_on_no_device():
+    flow = inverse_autoregressive_flow(4, [8], num_flows=2).to("meta")
+    assert flow.inv(torch.empty(5, 4, device="meta")).shape == (5, 4)
+
+
 # With Pyro
 
 
