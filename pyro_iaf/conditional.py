@@ -16,7 +16,7 @@ from pyro.distributions import constraints
 from pyro.distributions.conditional import ConditionalTransformModule
 from torch import Tensor, nn
 
-from .networks import check_context
+from .networks import check_context, check_network
 from .transforms import (
     Flow,
     InverseAutoregressiveFlow,
@@ -77,6 +77,7 @@ class ConditionalInverseAutoregressiveFlow(OnNetwork, ConditionalTransformModule
                 "ConditionalInverseAutoregressiveFlow expects a network with a context; got one "
                 "with context_dim=0. Give it a context_dim, or use InverseAutoregressiveFlow."
             )
+        check_network(network)
         self._adopt(network, gated, gate_bias)
 
     def condition(self, context: Tensor) -> InverseAutoregressiveFlow:
@@ -112,7 +113,7 @@ class ConditionalInverseAutoregressiveFlowStack(ConditionalTransformModule):
 
     def __init__(self, parts: Sequence[ConditionalInverseAutoregressiveFlow]) -> None:
         super().__init__()
-        check_parts(parts, ConditionalInverseAutoregressiveFlow)
+        parts = check_parts(parts, ConditionalInverseAutoregressiveFlow)
         self.parts = nn.ModuleList(parts)  # type: ignore[assignment]
 
     def condition(self, context: Tensor) -> InverseAutoregressiveFlowStack:
@@ -154,11 +155,6 @@ def conditional_inverse_autoregressive_flow(
         >>> flow.condition(torch.randn(5, 4))(torch.randn(5, 10)).shape
         torch.Size([5, 10])
     """
-    if context_dim == 0:
-        raise ValueError(
-            "context_dim should be at least 1; got 0. Without a context, use "
-            "inverse_autoregressive_flow."
-        )
     parts = [
         ConditionalInverseAutoregressiveFlow(network, gated=gated, gate_bias=gate_bias)
         for network in fresh_networks(

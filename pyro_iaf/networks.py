@@ -303,7 +303,8 @@ def check_order(order: Sequence[int] | Tensor | None, input_dim: int) -> list[in
         return list(range(input_dim))
     given = order.tolist() if isinstance(order, Tensor) else order
     as_list = list(given) if isinstance(given, Iterable) else []
-    if len(as_list) != input_dim or set(as_list) != set(range(input_dim)):
+    whole = all(isinstance(k, Integral) for k in as_list)
+    if not whole or len(as_list) != input_dim or set(as_list) != set(range(input_dim)):
         raise ValueError(
             f"order should be a permutation of 0, ..., {input_dim - 1}, where order[k] is the "
             f"coordinate that comes k-th; got {given}."

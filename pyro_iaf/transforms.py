@@ -117,7 +117,6 @@ class OnNetwork:
     """What a flow and its conditional twin share: a network, and how it is read."""
 
     def _adopt(self, network: Callable[..., Any], gated: bool, gate_bias: float) -> None:
-        check_network(network)
         self.network = network
         self.input_dim = len(order_of(network))
         self.gated = bool(gated)
@@ -191,6 +190,7 @@ class InverseAutoregressiveFlow(OnNetwork, Flow):
                 f"context_dim={network.context_dim}. Use "  # type: ignore[attr-defined]
                 "ConditionalInverseAutoregressiveFlow(network).condition(context)."
             )
+        check_network(network)
         self._adopt(network, gated, gate_bias)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -313,7 +313,7 @@ class InverseAutoregressiveFlowStack(Flow):
 
     def __init__(self, parts: Sequence[InverseAutoregressiveFlow]) -> None:
         super().__init__()
-        check_parts(parts, InverseAutoregressiveFlow)
+        parts = check_parts(parts, InverseAutoregressiveFlow)
         self.parts = nn.ModuleList(parts)  # type: ignore[assignment]
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -428,14 +428,15 @@ def fresh_networks(
         order = order[::-1]
 
 
-def check_parts(parts: Sequence[Any], kind: type) -> None:
-    """Raises a ValueError unless a stack of this kind of flow can be made of the parts."""
-    parts = parts if isinstance(parts, Iterable) else [parts]
-    strangers = [type(part).__name__ for part in parts if not isinstance(part, kind)]
-    sizes = [] if strangers else [part.input_dim for part in parts]
+def check_parts(parts: Iterable[Any], kind: type) -> list[Any]:
+    """The parts as a list, or a ValueError if no stack of this kind can be made of them."""
+    given = list(parts) if isinstance(parts, Iterable) else []
+    strangers = [type(part).__name__ for part in given if not isinstance(part, kind)]
+    sizes = [] if strangers else [part.input_dim for part in given]
     if strangers or len(set(sizes)) != 1:
         raise ValueError(
             f"A stack expects one {kind.__name__} or more, all of one input_dim; got "
             f"{', '.join(strangers) or f'input_dim {sizes}'}. For other transforms use "
             "pyro.distributions.transforms.ComposeTransformModule."
         )
+    return given

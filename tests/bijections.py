@@ -6,6 +6,7 @@ import torch
 from pyro.nn import AutoRegressiveNN
 
 from pyro_iaf import (
+    DiagonalNormal,
     InverseAutoregressiveFlow,
     conditional_inverse_autoregressive_flow,
     inverse_autoregressive_flow,
@@ -60,6 +61,21 @@ def rough(module, scale=0.3):
 
 def make(name):
     return rough(BIJECTIONS[name]())
+
+
+def standard_normal(D, dtype=None):
+    return DiagonalNormal(torch.zeros(D, dtype=dtype), torch.ones(D, dtype=dtype))
+
+
+def flows_in(*transforms):
+    """The single flows that transforms are made of, compositions taken apart."""
+    flows = []
+    for transform in transforms:
+        if hasattr(transform, "parts"):
+            flows += flows_in(*transform.parts)
+        elif hasattr(transform, "network"):
+            flows.append(transform)
+    return flows
 
 
 def dim_and_dtype(bijection):

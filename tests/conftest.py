@@ -1,8 +1,7 @@
-import warnings
-
 import pyro
 import pytest
 import torch
+from bijections import flows_in
 
 
 @pytest.fixture(autouse=True)
@@ -12,7 +11,7 @@ def clean_slate():
     pyro.clear_param_store()
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
-    with pyro.validation_enabled(True), warnings.catch_warnings():
+    with pyro.validation_enabled(True):
         yield
     torch.set_default_dtype(dtype)
     pyro.clear_param_store()
@@ -20,14 +19,14 @@ def clean_slate():
 
 @pytest.fixture
 def count_passes():
-    """Counts the network calls of flows: ``count_passes(flow)`` gives a function that tells."""
+    """Counts network calls: ``count_passes(*transforms)`` gives a function that tells."""
     handles = []
 
-    def start(flow):
+    def start(*transforms):
         calls = []
-        for part in getattr(flow, "parts", [flow]):
+        for flow in flows_in(*transforms):
             hook = lambda *_: calls.append(1)  # noqa: E731
-            handles.append(part.network.register_forward_hook(hook))
+            handles.append(flow.network.register_forward_hook(hook))
         return lambda: len(calls)
 
     yield start

@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from bijections import rough
+from bijections import flows_in, rough, standard_normal
 from pyro.nn import AutoRegressiveNN, PyroModule, PyroParam, PyroSample
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
@@ -23,10 +23,6 @@ from pyro_iaf import (
 )
 
 D = 4
-
-
-def standard_normal():
-    return DiagonalNormal(torch.zeros(D), torch.ones(D))
 
 
 def two_flows():
@@ -55,25 +51,11 @@ CHAINS = {
 }
 
 
-def flows_in(transform):
-    if isinstance(transform, InverseAutoregressiveFlow):
-        return [transform]
-    return [flow for part in getattr(transform, "parts", []) for flow in flows_in(part)]
-
-
-def count(transforms):
-    calls = []
-    flows = [flow for transform in transforms for flow in flows_in(transform)]
-    for flow in flows:
-        flow.network.register_forward_hook(lambda *_: calls.append(1))
-    return lambda: len(calls), len(flows)
-
-
 @pytest.mark.parametrize("kind", CHAINS)
-def test_scoring_a_draw_costs_no_pass(kind):
+def test_scoring_a_draw_costs_no_pass(kind, count_passes):
     transforms = CHAINS[kind]()
-    passes, num_flows = count(transforms)
-    posterior = dist.TransformedDistribution(standard_normal(), transforms).expand((5,))
+    passes, num_flows = count_passes(*transforms), len(flows_in(*transforms))
+    posterior = dist.TransformedDistribution(standard_normal(D), transforms).expand((5,))
     # A foreign transform knows its last value only.
     draws = [posterior.rsample() for _ in range(1 if "affine" in kind else 3)]
     assert passes() == len(draws) * num_flows > 0
@@ -84,10 +66,10 @@ def test_scoring_a_draw_costs_no_pass(kind):
 
 
 @pytest.mark.parametrize("kind", ["one", "list", "stack", "conditioned"])
-def test_scoring_a_draw_without_gradients_costs_no_pass(kind):
+def test_scoring_a_draw_without_gradients_costs_no_pass(kind, count_passes):
     transforms = CHAINS[kind]()
-    passes, num_flows = count(transforms)
-    posterior = dist.TransformedDistribution(standard_normal(), transforms).expand((5,))
+    passes, num_flows = count_passes(*transforms), len(flows_in(*transforms))
+    posterior = dist.TransformedDistribution(standard_normal(D), transforms).expand((5,))
     y = posterior.rsample()
     with torch.no_grad():
         score = posterior.log_prob(y)
@@ -288,7 +270,7 @@ def test_a_callable_that_can_not_be_watched_is_not_remembered():
 
 def test_a_switch_to_gradients_brings_them(count_passes):
     flow = rough(inverse_autoregressive_flow(D, [8], num_flows=2))
-    posterior = dist.TransformedDistribution(standard_normal(), [flow])
+    posterior = dist.TransformedDistribution(standard_normal(D), [flow])
     with torch.no_grad():
         y = posterior.rsample((5,))
     passes = count_passes(flow)
@@ -301,17 +283,17 @@ def test_a_switch_to_gradients_brings_them(count_passes):
 
 
 @pytest.mark.parametrize(("kind", "price"), [("list", 1), ("stack", 1), ("compose", 2)])
-def test_a_switch_to_gradients_costs_a_pass_or_two(kind, price):
+def test_a_switch_to_gradients_costs_a_pass_or_two(kind, price, count_passes):
     transforms = CHAINS[kind]()
-    passes, num_flows = count(transforms)
-    posterior = dist.TransformedDistribution(standard_normal(), transforms)
+    passes, num_flows = count_passes(*transforms), len(flows_in(*transforms))
+    posterior = dist.TransformedDistribution(standard_normal(D), transforms)
     with torch.no_grad():
         y = posterior.rsample((5,))
     before = passes()
     score = posterior.log_prob(y)
     # ComposeTransform asks for the values in between once more, and these have to be made anew.
     assert passes() - before == price * num_flows
-    parameters = [p for t in transforms for flow in flows_in(t) for p in flow.parameters()]
+    parameters = [p for flow in flows_in(*transforms) for p in flow.parameters()]
     known = torch.autograd.grad(score.sum(), parameters)
     found = torch.autograd.grad(posterior.log_prob(y.clone()).sum(), parameters)
     assert_close(known, found)
@@ -319,7 +301,7 @@ def test_a_switch_to_gradients_costs_a_pass_or_two(kind, price):
 
 def test_a_value_that_was_cut_from_its_graph_gets_its_gradient():
     flow = rough(inverse_autoregressive_flow(D, [8], num_flows=2))
-    posterior = dist.TransformedDistribution(standard_normal(), [flow])
+    posterior = dist.TransformedDistribution(standard_normal(D), [flow])
     y = posterior.rsample((4,))
     y.detach_().requires_grad_()
     leaves = [y, *flow.parameters()]
@@ -449,7 +431,7 @@ def test_a_value_that_comes_to_want_gradients_gets_them():
 
 def test_inference_mode_works_and_keeps_nothing():
     flow = rough(inverse_autoregressive_flow(D, [8], num_flows=2))
-    posterior = dist.TransformedDistribution(standard_normal(), [flow])
+    posterior = dist.TransformedDistribution(standard_normal(D), [flow])
     before = sizes()
     with torch.inference_mode():
         y = posterior.sample((3,))
@@ -469,7 +451,7 @@ def sizes():
 def test_gradcheck_is_not_fooled_by_what_is_remembered():
     flow = rough(inverse_autoregressive_flow(D, [8], num_flows=2))
     x = torch.randn(2, D, requires_grad=True)
-    posterior = dist.TransformedDistribution(standard_normal(), [flow])
+    posterior = dist.TransformedDistribution(standard_normal(D), [flow])
     assert torch.autograd.gradcheck(flow, (x,))
     assert torch.autograd.gradcheck(lambda x: flow.log_abs_det_jacobian(x, flow(x)), (x,))
     assert torch.autograd.gradcheck(lambda x: (y := flow(x), posterior.log_prob(y))[1], (x,))
@@ -566,7 +548,7 @@ def test_nothing_is_kept_alive_by_what_the_memory_holds(how):
 @pytest.mark.usefixtures("no_gc")
 def test_memory_does_not_grow_over_training():
     flow = inverse_autoregressive_flow(D, [8], num_flows=2)
-    posterior = dist.TransformedDistribution(standard_normal(), [flow])
+    posterior = dist.TransformedDistribution(standard_normal(D), [flow])
     optimizer = torch.optim.Adam(flow.parameters(), 0.01)
     after = []
     for _ in range(5):

@@ -193,7 +193,16 @@ def test_input_dim_has_to_be_positive(bad):
         MaskedAutoregressiveNetwork(bad)
 
 
-NO_ORDERS = [[0, 1], [0, 1, 1], [1, 2, 3], [0, 1, 2, 3], torch.zeros(3).long(), 5, ["a", 1, 2]]
+NO_ORDERS = [
+    [0, 1],
+    [0, 1, 1],
+    [1, 2, 3],
+    [0, 1, 2, 3],
+    torch.zeros(3).long(),
+    5,
+    ["a", 1, 2],
+    [[0], 1, 2],
+]
 
 
 @pytest.mark.parametrize("bad", NO_ORDERS)

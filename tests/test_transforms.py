@@ -8,7 +8,16 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from bijections import BACKEND, BIJECTIONS, DOUBLE, SINGLE, dim_and_dtype, make, rough
+from bijections import (
+    BACKEND,
+    BIJECTIONS,
+    DOUBLE,
+    SINGLE,
+    dim_and_dtype,
+    make,
+    rough,
+    standard_normal,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyro.infer import SVI, Trace_ELBO
@@ -41,10 +50,6 @@ def x(bijection):
 def tolerance(x):
     # A few roundings of numbers of order 10 and their sums.
     return {"rtol": 1e-4, "atol": 1e-4} if x.dtype == torch.float32 else {}
-
-
-def standard_normal(D, dtype=None):
-    return DiagonalNormal(torch.zeros(D, dtype=dtype), torch.ones(D, dtype=dtype))
 
 
 def flow_on(flow, D):
@@ -652,8 +657,20 @@ def test_a_stack_of_other_things_is_refused():
         InverseAutoregressiveFlowStack([])
     with pytest.raises(ValueError, match="ComposeTransformModule"):
         InverseAutoregressiveFlowStack(inverse_autoregressive_flow(3, 8, num_flows=2))
+    with pytest.raises(ValueError, match="ComposeTransformModule"):
+        InverseAutoregressiveFlowStack(inverse_autoregressive_flow(3, 8))
     with pytest.raises(ValueError, match=r"input_dim \[3, 4\]"):
         InverseAutoregressiveFlowStack([inverse_autoregressive_flow(D, 8) for D in (3, 4)])
+
+
+def test_a_stack_takes_its_parts_from_a_generator():
+    stack = InverseAutoregressiveFlowStack(inverse_autoregressive_flow(3, 8) for _ in range(2))
+    assert len(stack.parts) == 2
+
+
+def test_a_conditional_flow_needs_room_for_its_context():
+    with pytest.raises(ValueError, match="context_dim=0"):
+        conditional_inverse_autoregressive_flow(3, 0)
 
 
 @pytest.mark.parametrize("num_flows", [0, -1, 1.5, True])
