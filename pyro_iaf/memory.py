@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
 
-from .inversion import runs_eagerly
+from .networks import runs_eagerly
 
 __all__ = [
     "count_optimizer_step",
@@ -35,6 +35,7 @@ __all__ = [
     "pass_back",
     "pass_between",
     "pass_to",
+    "recognise",
     "settle",
 ]
 
@@ -153,6 +154,20 @@ def noise_of(sources: Sequence[object], y: Tensor) -> Tensor | None:
     if known is None and y in _twins and y._version == 0:
         known = _recall(_forward, sources, _twins[y], graph=False)
     return None if known is None else known.partner
+
+
+def recognise(value: Tensor, y: Tensor) -> None:
+    """Notes that ``value`` is ``y`` without its graph, if it is: ``y.detach()``."""
+    if (
+        value is not y
+        and runs_eagerly()
+        and value.shape == y.shape
+        and value.dtype == y.dtype
+        and value.stride() == y.stride()
+        and value.data_ptr() == y.data_ptr()
+        and not value.requires_grad
+    ):
+        _twins[value] = y
 
 
 def expect(x: Tensor, y: Tensor) -> None:

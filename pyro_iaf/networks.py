@@ -12,6 +12,7 @@ so the Jacobian of every output is strictly triangular in the order, with exact 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from numbers import Integral
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional
 
 __all__ = ["MaskedAutoregressiveNetwork"]
@@ -34,6 +36,9 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "softplus": nn.Softplus,
     "tanh": nn.Tanh,
 }
+
+
+LARGEST_SHARED = 2**17
 
 
 class MaskedAutoregressiveNetwork(nn.Module):
@@ -79,7 +84,7 @@ class MaskedAutoregressiveNetwork(nn.Module):
     """
 
     order: Tensor
-    hidden: Sequence[_MaskedLinear]
+    mask: Tensor
 
     def __init__(
         self,
@@ -93,23 +98,29 @@ class MaskedAutoregressiveNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.input_dim = check_size("input_dim", input_dim)
-        self.hidden_dims = _widths(hidden_dims, input_dim)
+        self.hidden_dims = _as_widths(hidden_dims, input_dim)
         self.context_dim = check_size("context_dim", context_dim, smallest=0)
         self.num_params = check_size("num_params", num_params)
         self.activation = _activation(activation)
         order = torch.tensor(check_order(order, self.input_dim), dtype=torch.long)
         self.register_buffer("order", order)
 
-        widths = [input_dim, *self.hidden_dims]
-        layers = [_MaskedLinear(before, after) for before, after in pairwise(widths)]
-        self.hidden = nn.ModuleList(layers)  # type: ignore[assignment]
-        self.output = _MaskedLinear(widths[-1] + input_dim, num_params * input_dim)
-        if self.context_dim:
-            num_units = sum(self.hidden_dims) + self.output.out_features
-            self.context_layer = _MaskedLinear(context_dim, num_units, bias=False)
-        self._build_masks()
+        # Units of each layer, the outputs last; and each layer's weights, outputs by inputs. The
+        # output layer reads the input too. Last, what is added to every unit.
+        self._widths = [*self.hidden_dims, num_params * input_dim]
+        inputs = [input_dim, *self.hidden_dims[:-1], self.hidden_dims[-1] + input_dim]
+        offsets = (sum(self._widths), 1 + self.context_dim)
+        self._shapes = [*zip(self._widths, inputs, strict=True), offsets]
+        self._sizes = [math.prod(shape) for shape in self._shapes]
+        # An optimiser takes as long for each tensor as for thousands of numbers in it, so small
+        # matrices share one parameter. Big ones stay apart: a tensor of many megabytes takes new
+        # pages of memory at every step.
+        self._shared = sum(self._sizes) <= LARGEST_SHARED
+        sizes = [sum(self._sizes)] if self._shared else self._sizes
+        self.weights = nn.ParameterList(torch.empty(size) for size in sizes)
+        self._build_mask()
         self.reset_parameters()
-        self.register_load_state_dict_post_hook(_rebuild_masks)  # for another order, or device
+        self.register_load_state_dict_post_hook(_rebuild_mask)  # for another order, or device
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, ...]:
         """Returns ``num_params`` tensors, each of shape ``batch_shape + (D,)``.
@@ -119,34 +130,50 @@ class MaskedAutoregressiveNetwork(nn.Module):
             context: Of shape ``batch_shape + (context_dim,)``; the batch shapes broadcast.
         """
         self._check(x, context)
+        *hidden, output, offsets = self._masked_weights()
         h = x
         if context is None:
-            for layer in self.hidden:
-                h = self.activation(layer(h))
-            out = self.output(torch.cat([h, x], -1))
+            *biases, bias = offsets.squeeze(-1).split_with_sizes(self._widths)
+            for weight, b in zip(hidden, biases, strict=True):
+                h = self.activation(functional.linear(h, weight, b))
+            out = functional.linear(torch.cat([h, x], -1), output, bias)
         else:
-            *offsets, output_offset = self._offsets(context)
-            for layer, offset in zip(self.hidden, offsets, strict=True):
-                h = self.activation(layer(h) + offset)
-            x = x.expand(h.shape[:-1] + x.shape[-1:])
-            out = self.output(torch.cat([h, x], -1)) + output_offset
+            offsets = functional.linear(context, offsets[:, 1:], offsets[:, 0])
+            *shifts, shift = offsets.split_with_sizes(self._widths, -1)
+            for weight, s in zip(hidden, shifts, strict=True):
+                h = self.activation(functional.linear(h, weight) + s)
+            x = x.expand(*h.shape[:-1], -1)
+            out = functional.linear(torch.cat([h, x], -1), output) + shift
         return torch.split(out, self.input_dim, -1)
 
-    def _offsets(self, context: Tensor) -> Sequence[Tensor]:
-        """What the context adds to each layer, the output layer last."""
-        widths = [*self.hidden_dims, self.output.out_features]
-        return torch.split(self.context_layer(context), widths, -1)
+    def matrices(self, flat: Tensor) -> list[Tensor]:
+        """The shares of the layers in a vector of all weights, or in ``mask``.
 
+        Each is a matrix of a layer's outputs by its inputs; the output layer reads the last hidden
+        layer and then the input. The last matrix has a row for every unit of all layers: its bias,
+        and what the context adds to it.
+        """
+        parts = flat.split_with_sizes(self._sizes)
+        return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+
+    def _masked_weights(self) -> list[Tensor]:
+        if self._shared:
+            return self.matrices(self.weights[0] * self.mask)
+        masks = self.matrices(self.mask)
+        return [w.view(m.shape) * m for w, m in zip(self.weights, masks, strict=True)]
+
+    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws fresh weights from PyTorch's generator; the outputs start near zero."""
-        for layer in self.hidden:
-            nn.init.normal_(layer.weight)
-            nn.init.uniform_(layer.bias, -1, 1)
-        nn.init.normal_(self.output.weight, std=3e-5)
-        nn.init.zeros_(self.output.bias)
-        if self.context_dim:
-            nn.init.normal_(self.context_layer.weight)
-            nn.init.normal_(self.context_layer.weight[-self.output.out_features :], std=3e-5)
+        num_outputs = self._widths[-1]
+        flat = nn.init.normal_(torch.empty_like(self.mask))
+        *_, output, offsets = weights = self.matrices(flat)
+        output.mul_(3e-5)
+        offsets[-num_outputs:].mul_(3e-5)
+        nn.init.uniform_(offsets[:, 0], -1, 1)
+        nn.init.zeros_(offsets[-num_outputs:, 0])
+        for own, fresh in zip(self.weights, [flat] if self._shared else weights, strict=True):
+            own.copy_(fresh.reshape(-1))
 
     def hidden_degrees(self) -> list[Tensor]:
         """The degree of each unit of each hidden layer, in ascending order.
@@ -162,20 +189,25 @@ class MaskedAutoregressiveNetwork(nn.Module):
             for H in self.hidden_dims
         ]
 
-    def _build_masks(self) -> None:
+    def _build_mask(self) -> None:
         position = torch.argsort(self.order)
         degrees = [position + 1, *self.hidden_degrees()]
-        for layer, (before, after) in zip(self.hidden, pairwise(degrees), strict=True):
+        masks = []
+        for before, after in pairwise(degrees):
             connections = after[:, None] >= before
-            layer.set_mask(connections * _factor(connections.sum(-1, keepdim=True)))
+            masks.append(connections * _factor(connections.sum(-1, keepdim=True)))
+        # The units, and what comes past them: the input and the context, each counted by itself.
+        sizes = [self.hidden_dims[-1], self.input_dim, self.context_dim]
+        factors = _factor(position.new_tensor(sizes))
         features = torch.cat([degrees[-1], position + 1])
         outputs = (position + 1).repeat(self.num_params)
-        factor = _factor(features.new_tensor(len(features) + self.context_dim))
-        self.output.set_mask((outputs[:, None] > features) * factor)
-        if self.context_dim:
-            hidden = _factor(features.new_tensor(self.context_dim)).expand(sum(self.hidden_dims))
-            factors = torch.cat([hidden, factor.expand(len(outputs))])
-            self.context_layer.set_mask(factors[:, None].expand(-1, self.context_dim))
+        columns = torch.cat([factors[0].expand(sizes[0]), factors[1].expand(sizes[1])])
+        masks.append((outputs[:, None] > features) * columns)
+        bias_and_context = torch.cat([torch.ones_like(factors[:1]), factors[2].expand(sizes[2])])
+        masks.append(bias_and_context.expand(self._shapes[-1]))
+        mask = torch.cat([mask.reshape(-1) for mask in masks])
+        # Not in the state: it follows from the order and the sizes.
+        self.register_buffer("mask", mask.to(self.weights[0]), persistent=False)
 
     def _check(self, x: Tensor, context: Tensor | None) -> None:
         if x.dim() == 0 or x.shape[-1] != self.input_dim:
@@ -196,7 +228,7 @@ class MaskedAutoregressiveNetwork(nn.Module):
                     f"{tuple(context.shape)}. Build it with a context_dim."
                 )
             check_context(context, self.context_dim)
-        dtype = self.output.weight.dtype
+        dtype = self.weights[0].dtype
         got = {x.dtype, x.dtype if context is None else context.dtype}
         if got != {dtype} and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(
@@ -221,24 +253,8 @@ def _factor(num_inputs: Tensor) -> Tensor:
     return torch.exp2(torch.round(-0.5 * torch.log2(num_inputs.clamp(min=1))))
 
 
-def _rebuild_masks(network: MaskedAutoregressiveNetwork, _: object) -> None:
-    network._build_masks()
-
-
-class _MaskedLinear(nn.Linear):
-    """A linear layer whose weights count as much as its mask says: not at all where it is 0."""
-
-    mask: Tensor
-
-    def set_mask(self, mask: Tensor) -> None:
-        # Not in the state: the network rebuilds it from its order and its sizes.
-        self.register_buffer("mask", mask.to(self.weight), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self.weight * self.mask, self.bias)
-
-    def reset_parameters(self) -> None:
-        """Left to the network, which knows how many connections each unit has."""
+def _rebuild_mask(network: MaskedAutoregressiveNetwork, _: object) -> None:
+    network._build_mask()
 
 
 def order_of(network: Any) -> Tensor:
@@ -285,7 +301,18 @@ def check_size(name: str, value: object, smallest: int = 1) -> int:
     return int(value)
 
 
-def _widths(hidden_dims: int | Sequence[int] | None, input_dim: int) -> list[int]:
+def runs_eagerly() -> bool:
+    """Whether this is plain eager autograd, with values to look at: no tracer, no torch.func."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or forward_ad._current_level >= 0
+    )
+
+
+def _as_widths(hidden_dims: int | Sequence[int] | None, input_dim: int) -> list[int]:
     if hidden_dims is None:
         return 2 * [max(64, 2 * input_dim)]
     widths = list(hidden_dims) if isinstance(hidden_dims, Iterable) else [hidden_dims]

@@ -26,8 +26,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from . import memory
-from .inversion import attach_gradient, check_round_trip, invert, runs_eagerly
-from .networks import MaskedAutoregressiveNetwork, check_network, check_order, check_size, order_of
+from .inversion import attach_gradient, check_round_trip, invert
+from .networks import (
+    MaskedAutoregressiveNetwork,
+    check_network,
+    check_order,
+    check_size,
+    order_of,
+    runs_eagerly,
+)
 
 __all__ = [
     "InverseAutoregressiveFlow",
@@ -113,6 +120,87 @@ class _InverseFlow(Flow):
         return self.flow.forward_shape(shape)
 
 
+class SinglePass(Flow):
+    """A flow that is one pass from noise to value, and remembers it.
+
+    Whoever inherits says what a pass computes and how to undo it.
+    """
+
+    input_dim: int
+
+    @property
+    def _sources(self) -> tuple[object, ...]:
+        """What a pass depends on besides the noise."""
+        raise NotImplementedError
+
+    def _compute(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The value that ``x`` becomes, and the log-scale of each coordinate."""
+        raise NotImplementedError
+
+    def _undo(self, y: Tensor) -> Tensor:
+        """The noise of a value from elsewhere."""
+        raise NotImplementedError
+
+    def _undo_known(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The noise of ``y``, known to be ``x``, and the log-scales; both with their gradients."""
+        raise NotImplementedError
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Carries noise to a latent, in one network pass."""
+        if not isinstance(x, Tensor):
+            raise ValueError(
+                f"A flow acts on tensors; got {type(x).__name__}. Use torch.tensor(...)."
+            )
+        y = memory.expected(self._sources, x)
+        return self._pass(x)[0] if y is None else y
+
+    def _inv_call(self, y: Tensor) -> Tensor:
+        return self._walk_back(y)[0]
+
+    def _walk_back(self, y: Tensor) -> tuple[Tensor, bool]:
+        """The noise of ``y``, and whether it was remembered."""
+        known = memory.pass_to(self._sources, y)
+        if known is not None:
+            memory.expect(known.partner, y)
+            return known.partner, True
+        noise = memory.noise_of(self._sources, y)
+        if noise is None:
+            return self._undo(y.expand(self.inverse_shape(y.shape))), False
+        if not torch.is_grad_enabled():
+            return noise, True
+        # The noise is known. What it lacks is its dependence on y and on the parameters.
+        x, log_scale = self._undo_known(noise, y)
+        memory.keep_gradient(self._sources, x, y, log_scale, noise)
+        return x, True
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Log-determinant of the Jacobian at ``x``, in nats, of shape ``batch_shape``.
+
+        Free where the flow made ``y`` from ``x``; one network pass otherwise, from ``x`` alone.
+        """
+        memory.settle(x)
+        self.forward_shape(y.shape)
+        known = memory.pass_between(self._sources, x, y)
+        return self._pass(x)[1].sum(-1) if known is None else known.log_det()
+
+    def _pass(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        shape = self.forward_shape(x.shape)
+        wide = x if x.shape == shape else x.expand(shape)  # the very tensor where it can be
+        y, log_scale = self._compute(wide)
+        log_scale = log_scale.to(y.dtype)  # autocast computes it in half precision
+        log_scale = log_scale if log_scale.shape == y.shape else log_scale.expand_as(y)
+        memory.keep(self._sources, wide, y, log_scale, x)
+        return y, log_scale
+
+    def forward_shape(self, shape: torch.Size) -> torch.Size:
+        if not shape or shape[-1] != self.input_dim:
+            raise ValueError(
+                f"This flow acts on vectors of {self.input_dim} coordinates; got shape "
+                f"{tuple(shape)}. The last dimension is the event, those before it are the batch."
+            )
+        return shape
+
+
 class OnNetwork:
     """What a flow and its conditional twin share: a network, and how it is read."""
 
@@ -131,7 +219,7 @@ class OnNetwork:
         return f"gated=True, gate_bias={self.gate_bias}" if self.gated else ""
 
 
-class InverseAutoregressiveFlow(OnNetwork, Flow):
+class InverseAutoregressiveFlow(OnNetwork, SinglePass):
     r"""One layer of inverse autoregressive flow, affine or gated.
 
     Affine, with a network that returns :math:`m` and :math:`s`:
@@ -193,59 +281,19 @@ class InverseAutoregressiveFlow(OnNetwork, Flow):
         check_network(network)
         self._adopt(network, gated, gate_bias)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Carries noise to a latent, in one network pass."""
-        if not isinstance(x, Tensor):
-            raise ValueError(
-                f"A flow acts on tensors; got {type(x).__name__}. Use torch.tensor(...)."
-            )
-        y = memory.expected(self._sources, x)
-        return self._pass(x)[0] if y is None else y
-
-    def _inv_call(self, y: Tensor) -> Tensor:
-        return self._walk_back(y)[0]
-
-    def _walk_back(self, y: Tensor) -> tuple[Tensor, bool]:
-        """The noise of ``y``, and whether it was remembered."""
-        known = memory.pass_to(self._sources, y)
-        if known is not None:
-            memory.expect(known.partner, y)
-            return known.partner, True
-        noise = memory.noise_of(self._sources, y)
-        if noise is None:
-            y = y.expand(self.inverse_shape(y.shape))
-            return invert(self._coefficients, y, self.order), False
-        if not torch.is_grad_enabled():
-            return noise, True
-        # The noise is known. What it lacks is its dependence on y and on the parameters.
-        x, log_scale = attach_gradient(self._coefficients, noise, y)
-        memory.keep_gradient(self._sources, x, y, log_scale, noise)
-        return x, True
-
-    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """Log-determinant of the Jacobian at ``x``, in nats, of shape ``batch_shape``.
-
-        Free where the flow made ``y`` from ``x``; one network pass otherwise, from ``x`` alone.
-        """
-        memory.settle(x)
-        self.forward_shape(y.shape)
-        known = memory.pass_between(self._sources, x, y)
-        return self._pass(x)[1].sum(-1) if known is None else known.log_det()
-
     @property
     def _sources(self) -> tuple[object, ...]:
         return self.network, self.context, self.gated, self.gate_bias
 
-    def _pass(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The value that ``x`` becomes, and the log-scale of each coordinate."""
-        shape = self.forward_shape(x.shape)
-        wide = x if x.shape == shape else x.expand(shape)  # the very tensor where it can be
-        shift, log_scale = self._coefficients(wide)
-        y = torch.addcmul(shift, log_scale.exp(), wide)
-        log_scale = log_scale.to(y.dtype)  # autocast computes it in half precision
-        log_scale = log_scale if log_scale.shape == y.shape else log_scale.expand_as(y)
-        memory.keep(self._sources, wide, y, log_scale, x)
-        return y, log_scale
+    def _compute(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        shift, log_scale = self._coefficients(x)
+        return torch.addcmul(shift, log_scale.exp(), x), log_scale
+
+    def _undo(self, y: Tensor) -> Tensor:
+        return invert(self._coefficients, y, self.order)
+
+    def _undo_known(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return attach_gradient(self._coefficients, x, y)
 
     def _coefficients(self, x: Tensor) -> tuple[Tensor, Tensor]:
         context = {} if self.context is None else {"context": self.context}
@@ -268,11 +316,7 @@ class InverseAutoregressiveFlow(OnNetwork, Flow):
         return torch.sigmoid(-gate) * shift, functional.logsigmoid(gate)
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
-        if not shape or shape[-1] != self.input_dim:
-            raise ValueError(
-                f"This flow acts on vectors of {self.input_dim} coordinates; got shape "
-                f"{tuple(shape)}. The last dimension is the event, those before it are the batch."
-            )
+        shape = super().forward_shape(shape)
         if self.context is None:
             return shape
         batch_shape = self.context.shape[:-1]
@@ -309,7 +353,7 @@ class InverseAutoregressiveFlowStack(Flow):
 
     autoregressive = False
 
-    parts: Sequence[InverseAutoregressiveFlow]
+    parts: Sequence[SinglePass]
 
     def __init__(self, parts: Sequence[InverseAutoregressiveFlow]) -> None:
         super().__init__()

@@ -63,6 +63,11 @@ def make(name):
     return rough(BIJECTIONS[name]())
 
 
+def biases(network):
+    """The biases of all units of a small network, the outputs' last: a view."""
+    return network.matrices(network.weights[0])[-1][:, 0]
+
+
 def standard_normal(D, dtype=None):
     return DiagonalNormal(torch.zeros(D, dtype=dtype), torch.ones(D, dtype=dtype))
 

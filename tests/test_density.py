@@ -118,7 +118,7 @@ def test_density_integrates_to_one(base):
     posterior = dist.TransformedDistribution(base(2), [flow])
     draws = posterior.sample((20_000,))
     wide = dist.MultivariateNormal(draws.mean(0), 4 * draws.T.cov())
-    points = wide.sample((100_000,))
+    points = wide.sample((400_000,))
     weights = (posterior.log_prob(points) - wide.log_prob(points)).exp()
     standard_error = weights.std() / math.sqrt(len(weights))
     assert abs(weights.mean() - 1) < 4 * standard_error

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from bijections import rough
+from bijections import biases, rough
 from torch.testing import assert_close
 
 from pyro_iaf import conditional_inverse_autoregressive_flow, inverse_autoregressive_flow
@@ -32,8 +32,8 @@ def test_a_loss_of_precision_is_never_silent(num_flows, steepness):
     flow = inverse_autoregressive_flow(40, [8], num_flows=num_flows).float()
     for part in getattr(flow, "parts", [flow]):
         with torch.no_grad():
-            part.network.output.weight.fill_(steepness)
-            part.network.output.bias[40:] = -100.0  # scales of e^-10
+            part.network.matrices(part.network.weights[0])[1].fill_(steepness)
+            biases(part.network)[-40:] = -100.0  # scales of e^-10
     y = torch.randn(4, 40, dtype=torch.float32)
     with pytest.warns(RuntimeWarning, match=r"within .* of it.*torch.float32.*\.double\(\)"):
         flow.inv(y)
@@ -43,7 +43,7 @@ def test_a_stack_measures_what_its_parts_can_not():
     flow = inverse_autoregressive_flow(2, [8], num_flows=2).float()
     with torch.no_grad():
         for sign, part in zip((1, -1), flow.parts, strict=True):
-            part.network.output.bias.copy_(torch.tensor([sign * 1e7, sign * 1e7, 0.0, 0.0]))
+            biases(part.network)[-4:] = torch.tensor([sign * 1e7, sign * 1e7, 0.0, 0.0])
     y = torch.randn(4, 2, dtype=torch.float32)
     with pytest.warns(RuntimeWarning, match="comes back only"):  # a shift by 1e7 and back
         flow.inv(y)
@@ -111,17 +111,18 @@ def test_the_implicit_gradient_is_that_of_the_unrolled_inverse(flow, count_passe
 def test_the_implicit_gradient_passes_gradcheck():
     flow = rough(inverse_autoregressive_flow(3, [6]))
 
-    def run(y, bias):
+    def run(y, weights):
         def coefficients(x):
-            return torch.func.functional_call(flow.network, {"output.bias": bias}, (x,))
+            return torch.func.functional_call(flow.network, {"weights.0": weights}, (x,))
 
         with torch.no_grad():
             known = invert(coefficients, y, flow.order)
         x, log_scale = attach_gradient(coefficients, known, y)
         return x, log_scale.sum(-1)
 
-    y, bias = torch.randn(2, 3, requires_grad=True), torch.randn(6, requires_grad=True)
-    assert torch.autograd.gradcheck(run, (y, bias))
+    y = torch.randn(2, 3, requires_grad=True)
+    weights = flow.network.weights[0].detach().requires_grad_()
+    assert torch.autograd.gradcheck(run, (y, weights))
 
 
 def test_batched_gradients_agree_with_single_ones():

@@ -105,7 +105,7 @@ def test_a_context_seen_again_is_known_again(count_passes):
 
 
 OPTIMIZERS = {
-    "SGD": lambda p: torch.optim.SGD(p, 0.1),
+    "SGD": lambda p: torch.optim.SGD(p, 0.01),
     "Adam": lambda p: torch.optim.Adam(p, 0.1),
     "fused Adam": lambda p: torch.optim.Adam(p, 0.1, fused=True),
     "foreach AdamW": lambda p: torch.optim.AdamW(p, 0.1, foreach=True),
@@ -151,10 +151,10 @@ CHANGES = {
     "assigned state": lambda f: f.load_state_dict(
         inverse_autoregressive_flow(D, [8]).state_dict(), assign=True
     ),
-    "new parameter": lambda f: setattr(
-        f.network.output, "bias", torch.nn.Parameter(torch.randn(2 * D))
+    "new parameter": lambda f: f.network.weights.__setitem__(
+        0, torch.nn.Parameter(torch.randn_like(f.network.mask))
     ),
-    "new data": lambda f: setattr(f.network.output.bias, "data", torch.randn(2 * D)),
+    "new data": lambda f: setattr(f.network.weights[0], "data", torch.randn_like(f.network.mask)),
     "another network": lambda f: setattr(
         f, "network", rough(inverse_autoregressive_flow(D, 8)).network
     ),
@@ -224,7 +224,8 @@ def test_swapped_parameters_are_other_parameters():
 def test_weights_with_a_prior_are_not_remembered():
     flow = inverse_autoregressive_flow(D, [8])
     pyro.nn.module.to_pyro_module_(flow)
-    flow.network.output.bias = PyroSample(dist.Normal(torch.zeros(2 * D), 1.0).to_event(1))
+    prior = dist.Normal(torch.zeros_like(flow.network.mask), 1.0).to_event(1)
+    setattr(flow.network.weights, "0", PyroSample(prior))
     assert isinstance(flow, PyroModule)
     x = torch.randn(3, D)
     with pytest.warns(RuntimeWarning, match="comes back only"):  # the weights differ by then
@@ -234,7 +235,8 @@ def test_weights_with_a_prior_are_not_remembered():
 def test_parameters_of_pyro_are_not_remembered():
     flow = rough(inverse_autoregressive_flow(D, [8]))
     pyro.nn.module.to_pyro_module_(flow)
-    flow.network.output.bias = PyroParam(lambda: torch.ones(2 * D))
+    value = torch.ones_like(flow.network.mask)
+    setattr(flow.network.weights, "0", PyroParam(lambda: value))
     x = torch.randn(3, D)
     flow(x)
     y = flow(x)
@@ -413,10 +415,10 @@ def test_thawed_parameters_get_gradients():
     assert not x.requires_grad
     flow.requires_grad_(True)
     score = flow.log_abs_det_jacobian(flow.inv(y), y).sum()
-    known = torch.autograd.grad(score, flow.network.output.weight)
+    known = torch.autograd.grad(score, flow.network.weights[0])
     again = y.clone()
     found = torch.autograd.grad(
-        flow.log_abs_det_jacobian(flow.inv(again), again).sum(), flow.network.output.weight
+        flow.log_abs_det_jacobian(flow.inv(again), again).sum(), flow.network.weights[0]
     )
     assert_close(known, found)
 

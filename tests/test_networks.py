@@ -51,8 +51,7 @@ def test_forbidden_weights_do_not_matter_whatever_they_hold():
     x = torch.randn(4)
     before = network(x)
     with torch.no_grad():
-        for layer in (*network.hidden, network.output):
-            layer.weight[layer.mask == 0] = 1e6
+        network.weights[0][network.mask == 0] = 1e6
     assert_close(network(x), before, rtol=0, atol=0)
 
 
@@ -73,7 +72,7 @@ def test_context_feeds_every_layer():
     network = MaskedAutoregressiveNetwork(4, [8, 6], context_dim=2)
     loc, log_scale = network(torch.randn(4), torch.randn(2))
     (loc.sum() + log_scale.sum()).backward()
-    rows = network.context_layer.weight.grad.abs().sum(-1)
+    rows = network.matrices(network.weights[0].grad)[-1][:, 1:].abs().sum(-1)
     for layer in rows.split([8, 6, 8]):
         assert (layer > 0).any()
 
@@ -129,10 +128,11 @@ def test_units_count_their_inputs():
     # An Adam step moves every weight by lr. What that does to a unit must not grow with the width.
     for H in (16, 64, 256, 1024):
         network = MaskedAutoregressiveNetwork(8, [H, H])
-        weights = network.output.mask.abs().square().sum(-1)
+        *_, hidden, output, _ = network.matrices(network.mask)
+        weights = output.square().sum(-1)
         assert weights.max() <= 2
-        assert network.hidden[1].mask.square().sum(-1).max() <= 2
-        exponent = network.output.mask[network.output.mask > 0].log2()
+        assert hidden.square().sum(-1).max() <= 2
+        exponent = output[output > 0].log2()
         assert_close(exponent, exponent.round(), rtol=0, atol=0)
 
 
@@ -148,13 +148,7 @@ def test_state_holds_weights_and_the_order_only():
     names = set(MaskedAutoregressiveNetwork(4, [8, 8], context_dim=2).state_dict())
     assert names == {
         "order",
-        "hidden.0.weight",
-        "hidden.0.bias",
-        "hidden.1.weight",
-        "hidden.1.bias",
-        "output.weight",
-        "output.bias",
-        "context_layer.weight",
+        "weights.0",
     }
 
 

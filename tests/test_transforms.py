@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from bijections import (
+    biases,
     BACKEND,
     BIJECTIONS,
     DOUBLE,
@@ -137,16 +138,18 @@ def test_gradients_reach_every_parameter(bijection, x):
 @pytest.mark.parametrize("level", [-60.0, -12.0, 0.0, 12.0, 60.0])
 def test_gradients_are_true_wherever_the_scale_is(gated, level):
     flow = rough(inverse_autoregressive_flow(3, [6], gated=gated))
-    bias = torch.cat([torch.zeros(3), torch.full((3,), level)]).requires_grad_()
+    with torch.no_grad():
+        biases(flow.network)[-6:] = torch.cat([torch.zeros(3), torch.full((3,), level)])
+    weights = flow.network.weights[0].detach().requires_grad_()
     x = torch.randn(2, 3, requires_grad=True)
 
-    def run(x, bias):
-        parameters = {"flow.network.output.bias": bias}
+    def run(x, weights):
+        parameters = {"flow.network.weights.0": weights}
         return torch.func.functional_call(_Scored(flow), parameters, (x,))
 
-    unit = run(x, bias)[0].abs().mean().item()  # finite differences like numbers of order one
+    unit = run(x, weights)[0].abs().mean().item()  # finite differences like numbers of order one
     assert torch.autograd.gradcheck(
-        lambda x, bias: (run(x, bias)[0] / unit, run(x, bias)[1]), (x, bias)
+        lambda x, weights: (run(x, weights)[0] / unit, run(x, weights)[1]), (x, weights)
     )
 
 
@@ -170,12 +173,16 @@ def test_inverse_has_the_gradient_of_the_inverse(bijection, x):
 def test_one_affine_layer_reaches_extreme_scales(target):
     flow = inverse_autoregressive_flow(2, [8])
     x = torch.randn(64, 2)
-    optimizer = torch.optim.Adam(flow.parameters(), lr=0.1)
-    for _ in range(400):
+    optimizer = torch.optim.LBFGS(flow.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss():
         optimizer.zero_grad()
         log_scale = flow.log_abs_det_jacobian(x, flow(x)) / 2
-        (log_scale - math.log(target)).square().mean().backward()
-        optimizer.step()
+        error = (log_scale - math.log(target)).square().mean()
+        error.backward()
+        return error
+
+    optimizer.step(loss)
     scale = (flow.log_abs_det_jacobian(x, flow(x)) / 2).exp()
     assert_close(scale, torch.full_like(scale, target), rtol=0.05, atol=0)
 
@@ -490,19 +497,19 @@ def test_a_guide_finds_the_exact_posterior_of_a_correlated_gaussian():
         with pyro.plate("particles", 64):
             pyro.sample("z", dist.TransformedDistribution(DiagonalNormal(loc, scale), [flow]))
 
-    optimizer = pyro.optim.ClippedAdam({"lr": 0.02, "lrd": 0.998})
+    optimizer = pyro.optim.ClippedAdam({"lr": 0.02, "lrd": 0.9985})
     svi = SVI(model, guide, optimizer, Trace_ELBO())
-    for _ in range(2000):
+    for _ in range(3000):
         svi.step()
     base = DiagonalNormal(pyro.param("loc"), pyro.param("scale"))
     draws = dist.TransformedDistribution(base, [flow]).sample((50_000,))
     spread = target.variance.sqrt()
     units = spread * spread[:, None]
-    # 50,000 draws tell a mean to 0.005 sd; the rest is what 2,000 steps leave to learn.
+    # 50,000 draws tell a mean to 0.005 sd; the rest is what 3,000 steps leave to learn.
     assert ((draws.mean(0) - target.mean).abs() < 0.03 * spread).all()
     assert_close(draws.T.cov() / units, target.covariance_matrix / units, atol=0.03, rtol=0)
     # The evidence of a normalised target is 0 nats: the loss, per particle, is the divergence.
-    assert abs(svi.evaluate_loss() / 64) < 0.01
+    assert abs(sum(svi.evaluate_loss() for _ in range(50)) / (50 * 64)) < 0.01
 
 
 def test_a_flow_shared_over_time_steps_costs_one_pass_each(count_passes):
