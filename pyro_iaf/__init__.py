@@ -12,6 +12,7 @@ from .conditional import (
     conditional_inverse_autoregressive_flow,
 )
 from .distributions import DiagonalNormal
+from .guides import AutoIAF
 from .networks import MaskedAutoregressiveNetwork
 from .registration import register
 from .transforms import (
@@ -23,6 +24,7 @@ from .transforms import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "AutoIAF",
     "ConditionalInverseAutoregressiveFlow",
     "ConditionalInverseAutoregressiveFlowStack",
     "DiagonalNormal",

@@ -10,10 +10,11 @@ import warnings
 
 import pyro.distributions
 import pyro.distributions.transforms
+import pyro.infer.autoguide
 from torch.distributions.kl import register_kl
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from . import conditional, distributions, memory, transforms
+from . import conditional, distributions, guides, memory, transforms
 
 __all__ = ["register"]
 
@@ -24,6 +25,7 @@ NAMES = [
         for module in (transforms, conditional)
         for name in module.__all__
     ),
+    (pyro.infer.autoguide, guides.AutoIAF),
 ]
 
 _counts_steps = False

@@ -1,0 +1,562 @@
+r"""Guides that write themselves: a flow over all the latents of a model.
+
+.. math::
+    z = \mu + \sigma \odot f(x), \qquad x \sim N(0, I)
+
+where :math:`f` is a stack of inverse autoregressive flows, nearly the identity at first, and
+:math:`z` holds the model's latents, each carried to the real line, one after the other.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.distributions.constraints import Constraint
+from pyro.infer.autoguide.guides import AutoContinuous, AutoGuide
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
+from torch import Tensor, nn
+from torch.distributions import biject_to
+from torch.utils.weak import WeakIdKeyDictionary
+
+from . import memory
+from .distributions import DiagonalNormal
+from .networks import check_size
+from .transforms import InverseAutoregressiveFlowStack, SinglePass, inverse_autoregressive_flow
+
+__all__ = ["AutoIAF"]
+
+GATE_BIAS = 2.0
+
+# Medians and quantiles are read off this many draws and their mirror images.
+NUM_MIRRORED = 5000
+
+# Who put a parameter into Pyro's store; what nobody did came from a file.
+_makers = WeakIdKeyDictionary()
+
+
+class AutoIAF(AutoContinuous):
+    r"""A guide over all the continuous latents of a model, by inverse autoregressive flows.
+
+    Noise from a :class:`~pyro_iaf.DiagonalNormal` goes through ``num_flows`` flows and a learned
+    loc and scale, and comes out as one vector of latents in unconstrained space, which Pyro's
+    bijections carry to the sites. It sees correlations, skewness and funnels that a mean-field
+    guide can't. A fresh guide is nearly a normal around the starting point.
+
+    Use it as any of Pyro's guides. A step of SVI costs one network pass per flow, O(D H + H²) per
+    particle for D latents and widths H. The structure of the model, its shapes and the supports of
+    its latents have to stay as they are at the first call.
+
+    A guide owns the entries under its ``name`` in Pyro's parameter store. Entries that came from a
+    file are adopted; those of another guide are replaced, with a warning if that guide is alive.
+    A state that was loaded with ``load_state_dict``, also before the first call, wins over the
+    store. Pickling leaves the model behind, and what belongs to it: ``init_loc_fn`` and
+    ``create_plates``.
+
+    Args:
+        model: A Pyro model.
+        num_flows: How many flows; each has the order of the one before it reversed.
+        hidden_dims: Widths of each network's hidden layers, a list or one int. By default two
+            layers of ``max(64, D)``.
+        gated: Whether the flows gate instead of shift and scale.
+        start: Where a fresh guide sits: ``"init"``, around what ``init_loc_fn`` says.
+        init_loc_fn: Says where each site starts, as for Pyro's guides; by default
+            ``init_to_median``. Sites that can't be sampled, as improper priors, start at a draw in
+            unconstrained space.
+        init_scale: Standard deviation of a fresh guide in unconstrained space; by default 0.1.
+        create_plates: A function of the model's arguments that returns a plate, or several, for
+            the guide to use.
+        name: What the guide's parameters are called in the store, by default ``"AutoIAF"``. Two
+            guides in one program need two names.
+
+    Raises:
+        ValueError: If an argument is out of range, or, at the first call, if a latent is discrete
+            or on a sphere.
+        RuntimeError: At the first call, if the model has no latents.
+        NotImplementedError: At the first call, if a latent is in a plate that is subsampled, or in
+            a sequential one.
+
+    References:
+        Kingma et al. (2016), https://arxiv.org/abs/1606.04934
+
+    Example:
+        >>> def model():
+        ...     scale = pyro.sample("scale", dist.HalfNormal(torch.tensor(1.0)))
+        ...     pyro.sample("weights", dist.Normal(torch.zeros(3), scale).to_event(1))
+        >>> guide = AutoIAF(model)
+        >>> elbo = pyro.infer.Trace_ELBO()
+        >>> svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), elbo)
+        >>> losses = [svi.step() for _ in range(10)]
+        >>> guide.sample_posterior(100)["weights"].shape
+        torch.Size([100, 3])
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        num_flows: int = 2,
+        hidden_dims: int | Sequence[int] | None = None,
+        gated: bool = False,
+        start: str | None = None,
+        init_loc_fn: Callable[..., Any] | None = None,
+        init_scale: float | None = None,
+        create_plates: Callable[..., Any] | None = None,
+        name: str | None = None,
+    ) -> None:
+        if not callable(model):
+            raise ValueError(f"AutoIAF expects a Pyro model, a callable; got {model!r}.")
+        AutoGuide.__init__(self, model, create_plates=create_plates)
+        self.num_flows = check_size("num_flows", num_flows)
+        self.hidden_dims = hidden_dims
+        self.gated = bool(gated)
+        if start not in (None, "init"):
+            raise ValueError(f'start should be "init", or None for the default; got {start!r}.')
+        self._init_loc_fn = _or_draw(init_to_median if init_loc_fn is None else init_loc_fn)
+        self._init_scale = 0.1 if init_scale is None else float(init_scale)
+        if not 0 < self._init_scale < math.inf:
+            raise ValueError(f"init_scale should be a positive number; got {init_scale!r}.")
+        if name is not None:
+            if not isinstance(name, str) or not name or "$" in name:
+                raise ValueError(f"name should be a string without '$'; got {name!r}.")
+            self._pyro_name = name
+        self.transform: InverseAutoregressiveFlowStack | None = None
+        self._conversions: list[Callable[[Tensor], Tensor]] = []  # asked for before it was built
+        self._state_was_loaded = False
+        self._warned = False
+
+    # Building
+
+    def setup(self, *args: Any, **kwargs: Any) -> None:
+        """Builds the guide for a model with these arguments; does nothing if that was done.
+
+        After it the parameters are there, for an optimiser of PyTorch. The model runs once, away
+        from the caller's handlers and plates, and nothing is drawn from the guide.
+        """
+        if self.prototype_trace is not None:
+            return
+        if self._model is None:
+            raise RuntimeError(
+                "This guide was pickled before its first call, and pickling leaves the model "
+                "behind. Make a new one, AutoIAF(model), and give it the state with "
+                "load_state_dict."
+            )
+        master = None if self.master is None else self.master()
+        with poutine.block(), torch.inference_mode(False):
+            if master is not None and master.prototype_trace is None:
+                master._setup_prototype(*args, **kwargs)
+            self._setup_prototype(*args, **kwargs)
+            if master is None:
+                self._create_plates(*args, **kwargs)
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        model = self._model
+        self._model = (InitMessenger(self._init_loc_fn)(self.model),)
+        try:
+            super()._setup_prototype(*args, **kwargs)
+            self._refuse_subsamples()
+            loc = self._init_loc()
+            if self.transform is None:
+                self._build(loc)
+            elif self.latent_dim != (loaded := self.transform.parts[-1].input_dim):
+                raise ValueError(
+                    f"The state that was loaded is of a guide over {loaded} numbers in "
+                    f"unconstrained space; the latents of this model have {self.latent_dim}."
+                )
+        except BaseException:
+            self.prototype_trace = None  # so that the next call tries again
+            raise
+        finally:
+            self._model = model
+        self.prototype_trace = _without_graph(self._latent_sites())
+
+    def _latent_sites(self) -> dict[str, Any]:
+        """The model's latents, in its order, as they were when the guide was set up."""
+        assert self.prototype_trace is not None
+        return dict(self.prototype_trace.iter_stochastic_nodes())
+
+    def _refuse_subsamples(self) -> None:
+        for name, site in self._latent_sites().items():
+            for frame in site["cond_indep_stack"]:
+                full_size = frame.full_size or frame.size
+                if frame.size != full_size:
+                    raise NotImplementedError(
+                        f"Site '{name}' is local to plate '{frame.name}', which is subsampled: "
+                        f"{frame.size} of {full_size}. AutoIAF holds all latents in one vector, so "
+                        "it can't follow a subsample. Run it on all the data; or put AutoIAF on "
+                        "the other sites and a guide that subsamples, as AutoNormal, on this one, "
+                        "in an AutoGuideList with create_plates. (AutoHierarchicalIAF will do "
+                        "both; it is not there yet.)"
+                    )
+
+    def _init_loc(self) -> Tensor:
+        parts = [
+            biject_to(site["fn"].support).inv(site["value"].detach()).reshape(-1)
+            for site in self._latent_sites().values()
+        ]
+        # An improper prior over real numbers knows of no device.
+        device = next((part.device for part in parts if part.device.type != "cpu"), None)
+        loc = torch.cat([part.to(device) for part in parts])
+        return loc if loc.is_floating_point() else loc.to(torch.get_default_dtype())
+
+    def _build(self, loc: Tensor) -> None:
+        """Makes the flows and the final affine; a fresh guide is about ``N(loc, init_scale^2)``."""
+        flows = inverse_autoregressive_flow(
+            len(loc),
+            2 * [max(64, len(loc))] if self.hidden_dims is None else self.hidden_dims,
+            num_flows=self.num_flows,
+            gated=self.gated,
+            gate_bias=GATE_BIAS,
+            # The last flow takes the latents as the model draws them: causes before effects.
+            order=torch.arange(len(loc)) if self.num_flows % 2 else torch.arange(len(loc)).flip(0),
+        )
+        log_scale = math.log(self._init_scale)
+        if self.gated:  # each flow contracts
+            log_scale += self.num_flows * math.log1p(math.exp(-GATE_BIAS))
+        if not isinstance(flows, InverseAutoregressiveFlowStack):
+            flows = InverseAutoregressiveFlowStack([flows])
+        # In the model's own precision, whatever the default is.
+        affine = LocScale(loc.detach().clone(), log_scale)
+        flows.to(loc).parts.append(affine)  # type: ignore[attr-defined]  # a ModuleList
+        for convert in self._conversions:
+            flows._apply(convert)
+        self._conversions.clear()
+        self.transform = flows
+
+    @property
+    def model(self) -> Callable[..., Any]:
+        if self._model is None:
+            raise RuntimeError("This guide has no model: pickling leaves it behind.")
+        model: Callable[..., Any] = self._model[0]
+        return model
+
+    # Drawing
+
+    def get_base_dist(self) -> DiagonalNormal:
+        """The noise: a standard normal over vectors."""
+        loc = self._built().parts[-1].get_parameter("loc")
+        return DiagonalNormal(torch.zeros_like(loc), torch.ones_like(loc), validate_args=False)
+
+    def get_transform(self, *args: Any, **kwargs: Any) -> InverseAutoregressiveFlowStack:
+        """What carries the noise to all latents in unconstrained space, as one transform."""
+        return self._built(*args, **kwargs)
+
+    def get_posterior(self, *args: Any, **kwargs: Any) -> dist.TransformedDistribution:
+        """The guide's distribution over all latents, as one vector in unconstrained space."""
+        transform = self.get_transform(*args, **kwargs)
+        return _Posterior(self.get_base_dist(), [transform], validate_args=False)
+
+    def _built(self, *args: Any, **kwargs: Any) -> InverseAutoregressiveFlowStack:
+        """The transform, built if need be."""
+        # Not by attribute, which would make each parameter a statement of its own in Pyro.
+        transform = self._modules.get("transform")
+        if transform is None:
+            try:
+                self.setup(*args, **kwargs)
+            except TypeError as error:
+                if args or kwargs:
+                    raise
+                raise RuntimeError(
+                    "AutoIAF is not built yet, and its model seems to need arguments: call "
+                    "guide.setup(*args, **kwargs) with them first."
+                ) from error
+            transform = self._modules["transform"]
+        return transform  # type: ignore[return-value]
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Draws every site of the model; returns them by name."""
+        self.setup(*args, **kwargs)
+        self._declare_parameters(self._adopt_parameters())
+        sites: dict[str, Tensor] = super().forward(*args, **kwargs)
+        return sites
+
+    @torch.no_grad()
+    def sample_posterior(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Draws from the guide, all at once, in the units of the model.
+
+        Args:
+            num_samples: How many draws.
+            args: What the model takes; needed only if the guide was never called or set up.
+            kwargs: Likewise.
+
+        Returns:
+            For each site a tensor of shape ``(num_samples,) + shape`` of its value in the model.
+        """
+        posterior = self._ready_posterior(*args, **kwargs)
+        return self._sites(posterior.sample((check_size("num_samples", num_samples),)))
+
+    @torch.no_grad()
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """The median of each latent: coordinate by coordinate in unconstrained space.
+
+        It lies in the support, and where a constraint acts on each number by itself, it is the
+        median of that number. Read off 10,001 draws in mirrored pairs, the same at every call.
+
+        Args:
+            args: What the model takes; needed only if the guide was never called or set up.
+            kwargs: Likewise.
+        """
+        return self._sites(self._mirrored(*args, **kwargs).quantile(0.5, dim=0))
+
+    @torch.no_grad()
+    def quantiles(
+        self, quantiles: Sequence[float] | Tensor | float, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Quantiles of each number of each site, in the units of the model.
+
+        Read off 10,001 draws in mirrored pairs, the same at every call.
+
+        Args:
+            quantiles: Levels between 0 and 1.
+            args: What the model takes; needed only if the guide was never called or set up.
+            kwargs: Likewise.
+
+        Returns:
+            For each site a tensor of shape ``(len(quantiles),) + shape``, increasing where the
+            levels are.
+        """
+        draws = self._mirrored(*args, **kwargs)
+        levels = torch.as_tensor(quantiles, dtype=draws.dtype, device=draws.device).reshape(-1)
+        if not ((levels >= 0) & (levels <= 1)).all():
+            raise ValueError(f"quantiles should be levels between 0 and 1; got {quantiles}.")
+        sites = self._sites(draws)
+        return {name: value.quantile(levels, dim=0) for name, value in sites.items()}
+
+    def _ready_posterior(self, *args: Any, **kwargs: Any) -> dist.TransformedDistribution:
+        self.setup(*args, **kwargs)
+        self._adopt_parameters()
+        return self.get_posterior(*args, **kwargs)
+
+    def _mirrored(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Latents of noise that is symmetric about zero, an odd number of them.
+
+        The median of a guide that is symmetric itself is exact; the middle one of an odd number
+        commutes with every monotone map.
+        """
+        posterior = self._ready_posterior(*args, **kwargs)
+        loc = posterior.base_dist.loc
+        generator = torch.Generator(loc.device).manual_seed(0)
+        shape = (NUM_MIRRORED, *loc.shape)
+        noise = torch.randn(shape, generator=generator, dtype=loc.dtype, device=loc.device)
+        noise = torch.cat([noise, -noise, torch.zeros_like(noise[:1])])
+        latents: Tensor = self.get_transform(*args, **kwargs)(noise)
+        return latents
+
+    def _sites(self, latent: Tensor) -> dict[str, Tensor]:
+        """The sites of latents of shape ``batch_shape + (D,)``; the batch stands to their left."""
+        sites, start = {}, 0
+        for name, site in self._latent_sites().items():
+            shape = self._unconstrained_shapes[name]
+            part = latent[..., start : start + shape.numel()]
+            start += shape.numel()
+            sites[name] = biject_to(site["fn"].support)(part.reshape(latent.shape[:-1] + shape))
+        return sites
+
+    # The parameter store
+
+    def _parameters_by_name(self) -> dict[str, nn.Parameter]:
+        """What there is to learn, under the names that Pyro gives to a module's module."""
+        transform = self._modules["transform"]
+        assert transform is not None
+        prefix = f"{self._pyro_name}.transform$$$"
+        parameters = transform.named_parameters()
+        return {prefix + name: value for name, value in parameters if value.requires_grad}
+
+    def _adopt_parameters(self) -> dict[str, nn.Parameter]:
+        """Takes over what the store holds under this guide's name, if that came from a file."""
+        store = pyro.get_param_store()
+        own = self._parameters_by_name()
+        entries = store._params
+        loaded = [
+            name
+            for name, value in own.items()
+            if entries.get(name, value) is not value and entries[name] not in _makers
+        ]
+        if loaded and not self._state_was_loaded:
+            self._check_entries(own)
+            for name in loaded:
+                with torch.no_grad():
+                    own[name].copy_(store[name])
+                self._replace_entry(name, own[name])
+        return own
+
+    def _check_entries(self, own: dict[str, nn.Parameter]) -> None:
+        prefix = next(iter(own)).partition("$$$")[0] + "$$$"
+        store = pyro.get_param_store()
+        theirs = {name: tuple(store[name].shape) for name in store if name.startswith(prefix)}
+        ours = {name: tuple(value.shape) for name, value in own.items()}
+        if theirs != ours:
+            name, *_ = sorted(dict(theirs.items() ^ ours.items()))
+            raise ValueError(
+                f"The parameter store has entries of a guide named '{self._pyro_name}' of another "
+                f"make: {name} has shape {theirs.get(name, 'missing')} there and "
+                f"{ours.get(name, 'missing')} here. Clear it with pyro.clear_param_store(), or "
+                "call this guide AutoIAF(model, name=...)."
+            )
+
+    def _declare_parameters(self, own: dict[str, nn.Parameter]) -> None:
+        """Pyro's statement for each parameter; the store's entries become this guide's."""
+        entries = pyro.get_param_store()._params
+        for name, value in own.items():
+            if entries.get(name) is not value:
+                self._replace_entry(name, value)
+            pyro.param(name, value)
+        self._state_was_loaded = False
+
+    def _replace_entry(self, name: str, value: nn.Parameter) -> None:
+        store = pyro.get_param_store()
+        if name in store:
+            maker = _makers.get(store._params[name], lambda: None)()
+            if maker not in (None, self) and not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"Another guide named '{self._pyro_name}' is alive. Its parameters leave "
+                    "Pyro's parameter store for those of this one. Give each a name of its own: "
+                    "AutoIAF(model, name=...).",
+                    UserWarning,
+                    stacklevel=2,
+                )
+            del store[name]
+        store.setdefault(name, value)
+        _makers[value] = weakref.ref(self)
+
+    # State and copies
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        loc = state_dict.get(f"{prefix}transform.parts.{self.num_flows}.loc")
+        if loc is not None:
+            self._state_was_loaded = True
+            if self._modules.get("transform") is None:
+                self._build(loc)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AutoIAF:
+        if self._modules.get("transform") is None:
+            self._conversions.append(fn)
+        if self.prototype_trace is not None:
+            for site in self._latent_sites().values():
+                site["fn"]._support = _each_tensor(site["fn"].support, fn)
+        super()._apply(fn, recurse)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Not AutoGuide's, which takes the model from the original too.
+        state = dict(super(AutoGuide, self).__getstate__())
+        left_behind = ("_model", "create_plates", "_init_loc_fn", "master")
+        return {**state, **dict.fromkeys(left_behind), "_conversions": []}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AutoIAF:
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        # The copy is of the guide. Its model is the same, or the copy of it made alongside.
+        if self._model is not None:
+            twin._model = (memo.get(id(self.model), self.model),)
+        twin.create_plates, twin._init_loc_fn = self.create_plates, self._init_loc_fn
+        twin._conversions = list(self._conversions)
+        return twin
+
+
+class LocScale(SinglePass):
+    """The guide's last step: a learned loc and scale for each coordinate, ``loc + scale * x``."""
+
+    def __init__(self, loc: Tensor, log_scale: float) -> None:
+        super().__init__()
+        self.input_dim = len(loc)
+        self.loc = nn.Parameter(loc)
+        self.log_scale = nn.Parameter(torch.full_like(loc, log_scale))
+
+    @property
+    def _sources(self) -> tuple[object, ...]:
+        return self.loc, self.log_scale
+
+    def _compute(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.addcmul(self.loc, self.log_scale.exp(), x), self.log_scale
+
+    def _undo(self, y: Tensor) -> Tensor:
+        return (y - self.loc) * (-self.log_scale).exp()
+
+    def _undo_known(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self._undo(y), self.log_scale.expand_as(y)
+
+    def extra_repr(self) -> str:
+        return f"input_dim={self.input_dim}"
+
+
+class _Posterior(dist.TransformedDistribution):  # type: ignore[misc]
+    """A guide's distribution, which knows its last draw again without its graph."""
+
+    _drawn: Tensor | None = None
+
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        self._drawn = super().rsample(sample_shape)
+        return self._drawn
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._drawn is not None:  # reweighted wake-sleep scores its draws after detach()
+            memory.recognise(value, self._drawn)
+        (transform,) = self.transforms
+        x = transform._inv_call(value)
+        log_prob: Tensor = self.base_dist.log_prob(x) - transform.log_abs_det_jacobian(x, value)
+        return log_prob
+
+
+def _or_draw(init_loc_fn: Callable[..., Any]) -> Callable[[dict[str, Any]], Tensor]:
+    """Starts where ``init_loc_fn`` says, and anywhere where a site can't be sampled."""
+
+    def init(site: dict[str, Any]) -> Tensor:
+        try:
+            value: Tensor = init_loc_fn(site)
+        except NotImplementedError:
+            to_support = biject_to(site["fn"].support)
+            shape = to_support.inverse_shape(site["fn"].shape())
+            value = to_support(torch.empty(shape).uniform_(-2, 2))
+        return value
+
+    return init
+
+
+def _without_graph(sites: dict[str, Any]) -> poutine.Trace:
+    """What a guide has to know of its sites, free of graphs, data and the user's code."""
+    bare = poutine.Trace()
+    for name, site in sites.items():
+        fn = site["fn"]
+        support = _each_tensor(fn.support, Tensor.detach)
+        bare.add_node(
+            name,
+            type="sample",
+            name=name,
+            fn=dist.ImproperUniform(support, fn.batch_shape, fn.event_shape),
+            value=site["value"].detach(),
+            is_observed=False,
+            infer={},
+            cond_indep_stack=site["cond_indep_stack"],
+        )
+    return bare
+
+
+def _each_tensor(constraint: Constraint, fn: Callable[[Tensor], Tensor]) -> Constraint:
+    """A copy of a constraint, with ``fn`` applied to the tensors in it."""
+
+    def convert(thing: Any) -> Any:
+        if isinstance(thing, Tensor):
+            return fn(thing)
+        if isinstance(thing, Constraint):
+            return _each_tensor(thing, fn)
+        if isinstance(thing, list | tuple):
+            return type(thing)(map(convert, thing))
+        return thing
+
+    twin = copy.copy(constraint)
+    twin.__dict__.update({name: convert(thing) for name, thing in vars(constraint).items()})
+    return twin
