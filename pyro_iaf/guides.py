@@ -23,13 +23,14 @@ from pyro import poutine
 from pyro.distributions.constraints import Constraint
 from pyro.infer.autoguide.guides import AutoContinuous, AutoGuide
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
+from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 from torch.distributions import biject_to
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import memory
 from .distributions import DiagonalNormal
-from .networks import check_size
+from .networks import check_size, check_widths
 from .transforms import InverseAutoregressiveFlowStack, SinglePass, inverse_autoregressive_flow
 
 __all__ = ["AutoIAF"]
@@ -116,7 +117,7 @@ class AutoIAF(AutoContinuous):
             raise ValueError(f"AutoIAF expects a Pyro model, a callable; got {model!r}.")
         AutoGuide.__init__(self, model, create_plates=create_plates)
         self.num_flows = check_size("num_flows", num_flows)
-        self.hidden_dims = hidden_dims
+        self.hidden_dims = None if hidden_dims is None else check_widths(hidden_dims, 1)
         self.gated = bool(gated)
         if start not in (None, "init"):
             raise ValueError(f'start should be "init", or None for the default; got {start!r}.')
@@ -129,7 +130,7 @@ class AutoIAF(AutoContinuous):
                 raise ValueError(f"name should be a string without '$'; got {name!r}.")
             self._pyro_name = name
         self.transform: InverseAutoregressiveFlowStack | None = None
-        self._conversions: list[Callable[[Tensor], Tensor]] = []  # asked for before it was built
+        self._conversions: list[Callable[[Tensor], Tensor]] = []  # asked for before the setup
         self._state_was_loaded = False
         self._warned = False
 
@@ -177,6 +178,9 @@ class AutoIAF(AutoContinuous):
         finally:
             self._model = model
         self.prototype_trace = _without_graph(self._latent_sites())
+        for convert in self._conversions:
+            self._convert_supports(convert)
+        self._conversions.clear()
 
     def _latent_sites(self) -> dict[str, Any]:
         """The model's latents, in its order, as they were when the guide was set up."""
@@ -228,7 +232,6 @@ class AutoIAF(AutoContinuous):
         flows.to(loc).parts.append(affine)  # type: ignore[attr-defined]  # a ModuleList
         for convert in self._conversions:
             flows._apply(convert)
-        self._conversions.clear()
         self.transform = flows
 
     @property
@@ -257,19 +260,20 @@ class AutoIAF(AutoContinuous):
     def _built(self, *args: Any, **kwargs: Any) -> InverseAutoregressiveFlowStack:
         """The transform, built if need be."""
         # Not by attribute, which would make each parameter a statement of its own in Pyro.
-        transform = self._modules.get("transform")
-        if transform is None:
-            try:
-                self.setup(*args, **kwargs)
-            except TypeError as error:
-                if args or kwargs:
-                    raise
-                raise RuntimeError(
-                    "AutoIAF is not built yet, and its model seems to need arguments: call "
-                    "guide.setup(*args, **kwargs) with them first."
-                ) from error
-            transform = self._modules["transform"]
-        return transform  # type: ignore[return-value]
+        if self._modules.get("transform") is None:
+            self._setup_on_demand(*args, **kwargs)
+        return self._modules["transform"]  # type: ignore[return-value]
+
+    def _setup_on_demand(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            self.setup(*args, **kwargs)
+        except TypeError as error:
+            if args or kwargs:
+                raise
+            raise RuntimeError(
+                "AutoIAF is not set up yet, and its model seems to need arguments: call "
+                "guide.setup(*args, **kwargs) with them first."
+            ) from error
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draws every site of the model; returns them by name."""
@@ -331,7 +335,7 @@ class AutoIAF(AutoContinuous):
         return {name: value.quantile(levels, dim=0) for name, value in sites.items()}
 
     def _ready_posterior(self, *args: Any, **kwargs: Any) -> dist.TransformedDistribution:
-        self.setup(*args, **kwargs)
+        self._setup_on_demand(*args, **kwargs)
         self._adopt_parameters()
         return self.get_posterior(*args, **kwargs)
 
@@ -372,8 +376,10 @@ class AutoIAF(AutoContinuous):
 
     def _adopt_parameters(self) -> dict[str, nn.Parameter]:
         """Takes over what the store holds under this guide's name, if that came from a file."""
-        store = pyro.get_param_store()
         own = self._parameters_by_name()
+        if pyro.settings.get("module_local_params"):
+            return own
+        store = pyro.get_param_store()
         entries = store._params
         loaded = [
             name
@@ -405,7 +411,12 @@ class AutoIAF(AutoContinuous):
     def _declare_parameters(self, own: dict[str, nn.Parameter]) -> None:
         """Pyro's statement for each parameter; the store's entries become this guide's."""
         entries = pyro.get_param_store()._params
+        local = pyro.settings.get("module_local_params")
         for name, value in own.items():
+            if local:  # handlers hear of it, the store does not
+                value.unconstrained = weakref.ref(value)  # type: ignore[attr-defined]
+                _declare(name, value, constraint=dist.constraints.real, name=name)
+                continue
             if entries.get(name) is not value:
                 self._replace_entry(name, value)
             pyro.param(name, value)
@@ -433,21 +444,25 @@ class AutoIAF(AutoContinuous):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        loc = state_dict.get(f"{prefix}transform.parts.{self.num_flows}.loc")
-        if loc is not None:
-            self._state_was_loaded = True
-            if self._modules.get("transform") is None:
-                self._build(loc)
+        start = f"{prefix}transform.parts."
+        for name, value in state_dict.items():
+            if name.startswith(start) and name.endswith(".loc"):
+                self._state_was_loaded = True
+                if self._modules.get("transform") is None:
+                    self._build(value)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AutoIAF:
-        if self._modules.get("transform") is None:
+        if self.prototype_trace is None:
             self._conversions.append(fn)
-        if self.prototype_trace is not None:
-            for site in self._latent_sites().values():
-                site["fn"]._support = _each_tensor(site["fn"].support, fn)
+        else:
+            self._convert_supports(fn)
         super()._apply(fn, recurse)
         return self
+
+    def _convert_supports(self, fn: Callable[[Tensor], Tensor]) -> None:
+        for site in self._latent_sites().values():
+            site["fn"]._support = _each_tensor(site["fn"].support, fn)
 
     def __getstate__(self) -> dict[str, Any]:
         # Not AutoGuide's, which takes the model from the original too.
@@ -511,17 +526,29 @@ class _Posterior(dist.TransformedDistribution):  # type: ignore[misc]
         return log_prob
 
 
+@effectful(type="param")
+def _declare(name: str, value: Tensor, **_: Any) -> Tensor:
+    return value
+
+
 def _or_draw(init_loc_fn: Callable[..., Any]) -> Callable[[dict[str, Any]], Tensor]:
-    """Starts where ``init_loc_fn`` says, and anywhere where a site can't be sampled."""
+    """Starts where ``init_loc_fn`` says, or at a draw where that says nothing of use.
+
+    It can't where a site can't be sampled; and a mean may be infinite.
+    """
 
     def init(site: dict[str, Any]) -> Tensor:
+        to_support = biject_to(site["fn"].support)
         try:
             value: Tensor = init_loc_fn(site)
+            if to_support.inv(value).isfinite().all():
+                return value
+            like = value
         except NotImplementedError:
-            to_support = biject_to(site["fn"].support)
-            shape = to_support.inverse_shape(site["fn"].shape())
-            value = to_support(torch.empty(shape).uniform_(-2, 2))
-        return value
+            like = torch.empty(())
+        shape = to_support.inverse_shape(site["fn"].shape())
+        drawn: Tensor = to_support(like.new_empty(shape).uniform_(-2, 2))
+        return drawn
 
     return init
 

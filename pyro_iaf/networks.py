@@ -98,7 +98,7 @@ class MaskedAutoregressiveNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.input_dim = check_size("input_dim", input_dim)
-        self.hidden_dims = _as_widths(hidden_dims, input_dim)
+        self.hidden_dims = check_widths(hidden_dims, input_dim)
         self.context_dim = check_size("context_dim", context_dim, smallest=0)
         self.num_params = check_size("num_params", num_params)
         self.activation = _activation(activation)
@@ -312,7 +312,7 @@ def runs_eagerly() -> bool:
     )
 
 
-def _as_widths(hidden_dims: int | Sequence[int] | None, input_dim: int) -> list[int]:
+def check_widths(hidden_dims: int | Sequence[int] | None, input_dim: int) -> list[int]:
     if hidden_dims is None:
         return 2 * [max(64, 2 * input_dim)]
     widths = list(hidden_dims) if isinstance(hidden_dims, Iterable) else [hidden_dims]

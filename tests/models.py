@@ -64,7 +64,6 @@ def correlations():
     tril = scale.unsqueeze(-1) * L
     with pyro.plate("data", 2):
         y = torch.tensor([[1.0, 0.5, -0.5], [0.2, -1.0, 0.3]])
-        tril = tril.unsqueeze(-3) if tril.dim() > 2 and tril.shape[-3] != 1 else tril
         pyro.sample("y", dist.MultivariateNormal(torch.zeros(3), scale_tril=tril), obs=y)
 
 
@@ -107,7 +106,7 @@ def mask_and_scale():
 
 def arguments(x, y=None, *, noise=1.0):
     weights = pyro.sample("weights", dist.Normal(torch.zeros(x.shape[-1]), 1.0).to_event(1))
-    mean = (weights.unsqueeze(-2) * x).sum(-1)
+    mean = (weights * x).sum(-1)
     with pyro.plate("data", len(x)):
         return pyro.sample("y", dist.Normal(mean, noise), obs=y)
 
@@ -149,10 +148,10 @@ class Regression(PyroModule):
 
     def forward(self, x, y=None):
         weight, bias = self.linear.weight, self.linear.bias
-        mean = (weight.squeeze(-2).unsqueeze(-2) * x).sum(-1) + bias
+        mean = (weight.squeeze(-2) * x).sum(-1) + bias.squeeze(-1)
         sigma = pyro.sample("sigma", dist.LogNormal(self.prior_loc, self.prior_scale))
         with pyro.plate("data", len(x)):
-            return pyro.sample("y", dist.Normal(mean, sigma.unsqueeze(-1)), obs=y)
+            return pyro.sample("y", dist.Normal(mean, sigma), obs=y)
 
 
 X, Y = torch.tensor([[1.0, 2.0], [0.0, 1.0], [-1.0, 1.0]]), torch.tensor([1.0, 0.0, -0.5])

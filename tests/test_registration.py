@@ -2,6 +2,7 @@ import subprocess
 import sys
 
 import pyro.distributions as dist
+import pyro.infer.autoguide
 import pytest
 
 import pyro_iaf
@@ -63,6 +64,7 @@ def test_importing_adds_and_never_changes():
     added = dict(line.split(" ", 1) for line in result.stdout.splitlines())
     assert added["pyro.distributions"] == "['DiagonalNormal']"
     assert added["torch.distributions"] == added["pyro.infer"] == "[]"
+    assert added["pyro.infer.autoguide"] == "['AutoIAF']"
     assert "conditional_inverse_autoregressive_flow" in added["pyro.distributions.transforms"]
 
 
@@ -77,6 +79,7 @@ def test_names_are_there():
         "conditional_inverse_autoregressive_flow",
     ):
         assert getattr(dist.transforms, name) is getattr(pyro_iaf, name)
+    assert pyro.infer.autoguide.AutoIAF is pyro_iaf.AutoIAF
 
 
 def test_registering_again_does_nothing(recwarn):

@@ -9,11 +9,11 @@ import pyro.distributions as dist
 import pytest
 import torch
 from bijections import (
-    biases,
     BACKEND,
     BIJECTIONS,
     DOUBLE,
     SINGLE,
+    biases,
     dim_and_dtype,
     make,
     rough,
