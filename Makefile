@@ -30,6 +30,7 @@ bench: $(VENV)/demo.stamp
 	$(BIN)/python benchmarks/distributions.py
 	$(BIN)/python benchmarks/flows.py
 	$(BIN)/python benchmarks/features.py
+	$(BIN)/python benchmarks/guides.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -10,10 +10,12 @@ where :math:`f` is a stack of inverse autoregressive flows, nearly the identity 
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any
 
 import pyro
@@ -21,11 +23,13 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions.constraints import Constraint
+from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.infer.autoguide.guides import AutoContinuous, AutoGuide
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
-from torch.distributions import biject_to
+from torch.distributions import Distribution, biject_to
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import memory
@@ -113,8 +117,10 @@ class AutoIAF(AutoContinuous):
         create_plates: Callable[..., Any] | None = None,
         name: str | None = None,
     ) -> None:
-        if not callable(model):
-            raise ValueError(f"AutoIAF expects a Pyro model, a callable; got {model!r}.")
+        given = {"model": model, "init_loc_fn": init_loc_fn, "create_plates": create_plates}
+        for word, thing in given.items():
+            if not callable(thing) and (thing is not None or word == "model"):
+                raise ValueError(f"{word} should be a callable; got {thing!r}.")
         AutoGuide.__init__(self, model, create_plates=create_plates)
         self.num_flows = check_size("num_flows", num_flows)
         self.hidden_dims = None if hidden_dims is None else check_widths(hidden_dims, 1)
@@ -122,9 +128,9 @@ class AutoIAF(AutoContinuous):
         if start not in (None, "init"):
             raise ValueError(f'start should be "init", or None for the default; got {start!r}.')
         self._init_loc_fn = _or_draw(init_to_median if init_loc_fn is None else init_loc_fn)
-        self._init_scale = 0.1 if init_scale is None else float(init_scale)
-        if not 0 < self._init_scale < math.inf:
+        if not (init_scale is None or (isinstance(init_scale, Real) and 0 < init_scale < math.inf)):
             raise ValueError(f"init_scale should be a positive number; got {init_scale!r}.")
+        self._init_scale = 0.1 if init_scale is None else float(init_scale)
         if name is not None:
             if not isinstance(name, str) or not name or "$" in name:
                 raise ValueError(f"name should be a string without '$'; got {name!r}.")
@@ -140,7 +146,7 @@ class AutoIAF(AutoContinuous):
         """Builds the guide for a model with these arguments; does nothing if that was done.
 
         After it the parameters are there, for an optimiser of PyTorch. The model runs once, away
-        from the caller's handlers and plates, and nothing is drawn from the guide.
+        from the caller's handlers, and nothing is drawn from the guide.
         """
         if self.prototype_trace is not None:
             return
@@ -165,22 +171,25 @@ class AutoIAF(AutoContinuous):
             super()._setup_prototype(*args, **kwargs)
             self._refuse_subsamples()
             loc = self._init_loc()
-            if self.transform is None:
-                self._build(loc)
-            elif self.latent_dim != (loaded := self.transform.parts[-1].input_dim):
+            transform = self._transform
+            if transform is None:
+                self.transform = transform = self._fresh_transform(loc)
+            elif self.latent_dim != (loaded := transform.parts[-1].input_dim):
                 raise ValueError(
                     f"The state that was loaded is of a guide over {loaded} numbers in "
-                    f"unconstrained space; the latents of this model have {self.latent_dim}."
+                    f"unconstrained space; the latents of this model have {self.latent_dim}. "
+                    "Load one that fits."
                 )
+            transform.to(loc)  # a state may come from another device
         except BaseException:
             self.prototype_trace = None  # so that the next call tries again
             raise
         finally:
             self._model = model
         self.prototype_trace = _without_graph(self._latent_sites())
-        for convert in self._conversions:
-            self._convert_supports(convert)
-        self._conversions.clear()
+        conversions, self._conversions = self._conversions, []
+        for convert in conversions:
+            self._apply(convert)
 
     def _latent_sites(self) -> dict[str, Any]:
         """The model's latents, in its order, as they were when the guide was set up."""
@@ -211,8 +220,8 @@ class AutoIAF(AutoContinuous):
         loc = torch.cat([part.to(device) for part in parts])
         return loc if loc.is_floating_point() else loc.to(torch.get_default_dtype())
 
-    def _build(self, loc: Tensor) -> None:
-        """Makes the flows and the final affine; a fresh guide is about ``N(loc, init_scale^2)``."""
+    def _fresh_transform(self, loc: Tensor) -> InverseAutoregressiveFlowStack:
+        """The flows and the final affine of a guide that is about ``N(loc, init_scale^2)``."""
         flows = inverse_autoregressive_flow(
             len(loc),
             2 * [max(64, len(loc))] if self.hidden_dims is None else self.hidden_dims,
@@ -230,9 +239,7 @@ class AutoIAF(AutoContinuous):
         # In the model's own precision, whatever the default is.
         affine = LocScale(loc.detach().clone(), log_scale)
         flows.to(loc).parts.append(affine)  # type: ignore[attr-defined]  # a ModuleList
-        for convert in self._conversions:
-            flows._apply(convert)
-        self.transform = flows
+        return flows
 
     @property
     def model(self) -> Callable[..., Any]:
@@ -245,7 +252,7 @@ class AutoIAF(AutoContinuous):
 
     def get_base_dist(self) -> DiagonalNormal:
         """The noise: a standard normal over vectors."""
-        loc = self._built().parts[-1].get_parameter("loc")
+        loc: Tensor = self._built().parts[-1].loc  # type: ignore[assignment]
         return DiagonalNormal(torch.zeros_like(loc), torch.ones_like(loc), validate_args=False)
 
     def get_transform(self, *args: Any, **kwargs: Any) -> InverseAutoregressiveFlowStack:
@@ -259,19 +266,24 @@ class AutoIAF(AutoContinuous):
 
     def _built(self, *args: Any, **kwargs: Any) -> InverseAutoregressiveFlowStack:
         """The transform, built if need be."""
-        # Not by attribute, which would make each parameter a statement of its own in Pyro.
-        if self._modules.get("transform") is None:
+        if self._transform is None:
             self._setup_on_demand(*args, **kwargs)
-        return self._modules["transform"]  # type: ignore[return-value]
+        assert self._transform is not None
+        return self._transform
+
+    @property
+    def _transform(self) -> InverseAutoregressiveFlowStack | None:
+        """Without telling Pyro, which makes statements of all parameters if asked by attribute."""
+        return self._modules.get("transform")  # type: ignore[return-value]
 
     def _setup_on_demand(self, *args: Any, **kwargs: Any) -> None:
         try:
             self.setup(*args, **kwargs)
         except TypeError as error:
-            if args or kwargs:
+            if args or kwargs or not _wants_arguments(self.model):
                 raise
             raise RuntimeError(
-                "AutoIAF is not set up yet, and its model seems to need arguments: call "
+                "AutoIAF is not set up yet, and its model takes arguments: call "
                 "guide.setup(*args, **kwargs) with them first."
             ) from error
 
@@ -279,7 +291,8 @@ class AutoIAF(AutoContinuous):
         """Draws every site of the model; returns them by name."""
         self.setup(*args, **kwargs)
         self._declare_parameters(self._adopt_parameters())
-        sites: dict[str, Tensor] = super().forward(*args, **kwargs)
+        with _SiteDeltas():
+            sites: dict[str, Tensor] = super().forward(*args, **kwargs)
         return sites
 
     @torch.no_grad()
@@ -352,7 +365,7 @@ class AutoIAF(AutoContinuous):
         noise = torch.randn(shape, generator=generator, dtype=loc.dtype, device=loc.device)
         noise = torch.cat([noise, -noise, torch.zeros_like(noise[:1])])
         latents: Tensor = self.get_transform(*args, **kwargs)(noise)
-        return latents
+        return latents if latents.dtype == torch.float64 else latents.float()  # no half quantiles
 
     def _sites(self, latent: Tensor) -> dict[str, Tensor]:
         """The sites of latents of shape ``batch_shape + (D,)``; the batch stands to their left."""
@@ -367,12 +380,11 @@ class AutoIAF(AutoContinuous):
     # The parameter store
 
     def _parameters_by_name(self) -> dict[str, nn.Parameter]:
-        """What there is to learn, under the names that Pyro gives to a module's module."""
-        transform = self._modules["transform"]
-        assert transform is not None
+        """All parameters, under the names that Pyro gives to those of a module's module."""
+        transform = self._built()
         prefix = f"{self._pyro_name}.transform$$$"
-        parameters = transform.named_parameters()
-        return {prefix + name: value for name, value in parameters if value.requires_grad}
+        parameters = transform.named_parameters()  # under functional_call these are no Parameters
+        return {prefix + name: p for name, p in parameters if isinstance(p, nn.Parameter)}
 
     def _adopt_parameters(self) -> dict[str, nn.Parameter]:
         """Takes over what the store holds under this guide's name, if that came from a file."""
@@ -399,8 +411,10 @@ class AutoIAF(AutoContinuous):
         store = pyro.get_param_store()
         theirs = {name: tuple(store[name].shape) for name in store if name.startswith(prefix)}
         ours = {name: tuple(value.shape) for name, value in own.items()}
-        if theirs != ours:
-            name, *_ = sorted(dict(theirs.items() ^ ours.items()))
+        # Frozen parameters are in nobody's store.
+        wanted = {name for name, value in own.items() if value.requires_grad}
+        if strange := sorted(dict(theirs.items() - ours.items()).keys() | wanted - theirs.keys()):
+            name = strange[0]
             raise ValueError(
                 f"The parameter store has entries of a guide named '{self._pyro_name}' of another "
                 f"make: {name} has shape {theirs.get(name, 'missing')} there and "
@@ -413,11 +427,13 @@ class AutoIAF(AutoContinuous):
         entries = pyro.get_param_store()._params
         local = pyro.settings.get("module_local_params")
         for name, value in own.items():
+            if not value.requires_grad:
+                continue
             if local:  # handlers hear of it, the store does not
                 value.unconstrained = weakref.ref(value)  # type: ignore[attr-defined]
                 _declare(name, value, constraint=dist.constraints.real, name=name)
                 continue
-            if entries.get(name) is not value:
+            if entries.get(name) is not value or value not in _makers:
                 self._replace_entry(name, value)
             pyro.param(name, value)
         self._state_was_loaded = False
@@ -425,7 +441,9 @@ class AutoIAF(AutoContinuous):
     def _replace_entry(self, name: str, value: nn.Parameter) -> None:
         store = pyro.get_param_store()
         if name in store:
-            maker = _makers.get(store._params[name], lambda: None)()
+            old = store._params.pop(name)
+            store._param_to_name.pop(old, None)  # it may have had two names, and be out already
+            maker = _makers.get(old, lambda: None)()
             if maker not in (None, self) and not self._warned:
                 self._warned = True
                 warnings.warn(
@@ -435,7 +453,6 @@ class AutoIAF(AutoContinuous):
                     UserWarning,
                     stacklevel=2,
                 )
-            del store[name]
         store.setdefault(name, value)
         _makers[value] = weakref.ref(self)
 
@@ -444,12 +461,16 @@ class AutoIAF(AutoContinuous):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        start = f"{prefix}transform.parts."
-        for name, value in state_dict.items():
-            if name.startswith(start) and name.endswith(".loc"):
-                self._state_was_loaded = True
-                if self._modules.get("transform") is None:
-                    self._build(value)
+        start = f"{prefix}transform."
+        given = {k.removeprefix(start): v for k, v in state_dict.items() if k.startswith(start)}
+        affine = given.get(f"parts.{self.num_flows}.coefficients")
+        if self.prototype_trace is None and affine is not None:
+            with torch.inference_mode(False):
+                fresh = self._fresh_transform(affine[0].clone())
+            if _shapes(fresh.state_dict()) == _shapes(given):  # or torch will say what is wrong
+                self.transform = fresh
+        if self._transform is not None and _shapes(self._transform.state_dict()) == _shapes(given):
+            self._state_was_loaded = True
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AutoIAF:
@@ -488,21 +509,27 @@ class LocScale(SinglePass):
     def __init__(self, loc: Tensor, log_scale: float) -> None:
         super().__init__()
         self.input_dim = len(loc)
-        self.loc = nn.Parameter(loc)
-        self.log_scale = nn.Parameter(torch.full_like(loc, log_scale))
+        # One parameter is one step of an optimiser: a row for the loc, one for the log-scale.
+        self.coefficients = nn.Parameter(torch.stack([loc, torch.full_like(loc, log_scale)]))
+
+    @property
+    def loc(self) -> Tensor:
+        return self.coefficients[0]
 
     @property
     def _sources(self) -> tuple[object, ...]:
-        return self.loc, self.log_scale
+        return (self.coefficients,)
 
     def _compute(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.addcmul(self.loc, self.log_scale.exp(), x), self.log_scale
+        loc, log_scale = self.coefficients.unbind()
+        return torch.addcmul(loc, log_scale.exp(), x), log_scale
 
     def _undo(self, y: Tensor) -> Tensor:
-        return (y - self.loc) * (-self.log_scale).exp()
+        loc, log_scale = self.coefficients.unbind()
+        return (y - loc) * (-log_scale).exp()
 
     def _undo_known(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        return self._undo(y), self.log_scale.expand_as(y)
+        return self._undo(y), self.coefficients[1].expand_as(y)
 
     def extra_repr(self) -> str:
         return f"input_dim={self.input_dim}"
@@ -521,9 +548,30 @@ class _Posterior(dist.TransformedDistribution):  # type: ignore[misc]
         if self._drawn is not None:  # reweighted wake-sleep scores its draws after detach()
             memory.recognise(value, self._drawn)
         (transform,) = self.transforms
-        x = transform._inv_call(value)
-        log_prob: Tensor = self.base_dist.log_prob(x) - transform.log_abs_det_jacobian(x, value)
+        x, log_det = transform._noise_and_log_det(value)
+        log_prob: Tensor = self.base_dist.log_prob(x) - log_det
         return log_prob
+
+
+class SiteDelta(dist.Delta):
+    """A point that a guide drew, with the density that its constraint left it."""
+
+
+def kl_site(p: SiteDelta, q: TorchDistribution) -> Tensor:
+    """Pyro's divergence of a Delta leaves the point's own density out."""
+    divergence: Tensor = p.log_density - q.log_prob(p.v)
+    return divergence
+
+
+KL_DIVERGENCES = {(SiteDelta, Distribution): kl_site}
+
+
+class _SiteDeltas(Messenger):
+    """Makes those Deltas of Pyro's :class:`AutoContinuous`."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if type(msg["fn"]) is dist.Delta:
+            msg["fn"].__class__ = SiteDelta
 
 
 @effectful(type="param")
@@ -532,7 +580,7 @@ def _declare(name: str, value: Tensor, **_: Any) -> Tensor:
 
 
 def _or_draw(init_loc_fn: Callable[..., Any]) -> Callable[[dict[str, Any]], Tensor]:
-    """Starts where ``init_loc_fn`` says, or at a draw where that says nothing of use.
+    """Starts where ``init_loc_fn`` says, and at a draw where that says nothing of use.
 
     It can't where a site can't be sampled; and a mean may be infinite.
     """
@@ -540,17 +588,44 @@ def _or_draw(init_loc_fn: Callable[..., Any]) -> Callable[[dict[str, Any]], Tens
     def init(site: dict[str, Any]) -> Tensor:
         to_support = biject_to(site["fn"].support)
         try:
-            value: Tensor = init_loc_fn(site)
-            if to_support.inv(value).isfinite().all():
-                return value
-            like = value
+            value = init_loc_fn(site)
         except NotImplementedError:
-            like = torch.empty(())
-        shape = to_support.inverse_shape(site["fn"].shape())
-        drawn: Tensor = to_support(like.new_empty(shape).uniform_(-2, 2))
-        return drawn
+            shape = to_support.inverse_shape(site["fn"].shape())
+            drawn: Tensor = to_support(torch.empty(shape).uniform_(-2, 2))
+            return drawn
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"init_loc_fn should return a tensor for site '{site['name']}'; got {value!r}."
+            )
+        free = to_support.inv(value)
+        if not free.isfinite().all():
+            warnings.warn(
+                f"init_loc_fn starts site '{site['name']}' outside of its support, or infinitely "
+                "far out. What is not finite in unconstrained space starts at a draw instead.",
+                UserWarning,
+                stacklevel=2,
+            )
+            draw = torch.empty_like(free).uniform_(-2, 2)
+            value = to_support(torch.where(free.isfinite(), free, draw))
+        checked: Tensor = value
+        return checked
 
     return init
+
+
+def _wants_arguments(model: Callable[..., Any]) -> bool:
+    fn = poutine.unwrap(model)
+    try:
+        inspect.signature(fn.forward if isinstance(fn, nn.Module) else fn).bind()
+    except TypeError:
+        return True
+    except ValueError:
+        pass  # a builtin, which tells nothing
+    return False
+
+
+def _shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in state.items()}
 
 
 def _without_graph(sites: dict[str, Any]) -> poutine.Trace:

@@ -195,7 +195,8 @@ class MaskedAutoregressiveNetwork(nn.Module):
         masks = []
         for before, after in pairwise(degrees):
             connections = after[:, None] >= before
-            masks.append(connections * _factor(connections.sum(-1, keepdim=True)))
+            # Half of it in hidden layers: Adam moves all layers at once, and flows exponentiate.
+            masks.append(connections * 0.5 * _factor(connections.sum(-1, keepdim=True)))
         # The units, and what comes past them: the input and the context, each counted by itself.
         sizes = [self.hidden_dims[-1], self.input_dim, self.context_dim]
         factors = _factor(position.new_tensor(sizes))

@@ -58,7 +58,8 @@ def register() -> None:
             UserWarning,
             stacklevel=2,
         )
-    for (p, q), divergence in distributions.KL_DIVERGENCES.items():
+    divergences = distributions.KL_DIVERGENCES | guides.KL_DIVERGENCES
+    for (p, q), divergence in divergences.items():
         register_kl(p, q)(divergence)
     if not _counts_steps:
         register_optimizer_step_post_hook(memory.count_optimizer_step)

@@ -375,6 +375,18 @@ class InverseAutoregressiveFlowStack(Flow):
                 check_round_trip(self(x.detach()), y)
         return x
 
+    def _noise_and_log_det(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The inverse and its log-determinant at once, each part asked once if it remembers."""
+        x, terms = y, []
+        for part in reversed(self.parts):
+            known = memory.pass_to(part._sources, x)
+            if known is None:
+                x = self._inv_call(y)
+                return x, self.log_abs_det_jacobian(x, y)
+            x = known.partner
+            terms.append(known.log_det())
+        return x, functools.reduce(torch.add, terms)
+
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """Log-determinant of the Jacobian at ``x``, in nats, of shape ``batch_shape``."""
         terms = self._remembered(x, y)
