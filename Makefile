@@ -26,7 +26,7 @@ wheel: $(VENV)/dev.stamp
 	cd dist && PYTHONPATH=alone ../$(BIN)/python -c \
 	  "import pyro_iaf; print(pyro_iaf.__version__, pyro_iaf.__file__); assert 'alone' in pyro_iaf.__file__"
 
-bench: $(VENV)/demo.stamp
+bench: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/distributions.py
 	$(BIN)/python benchmarks/flows.py
 	$(BIN)/python benchmarks/features.py

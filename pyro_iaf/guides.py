@@ -23,13 +23,14 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions.constraints import Constraint
+from pyro.distributions.distribution import Distribution
 from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.infer.autoguide.guides import AutoContinuous, AutoGuide
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
-from torch.distributions import Distribution, biject_to
+from torch.distributions import biject_to
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import memory

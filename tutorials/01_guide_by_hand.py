@@ -6,8 +6,8 @@
 # funnel: the less the schools differ, the more tightly their effects are tied together. A
 # mean-field guide can't see that. Does a flow?
 #
-# It takes a minute and a half on two cores. `--smoke` runs every line in seconds, to no purpose but to show
-# that it runs.
+# It takes a minute and a half on two cores. `--smoke` runs every line in seconds, to no purpose but
+# to show that it runs.
 
 # %%
 import argparse
