@@ -19,7 +19,9 @@ def ours(D, hidden_dims):
 def theirs(D, hidden_dims):
     flow = transforms.iterated(
         NUM_FLOWS,
-        lambda: transforms.AffineAutoregressive(AutoRegressiveNN(D, hidden_dims)),
+        lambda: transforms.AffineAutoregressive(
+            AutoRegressiveNN(D, hidden_dims, skip_connections=True)
+        ),
     )
     return flow, dist.Normal(torch.zeros(D), torch.ones(D)).to_event(1)
 

@@ -12,30 +12,23 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-import warnings
-import weakref
 from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any
 
-import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.distributions.constraints import Constraint
-from pyro.distributions.distribution import Distribution
-from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.infer.autoguide.guides import AutoContinuous, AutoGuide
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 from torch.distributions import biject_to
-from torch.utils.weak import WeakIdKeyDictionary
 
-from . import memory
+from . import memory, store
 from .distributions import DiagonalNormal
+from .initialization import or_draw
 from .networks import check_size, check_widths
+from .sites import SiteDeltas, each_tensor, without_graph
 from .transforms import InverseAutoregressiveFlowStack, SinglePass, inverse_autoregressive_flow
 
 __all__ = ["AutoIAF"]
@@ -44,9 +37,6 @@ GATE_BIAS = 2.0
 
 # Medians and quantiles are read off this many draws and their mirror images.
 NUM_MIRRORED = 5000
-
-# Who put a parameter into Pyro's store; what nobody did came from a file.
-_makers = WeakIdKeyDictionary()
 
 
 class AutoIAF(AutoContinuous):
@@ -128,7 +118,7 @@ class AutoIAF(AutoContinuous):
         self.gated = bool(gated)
         if start not in (None, "init"):
             raise ValueError(f'start should be "init", or None for the default; got {start!r}.')
-        self._init_loc_fn = _or_draw(init_to_median if init_loc_fn is None else init_loc_fn)
+        self._init_loc_fn = or_draw(init_to_median if init_loc_fn is None else init_loc_fn)
         if not (init_scale is None or (isinstance(init_scale, Real) and 0 < init_scale < math.inf)):
             raise ValueError(f"init_scale should be a positive number; got {init_scale!r}.")
         self._init_scale = 0.1 if init_scale is None else float(init_scale)
@@ -139,7 +129,6 @@ class AutoIAF(AutoContinuous):
         self.transform: InverseAutoregressiveFlowStack | None = None
         self._conversions: list[Callable[[Tensor], Tensor]] = []  # asked for before the setup
         self._state_was_loaded = False
-        self._warned = False
 
     # Building
 
@@ -187,7 +176,7 @@ class AutoIAF(AutoContinuous):
             raise
         finally:
             self._model = model
-        self.prototype_trace = _without_graph(self._latent_sites())
+        self.prototype_trace = without_graph(self._latent_sites())
         conversions, self._conversions = self._conversions, []
         for convert in conversions:
             self._apply(convert)
@@ -291,8 +280,10 @@ class AutoIAF(AutoContinuous):
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draws every site of the model; returns them by name."""
         self.setup(*args, **kwargs)
-        self._declare_parameters(self._adopt_parameters())
-        with _SiteDeltas():
+        own = self._adopt_parameters()
+        store.declare(self, own)
+        self._state_was_loaded = False
+        with SiteDeltas():
             sites: dict[str, Tensor] = super().forward(*args, **kwargs)
         return sites
 
@@ -353,6 +344,13 @@ class AutoIAF(AutoContinuous):
         self._adopt_parameters()
         return self.get_posterior(*args, **kwargs)
 
+    def _adopt_parameters(self) -> dict[str, nn.Parameter]:
+        """Takes what a loaded store holds under this name, unless a state was loaded later."""
+        own = store.parameters_of(self._built(), f"{self._pyro_name}.transform")
+        if not self._state_was_loaded:
+            store.adopt(self, own)
+        return own
+
     def _mirrored(self, *args: Any, **kwargs: Any) -> Tensor:
         """Latents of noise that is symmetric about zero, an odd number of them.
 
@@ -378,85 +376,6 @@ class AutoIAF(AutoContinuous):
             sites[name] = biject_to(site["fn"].support)(part.reshape(latent.shape[:-1] + shape))
         return sites
 
-    # The parameter store
-
-    def _parameters_by_name(self) -> dict[str, nn.Parameter]:
-        """All parameters, under the names that Pyro gives to those of a module's module."""
-        transform = self._built()
-        prefix = f"{self._pyro_name}.transform$$$"
-        parameters = transform.named_parameters()  # under functional_call these are no Parameters
-        return {prefix + name: p for name, p in parameters if isinstance(p, nn.Parameter)}
-
-    def _adopt_parameters(self) -> dict[str, nn.Parameter]:
-        """Takes over what the store holds under this guide's name, if that came from a file."""
-        own = self._parameters_by_name()
-        if pyro.settings.get("module_local_params"):
-            return own
-        store = pyro.get_param_store()
-        entries = store._params
-        loaded = [
-            name
-            for name, value in own.items()
-            if entries.get(name, value) is not value and entries[name] not in _makers
-        ]
-        if loaded and not self._state_was_loaded:
-            self._check_entries(own)
-            for name in loaded:
-                with torch.no_grad():
-                    own[name].copy_(store[name])
-                self._replace_entry(name, own[name])
-        return own
-
-    def _check_entries(self, own: dict[str, nn.Parameter]) -> None:
-        prefix = next(iter(own)).partition("$$$")[0] + "$$$"
-        store = pyro.get_param_store()
-        theirs = {name: tuple(store[name].shape) for name in store if name.startswith(prefix)}
-        ours = {name: tuple(value.shape) for name, value in own.items()}
-        # Frozen parameters are in nobody's store.
-        wanted = {name for name, value in own.items() if value.requires_grad}
-        if strange := sorted(dict(theirs.items() - ours.items()).keys() | wanted - theirs.keys()):
-            name = strange[0]
-            raise ValueError(
-                f"The parameter store has entries of a guide named '{self._pyro_name}' of another "
-                f"make: {name} has shape {theirs.get(name, 'missing')} there and "
-                f"{ours.get(name, 'missing')} here. Clear it with pyro.clear_param_store(), or "
-                "call this guide AutoIAF(model, name=...)."
-            )
-
-    def _declare_parameters(self, own: dict[str, nn.Parameter]) -> None:
-        """Pyro's statement for each parameter; the store's entries become this guide's."""
-        entries = pyro.get_param_store()._params
-        local = pyro.settings.get("module_local_params")
-        for name, value in own.items():
-            if not value.requires_grad:
-                continue
-            if local:  # handlers hear of it, the store does not
-                value.unconstrained = weakref.ref(value)  # type: ignore[attr-defined]
-                _declare(name, value, constraint=dist.constraints.real, name=name)
-                continue
-            if entries.get(name) is not value or value not in _makers:
-                self._replace_entry(name, value)
-            pyro.param(name, value)
-        self._state_was_loaded = False
-
-    def _replace_entry(self, name: str, value: nn.Parameter) -> None:
-        store = pyro.get_param_store()
-        if name in store:
-            old = store._params.pop(name)
-            store._param_to_name.pop(old, None)  # it may have had two names, and be out already
-            maker = _makers.get(old, lambda: None)()
-            if maker not in (None, self) and not self._warned:
-                self._warned = True
-                warnings.warn(
-                    f"Another guide named '{self._pyro_name}' is alive. Its parameters leave "
-                    "Pyro's parameter store for those of this one. Give each a name of its own: "
-                    "AutoIAF(model, name=...).",
-                    UserWarning,
-                    stacklevel=2,
-                )
-        store.setdefault(name, value)
-        _makers[value] = weakref.ref(self)
-
     # State and copies
 
     def _load_from_state_dict(
@@ -465,14 +384,18 @@ class AutoIAF(AutoContinuous):
         start = f"{prefix}transform."
         given = {k.removeprefix(start): v for k, v in state_dict.items() if k.startswith(start)}
         affine = given.get(f"parts.{self.num_flows}.coefficients")
-        if self.prototype_trace is None and affine is not None:
+        if self.prototype_trace is None and affine is not None and not self._fits(given):
             with torch.inference_mode(False):
                 fresh = self._fresh_transform(affine[0].clone())
             if _shapes(fresh.state_dict()) == _shapes(given):  # or torch will say what is wrong
                 self.transform = fresh
-        if self._transform is not None and _shapes(self._transform.state_dict()) == _shapes(given):
+        if self._fits(given):
             self._state_was_loaded = True
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _fits(self, state: dict[str, Tensor]) -> bool:
+        transform = self._transform
+        return transform is not None and _shapes(transform.state_dict()) == _shapes(state)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AutoIAF:
         if self.prototype_trace is None:
@@ -484,7 +407,7 @@ class AutoIAF(AutoContinuous):
 
     def _convert_supports(self, fn: Callable[[Tensor], Tensor]) -> None:
         for site in self._latent_sites().values():
-            site["fn"]._support = _each_tensor(site["fn"].support, fn)
+            site["fn"]._support = each_tensor(site["fn"].support, fn)
 
     def __getstate__(self) -> dict[str, Any]:
         # Not AutoGuide's, which takes the model from the original too.
@@ -554,66 +477,6 @@ class _Posterior(dist.TransformedDistribution):  # type: ignore[misc]
         return log_prob
 
 
-class SiteDelta(dist.Delta):
-    """A point that a guide drew, with the density that its constraint left it."""
-
-
-def kl_site(p: SiteDelta, q: TorchDistribution) -> Tensor:
-    """Pyro's divergence of a Delta leaves the point's own density out."""
-    divergence: Tensor = p.log_density - q.log_prob(p.v)
-    return divergence
-
-
-KL_DIVERGENCES = {(SiteDelta, Distribution): kl_site}
-
-
-class _SiteDeltas(Messenger):
-    """Makes those Deltas of Pyro's :class:`AutoContinuous`."""
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if type(msg["fn"]) is dist.Delta:
-            msg["fn"].__class__ = SiteDelta
-
-
-@effectful(type="param")
-def _declare(name: str, value: Tensor, **_: Any) -> Tensor:
-    return value
-
-
-def _or_draw(init_loc_fn: Callable[..., Any]) -> Callable[[dict[str, Any]], Tensor]:
-    """Starts where ``init_loc_fn`` says, and at a draw where that says nothing of use.
-
-    It can't where a site can't be sampled; and a mean may be infinite.
-    """
-
-    def init(site: dict[str, Any]) -> Tensor:
-        to_support = biject_to(site["fn"].support)
-        try:
-            value = init_loc_fn(site)
-        except NotImplementedError:
-            shape = to_support.inverse_shape(site["fn"].shape())
-            drawn: Tensor = to_support(torch.empty(shape).uniform_(-2, 2))
-            return drawn
-        if not isinstance(value, Tensor):
-            raise ValueError(
-                f"init_loc_fn should return a tensor for site '{site['name']}'; got {value!r}."
-            )
-        free = to_support.inv(value)
-        if not free.isfinite().all():
-            warnings.warn(
-                f"init_loc_fn starts site '{site['name']}' outside of its support, or infinitely "
-                "far out. What is not finite in unconstrained space starts at a draw instead.",
-                UserWarning,
-                stacklevel=2,
-            )
-            draw = torch.empty_like(free).uniform_(-2, 2)
-            value = to_support(torch.where(free.isfinite(), free, draw))
-        checked: Tensor = value
-        return checked
-
-    return init
-
-
 def _wants_arguments(model: Callable[..., Any]) -> bool:
     fn = poutine.unwrap(model)
     try:
@@ -627,39 +490,3 @@ def _wants_arguments(model: Callable[..., Any]) -> bool:
 
 def _shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:
     return {name: value.shape for name, value in state.items()}
-
-
-def _without_graph(sites: dict[str, Any]) -> poutine.Trace:
-    """What a guide has to know of its sites, free of graphs, data and the user's code."""
-    bare = poutine.Trace()
-    for name, site in sites.items():
-        fn = site["fn"]
-        support = _each_tensor(fn.support, Tensor.detach)
-        bare.add_node(
-            name,
-            type="sample",
-            name=name,
-            fn=dist.ImproperUniform(support, fn.batch_shape, fn.event_shape),
-            value=site["value"].detach(),
-            is_observed=False,
-            infer={},
-            cond_indep_stack=site["cond_indep_stack"],
-        )
-    return bare
-
-
-def _each_tensor(constraint: Constraint, fn: Callable[[Tensor], Tensor]) -> Constraint:
-    """A copy of a constraint, with ``fn`` applied to the tensors in it."""
-
-    def convert(thing: Any) -> Any:
-        if isinstance(thing, Tensor):
-            return fn(thing)
-        if isinstance(thing, Constraint):
-            return _each_tensor(thing, fn)
-        if isinstance(thing, list | tuple):
-            return type(thing)(map(convert, thing))
-        return thing
-
-    twin = copy.copy(constraint)
-    twin.__dict__.update({name: convert(thing) for name, thing in vars(constraint).items()})
-    return twin

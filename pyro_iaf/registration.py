@@ -14,7 +14,7 @@ import pyro.infer.autoguide
 from torch.distributions.kl import register_kl
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from . import conditional, distributions, guides, memory, transforms
+from . import conditional, distributions, guides, memory, sites, transforms
 
 __all__ = ["register"]
 
@@ -58,7 +58,7 @@ def register() -> None:
             UserWarning,
             stacklevel=2,
         )
-    divergences = distributions.KL_DIVERGENCES | guides.KL_DIVERGENCES
+    divergences = distributions.KL_DIVERGENCES | sites.KL_DIVERGENCES
     for (p, q), divergence in divergences.items():
         register_kl(p, q)(divergence)
     if not _counts_steps:

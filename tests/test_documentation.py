@@ -101,6 +101,42 @@ def test_the_cost_of_the_diagonal_normal_is_what_was_measured():
     assert claim in (ROOT / "README.md").read_text()
 
 
+def test_the_step_table_is_what_was_measured():
+    measured = {(row["D"], row["widths"]): row for row in results("guide_steps")}
+    shown = table("| D | AutoIAF |")
+    assert [int(D) for D, *_ in shown] == [10, 50, 200, 1000]
+    for D, *cells in shown:
+        default, equal = measured[int(D), "default"], measured[int(D), "D"]
+        times = [default["ours_ms"], default["pyro_ms"], equal["pyro_ms"]]
+        assert cells == [f"{time:.2f} ms" for time in times]
+
+
+def test_the_poisson_table_is_what_was_measured():
+    measured = {
+        (f"{row['weights_sd']}, {row['lr']}", row["guide"]): row for row in results("guide_poisson")
+    }
+    guides = ["AutoIAF", "AutoNormal", "AutoMultivariateNormal", "AutoIAFNormal"]
+    shown = table("| Weights, rate | " + " | ".join(guides))
+    assert {first for first, *_ in shown} == {first for first, _ in measured}
+    for first, *cells in shown:
+        for cell, guide in zip(cells, guides, strict=True):
+            row = measured[first, guide]
+            if row["seeds_with_nan"]:
+                assert cell == f"NaN in {row['seeds_with_nan']} of 8"
+            else:
+                assert float(cell) == pytest.approx(row["median_loss"], rel=0.2 * ("e" in cell))
+
+
+def test_the_funnel_table_is_what_was_measured():
+    guides = ["AutoIAF", "AutoIAFNormal, two flows", "AutoIAFNormal", "AutoNormal"]
+    shown = table("| Rate | " + " | ".join(guides))
+    cells = {cell for _, *row in shown for cell in row}
+    assert cells == {
+        f"{row['median_sd']:.2f} ({row['smallest_sd']:.2f} to {row['largest_sd']:.2f})"
+        for row in results("guide_funnel")
+    }
+
+
 TUTORIALS = sorted((ROOT / "tutorials").glob("[0-9]*.py"))
 
 

@@ -1,0 +1,106 @@
+"""Whose parameters Pyro's parameter store holds.
+
+The guide that runs owns the entries under its name. What nobody in this process put there came from
+a file, and is adopted; what another guide put there makes way. A guide's own parameters never
+change places: values are copied into them, and they go into the store themselves.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from typing import Any
+
+import pyro
+import torch
+from pyro.distributions import constraints
+from pyro.nn import PyroModule
+from pyro.poutine.runtime import effectful
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+__all__ = ["adopt", "declare", "parameters_of"]
+
+_makers = WeakIdKeyDictionary()  # a parameter in the store: the guide that put it there, weakly
+_warned: weakref.WeakSet[PyroModule] = weakref.WeakSet()
+
+
+def parameters_of(module: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """A module's parameters under the names that Pyro gives them in the store."""
+    named = module.named_parameters()  # under functional_call these are no Parameters
+    return {f"{name}$$${key}": p for key, p in named if isinstance(p, nn.Parameter)}
+
+
+def adopt(guide: PyroModule, own: dict[str, nn.Parameter]) -> None:
+    """Takes over the values that the store has from a file."""
+    if pyro.settings.get("module_local_params"):
+        return
+    entries = pyro.get_param_store()._params
+    loaded = [
+        name
+        for name, value in own.items()
+        if entries.get(name, value) is not value and entries[name] not in _makers
+    ]
+    if loaded:
+        _check_entries(guide, own)
+    for name in loaded:
+        with torch.no_grad():
+            own[name].copy_(entries[name])
+        _replace_entry(guide, name, own[name])
+
+
+def declare(guide: PyroModule, own: dict[str, nn.Parameter]) -> None:
+    """Makes Pyro's statement for each parameter; the store's entries become this guide's."""
+    entries = pyro.get_param_store()._params
+    local = pyro.settings.get("module_local_params")
+    for name, value in own.items():
+        if not value.requires_grad:
+            continue
+        if local:  # handlers hear of it, the store does not
+            value.unconstrained = weakref.ref(value)  # type: ignore[attr-defined]
+            _statement(name, value, constraint=constraints.real, name=name)
+            continue
+        if entries.get(name) is not value or value not in _makers:
+            _replace_entry(guide, name, value)
+        pyro.param(name, value)
+
+
+@effectful(type="param")
+def _statement(name: str, value: Tensor, **_: Any) -> Tensor:
+    return value
+
+
+def _check_entries(guide: PyroModule, own: dict[str, nn.Parameter]) -> None:
+    prefix = next(iter(own)).partition("$$$")[0] + "$$$"
+    entries = pyro.get_param_store()._params
+    theirs = {name: tuple(p.shape) for name, p in entries.items() if name.startswith(prefix)}
+    ours = {name: tuple(value.shape) for name, value in own.items()}
+    wanted = {name for name, value in own.items() if value.requires_grad}  # frozen: in no store
+    strange = dict(theirs.items() - ours.items()).keys() | (wanted - theirs.keys())
+    if strange:
+        name = min(strange)
+        raise ValueError(
+            f"The parameter store has entries of a guide named '{guide._pyro_name}' of another "
+            f"make: {name} has shape {theirs.get(name, 'missing')} there and "
+            f"{ours.get(name, 'missing')} here. Clear it with pyro.clear_param_store(), or give "
+            f"the guide a name of its own: {type(guide).__name__}(model, name=...)."
+        )
+
+
+def _replace_entry(guide: PyroModule, name: str, value: nn.Parameter) -> None:
+    store = pyro.get_param_store()
+    if name in store:
+        old = store._params.pop(name)
+        store._param_to_name.pop(old, None)  # it may have had two names, and be out already
+        maker = _makers.get(old, lambda: None)()
+        if maker not in (None, guide) and guide not in _warned:
+            _warned.add(guide)
+            warnings.warn(
+                f"Another guide named '{guide._pyro_name}' is alive. Its parameters leave Pyro's "
+                "parameter store for those of this one. Give each a name of its own: "
+                f"{type(guide).__name__}(model, name=...).",
+                UserWarning,
+                stacklevel=2,
+            )
+    store.setdefault(name, value)
+    _makers[value] = weakref.ref(guide)
