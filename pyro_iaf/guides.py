@@ -124,7 +124,9 @@ class AutoIAF(AutoContinuous):
         self._init_scale = 0.1 if init_scale is None else float(init_scale)
         if name is not None:
             if not isinstance(name, str) or not name or "$" in name:
-                raise ValueError(f"name should be a string without '$'; got {name!r}.")
+                raise ValueError(
+                    f"name should be a string, not empty and without '$'; got {name!r}."
+                )
             self._pyro_name = name
         self.transform: InverseAutoregressiveFlowStack | None = None
         self._conversions: list[Callable[[Tensor], Tensor]] = []  # asked for before the setup
@@ -345,7 +347,7 @@ class AutoIAF(AutoContinuous):
         return self.get_posterior(*args, **kwargs)
 
     def _adopt_parameters(self) -> dict[str, nn.Parameter]:
-        """Takes what a loaded store holds under this name, unless a state was loaded later."""
+        """Takes what a loaded store holds, unless a state was loaded since the last call."""
         own = store.parameters_of(self._built(), f"{self._pyro_name}.transform")
         if not self._state_was_loaded:
             store.adopt(self, own)
@@ -383,15 +385,27 @@ class AutoIAF(AutoContinuous):
     ) -> None:
         start = f"{prefix}transform."
         given = {k.removeprefix(start): v for k, v in state_dict.items() if k.startswith(start)}
-        affine = given.get(f"parts.{self.num_flows}.coefficients")
-        if self.prototype_trace is None and affine is not None and not self._fits(given):
+        sizes = [v for k, v in given.items() if k.endswith(".network._extra_state")]
+        affine = given.get(f"parts.{len(sizes)}.coefficients")
+        gated = state_dict.get(f"{prefix}_extra_state", torch.tensor(self.gated)).item()
+        if self.prototype_trace is None and sizes and affine is not None and not self._fits(given):
+            # Never set up, so the state says what to build.
+            self.num_flows, self.gated = len(sizes), bool(gated)
+            self.hidden_dims = sizes[0][3:].tolist()
             with torch.inference_mode(False):
-                fresh = self._fresh_transform(affine[0].clone())
-            if _shapes(fresh.state_dict()) == _shapes(given):  # or torch will say what is wrong
-                self.transform = fresh
-        if self._fits(given):
-            self._state_was_loaded = True
+                self.transform = self._fresh_transform(affine[0].clone())
+        if self.gated != gated:
+            error_messages: list[str] = args[4]
+            error_messages.append(f"The state is of a guide with {gated=}; this one is not.")
+        self._state_was_loaded = self._state_was_loaded or self._fits(given)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def get_extra_state(self) -> Tensor:
+        """Whether the flows gate, for the state: no shape tells that."""
+        return torch.tensor(self.gated)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing to set: loading has seen to it."""
 
     def _fits(self, state: dict[str, Tensor]) -> bool:
         transform = self._transform

@@ -38,7 +38,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-LARGEST_SHARED = 2**17
+LARGEST_SHARED = 2**17  # half a megabyte; measured, by the step of SVI, to pay below and not above
 
 
 class MaskedAutoregressiveNetwork(nn.Module):
@@ -50,9 +50,10 @@ class MaskedAutoregressiveNetwork(nn.Module):
     A context, where there is one, feeds every layer and every output. One call costs one dense
     network of the same widths, :math:`O(D H + H^2)` per row.
 
-    Hidden units are sorted by degree, so the units of one degree lie side by side. The outputs of
-    a fresh network are within about 1e-3 of zero. Every weight counts as much as one over the
-    square root of its unit's inputs, so that one learning rate suits all widths.
+    Hidden units are sorted by degree, so the units of one degree lie side by side. For inputs of
+    order one, the outputs of a fresh network are within about 1e-3 of zero. A weight of the output
+    layer counts about one over the square root of its unit's inputs, one of a hidden layer half of
+    that, so that one learning rate suits all widths; biases count in full.
 
     Args:
         input_dim: Number of coordinates, D.
@@ -145,6 +146,26 @@ class MaskedAutoregressiveNetwork(nn.Module):
             x = x.expand(*h.shape[:-1], -1)
             out = functional.linear(torch.cat([h, x], -1), output) + shift
         return torch.split(out, self.input_dim, -1)
+
+    def get_extra_state(self) -> Tensor:
+        """The sizes, for the state: the number of weights doesn't tell one shape from another."""
+        return torch.tensor([self.input_dim, self.context_dim, self.num_params, *self.hidden_dims])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing to set: loading has compared the sizes."""
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        sizes = state_dict.get(f"{prefix}_extra_state")
+        if sizes is None or sizes.tolist() == self.get_extra_state().tolist():
+            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+            return
+        error_messages: list[str] = args[4]
+        theirs, ours = (_described(s.tolist()) for s in (sizes, self.get_extra_state()))
+        error_messages.append(
+            f"{prefix}: the state is of a network with {theirs}; this has {ours}."
+        )
 
     def matrices(self, flat: Tensor) -> list[Tensor]:
         """The shares of the layers in a vector of all weights, or in ``mask``.
@@ -254,8 +275,16 @@ def _factor(num_inputs: Tensor) -> Tensor:
     return torch.exp2(torch.round(-0.5 * torch.log2(num_inputs.clamp(min=1))))
 
 
+@torch.inference_mode(False)
 def _rebuild_mask(network: MaskedAutoregressiveNetwork, _: object) -> None:
+    if not network.order.is_meta:
+        check_order(network.order, network.input_dim)
     network._build_mask()
+
+
+def _described(sizes: list[int]) -> str:
+    input_dim, context_dim, num_params, *hidden_dims = sizes
+    return f"{input_dim=}, {hidden_dims=}, {context_dim=}, {num_params=}"
 
 
 def order_of(network: Any) -> Tensor:
@@ -320,7 +349,7 @@ def check_widths(hidden_dims: int | Sequence[int] | None, input_dim: int) -> lis
     if not widths:
         raise ValueError(
             "hidden_dims should be an int, or a list of one int for each hidden layer; got an "
-            "empty list. None gives two layers of max(64, 2 * input_dim)."
+            "empty list. None gives the default."
         )
     return [check_size(f"hidden_dims[{i}]", width) for i, width in enumerate(widths)]
 

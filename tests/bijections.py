@@ -10,6 +10,7 @@ from pyro_iaf import (
     InverseAutoregressiveFlow,
     conditional_inverse_autoregressive_flow,
     inverse_autoregressive_flow,
+    networks,
 )
 
 # Inductor needs a C++ compiler; without one the same graphs are captured and run in eager mode.
@@ -22,6 +23,16 @@ def foreign(input_dim):
     return InverseAutoregressiveFlow(AutoRegressiveNN(input_dim, [16]))
 
 
+def separate(make):
+    """What ``make`` makes, with a parameter for each matrix, as in big networks."""
+    largest = networks.LARGEST_SHARED
+    try:
+        networks.LARGEST_SHARED = 0
+        return make()
+    finally:
+        networks.LARGEST_SHARED = largest
+
+
 BIJECTIONS = {
     "affine": lambda: flow(4, [16]),
     "affine, defaults": lambda: flow(4),
@@ -32,6 +43,10 @@ BIJECTIONS = {
     "affine, one coordinate": lambda: flow(1, [8]),
     "affine, tanh": lambda: flow(4, [16], activation="tanh"),
     "affine, float32": lambda: flow(4, [16]).float(),
+    "affine, separate weights": lambda: separate(lambda: flow(4, [16])),
+    "conditioned, separate weights": lambda: separate(
+        lambda: conditional(4, 2, [16]).condition(torch.randn(2))
+    ),
     "gated": lambda: flow(4, [16], gated=True),
     "gated, biased": lambda: flow(4, [16], gated=True, gate_bias=-1.0),
     "stack": lambda: flow(4, [16], num_flows=3),

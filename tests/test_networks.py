@@ -147,6 +147,7 @@ def test_seeds_decide_the_weights():
 def test_state_holds_weights_and_the_order_only():
     names = set(MaskedAutoregressiveNetwork(4, [8, 8], context_dim=2).state_dict())
     assert names == {
+        "_extra_state",
         "order",
         "weights.0",
     }
@@ -225,3 +226,25 @@ def test_inputs_have_to_fit():
         conditional(torch.zeros(3))
     with pytest.raises(ValueError, match="context_dim=2 features"):
         conditional(torch.zeros(3), torch.zeros(5))
+
+
+def test_a_state_of_other_widths_is_refused_though_the_numbers_agree():
+    wide, deep = MaskedAutoregressiveNetwork(2, [5, 9]), MaskedAutoregressiveNetwork(2, [7, 7])
+    assert wide.mask.shape == deep.mask.shape
+    with pytest.raises(RuntimeError, match=r"hidden_dims=\[5, 9\].*this has.*hidden_dims=\[7, 7\]"):
+        deep.load_state_dict(wide.state_dict())
+
+
+def test_a_state_without_an_order_is_refused():
+    network = MaskedAutoregressiveNetwork(3)
+    state = network.state_dict() | {"order": torch.tensor([0, 0, 0])}
+    with pytest.raises(ValueError, match="a permutation"):
+        network.load_state_dict(state)
+
+
+def test_a_state_may_be_loaded_in_inference_mode():
+    network = MaskedAutoregressiveNetwork(3)
+    state = network.state_dict()
+    with torch.inference_mode():
+        network.load_state_dict(state)
+    network(torch.randn(3))[0].sum().backward()

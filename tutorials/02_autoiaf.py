@@ -206,5 +206,4 @@ if not args.smoke:
 #
 # One vector holds all the latents, so the guide can't follow a plate whose *latents* are
 # subsampled, and its cost grows with their number. It is fitted by the same loss as any guide, and
-# that loss is content with one mode of several. A learning rate that falls, as here, buys the last
-# tenth of a nat.
+# that loss is content with one mode of several.
