@@ -3,11 +3,16 @@
 import pyro
 import pyro.distributions as dist
 import torch
+from bijections import rough
 from pyro import poutine
 from pyro.distributions import constraints
+from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.reparam import LocScaleReparam
 from pyro.nn import PyroModule, PyroParam, PyroSample
+from pyro.optim import Adam
 from torch import nn
+
+from pyro_iaf import AutoIAF
 
 
 def one_latent():
@@ -185,3 +190,34 @@ MODELS = {
     ),
     "module": (lambda: Regression(), data),
 }
+
+
+def make(name, **settings):
+    """A guide for a model of the table, moved away from where it starts."""
+    model, arguments = (make() for make in MODELS[name])
+    guide = AutoIAF(model, **settings)
+    guide.setup(*arguments)
+    return rough(guide, 0.1), model, arguments
+
+
+def seeded(guide, *arguments):
+    pyro.set_rng_seed(1)
+    return guide(*arguments)
+
+
+def two_sites():
+    pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    pyro.sample("y", dist.MultivariateNormal(torch.zeros(3), torch.eye(3)))
+
+
+def train(guide, model=two_sites, num_steps=3):
+    svi = SVI(model, guide, Adam({"lr": 0.05}), Trace_ELBO())
+    return [svi.step() for _ in range(num_steps)]
+
+
+def values(guide):
+    return {name: value.clone() for name, value in guide.state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

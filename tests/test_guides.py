@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from bijections import rough
-from models import MODELS
+from models import MODELS, make, same, seeded, train, two_sites, values
 from pyro import poutine
 from pyro.infer import (
     MCMC,
@@ -30,11 +30,6 @@ from pyro.infer.autoguide import (
     AutoDiscreteParallel,
     AutoGuideList,
     AutoNormal,
-    init_to_feasible,
-    init_to_mean,
-    init_to_sample,
-    init_to_uniform,
-    init_to_value,
 )
 from pyro.infer.mcmc.util import initialize_model
 from pyro.infer.reparam import NeuTraReparam
@@ -45,15 +40,6 @@ from torch.func import jacfwd
 from torch.testing import assert_close
 
 from pyro_iaf import AutoIAF
-from pyro_iaf.store import parameters_of
-
-
-def make(name, **settings):
-    """A guide for a model of the table, moved away from where it starts."""
-    model, arguments = (make() for make in MODELS[name])
-    guide = AutoIAF(model, **settings)
-    guide.setup(*arguments)
-    return rough(guide, 0.1), model, arguments
 
 
 @pytest.fixture(params=MODELS)
@@ -64,11 +50,6 @@ def case(request):
 def replayed(model, arguments, values):
     """The model's trace at these values of its latents."""
     return poutine.trace(poutine.condition(model, values)).get_trace(*arguments)
-
-
-def seeded(guide, *arguments):
-    pyro.set_rng_seed(1)
-    return guide(*arguments)
 
 
 # Properties of every model
@@ -238,16 +219,6 @@ def test_every_loss_trains_it(loss):
     assert (guide.median()["weights"] - truth).abs().max() < 0.3  # 4 posterior sd
 
 
-@pytest.mark.parametrize("name", ["vectors", "nested plates", "simplexes"])
-def test_mean_field_and_plain_losses_agree(name):
-    guide, model, arguments = make(name, hidden_dims=[16])
-    kwargs = {"num_particles": 4000, "vectorize_particles": True}
-    with torch.no_grad():
-        plain = Trace_ELBO(**kwargs).loss(model, guide, *arguments)
-        mean_field = TraceMeanField_ELBO(**kwargs).loss(model, guide, *arguments)
-    assert abs(plain - mean_field) < 0.2  # 5 se; the constraints' densities come to several nats
-
-
 @pytest.mark.parametrize("lr", [0.01, 0.02, 0.05])
 def test_training_does_not_run_away(lr):
     def model():  # exponentials of latents, squared: what a stretched draw costs knows no bound
@@ -330,11 +301,6 @@ def test_a_discrete_site_can_be_enumerated_beside_it():
 
 
 # Company
-
-
-def two_sites():
-    pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-    pyro.sample("y", dist.MultivariateNormal(torch.zeros(3), torch.eye(3)))
 
 
 def test_guides_share_a_list():
@@ -531,129 +497,7 @@ def test_it_serialises_to_torchscript():
     assert {n for n, _ in loaded.named_parameters()} == {n for n, _ in guide.named_parameters()}
 
 
-# The state, the store, and copies
-
-
-def train(guide, model=two_sites, num_steps=3):
-    svi = SVI(model, guide, Adam({"lr": 0.05}), Trace_ELBO())
-    return [svi.step() for _ in range(num_steps)]
-
-
-def values(guide):
-    return {name: value.clone() for name, value in guide.state_dict().items()}
-
-
-def own(guide):
-    return parameters_of(guide.transform, f"{guide._pyro_name}.transform")
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def test_the_store_saves_and_restores(tmp_path):
-    guide = AutoIAF(two_sites)
-    train(guide)
-    saved = values(guide)
-    pyro.get_param_store().save(tmp_path / "store")
-    train(guide)
-    assert not same(values(guide), saved)
-
-    pyro.clear_param_store()
-    pyro.get_param_store().load(tmp_path / "store")
-    parameters = list(guide.parameters())
-    guide()
-    assert same(values(guide), saved)
-    assert all(a is b for a, b in zip(parameters, guide.parameters(), strict=True))
-
-    pyro.clear_param_store()
-    pyro.get_param_store().load(tmp_path / "store")
-    fresh = AutoIAF(two_sites)
-    draws = fresh.sample_posterior(2000)  # before any call
-    assert same(values(fresh), saved)
-    expected = guide.sample_posterior(2000)
-    assert_close(draws["x"].mean(0), expected["x"].mean(0), atol=0.05, rtol=0)  # 4 se
-    svi = SVI(two_sites, fresh, Adam({"lr": 0.05}), Trace_ELBO())
-    svi.step()
-    store = pyro.get_param_store()
-    assert all(store[n] is p for n, p in own(fresh).items())
-    assert not same(values(fresh), saved)
-
-
-def test_a_cleared_store_takes_nothing_from_the_guide():
-    guide = AutoIAF(two_sites)
-    train(guide)
-    before = values(guide)
-    pyro.clear_param_store()
-    guide()
-    assert same(values(guide), before)
-    assert len(pyro.get_param_store()) == 3
-
-
-def test_a_store_of_another_make_is_refused(tmp_path):
-    train(AutoIAF(two_sites, hidden_dims=[8]))
-    pyro.get_param_store().save(tmp_path / "store")
-    pyro.clear_param_store()
-    pyro.get_param_store().load(tmp_path / "store")
-    with pytest.raises(ValueError, match=r"another make: AutoIAF.transform.*shape.*name=\.\.\."):
-        AutoIAF(two_sites, hidden_dims=[9])()
-    with pytest.raises(ValueError, match="missing"):
-        AutoIAF(two_sites, hidden_dims=[8], num_flows=1)()
-    AutoIAF(two_sites, hidden_dims=[9], name="another")()
-
-
-def test_two_guides_of_one_name_keep_their_parameters():
-    first, second = AutoIAF(two_sites), AutoIAF(two_sites)
-    train(first)
-    before = values(first)
-    with pytest.warns(UserWarning, match=r"'AutoIAF' is alive.*name=\.\.\.") as warned:
-        train(second)
-    assert len(warned) == 1
-    assert same(values(first), before)
-    trained = values(second)
-    with pytest.warns(UserWarning, match="is alive"):
-        train(first)
-    assert same(values(second), trained)
-    assert not same(values(first), before)
-
-
-def test_a_guide_that_is_gone_leaves_nothing_behind(recwarn):
-    first = AutoIAF(two_sites)
-    train(first)
-    old = first.transform.parts[-1].loc.clone()
-    del first
-    gc.collect()
-    second = AutoIAF(two_sites, init_loc_fn=init_to_feasible)
-    second()
-    assert not recwarn.list
-    assert not torch.equal(second.transform.parts[-1].loc, old)
-    assert (second.transform.parts[-1].loc == 0).all()
-
-
-def test_names_keep_guides_apart(recwarn):
-    first, second = AutoIAF(two_sites, name="first"), AutoIAF(two_sites, name="second")
-    train(first)
-    train(second)
-    assert not recwarn.list
-    assert {name.split(".")[0] for name in pyro.get_param_store()} == {"first", "second"}
-
-
-def test_a_loaded_state_wins_over_the_store(tmp_path):
-    guide = AutoIAF(two_sites)
-    train(guide)
-    state = values(guide)
-    train(guide)
-    pyro.get_param_store().save(tmp_path / "store")
-    pyro.clear_param_store()
-    pyro.get_param_store().load(tmp_path / "store")
-    fresh = AutoIAF(two_sites)
-    fresh.load_state_dict(state)
-    assert same(values(fresh), state)
-    fresh.median()
-    fresh()
-    assert same(values(fresh), state)
-    store = pyro.get_param_store()
-    assert all(store[n] is p for n, p in own(fresh).items())
+# The state, and copies
 
 
 def test_a_state_of_another_size_is_refused():
@@ -744,60 +588,6 @@ def test_a_checkpoint_is_tensors_only(tmp_path):
     assert same(fresh.state_dict(), guide.state_dict())
 
 
-def test_local_parameters_stay_with_the_guide():
-    with pyro.settings.context(module_local_params=True):
-        guide, other = AutoIAF(two_sites), AutoIAF(two_sites)
-        train(guide)
-        before = values(guide)
-        train(other)
-        assert same(values(guide), before)
-        assert not len(pyro.get_param_store())
-        twin = copy.deepcopy(guide)
-        train(twin)
-        assert same(values(guide), before)
-        assert same(values(pickle.loads(pickle.dumps(guide))), before)
-
-
-def test_frozen_parameters_stay():
-    guide = AutoIAF(two_sites)
-    guide.setup()
-    frozen = guide.transform.parts[-1].coefficients.requires_grad_(False)
-    before = frozen.clone()
-    train(guide)
-    assert torch.equal(frozen, before)
-
-
-def test_frozen_parameters_are_restored_too(tmp_path):
-    guide = AutoIAF(two_sites)
-    train(guide)
-    saved = values(guide)
-    pyro.get_param_store().save(tmp_path / "store")
-    train(guide)
-    for freeze in (guide.transform.parts[0], guide):
-        freeze.requires_grad_(False)
-        pyro.clear_param_store()
-        pyro.get_param_store().load(tmp_path / "store")
-        guide()
-        assert same(values(guide), saved)
-
-
-def test_a_guide_may_join_a_list_later():
-    guide = AutoIAF(two_sites)
-    train(guide)
-    before = values(guide)
-    both = AutoGuideList(two_sites)
-    both.append(guide)
-    both()
-    assert same(values(guide), before)
-    train(both)
-    other = AutoGuideList(two_sites)
-    other.append(AutoIAF(two_sites))
-    with pytest.warns(UserWarning, match="is alive"):
-        train(other)
-    with pytest.warns(UserWarning, match="is alive"):
-        train(AutoIAF(two_sites))
-
-
 def test_a_pickled_guide_draws_without_its_model():
     guide, model, arguments = make("module")
     train_svi = SVI(model, guide, Adam({"lr": 0.01}), Trace_ELBO())
@@ -814,18 +604,6 @@ def test_a_pickled_guide_draws_without_its_model():
     never_called = pickle.loads(pickle.dumps(AutoIAF(two_sites)))
     with pytest.raises(RuntimeError, match=r"before its first call.*load_state_dict"):
         never_called()
-
-
-def test_a_prior_may_learn_beside_it():
-    guide, model, _ = make("learnable prior")
-    svi = SVI(model, guide, Adam({"lr": 0.01}), Trace_ELBO())
-    before = pyro.param("prior_loc").item()
-    for _ in range(5):
-        svi.step()
-    assert pyro.param("prior_loc").item() != before
-    copy.deepcopy(guide)
-    pickle.dumps(guide)
-    svi.step()
 
 
 def test_nothing_outlives_its_use():
@@ -848,53 +626,7 @@ def test_nothing_outlives_its_use():
     assert reference() is None
 
 
-# Starts, precision, devices
-
-
-@pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("init_scale", [1e-4, 0.1, 2.0])
-def test_a_fresh_guide_sits_where_it_is_told(gated, init_scale):
-    inits = {"x": torch.randn(2), "y": torch.randn(3)}
-    guide = AutoIAF(
-        two_sites,
-        gated=gated,
-        init_scale=init_scale,
-        init_loc_fn=lambda site: inits[site["name"]],
-    )
-    draws = guide.sample_posterior(10_000)
-    for name, value in guide.median().items():
-        assert_close(value, inits[name], atol=2e-3 * init_scale, rtol=0)
-        assert_close(draws[name].std(0) / init_scale, torch.ones_like(value), atol=0.05, rtol=0)
-
-
-def test_a_start_that_is_not_finite_is_mended_number_by_number():
-    start = torch.tensor([1.0, math.nan, -2.0])
-    guide = AutoIAF(MODELS["vectors"][0](), init_loc_fn=init_to_value(values={"z": start}))
-    with pytest.warns(UserWarning, match="starts site 'z' outside of its support"):
-        guide.setup()
-    loc = guide.transform.parts[-1].loc
-    assert torch.equal(loc[[0, 2]], start[[0, 2]])
-    assert loc.isfinite().all()
-    with pytest.raises(ValueError, match="a tensor for site 'z'"):
-        AutoIAF(MODELS["vectors"][0](), init_loc_fn=lambda site: 0.0)()
-
-
-@pytest.mark.filterwarnings("ignore:init_loc_fn starts site 'positive'")  # an infinite mean
-@pytest.mark.parametrize("init", [init_to_feasible, init_to_mean, init_to_sample, init_to_uniform])
-@pytest.mark.parametrize("name", MODELS)
-def test_every_start_works_on_every_model(name, init):
-    model, arguments = (make() for make in MODELS[name])
-    guide = AutoIAF(model, init_loc_fn=init)
-    guide.setup(*arguments)
-    assert guide.transform.parts[-1].loc.isfinite().all()
-
-
-def test_the_default_start_is_the_prior_median():
-    def model():
-        pyro.sample("z", dist.Normal(100.0, 0.001))
-
-    guide = AutoIAF(model)
-    assert guide.median()["z"].item() == pytest.approx(100.0, abs=0.005)
+# Precision and devices
 
 
 @pytest.mark.parametrize("default", [torch.float32, torch.float64])
@@ -926,20 +658,6 @@ def test_a_conversion_counts_before_and_after_the_first_call(before):
     assert {value.dtype for value in single().values()} == {torch.float32}
     single.double()
     assert {value.dtype for value in single().values()} == {torch.float64}
-
-
-@pytest.mark.parametrize("before", [True, False])
-def test_it_moves_between_devices(before):
-    guide = AutoIAF(MODELS["supports"][0]())
-    if before:
-        guide.to("meta")
-        guide.setup()
-    else:
-        guide.setup()
-        guide.to("meta")
-    draws = guide.sample_posterior(3)
-    assert {value.device.type for value in draws.values()} == {"meta"}
-    assert draws["bounds"].shape == (3, 3)
 
 
 def test_one_seed_gives_one_run():
