@@ -365,7 +365,8 @@ class AutoIAF(AutoContinuous):
         shape = (NUM_MIRRORED, *loc.shape)
         noise = torch.randn(shape, generator=generator, dtype=loc.dtype, device=loc.device)
         noise = torch.cat([noise, -noise, torch.zeros_like(noise[:1])])
-        latents: Tensor = self.get_transform(*args, **kwargs)(noise)
+        (transform,) = posterior.transforms
+        latents: Tensor = transform(noise)
         return latents if latents.dtype == torch.float64 else latents.float()  # no half quantiles
 
     def _sites(self, latent: Tensor) -> dict[str, Tensor]:

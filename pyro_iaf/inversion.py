@@ -17,10 +17,9 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from .networks import runs_eagerly
-
-__all__ = ["attach_gradient", "check_round_trip", "invert"]
+__all__ = ["attach_gradient", "check_round_trip", "invert", "runs_eagerly"]
 
 #: What an autoregressive map does at ``x``: its shift and the logarithm of its scale.
 Coefficients: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -138,6 +137,17 @@ def _all(condition: Tensor) -> bool:
         return bool(condition.all())
     except RuntimeError:
         return False  # batched gradients and tracers have no single answer
+
+
+def runs_eagerly() -> bool:
+    """Whether this is plain eager autograd, with values to look at: no tracer, no torch.func."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or forward_ad._current_level >= 0
+    )
 
 
 def check_round_trip(again: Tensor, y: Tensor) -> None:

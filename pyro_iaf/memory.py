@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
 
-from .networks import runs_eagerly
+from .inversion import runs_eagerly
 
 __all__ = [
     "count_optimizer_step",

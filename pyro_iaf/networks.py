@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn import functional
 
 __all__ = ["MaskedAutoregressiveNetwork"]
@@ -329,17 +328,6 @@ def check_size(name: str, value: object, smallest: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < smallest:
         raise ValueError(f"{name} should be an int of at least {smallest}; got {value!r}.")
     return int(value)
-
-
-def runs_eagerly() -> bool:
-    """Whether this is plain eager autograd, with values to look at: no tracer, no torch.func."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
-        or forward_ad._current_level >= 0
-    )
 
 
 def check_widths(hidden_dims: int | Sequence[int] | None, input_dim: int) -> list[int]:

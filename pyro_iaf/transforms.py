@@ -26,15 +26,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from . import memory
-from .inversion import attach_gradient, check_round_trip, invert
-from .networks import (
-    MaskedAutoregressiveNetwork,
-    check_network,
-    check_order,
-    check_size,
-    order_of,
-    runs_eagerly,
-)
+from .inversion import attach_gradient, check_round_trip, invert, runs_eagerly
+from .networks import MaskedAutoregressiveNetwork, check_network, check_order, check_size, order_of
 
 __all__ = [
     "InverseAutoregressiveFlow",
@@ -377,15 +370,12 @@ class InverseAutoregressiveFlowStack(Flow):
 
     def _noise_and_log_det(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """The inverse and its log-determinant at once, each part asked once if it remembers."""
-        x, terms = y, []
-        for part in reversed(self.parts):
-            known = memory.pass_to(part._sources, x)
-            if known is None:
-                x = self._inv_call(y)
-                return x, self.log_abs_det_jacobian(x, y)
-            x = known.partner
-            terms.append(known.log_det())
-        return x, functools.reduce(torch.add, terms)
+        known = self._walk(memory.pass_to, reversed(self.parts), y)
+        if known is not None:
+            x, _, terms = known
+            return x, functools.reduce(torch.add, terms)
+        x = self._inv_call(y)
+        return x, self.log_abs_det_jacobian(x, y)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """Log-determinant of the Jacobian at ``x``, in nats, of shape ``batch_shape``."""
@@ -400,22 +390,31 @@ class InverseAutoregressiveFlowStack(Flow):
 
     def _remembered(self, x: Tensor, y: Tensor) -> list[Tensor] | None:
         """The parts' log-determinants on the way between ``x`` and ``y``, if remembered."""
-        parts = list(self.parts)
-        for recall, order, start, end in (
-            (memory.pass_to, parts[::-1], y, x),
-            (memory.pass_back, parts, x, y),
+        for recall, parts, start, end in (
+            (memory.pass_to, reversed(self.parts), y, x),
+            (memory.pass_back, self.parts, x, y),
         ):
-            value, given, terms = start, start, []
-            for part in order:
-                known = recall(part._sources, value)
-                if known is None:
-                    break
-                value, given = known.partner, known.given
-                memory.settle(value)
-                terms.append(known.log_det())
-            if len(terms) == len(parts) and (value is end or given is end):
-                return terms
+            known = self._walk(recall, parts, start)
+            if known is not None and (known[0] is end or known[1] is end):
+                return known[2]
         return None
+
+    def _walk(
+        self,
+        recall: Callable[[tuple[object, ...], Tensor], memory.Pass | None],
+        parts: Iterable[SinglePass],
+        value: Tensor,
+    ) -> tuple[Tensor, Tensor, list[Tensor]] | None:
+        """Where remembered passes lead, that before it was widened, and their log-determinants."""
+        given, terms = value, []
+        for part in parts:
+            known = recall(part._sources, value)
+            if known is None:
+                return None
+            value, given = known.partner, known.given
+            memory.settle(value)
+            terms.append(known.log_det())
+        return value, given, terms
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
         for part in self.parts:

@@ -221,3 +221,9 @@ def values(guide):
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def reload_store(path):
+    """Empties Pyro's parameter store, and fills it from a file."""
+    pyro.clear_param_store()
+    pyro.get_param_store().load(path)

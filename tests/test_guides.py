@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from bijections import rough
-from models import MODELS, make, same, seeded, train, two_sites, values
+from models import MODELS, make, reload_store, same, seeded, train, two_sites, values
 from pyro import poutine
 from pyro.infer import (
     MCMC,
@@ -528,8 +528,7 @@ def test_a_failed_load_leaves_a_guide_as_it_was(tmp_path):
     fresh.setup()
     with pytest.raises(RuntimeError, match=r"hidden_dims=\[8\].*this has.*hidden_dims=\[64, 64\]"):
         fresh.load_state_dict(narrow.state_dict())
-    pyro.clear_param_store()
-    pyro.get_param_store().load(tmp_path / "store")
+    reload_store(tmp_path / "store")
     fresh()  # the store still counts
     assert same(values(fresh), saved)
 

@@ -5,7 +5,7 @@ import pickle
 import pyro
 import pytest
 import torch
-from models import same, train, two_sites, values
+from models import reload_store, same, train, two_sites, values
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoGuideList, init_to_feasible
 from pyro.optim import Adam
@@ -27,15 +27,13 @@ def test_the_store_saves_and_restores(tmp_path):
     train(guide)
     assert not same(values(guide), saved)
 
-    pyro.clear_param_store()
-    pyro.get_param_store().load(tmp_path / "store")
+    reload_store(tmp_path / "store")
     parameters = list(guide.parameters())
     guide()
     assert same(values(guide), saved)
     assert all(a is b for a, b in zip(parameters, guide.parameters(), strict=True))
 
-    pyro.clear_param_store()
-    pyro.get_param_store().load(tmp_path / "store")
+    reload_store(tmp_path / "store")
     fresh = AutoIAF(two_sites)
     draws = fresh.sample_posterior(2000)  # before any call
     assert same(values(fresh), saved)
@@ -61,8 +59,7 @@ def test_a_cleared_store_takes_nothing_from_the_guide():
 def test_a_store_of_another_make_is_refused(tmp_path):
     train(AutoIAF(two_sites, hidden_dims=[8]))
     pyro.get_param_store().save(tmp_path / "store")
-    pyro.clear_param_store()
-    pyro.get_param_store().load(tmp_path / "store")
+    reload_store(tmp_path / "store")
     with pytest.raises(ValueError, match=r"another make: AutoIAF.transform.*shape.*name=\.\.\."):
         AutoIAF(two_sites, hidden_dims=[9])()
     with pytest.raises(ValueError, match="missing"):
@@ -112,8 +109,7 @@ def test_a_loaded_state_wins_over_the_store(tmp_path):
     state = values(guide)
     train(guide)
     pyro.get_param_store().save(tmp_path / "store")
-    pyro.clear_param_store()
-    pyro.get_param_store().load(tmp_path / "store")
+    reload_store(tmp_path / "store")
     fresh = AutoIAF(two_sites)
     fresh.load_state_dict(state)
     assert same(values(fresh), state)
@@ -155,8 +151,7 @@ def test_frozen_parameters_are_restored_too(tmp_path):
     train(guide)
     for freeze in (guide.transform.parts[0], guide):
         freeze.requires_grad_(False)
-        pyro.clear_param_store()
-        pyro.get_param_store().load(tmp_path / "store")
+        reload_store(tmp_path / "store")
         guide()
         assert same(values(guide), saved)
 
