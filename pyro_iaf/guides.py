@@ -463,12 +463,15 @@ class LocScale(SinglePass):
         loc, log_scale = self.coefficients.unbind()
         return torch.addcmul(loc, log_scale.exp(), x), log_scale
 
-    def _undo(self, y: Tensor) -> Tensor:
+    def _undo(self, y: Tensor, method: str = "auto") -> tuple[Tensor, Tensor]:
         loc, log_scale = self.coefficients.unbind()
-        return (y - loc) * (-log_scale).exp()
+        return (y - loc) / log_scale.exp(), log_scale.expand_as(y)
 
     def _undo_known(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        return self._undo(y), self.coefficients[1].expand_as(y)
+        return self._undo(y)
+
+    def _solve_transposed(self, x: Tensor, v: Tensor) -> Tensor:
+        return v / self.coefficients[1].exp()
 
     def extra_repr(self) -> str:
         return f"input_dim={self.input_dim}"

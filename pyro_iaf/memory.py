@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
 
-from .inversion import runs_eagerly
+from .sweeps import runs_eagerly
 
 __all__ = [
     "count_optimizer_step",
@@ -117,11 +117,16 @@ def keep(sources: Sequence[object], x: Tensor, y: Tensor, log_scale: Tensor, giv
 
 
 def keep_gradient(
-    sources: Sequence[object], x: Tensor, y: Tensor, log_scale: Tensor, twin: Tensor
+    sources: Sequence[object],
+    x: Tensor,
+    y: Tensor,
+    log_scale: Tensor,
+    twin: Tensor | None = None,
 ) -> None:
-    """Remembers ``x``, the inverse of ``y`` with a graph; its twin is the noise without one."""
+    """Remembers ``x``, the inverse of ``y``; its twin is the same noise with less of a graph."""
     _keep(_backward, sources, x, y, y, log_scale)
-    _twins[x] = twin
+    if twin is not None:
+        _twins[x] = twin
 
 
 def pass_to(sources: Sequence[object], y: Tensor) -> Pass | None:

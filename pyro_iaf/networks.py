@@ -176,11 +176,17 @@ class MaskedAutoregressiveNetwork(nn.Module):
         parts = flat.split_with_sizes(self._sizes)
         return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
 
-    def _masked_weights(self) -> list[Tensor]:
-        if self._shared:
-            return self.matrices(self.weights[0] * self.mask)
+    def weights_and_masks(self) -> list[tuple[Tensor, Tensor]]:
+        """Each layer's matrix as it is learnt, and what it is multiplied by; see ``matrices``."""
         masks = self.matrices(self.mask)
-        return [w.view(m.shape) * m for w, m in zip(self.weights, masks, strict=True)]
+        if self._shared:
+            return list(zip(self.matrices(self.weights[0]), masks, strict=True))
+        return [(w.view(m.shape), m) for w, m in zip(self.weights, masks, strict=True)]
+
+    def _masked_weights(self) -> list[Tensor]:
+        if self._shared:  # at once
+            return self.matrices(self.weights[0] * self.mask)
+        return [weight * mask for weight, mask in self.weights_and_masks()]
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -201,13 +207,32 @@ class MaskedAutoregressiveNetwork(nn.Module):
         A unit of degree d listens to the first d coordinates. Without a context the degrees run
         from 1 to D - 1; with one, units of degree 0 carry what the context says to all coordinates.
         """
-        lowest = 0 if self.context_dim or self.input_dim == 1 else 1
-        choices = self.input_dim - lowest
+        lowest, choices = self._degrees()
         # Unit a of H sits at the middle of the a-th of H equal parts of the range.
         return [
             lowest + (2 * torch.arange(H, device=self.order.device) + 1) * choices // (2 * H)
             for H in self.hidden_dims
         ]
+
+    def units_between(self, layer: int, first: int, last: int) -> slice:
+        """The units of a hidden layer whose degrees are ``first`` or more, and less than ``last``.
+
+        Example:
+            >>> network = MaskedAutoregressiveNetwork(4, hidden_dims=[6])
+            >>> network.hidden_degrees()
+            [tensor([1, 1, 2, 2, 3, 3])]
+            >>> network.units_between(0, 2, 4)
+            slice(2, 6, None)
+        """
+        (lowest, choices), H = self._degrees(), self.hidden_dims[layer]
+        # Unit a has degree d or more if (2 a + 1) choices >= 2 H (d - lowest).
+        below = [-((choices - 2 * H * (d - lowest)) // (2 * choices)) for d in (first, last)]
+        return slice(*(min(max(count, 0), H) for count in below))
+
+    def _degrees(self) -> tuple[int, int]:
+        """The lowest degree of a hidden unit, and how many there are."""
+        lowest = 0 if self.context_dim or self.input_dim == 1 else 1
+        return lowest, self.input_dim - lowest
 
     def _build_mask(self) -> None:
         position = torch.argsort(self.order)

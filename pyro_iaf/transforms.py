@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from . import memory
-from .inversion import attach_gradient, check_round_trip, invert, runs_eagerly
+from .inversion import attach_gradient, check_round_trip, transposed_solution, walk_back
 from .networks import MaskedAutoregressiveNetwork, check_network, check_order, check_size, order_of
+from .sweeps import runs_eagerly
 
 __all__ = [
     "InverseAutoregressiveFlow",
@@ -130,12 +131,16 @@ class SinglePass(Flow):
         """The value that ``x`` becomes, and the log-scale of each coordinate."""
         raise NotImplementedError
 
-    def _undo(self, y: Tensor) -> Tensor:
-        """The noise of a value from elsewhere."""
+    def _undo(self, y: Tensor, method: str = "auto") -> tuple[Tensor, Tensor]:
+        """The noise of a value from elsewhere, and the log-scales; both with their gradients."""
         raise NotImplementedError
 
     def _undo_known(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The noise of ``y``, known to be ``x``, and the log-scales; both with their gradients."""
+        raise NotImplementedError
+
+    def _solve_transposed(self, x: Tensor, v: Tensor) -> Tensor:
+        """The ``u`` with ``J^T u = v`` at ``x``."""
         raise NotImplementedError
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -158,7 +163,9 @@ class SinglePass(Flow):
             return known.partner, True
         noise = memory.noise_of(self._sources, y)
         if noise is None:
-            return self._undo(y.expand(self.inverse_shape(y.shape))), False
+            x, log_scale = self._undo(y.expand(self.inverse_shape(y.shape)))
+            memory.keep_gradient(self._sources, x, y, log_scale)
+            return x, False
         if not torch.is_grad_enabled():
             return noise, True
         # The noise is known. What it lacks is its dependence on y and on the parameters.
@@ -282,11 +289,14 @@ class InverseAutoregressiveFlow(OnNetwork, SinglePass):
         shift, log_scale = self._coefficients(x)
         return torch.addcmul(shift, log_scale.exp(), x), log_scale
 
-    def _undo(self, y: Tensor) -> Tensor:
-        return invert(self._coefficients, y, self.order)
+    def _undo(self, y: Tensor, method: str = "auto") -> tuple[Tensor, Tensor]:
+        return walk_back(self, y, method)
 
     def _undo_known(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        return attach_gradient(self._coefficients, x, y)
+        return attach_gradient(self, x, y)
+
+    def _solve_transposed(self, x: Tensor, v: Tensor) -> Tensor:
+        return transposed_solution(self, x, v)
 
     def _coefficients(self, x: Tensor) -> tuple[Tensor, Tensor]:
         context = {} if self.context is None else {"context": self.context}
@@ -302,6 +312,9 @@ class InverseAutoregressiveFlow(OnNetwork, SinglePass):
                 f"The network should return a shift and a log-scale for {self.input_dim} "
                 f"coordinates; got shapes {tuple(shift.shape)} and {tuple(log_scale.shape)}."
             )
+        return self._read(shift, log_scale)
+
+    def _read(self, shift: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
         log_scale = LOG_SCALE_BOUND * torch.tanh(log_scale / LOG_SCALE_BOUND)
         if not self.gated:
             return shift, log_scale

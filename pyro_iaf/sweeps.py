@@ -1,0 +1,312 @@
+r"""Triangular equations, solved by sweeps: all coordinates at once, or block by block.
+
+An autoregressive map turned round, :math:`x_i = (y_i - m_i(x_{<i}))\, e^{-s_i(x_{<i})}`, improves a
+guess of :math:`x` at every sweep, and coordinate k is exact after k of them. Mostly a few settle
+all. The units of our networks stand in the order of their degrees, so a block of coordinates can be
+settled by itself on top of those before it: the sweeps are small then, and what lies between blocks
+is computed once. The transposed Jacobian is triangular the other way round, and linear; it is
+solved in the same blocks, from the last to the first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional
+
+from .networks import MaskedAutoregressiveNetwork
+
+__all__ = ["Map", "can_be_cut", "runs_eagerly", "settle", "solve_in_blocks", "transposed_in_blocks"]
+
+#: One sweep: a better solution from a guess, and what was found on the way.
+Sweep: TypeAlias = Callable[[Tensor], tuple[Tensor, Any]]
+
+#: What leads from one level of a block to the next: weights, offsets, and what follows them.
+Layer: TypeAlias = tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]
+
+
+class Map(Protocol):
+    """An autoregressive map: what a network returns, and how it is read."""
+
+    network: Any
+    context: Tensor | None
+
+    @property
+    def order(self) -> Tensor: ...
+
+    def _coefficients(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The shift and the log-scale at ``x``, in one pass of the network."""
+
+    def _read(self, shift: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
+        """The same from what the network returned, coordinate by coordinate."""
+
+
+def runs_eagerly() -> bool:
+    """Whether this is plain eager autograd, with values to look at: no tracer, no torch.func."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or forward_ad._current_level >= 0
+    )
+
+
+def settle(
+    sweep: Sweep, start: Tensor, position: Tensor, method: str, first: int = 1
+) -> tuple[Tensor, Any, int]:
+    """Sweeps until nothing moves, or once for each coordinate.
+
+    Args:
+        sweep: Gives a better solution, exact in one coordinate more, and whatever else.
+        start: The first guess; finite, wherever it is.
+        position: Which coordinate comes when; broadcasts with the solution.
+        method: If ``"incremental"``, settles one coordinate a sweep.
+        first: The first sweep after which to look whether it has settled.
+
+    Returns:
+        The solution, what else the last sweep gave, and the number of sweeps.
+    """
+    x, D, eps = start, position.numel(), torch.finfo(start.dtype).eps
+    if method != "incremental" and start.numel() and not start.is_meta and runs_eagerly():
+        change = 0.0
+        for k in range(1, D + 1):
+            guess, (x, found) = x, sweep(x)
+            if k < first and k < D:
+                continue
+            last, change = change, float(((x - guess).abs_() / (1 + x.abs())).amax())
+            shrinks = change / last if last else 1.0
+            # The next change is about as much smaller again. Small changes that don't shrink any
+            # more are rounding.
+            if change * min(shrinks, 1) <= 4 * eps or (shrinks > 0.5 and change <= 16 * eps):
+                break
+        if math.isfinite(change):
+            return x, found, k
+    # Coordinate k listens only to the k - 1 before it, so sweep k settles it for good. The others
+    # wait at the start: a half-found value could overflow, and zero weights don't stop a NaN.
+    x = start
+    for k in range(D):
+        new, found = sweep(x)
+        x = torch.where(position == k, new, x)
+    return x, found, D
+
+
+def can_be_cut(flow: Map) -> bool:
+    """Whether the network is one of ours and computes what its weights say, unit by unit."""
+    network = flow.network
+    return (
+        isinstance(network, MaskedAutoregressiveNetwork)
+        and getattr(network.forward, "__func__", None) is MaskedAutoregressiveNetwork.forward
+        and not (network._forward_hooks or network._forward_pre_hooks)
+        and next(network.activation.parameters(), None) is None
+        and not torch.is_autocast_enabled(network.mask.device.type)
+    )
+
+
+def solve_in_blocks(flow: Map, y: Tensor, method: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The inverse of ``y``, and the shift and the log-scale there, all of its shape."""
+    cut = _Cut(flow, y.shape, method)
+    L, activation, (*offsets, last_offset) = cut.L, cut.network.activation, cut.offsets()
+    y = cut.features_first(y)
+    known = [y[:0] for _ in range(L + 1)]  # the units of each level, up to this block
+    solved: list[Tensor] = []
+    num_sweeps = 0
+    for a, b in cut.blocks:
+        now = [cut.units(k, a, b) for k in range(L + 1)]
+        layers: list[Layer] = []
+        for k in range(L):
+            before, within = _split(cut.hidden(k, now[k + 1], slice(now[k].stop)), 1, now[k].start)
+            layers.append((within, before @ known[k] + offsets[k][now[k + 1]], activation))
+        # The outputs, shifts and then log-scales, read the last hidden layer and the coordinates.
+        (before, within), (x_before, x_within) = (
+            _split(cut.output(now[0], k, slice(now[k].stop)).flatten(0, 1), 1, now[k].start)
+            for k in (L, 0)
+        )
+        offset = before @ known[L] + x_before @ known[0]
+        offset = offset + last_offset[:, cut.at(now[0])].flatten(0, 1)
+        layers.append((torch.cat([within, x_within], 1), offset, nn.Identity()))
+        x, (levels, *coefficients), num_sweeps = _solve_block(
+            flow, layers, y[a:b], method, num_sweeps
+        )
+        known = [torch.cat(pair) for pair in zip(known, [x, *levels[1:]], strict=True)]
+        solved.append(torch.stack([x, *coefficients]))
+    x, shift, log_scale = map(cut.as_given, torch.cat(solved, 1))
+    return x, shift, log_scale
+
+
+def _solve_block(
+    flow: Map, layers: list[Layer], y: Tensor, method: str, expected: int
+) -> tuple[Tensor, Any, int]:
+    def sweep(x: Tensor) -> tuple[Tensor, Any]:
+        levels, out = _through(layers, x)
+        shift, log_scale = flow._read(*out.chunk(2))
+        return (y - shift) / log_scale.exp(), (levels, shift, log_scale)
+
+    position = torch.arange(len(y), device=y.device)[:, None]
+    return settle(sweep, torch.zeros_like(y), position, method, first=expected - 2)
+
+
+def transposed_in_blocks(flow: Map, x: Tensor, v: Tensor) -> Tensor:
+    """The ``u`` with ``J^T u = v``, where J is the Jacobian at ``x``; of the shape of ``v``."""
+    cut = _Cut(flow, v.shape, "auto")
+    L, (slopes, by_outputs, scale) = cut.L, _linearised(flow, cut, x)
+    v = cut.features_first(v)
+    # Gradients in the units of each hidden layer after this block, and in the outputs there.
+    later, outputs = [v[:0] for _ in range(L + 1)], torch.stack([v[:0], v[:0]])
+    solved = v[:0]
+    num_sweeps = 0
+    for a, b in reversed(cut.blocks):
+        # Units of degree d hear from outputs d and after, and speak to the d coordinates before.
+        now = [slice(a, b), *(cut.units(k, a + 1, b + 1) for k in range(1, L + 1))]
+        n, here = b - a, slice(a, cut.D)
+        weights = {k: _split(cut.output(here, k, now[k]), 1, n) for k in (L, 0)}
+        ((within, after), (x_within, x_after)) = (
+            [w.flatten(0, 1).T for w in weights[k]] for k in (L, 0)
+        )
+        layers: list[Layer] = [(within, after @ outputs.flatten(0, 1), slopes[L][now[L]].mul)]
+        for k in range(L - 1, -1, -1):
+            rows = slice(now[k + 1].start, None)
+            within, after = _split(cut.hidden(k, rows, now[k]).T, 1, _length(now[k + 1]))
+            offset = after @ later[k + 1]
+            if k == 0:
+                within = torch.cat([within, x_within], 1)
+                offset = offset + x_after @ outputs.flatten(0, 1)
+            layers.append((within, offset, slopes[k][now[k]].mul if k else nn.Identity()))
+        u, levels, num_sweeps = _solve_transposed_block(
+            layers, by_outputs[:, a:b], scale[a:b], v[a:b], num_sweeps
+        )
+        solved = torch.cat([u, solved])
+        outputs = torch.cat([by_outputs[:, a:b] * u, outputs], 1)
+        for k in range(1, L + 1):
+            later[k] = torch.cat([levels[L + 1 - k], later[k]])
+    return cut.as_given(solved)
+
+
+def _solve_transposed_block(
+    layers: list[Layer], by_outputs: Tensor, scale: Tensor, v: Tensor, expected: int
+) -> tuple[Tensor, Any, int]:
+    def sweep(u: Tensor) -> tuple[Tensor, Any]:
+        levels, out = _through(layers, (by_outputs * u).flatten(0, 1))
+        return (v - out) / scale, levels
+
+    position = torch.arange(len(v) - 1, -1, -1, device=v.device)[:, None]
+    return settle(sweep, torch.zeros_like(v), position, "auto", first=expected - 2)
+
+
+def _through(layers: list[Layer], first: Tensor) -> tuple[list[Tensor], Tensor]:
+    """The units of each level, and what they come to; the last layer reads the first level too."""
+    levels = [first]
+    for weight, offset, activation in layers[:-1]:
+        levels.append(activation(weight @ levels[-1] + offset))
+    weight, offset, _ = layers[-1]
+    return levels, weight @ torch.cat([levels[-1], first]) + offset
+
+
+def _linearised(flow: Map, cut: _Cut, x: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+    """The slopes of the activations at ``x`` by level, dy / d outputs, and dy / dx itself."""
+    x = cut.features_first(x)
+    *offsets, last_offset = cut.offsets()
+    everything = slice(None)
+    h, slopes = x, [x.new_ones(())]
+    with torch.enable_grad():
+        for k, offset in enumerate(offsets):
+            z = cut.hidden(k, everything, everything) @ h + offset
+            z = z.detach().requires_grad_()
+            h = cut.network.activation(z)
+            slopes += torch.autograd.grad(h.sum(), z)
+        h = h.detach()
+        out = [cut.output(everything, k, everything) @ h for k, h in ((cut.L, h), (0, x))]
+        out = sum(out) + last_offset[:, cut.at(everything)]
+        out = out.detach().requires_grad_()
+        shift, log_scale = flow._read(*out)
+        scale = log_scale.exp()
+        (by_outputs,) = torch.autograd.grad((shift + scale * x).sum(), out)
+    return slopes, by_outputs, scale.detach()
+
+
+class _Cut:
+    """A flow's network, cut into blocks of coordinates that follow one another in its order.
+
+    Features come first here, and the batch after them: units of one degree stand together. Level 0
+    are the coordinates, levels 1 to L the hidden layers.
+    """
+
+    def __init__(self, flow: Map, shape: torch.Size, method: str) -> None:
+        self.network: MaskedAutoregressiveNetwork = flow.network
+        self.context, self.order, self.shape = flow.context, flow.order, shape
+        self.D, self.L = shape[-1], len(self.network.hidden_dims)
+        self.in_place = runs_eagerly() and torch.equal(
+            self.order, torch.arange(self.D, device=self.order.device)
+        )
+        *self._hidden, output, self._offsets = self.network.weights_and_masks()
+        self._output = [part.view(2, self.D, -1) for part in output]
+        size = self.D if method == "fixed_point" else block_size(shape[:-1].numel(), method)
+        self.blocks = [(a, min(a + size, self.D)) for a in range(0, self.D, size)]
+
+    def features_first(self, y: Tensor) -> Tensor:
+        return y.reshape(-1, self.D).T[self.at(slice(None))].contiguous()
+
+    def as_given(self, x: Tensor) -> Tensor:
+        x = x if self.in_place else x[torch.argsort(self.order)]
+        return x.T.reshape(self.shape).contiguous()
+
+    def at(self, positions: slice) -> slice | Tensor:
+        """Where the coordinates at these positions of the order are."""
+        return positions if self.in_place else self.order[positions]
+
+    def units(self, k: int, a: int, b: int) -> slice:
+        """The units of level k that the coordinates from position a to b add."""
+        return self.network.units_between(k - 1, a, b) if k else slice(a, b)
+
+    def hidden(self, k: int, rows: slice, columns: slice) -> Tensor:
+        """Weights from level k to the next."""
+        weight, mask = self._hidden[k]
+        where = columns if k else self.at(columns)
+        return _take(weight, rows, where) * _take(mask, rows, where)
+
+    def output(self, rows: slice, k: int, columns: slice) -> Tensor:
+        """Weights from level k, which is L or 0, to the two outputs, of shape (2, rows, columns)."""
+        H = self.network.hidden_dims[-1]
+        half, where = (slice(H), columns) if k else (slice(H, None), self.at(columns))
+        weight, mask = (_take(part[..., half], self.at(rows), where) for part in self._output)
+        return weight * mask
+
+    def offsets(self) -> list[Tensor]:
+        """What is added to the units of each hidden layer, and to the outputs, of shape (2, D, _).
+
+        The last dimension is the batch, or one if it is the same for all.
+        """
+        weight, mask = self._offsets
+        offsets = weight * mask
+        if self.context is not None:
+            offsets = functional.linear(self.context, offsets[:, 1:], offsets[:, 0])
+            if self.context.dim() > 1:
+                offsets = offsets.expand(*self.shape[:-1], -1)
+            offsets = offsets.reshape(-1, offsets.shape[-1]).T
+        *hidden, output = offsets.split([*self.network.hidden_dims, 2 * self.D])
+        return [*hidden, output.unflatten(0, (2, self.D))]
+
+
+def block_size(num_columns: int, method: str) -> int:
+    """How many coordinates to settle together: fewer where each takes longer."""
+    return 16 if method == "incremental" or not runs_eagerly() else min(max(8192 // max(num_columns, 1), 16), 128)
+
+
+def _take(matrix: Tensor, rows: slice | Tensor, columns: slice | Tensor) -> Tensor:
+    if isinstance(columns, slice):  # a view, which leaves less to gather
+        return matrix[..., columns][..., rows, :]
+    return matrix[..., rows, :][..., columns]
+
+
+def _split(weight: Tensor, dim: int, size: int) -> tuple[Tensor, Tensor]:
+    return weight.narrow(dim, 0, size), weight.narrow(dim, size, weight.shape[dim] - size)
+
+
+def _length(part: slice) -> int:
+    length: int = part.stop - part.start
+    return length
