@@ -131,7 +131,7 @@ def walk_back(flow: Map, y: Tensor, method: str = "auto") -> tuple[Tensor, Tenso
     Where gradients are on, both are differentiable as :func:`attach_gradient` says.
     """
     if not runs_eagerly():
-        x, shift, log_scale = _solve(flow, y, "incremental")
+        x, _, log_scale = _solve(flow, y, "incremental")
         return x, log_scale
     with torch.no_grad():
         x, shift, log_scale = _solve(flow, y, method)
@@ -144,16 +144,17 @@ def walk_back(flow: Map, y: Tensor, method: str = "auto") -> tuple[Tensor, Tenso
 def attach_gradient(flow: Map, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     r"""Makes a known inverse ``x`` of ``y`` differentiable, by the implicit function theorem.
 
-    With :math:`y = f_\theta(x)` and :math:`J = \partial f_\theta / \partial x`,
+    With :math:`y = f_\theta(x)`, the Jacobian :math:`J = \partial f_\theta / \partial x`, and
+    :math:`v, w` the gradients in :math:`x` and in the log-scale :math:`s_\theta(x)`, those in
+    :math:`y` and :math:`\theta` are
 
     .. math::
-        \mathrm{d} x = J^{-1} \left( \mathrm{d} y - \tfrac{\partial f}{\partial \theta}\,
-        \mathrm{d} \theta \right), \qquad \mathrm{d} \log|\det J| = \tfrac{\partial}{\partial x}
-        \log|\det J| \cdot \mathrm{d} x + \tfrac{\partial}{\partial \theta} \log|\det J| \cdot
-        \mathrm{d} \theta.
+        u = J^{-\mathsf T} \Bigl( v + \bigl(\tfrac{\partial s}{\partial x}\bigr)^{\mathsf T} w
+        \Bigr), \qquad
+        \bigl(\tfrac{\partial s}{\partial \theta}\bigr)^{\mathsf T} w -
+        \bigl(\tfrac{\partial f}{\partial \theta}\bigr)^{\mathsf T} u.
 
-    Costs one network pass and one backward pass now; the backward pass to come solves with
-    :math:`J^{\mathsf T}` as :func:`solve_transposed` does.
+    Costs one network pass now, and backward two or three, see :func:`solve_transposed`.
 
     Args:
         flow: The autoregressive map.
@@ -162,8 +163,7 @@ def attach_gradient(flow: Map, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         ``x``, and the map's log-scale there, both like ``y`` and differentiable once in ``y`` and
-        in all that the map uses. Only the sum of the log-scale, the log-determinant, has the right
-        gradient.
+        in all that the map uses.
 
     Warns:
         RuntimeWarning: As :func:`check_round_trip`.
@@ -172,58 +172,69 @@ def attach_gradient(flow: Map, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         >>> flow = inverse_autoregressive_flow(3)
         >>> x = torch.randn(5, 3)
         >>> y = flow(x).detach().requires_grad_()
-        >>> again, log_scale = attach_gradient(flow, x, y)
-        >>> log_scale.sum().backward()
+        >>> x, log_scale = attach_gradient(flow, x, y)
+        >>> (x.square().sum() + log_scale.sum()).backward()
         >>> y.grad.shape
         torch.Size([5, 3])
     """
-    known = x.detach()
-    point = known.clone().requires_grad_()
+    point = x.detach().clone().requires_grad_()
     shift, log_scale = flow._coefficients(point)
     again = shift + log_scale.exp() * point
-    check_round_trip(again.detach(), y.detach())
+    check_round_trip(again, y)
     log_scale = log_scale.expand_as(again).to(again.dtype)
-    gap = y - again  # zero but for rounding; its gradient, once solved for, is all we want of it
-    if gap.requires_grad:
-        gap.register_hook(lambda v: v if v is None else _solve_once(flow, again, point, v))
-    x = known + (gap - gap.detach())
-    if log_scale.requires_grad:
-        (slope,) = torch.autograd.grad(
-            log_scale.sum(), point, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-        log_scale = log_scale + slope * (x - known)
+    x, log_scale = _Implicit.apply(flow, point, y, again, log_scale)
     return x, log_scale
 
 
-def _solve_once(flow: Map, y: Tensor, x: Tensor, v: Tensor) -> Tensor:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "The gradient of an inverse can be taken once, not twice. For second derivatives use "
-            "torch.func (torch.func.hessian, or torch.func.grad of torch.func.grad), which "
-            "differentiates each step of the inverse; or draw the value where gradients are on."
-        )
-    return transposed_solution(flow, x.detach(), v, made=(y, x))
+class _Implicit(torch.autograd.Function):
+    """The inverse and its log-scale, of what the map makes of the inverse again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, flow: Map, x: Tensor, y: Tensor, again: Tensor, log_scale: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.flow, ctx.x, ctx.made = flow, x, (again, log_scale)
+        return x.detach().clone(), log_scale.detach().clone()
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor | None, w: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "The gradient of an inverse can be taken once, not twice. Differentiate the "
+                "inverse with torch.func, for instance torch.func.hessian, which unrolls it; or "
+                "draw the value where gradients are enabled."
+            )
+        _, log_scale = ctx.made
+        if w is not None and log_scale.requires_grad:
+            slope = torch.autograd.grad(
+                log_scale, ctx.x, w, retain_graph=True, allow_unused=True, materialize_grads=True
+            )[0]
+            v = slope if v is None else v + slope
+        if v is None:
+            return None, None, None, None, w
+        u = transposed_solution(ctx.flow, ctx.x, v, ctx.made)
+        return None, None, u, -u, w
 
 
 def transposed_solution(
     flow: Map, x: Tensor, v: Tensor, made: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
-    """The ``u`` with ``J^T u = v`` at ``x``; ``made`` is a value with its graph, and its noise."""
+    """The ``u`` with ``J^T u = v`` at ``x``; ``made`` of it were a value and the log-scale."""
     if can_be_cut(flow):
-        return transposed_in_blocks(flow, x, v)
+        return transposed_in_blocks(flow, x.detach(), v)
     if made is None:
         with torch.enable_grad():
-            point = x.detach().clone().requires_grad_()
-            shift, log_scale = flow._coefficients(point)
-            made = shift + log_scale.exp() * point, point
-    y, point = made
-    scale = flow._coefficients(point.detach())[1].exp()
+            x = x.detach().clone().requires_grad_()
+            shift, log_scale = flow._coefficients(x)
+            made = shift + log_scale.exp() * x, log_scale
+    y, scale = made[0], made[1].detach().exp()
 
     def sweep(u: Tensor) -> tuple[Tensor, None]:
-        (product,) = torch.autograd.grad(y, point, u, retain_graph=True)
+        (product,) = torch.autograd.grad(y, x, u, retain_graph=True)
         return u + (v - product) / scale, None
 
-    # J^T is triangular as well, and the last coordinate comes first.
+    # The last coordinate comes first.
     position = torch.argsort(flow.order.flip(0))
     return settle(sweep, torch.zeros_like(v), position, "auto")[0]
 
@@ -257,9 +268,13 @@ def check_round_trip(again: Tensor, y: Tensor) -> None:
     """
     if not runs_eagerly() or y.is_meta or not y.numel():
         return
+    bound = ROUND_TRIP.get(y.dtype, 1e-1)
     with torch.no_grad():
-        residual = float(((again - y).abs() / (1 + y.abs())).where(y.isfinite(), 0).max())
-    if not residual <= ROUND_TRIP.get(y.dtype, 1e-1):
+        residuals = (again - y).abs_() / (1 + y.abs())
+        if (residual := float(residuals.amax())) <= bound:
+            return
+        residual = float(residuals.where(y.isfinite(), 0).amax())
+    if not residual <= bound:
         remedy = "Look at the scales that training reached"
         remedy += "." if y.dtype == torch.float64 else ", or use .double()."
         warnings.warn(

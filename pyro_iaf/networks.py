@@ -176,17 +176,19 @@ class MaskedAutoregressiveNetwork(nn.Module):
         parts = flat.split_with_sizes(self._sizes)
         return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
 
-    def weights_and_masks(self) -> list[tuple[Tensor, Tensor]]:
-        """Each layer's matrix as it is learnt, and what it is multiplied by; see ``matrices``."""
-        masks = self.matrices(self.mask)
+    def factors(self) -> list[tuple[Tensor, ...]]:
+        """What each layer's masked matrix is the product of; see ``matrices`` for the layers.
+
+        Where one parameter holds all, they are masked at once. A part of a big matrix is better
+        masked by whoever needs it.
+        """
         if self._shared:
-            return list(zip(self.matrices(self.weights[0]), masks, strict=True))
+            return [(matrix,) for matrix in self.matrices(self.weights[0] * self.mask)]
+        masks = self.matrices(self.mask)
         return [(w.view(m.shape), m) for w, m in zip(self.weights, masks, strict=True)]
 
     def _masked_weights(self) -> list[Tensor]:
-        if self._shared:  # at once
-            return self.matrices(self.weights[0] * self.mask)
-        return [weight * mask for weight, mask in self.weights_and_masks()]
+        return [math.prod(rest, start=first) for first, *rest in self.factors()]
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

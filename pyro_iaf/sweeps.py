@@ -11,17 +11,20 @@ solved in the same blocks, from the last to the first.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional
 
 from .networks import MaskedAutoregressiveNetwork
 
 __all__ = ["Map", "can_be_cut", "runs_eagerly", "settle", "solve_in_blocks", "transposed_in_blocks"]
+
+# Sweeps of a first block before somebody looks whether they have settled it.
+FEWEST = 3
 
 #: One sweep: a better solution from a guess, and what was found on the way.
 Sweep: TypeAlias = Callable[[Tensor], tuple[Tensor, Any]]
@@ -79,11 +82,13 @@ def settle(
             guess, (x, found) = x, sweep(x)
             if k < first and k < D:
                 continue
-            last, change = change, float(((x - guess).abs_() / (1 + x.abs())).amax())
+            last, change = change, float((x - guess).abs_().amax())
             shrinks = change / last if last else 1.0
-            # The next change is about as much smaller again. Small changes that don't shrink any
-            # more are rounding.
-            if change * min(shrinks, 1) <= 4 * eps or (shrinks > 0.5 and change <= 16 * eps):
+            # The next change is about as much smaller again.
+            if change * min(shrinks, 1.0) <= 4 * eps:
+                break
+            # Changes that don't shrink any more are rounding, if they are small beside x.
+            if shrinks > 0.5 and bool(((x - guess).abs_() <= 16 * eps * (1 + x.abs())).all()):
                 break
         if math.isfinite(change):
             return x, found, k
@@ -111,44 +116,52 @@ def can_be_cut(flow: Map) -> bool:
 def solve_in_blocks(flow: Map, y: Tensor, method: str) -> tuple[Tensor, Tensor, Tensor]:
     """The inverse of ``y``, and the shift and the log-scale there, all of its shape."""
     cut = _Cut(flow, y.shape, method)
-    L, activation, (*offsets, last_offset) = cut.L, cut.network.activation, cut.offsets()
+    L, activation, offsets = cut.L, cut.network.activation, cut.offsets()
     y = cut.features_first(y)
-    known = [y[:0] for _ in range(L + 1)]  # the units of each level, up to this block
+    known = [y[:0] for _ in range(L + 1)]  # the units of each level before this block
     solved: list[Tensor] = []
-    num_sweeps = 0
+    num_sweeps = FEWEST
     for a, b in cut.blocks:
         now = [cut.units(k, a, b) for k in range(L + 1)]
         layers: list[Layer] = []
         for k in range(L):
-            before, within = _split(cut.hidden(k, now[k + 1], slice(now[k].stop)), 1, now[k].start)
-            layers.append((within, before @ known[k] + offsets[k][now[k + 1]], activation))
+            weight = cut.hidden(k, now[k + 1], slice(now[k].stop))
+            before, within = _split(weight, now[k].start)
+            offset = _plus(offsets[k][now[k + 1]], before, known[k])
+            layers.append((within, offset, activation))
         # The outputs, shifts and then log-scales, read the last hidden layer and the coordinates.
-        (before, within), (x_before, x_within) = (
-            _split(cut.output(now[0], k, slice(now[k].stop)).flatten(0, 1), 1, now[k].start)
-            for k in (L, 0)
-        )
-        offset = before @ known[L] + x_before @ known[0]
-        offset = offset + last_offset[:, cut.at(now[0])].flatten(0, 1)
-        layers.append((torch.cat([within, x_within], 1), offset, nn.Identity()))
+        offset, withins = offsets[L][:, cut.at(now[0])].flatten(0, 1), []
+        for k in (L, 0):
+            weight = cut.output(now[0], k, slice(now[k].stop)).flatten(0, 1)
+            before, within = _split(weight, now[k].start)
+            offset = _plus(offset, before, known[k])
+            withins.append(within)
+        outputs = torch.cat(withins, 1), offset
         x, (levels, *coefficients), num_sweeps = _solve_block(
-            flow, layers, y[a:b], method, num_sweeps
+            flow, layers, outputs, y[a:b], method, num_sweeps - 1
         )
-        known = [torch.cat(pair) for pair in zip(known, [x, *levels[1:]], strict=True)]
+        if b < cut.D:
+            known = [torch.cat(pair) for pair in zip(known, [x, *levels], strict=True)]
         solved.append(torch.stack([x, *coefficients]))
     x, shift, log_scale = map(cut.as_given, torch.cat(solved, 1))
     return x, shift, log_scale
 
 
 def _solve_block(
-    flow: Map, layers: list[Layer], y: Tensor, method: str, expected: int
+    flow: Map,
+    layers: list[Layer],
+    outputs: tuple[Tensor, Tensor],
+    y: Tensor,
+    method: str,
+    first: int,
 ) -> tuple[Tensor, Any, int]:
     def sweep(x: Tensor) -> tuple[Tensor, Any]:
-        levels, out = _through(layers, x)
+        levels, out = _through(layers, outputs, x)
         shift, log_scale = flow._read(*out.chunk(2))
         return (y - shift) / log_scale.exp(), (levels, shift, log_scale)
 
     position = torch.arange(len(y), device=y.device)[:, None]
-    return settle(sweep, torch.zeros_like(y), position, method, first=expected - 2)
+    return settle(sweep, torch.zeros_like(y), position, method, first)
 
 
 def transposed_in_blocks(flow: Map, x: Tensor, v: Tensor) -> Tensor:
@@ -157,71 +170,73 @@ def transposed_in_blocks(flow: Map, x: Tensor, v: Tensor) -> Tensor:
     L, (slopes, by_outputs, scale) = cut.L, _linearised(flow, cut, x)
     v = cut.features_first(v)
     # Gradients in the units of each hidden layer after this block, and in the outputs there.
-    later, outputs = [v[:0] for _ in range(L + 1)], torch.stack([v[:0], v[:0]])
+    later, outputs_later = [v[:0] for _ in range(L + 1)], by_outputs[:, :0]
     solved = v[:0]
-    num_sweeps = 0
+    num_sweeps = FEWEST
     for a, b in reversed(cut.blocks):
         # Units of degree d hear from outputs d and after, and speak to the d coordinates before.
         now = [slice(a, b), *(cut.units(k, a + 1, b + 1) for k in range(1, L + 1))]
-        n, here = b - a, slice(a, cut.D)
-        weights = {k: _split(cut.output(here, k, now[k]), 1, n) for k in (L, 0)}
-        ((within, after), (x_within, x_after)) = (
-            [w.flatten(0, 1).T for w in weights[k]] for k in (L, 0)
-        )
-        layers: list[Layer] = [(within, after @ outputs.flatten(0, 1), slopes[L][now[L]].mul)]
-        for k in range(L - 1, -1, -1):
-            rows = slice(now[k + 1].start, None)
-            within, after = _split(cut.hidden(k, rows, now[k]).T, 1, _length(now[k + 1]))
-            offset = after @ later[k + 1]
-            if k == 0:
-                within = torch.cat([within, x_within], 1)
-                offset = offset + x_after @ outputs.flatten(0, 1)
-            layers.append((within, offset, slopes[k][now[k]].mul if k else nn.Identity()))
+        layers: list[Layer] = []
+        within, offset = cut.from_outputs(L, now, outputs_later)
+        for k in range(L, 0, -1):
+            layers.append((within, offset, slopes[k][now[k]].mul))
+            weight = cut.hidden(k - 1, slice(now[k].start, None), now[k - 1]).T
+            within, after = _split(weight, now[k].stop - now[k].start)
+            offset = after @ later[k]
+        x_within, x_offset = cut.from_outputs(0, now, outputs_later)
+        to_x = torch.cat([within, x_within], 1), offset + x_offset
         u, levels, num_sweeps = _solve_transposed_block(
-            layers, by_outputs[:, a:b], scale[a:b], v[a:b], num_sweeps
+            layers, to_x, by_outputs[:, a:b], scale[a:b], v[a:b], num_sweeps - 1
         )
         solved = torch.cat([u, solved])
-        outputs = torch.cat([by_outputs[:, a:b] * u, outputs], 1)
-        for k in range(1, L + 1):
-            later[k] = torch.cat([levels[L + 1 - k], later[k]])
+        outputs_later = torch.cat([by_outputs[:, a:b] * u, outputs_later], 1)
+        later[1:] = [torch.cat(pair) for pair in zip(reversed(levels), later[1:], strict=True)]
     return cut.as_given(solved)
 
 
 def _solve_transposed_block(
-    layers: list[Layer], by_outputs: Tensor, scale: Tensor, v: Tensor, expected: int
+    layers: list[Layer],
+    to_x: tuple[Tensor, Tensor],
+    by_outputs: Tensor,
+    scale: Tensor,
+    v: Tensor,
+    first: int,
 ) -> tuple[Tensor, Any, int]:
     def sweep(u: Tensor) -> tuple[Tensor, Any]:
-        levels, out = _through(layers, (by_outputs * u).flatten(0, 1))
-        return (v - out) / scale, levels
+        levels, slope = _through(layers, to_x, (by_outputs * u).flatten(0, 1))
+        return (v - slope) / scale, levels
 
     position = torch.arange(len(v) - 1, -1, -1, device=v.device)[:, None]
-    return settle(sweep, torch.zeros_like(v), position, "auto", first=expected - 2)
+    return settle(sweep, torch.zeros_like(v), position, "auto", first)
 
 
-def _through(layers: list[Layer], first: Tensor) -> tuple[list[Tensor], Tensor]:
-    """The units of each level, and what they come to; the last layer reads the first level too."""
-    levels = [first]
-    for weight, offset, activation in layers[:-1]:
-        levels.append(activation(weight @ levels[-1] + offset))
-    weight, offset, _ = layers[-1]
-    return levels, weight @ torch.cat([levels[-1], first]) + offset
+def _through(
+    layers: list[Layer], last: tuple[Tensor, Tensor], x: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """The units of each level, and what comes of them and of ``x`` in the end."""
+    levels, h = [], x
+    for weight, offset, activation in layers:
+        h = activation(weight @ h + offset)
+        levels.append(h)
+    weight, offset = last
+    return levels, weight @ torch.cat([h, x]) + offset
 
 
 def _linearised(flow: Map, cut: _Cut, x: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
     """The slopes of the activations at ``x`` by level, dy / d outputs, and dy / dx itself."""
     x = cut.features_first(x)
-    *offsets, last_offset = cut.offsets()
+    *offsets, offset = cut.offsets()
     everything = slice(None)
-    h, slopes = x, [x.new_ones(())]
+    h, slopes = x, [x]
     with torch.enable_grad():
-        for k, offset in enumerate(offsets):
-            z = cut.hidden(k, everything, everything) @ h + offset
-            z = z.detach().requires_grad_()
+        for k in range(cut.L):
+            z = (cut.hidden(k, everything, everything) @ h + offsets[k]).detach().requires_grad_()
             h = cut.network.activation(z)
             slopes += torch.autograd.grad(h.sum(), z)
-        h = h.detach()
-        out = [cut.output(everything, k, everything) @ h for k, h in ((cut.L, h), (0, x))]
-        out = sum(out) + last_offset[:, cut.at(everything)]
+            h = h.detach()
+        out = offset[:, cut.at(everything)]
+        for k, units in ((cut.L, h), (0, x)):
+            out = out + cut.output(everything, k, everything) @ units
         out = out.detach().requires_grad_()
         shift, log_scale = flow._read(*out)
         scale = log_scale.exp()
@@ -243,8 +258,8 @@ class _Cut:
         self.in_place = runs_eagerly() and torch.equal(
             self.order, torch.arange(self.D, device=self.order.device)
         )
-        *self._hidden, output, self._offsets = self.network.weights_and_masks()
-        self._output = [part.view(2, self.D, -1) for part in output]
+        *self._hidden, output, self._offsets = self.network.factors()
+        self._output = [factor.view(2, self.D, -1) for factor in output]
         size = self.D if method == "fixed_point" else block_size(shape[:-1].numel(), method)
         self.blocks = [(a, min(a + size, self.D)) for a in range(0, self.D, size)]
 
@@ -265,24 +280,31 @@ class _Cut:
 
     def hidden(self, k: int, rows: slice, columns: slice) -> Tensor:
         """Weights from level k to the next."""
-        weight, mask = self._hidden[k]
         where = columns if k else self.at(columns)
-        return _take(weight, rows, where) * _take(mask, rows, where)
+        return _product([_take(factor, rows, where) for factor in self._hidden[k]])
 
     def output(self, rows: slice, k: int, columns: slice) -> Tensor:
         """Weights from level k, which is L or 0, to the two outputs, of shape (2, rows, columns)."""
         H = self.network.hidden_dims[-1]
         half, where = (slice(H), columns) if k else (slice(H, None), self.at(columns))
-        weight, mask = (_take(part[..., half], self.at(rows), where) for part in self._output)
-        return weight * mask
+        at = self.at(rows)
+        return _product([_take(factor[..., half], at, where) for factor in self._output])
+
+    def from_outputs(
+        self, k: int, now: list[slice], gradient: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Weights from a block's outputs back to level k, and what the outputs after it bring."""
+        a, b = now[0].start, now[0].stop
+        weight = self.output(slice(a, None), k, now[k])
+        within, after = (part.flatten(0, 1).T for part in _split(weight, b - a, 1))
+        return within, after @ gradient.flatten(0, 1)
 
     def offsets(self) -> list[Tensor]:
         """What is added to the units of each hidden layer, and to the outputs, of shape (2, D, _).
 
         The last dimension is the batch, or one if it is the same for all.
         """
-        weight, mask = self._offsets
-        offsets = weight * mask
+        offsets = _product(self._offsets)
         if self.context is not None:
             offsets = functional.linear(self.context, offsets[:, 1:], offsets[:, 0])
             if self.context.dim() > 1:
@@ -294,7 +316,13 @@ class _Cut:
 
 def block_size(num_columns: int, method: str) -> int:
     """How many coordinates to settle together: fewer where each takes longer."""
-    return 16 if method == "incremental" or not runs_eagerly() else min(max(8192 // max(num_columns, 1), 16), 128)
+    if method == "incremental" or not runs_eagerly():
+        return 16
+    return min(max(8192 // max(num_columns, 1), 32), 128)
+
+
+def _product(factors: Sequence[Tensor]) -> Tensor:
+    return factors[0] if len(factors) == 1 else factors[0] * factors[1]
 
 
 def _take(matrix: Tensor, rows: slice | Tensor, columns: slice | Tensor) -> Tensor:
@@ -303,10 +331,9 @@ def _take(matrix: Tensor, rows: slice | Tensor, columns: slice | Tensor) -> Tens
     return matrix[..., rows, :][..., columns]
 
 
-def _split(weight: Tensor, dim: int, size: int) -> tuple[Tensor, Tensor]:
+def _split(weight: Tensor, size: int, dim: int = -1) -> tuple[Tensor, Tensor]:
     return weight.narrow(dim, 0, size), weight.narrow(dim, size, weight.shape[dim] - size)
 
 
-def _length(part: slice) -> int:
-    length: int = part.stop - part.start
-    return length
+def _plus(offset: Tensor, weight: Tensor, units: Tensor) -> Tensor:
+    return offset + weight @ units if len(units) else offset
