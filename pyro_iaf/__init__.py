@@ -13,6 +13,7 @@ from .conditional import (
 )
 from .distributions import DiagonalNormal
 from .guides import AutoIAF
+from .inversion import invert, solve_transposed
 from .networks import MaskedAutoregressiveNetwork
 from .registration import register
 from .transforms import (
@@ -33,7 +34,9 @@ __all__ = [
     "MaskedAutoregressiveNetwork",
     "conditional_inverse_autoregressive_flow",
     "inverse_autoregressive_flow",
+    "invert",
     "register",
+    "solve_transposed",
 ]
 
 register()

@@ -82,10 +82,10 @@ def settle(
             guess, (x, found) = x, sweep(x)
             if k < first and k < D:
                 continue
-            last, change = change, float((x - guess).abs_().amax())
+            last, change = change, _largest(x - guess)
             shrinks = change / last if last else 1.0
-            # The next change is about as much smaller again.
-            if change * min(shrinks, 1.0) <= 4 * eps:
+            # The next change is about as much smaller again; more than that may be luck.
+            if change * min(max(shrinks, 0.125), 1.0) <= 4 * eps or not math.isfinite(change):
                 break
             # Changes that don't shrink any more are rounding, if they are small beside x.
             if shrinks > 0.5 and bool(((x - guess).abs_() <= 16 * eps * (1 + x.abs())).all()):
@@ -101,6 +101,13 @@ def settle(
     return x, found, D
 
 
+def _largest(x: Tensor) -> float:
+    try:
+        return float(x.abs_().amax())
+    except RuntimeError:
+        return math.nan  # batched gradients have no single answer
+
+
 def can_be_cut(flow: Map) -> bool:
     """Whether the network is one of ours and computes what its weights say, unit by unit."""
     network = flow.network
@@ -109,6 +116,7 @@ def can_be_cut(flow: Map) -> bool:
         and getattr(network.forward, "__func__", None) is MaskedAutoregressiveNetwork.forward
         and not (network._forward_hooks or network._forward_pre_hooks)
         and next(network.activation.parameters(), None) is None
+        and not network.mask.is_meta
         and not torch.is_autocast_enabled(network.mask.device.type)
     )
 
@@ -130,9 +138,9 @@ def solve_in_blocks(flow: Map, y: Tensor, method: str) -> tuple[Tensor, Tensor, 
             offset = _plus(offsets[k][now[k + 1]], before, known[k])
             layers.append((within, offset, activation))
         # The outputs, shifts and then log-scales, read the last hidden layer and the coordinates.
-        offset, withins = offsets[L][:, cut.at(now[0])].flatten(0, 1), []
+        offset, withins = _stacked(offsets[L][:, cut.at(now[0])]), []
         for k in (L, 0):
-            weight = cut.output(now[0], k, slice(now[k].stop)).flatten(0, 1)
+            weight = _stacked(cut.output(now[0], k, slice(now[k].stop)))
             before, within = _split(weight, now[k].start)
             offset = _plus(offset, before, known[k])
             withins.append(within)
@@ -203,7 +211,7 @@ def _solve_transposed_block(
     first: int,
 ) -> tuple[Tensor, Any, int]:
     def sweep(u: Tensor) -> tuple[Tensor, Any]:
-        levels, slope = _through(layers, to_x, (by_outputs * u).flatten(0, 1))
+        levels, slope = _through(layers, to_x, _stacked(by_outputs * u))
         return (v - slope) / scale, levels
 
     position = torch.arange(len(v) - 1, -1, -1, device=v.device)[:, None]
@@ -284,20 +292,18 @@ class _Cut:
         return _product([_take(factor, rows, where) for factor in self._hidden[k]])
 
     def output(self, rows: slice, k: int, columns: slice) -> Tensor:
-        """Weights from level k, which is L or 0, to the two outputs, of shape (2, rows, columns)."""
+        """Weights from level k, L or 0, to shifts and log-scales, of shape (2, rows, columns)."""
         H = self.network.hidden_dims[-1]
         half, where = (slice(H), columns) if k else (slice(H, None), self.at(columns))
         at = self.at(rows)
         return _product([_take(factor[..., half], at, where) for factor in self._output])
 
-    def from_outputs(
-        self, k: int, now: list[slice], gradient: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def from_outputs(self, k: int, now: list[slice], gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Weights from a block's outputs back to level k, and what the outputs after it bring."""
         a, b = now[0].start, now[0].stop
         weight = self.output(slice(a, None), k, now[k])
-        within, after = (part.flatten(0, 1).T for part in _split(weight, b - a, 1))
-        return within, after @ gradient.flatten(0, 1)
+        within, after = (_stacked(part).T for part in _split(weight, b - a, 1))
+        return within, after @ _stacked(gradient)
 
     def offsets(self) -> list[Tensor]:
         """What is added to the units of each hidden layer, and to the outputs, of shape (2, D, _).
@@ -333,6 +339,11 @@ def _take(matrix: Tensor, rows: slice | Tensor, columns: slice | Tensor) -> Tens
 
 def _split(weight: Tensor, size: int, dim: int = -1) -> tuple[Tensor, Tensor]:
     return weight.narrow(dim, 0, size), weight.narrow(dim, size, weight.shape[dim] - size)
+
+
+def _stacked(pair: Tensor) -> Tensor:
+    """Shifts and log-scales, of shape (2, n, _), one below the other."""
+    return pair.reshape(2 * pair.shape[1], pair.shape[2])
 
 
 def _plus(offset: Tensor, weight: Tensor, units: Tensor) -> Tensor:

@@ -78,6 +78,17 @@ def make(name):
     return rough(BIJECTIONS[name]())
 
 
+def coordinate_by_coordinate(flow, y):
+    """The inverse as one would write it down: D calls of the network, and autograd through them."""
+    for part in reversed(getattr(flow, "parts", [flow])):
+        x = torch.zeros_like(y)
+        for k in part.order:
+            shift, log_scale = part._coefficients(x)
+            x = torch.where(torch.arange(y.shape[-1]) == k, (y - shift) * (-log_scale).exp(), x)
+        y = x
+    return y
+
+
 def biases(network):
     """The biases of all units of a small network, the outputs' last: a view."""
     return network.matrices(network.weights[0])[-1][:, 0]

@@ -1,29 +1,130 @@
+import gc
+
 import pytest
 import torch
-from bijections import biases, rough
+from bijections import (
+    BACKEND,
+    BIJECTIONS,
+    biases,
+    coordinate_by_coordinate,
+    make,
+    rough,
+    standard_normal,
+)
+from pyro.distributions import TransformedDistribution
+from pyro.nn import AutoRegressiveNN
 from torch.testing import assert_close
 
-from pyro_iaf import conditional_inverse_autoregressive_flow, inverse_autoregressive_flow
-from pyro_iaf.inversion import attach_gradient, invert
+from pyro_iaf import (
+    InverseAutoregressiveFlow,
+    conditional_inverse_autoregressive_flow,
+    inverse_autoregressive_flow,
+    invert,
+    solve_transposed,
+)
+
+METHODS = ["auto", "incremental", "fixed_point"]
+
+
+def hard(flow, size=1.0):
+    """Noise on every weight of a flow, as large as on a network's fresh weights, times ``size``.
+
+    Such flows take tens of sweeps.
+    """
+    for part in getattr(flow, "parts", [flow]):
+        network = part.network
+        masks = network.matrices(network.mask)[:-1]
+        weights = list(network.weights)
+        weights = network.matrices(weights[0]) if len(weights) == 1 else weights
+        for weight, mask in zip(weights, masks, strict=False):
+            with torch.no_grad():
+                noise = size * torch.randn_like(mask) / mask.shape[1] ** 0.5
+                weight.view(mask.shape).add_(torch.where(mask == 0, mask, noise / mask))
+    return flow
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("D", [1, 2, 8, 33])
+@pytest.mark.parametrize("D", [1, 2, 8, 33, 150])
 @pytest.mark.parametrize("gated", [False, True])
-def test_inverse_is_exact(D, gated, dtype):
-    flow = inverse_autoregressive_flow(D, [32], gated=gated, order=torch.randperm(D))
-    flow = rough(flow, 0.1).to(dtype)
-    y = flow(torch.randn(6, D, dtype=dtype)).detach().clone()
-    x = invert(flow._coefficients, y, flow.order)
-    bound = 1e-10 if dtype == torch.float64 else 1e-5
-    assert ((flow(x) - y).abs() <= bound * (1 + y.abs())).all()
+@pytest.mark.parametrize("method", METHODS)
+def test_inverse_is_exact(D, gated, dtype, method):
+    flow = inverse_autoregressive_flow(D, [32, 20], gated=gated, order=torch.randperm(D))
+    flow = hard(flow, 0.5).to(dtype)
+    x = torch.randn(6, D, dtype=dtype)
+    with torch.no_grad():
+        y = flow(x).clone()
+        found = invert(flow, y, method)
+        bound = 1e-10 if dtype == torch.float64 else 1e-5
+        assert ((flow(found.clone()) - y).abs() <= bound * (1 + y.abs())).all()
+        if dtype == torch.float64:
+            assert_close(found, x, rtol=0, atol=1e-10)
 
 
-def test_each_coordinate_costs_one_call(count_passes):
-    flow = inverse_autoregressive_flow(7, [16])
+@pytest.mark.parametrize("D", [8, 32, 128, 256])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("foreign", [False, True])
+def test_hard_flows_are_exact_as_well(D, method, foreign):
+    if foreign:
+        network = AutoRegressiveNN(D, [max(64, 2 * D)] * 2)
+        with torch.no_grad():
+            for layer in network.layers:
+                layer.weight.copy_(torch.randn_like(layer.weight) / layer.weight.shape[1] ** 0.5)
+        flow = InverseAutoregressiveFlow(network)
+    else:
+        flow = hard(inverse_autoregressive_flow(D))
+    with torch.no_grad():
+        y = flow(torch.randn(20, D)).clone()
+        x = invert(flow, y, method)
+        assert ((flow(x.clone()) - y).abs() <= 1e-12 * (1 + y.abs())).all()
+        assert_close(x, coordinate_by_coordinate(flow, y), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_inverts_a_stack(method):
+    flow = rough(inverse_autoregressive_flow(6, [16], num_flows=3))
+    y = torch.randn(2, 5, 6)
+    assert_close(invert(flow, y, method), coordinate_by_coordinate(flow, y))
+
+
+@pytest.mark.parametrize("num_flows", [1, 2])
+@pytest.mark.parametrize("method", METHODS)
+def test_each_row_has_its_own_context(num_flows, method):
+    conditional = conditional_inverse_autoregressive_flow(6, 2, [16], num_flows=num_flows)
+    rough(conditional, 0.1)
+    context, y = torch.randn(5, 2), torch.randn(6)
+    flow = conditional.condition(context)
+    together = invert(flow, y, method)
+    assert together.shape == (5, 6)
+    for c, x in zip(context, together, strict=True):
+        assert_close(invert(conditional.condition(c), y, method), x)
+    more = torch.randn(3, 5, 6)
+    assert_close(invert(flow, more, method), coordinate_by_coordinate(flow, more))
+
+
+def test_our_networks_are_inverted_without_calling_them(count_passes):
+    flow = rough(inverse_autoregressive_flow(7, [16], num_flows=2))
+    posterior = TransformedDistribution(standard_normal(7), [flow.parts[0]])
     passes = count_passes(flow)
-    flow.inv(torch.randn(3, 7))
-    assert passes() == 7
+    y = torch.randn(3, 7)
+    with torch.no_grad():
+        flow.parts[0].inv(y)
+        posterior.log_prob(y)
+        assert passes() == 0  # the density is known from the way back
+    posterior.log_prob(y)
+    assert passes() == 1  # its gradient needs a pass
+
+
+def test_networks_of_others_take_a_few_passes(count_passes):
+    network = AutoRegressiveNN(40, [80])
+    flow = InverseAutoregressiveFlow(network)
+    passes = count_passes(flow)
+    y = torch.randn(3, 40)
+    with torch.no_grad():
+        flow.inv(y)
+        assert passes() < 20
+        before = passes()
+        invert(flow, y, "incremental")
+        assert passes() == before + 40
 
 
 @pytest.mark.parametrize("num_flows", [1, 2])
@@ -39,14 +140,18 @@ def test_a_loss_of_precision_is_never_silent(num_flows, steepness):
         flow.inv(y)
 
 
-def test_a_stack_measures_what_its_parts_can_not():
+@pytest.mark.parametrize("with_gradient", [False, True])
+def test_a_stack_measures_what_its_parts_can_not(with_gradient):
     flow = inverse_autoregressive_flow(2, [8], num_flows=2).float()
     with torch.no_grad():
         for sign, part in zip((1, -1), flow.parts, strict=True):
             biases(part.network)[-4:] = torch.tensor([sign * 1e7, sign * 1e7, 0.0, 0.0])
     y = torch.randn(4, 2, dtype=torch.float32)
-    with pytest.warns(RuntimeWarning, match="comes back only"):  # a shift by 1e7 and back
-        flow.inv(y)
+    with (
+        torch.set_grad_enabled(with_gradient),
+        pytest.warns(RuntimeWarning, match="comes back only"),
+    ):
+        flow.inv(y)  # a shift by 1e7 and back
 
 
 def test_a_good_inverse_comes_without_a_warning(recwarn):
@@ -57,96 +162,249 @@ def test_a_good_inverse_comes_without_a_warning(recwarn):
     assert not recwarn.list
 
 
-# A value that was drawn without gradients
+def test_a_mistake_is_named_where_it_is_made():
+    flow = inverse_autoregressive_flow(3, [8])
+    with pytest.raises(ValueError, match="auto, incremental, fixed_point; got 'newton'"):
+        invert(flow, torch.randn(3), "newton")
+    with pytest.raises(ValueError, match=r"stack of them; got .*Use transform.inv|transform.inv"):
+        invert(torch.distributions.AffineTransform(0.0, 1.0), torch.randn(3))
+    with pytest.raises(ValueError, match=r"vectors of 3 coordinates; got shape \(4,\)"):
+        invert(flow, torch.randn(4))
+    with pytest.raises(ValueError, match=r"shape of the value, \(2, 3\); got \(3,\)"):
+        solve_transposed(flow, torch.randn(2, 3), torch.randn(3))
 
 
-def drawn_without_gradients(flow, D):
-    with torch.no_grad():
-        return flow(torch.randn(5, D))
-
+# Gradients
 
 FLOWS = {
     "affine": lambda: inverse_autoregressive_flow(4, [16]),
     "gated": lambda: inverse_autoregressive_flow(4, [16], gated=True),
     "own order": lambda: inverse_autoregressive_flow(4, [16], order=[2, 0, 3, 1]),
+    "two layers": lambda: inverse_autoregressive_flow(5, [7, 16]),
+    "many coordinates": lambda: hard(inverse_autoregressive_flow(70, [90]), 0.3),
     "one coordinate": lambda: inverse_autoregressive_flow(1, [16]),
     "stack": lambda: inverse_autoregressive_flow(4, [16], num_flows=3),
     "conditioned": lambda: conditional_inverse_autoregressive_flow(4, 2, [16]).condition(
         torch.randn(5, 2, requires_grad=True)
     ),
+    "one context": lambda: conditional_inverse_autoregressive_flow(4, 2, [16]).condition(
+        torch.randn(2, requires_grad=True)
+    ),
     "conditioned stack": lambda: conditional_inverse_autoregressive_flow(
         4, 2, [16], num_flows=2
     ).condition(torch.randn(5, 2, requires_grad=True)),
+    "Pyro's network": lambda: make("Pyro's network"),
 }
 
 
 @pytest.fixture(params=FLOWS)
 def flow(request):
-    return rough(FLOWS[request.param]())
+    return rough(FLOWS[request.param](), 0.1)
 
 
-def score(flow, y):
+def input_dim(flow):
+    return getattr(flow, "parts", [flow])[0].input_dim
+
+
+def leaves(flow, y):
+    contexts = {part.context for part in getattr(flow, "parts", [flow])} - {None}
+    return [y, *flow.parameters(), *contexts]
+
+
+def gradients(score, inputs):
+    return torch.autograd.grad(score, inputs, allow_unused=True, materialize_grads=True)
+
+
+def score(flow, y, inverse=None):
     """A density at y, weighted so that no two gradients agree by chance."""
-    x = flow.inv(y)
+    if inverse is None:
+        x = flow.inv(y)
+        log_det = flow.log_abs_det_jacobian(x, y)
+    else:
+        x = z = inverse(flow, y)
+        log_det = 0
+        for part in getattr(flow, "parts", [flow]):
+            shift, log_scale = part._coefficients(z)
+            log_det = log_det + log_scale.sum(-1)
+            z = shift + log_scale.exp() * z
     weights = torch.linspace(1, 2, x.numel()).reshape(x.shape)
-    return (weights * x.square()).sum() + (weights[..., 0] * flow.log_abs_det_jacobian(x, y)).sum()
+    return (weights * x.square()).sum() + (weights[..., 0] * log_det).sum()
 
 
-def test_the_implicit_gradient_is_that_of_the_unrolled_inverse(flow, count_passes):
-    parts = getattr(flow, "parts", [flow])
-    y = drawn_without_gradients(flow, parts[0].input_dim).requires_grad_()
-    leaves = [y, *flow.parameters(), *{part.context for part in parts if part.context is not None}]
+def test_the_implicit_gradient_is_that_of_the_unrolled_inverse(flow):
+    y = torch.randn(5, input_dim(flow), requires_grad=True)
+    inputs = leaves(flow, y)
+    found, truth = score(flow, y), score(flow, y, coordinate_by_coordinate)
+    assert_close(found, truth)
+    assert_close(gradients(found, inputs), gradients(truth, inputs), rtol=1e-6, atol=1e-9)
+
+
+def test_a_known_value_has_the_same_gradient_for_one_pass(flow, count_passes):
+    with torch.no_grad():
+        y = flow(torch.randn(5, input_dim(flow)))
+    inputs = leaves(flow, y.requires_grad_())
     passes = count_passes(flow)
     known = score(flow, y)
-    assert passes() == len(parts)  # one each: the noise is known, only its gradient is not
+    assert passes() == len(getattr(flow, "parts", [flow]))
     found = score(flow, y.clone())
-    assert passes() > len(parts)
     assert_close(known, found)
+    assert_close(gradients(known, inputs), gradients(found, inputs), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_the_gradient(method):
+    flow = rough(inverse_autoregressive_flow(4, [16], num_flows=2))
+    y = torch.randn(5, 4, requires_grad=True)
+    inputs = leaves(flow, y)
+    found, truth = invert(flow, y, method), coordinate_by_coordinate(flow, y)
+    weights = torch.randn(5, 4)
     assert_close(
-        torch.autograd.grad(known, leaves, allow_unused=True, materialize_grads=True),
-        torch.autograd.grad(found, leaves, allow_unused=True, materialize_grads=True),
+        gradients((weights * found).sum(), inputs), gradients((weights * truth).sum(), inputs)
+    )
+
+
+def test_a_log_scale_has_a_gradient_by_itself():
+    flow = rough(inverse_autoregressive_flow(4, [16]))
+    y = torch.randn(5, 4, requires_grad=True)
+    weights = torch.randn(5)
+    log_det = flow.log_abs_det_jacobian(flow.inv(y), y)
+    truth = flow._coefficients(coordinate_by_coordinate(flow, y))[1].sum(-1)
+    inputs = leaves(flow, y)
+    assert_close(
+        gradients((weights * log_det).sum(), inputs), gradients((weights * truth).sum(), inputs)
     )
 
 
 def test_the_implicit_gradient_passes_gradcheck():
-    flow = rough(inverse_autoregressive_flow(3, [6]))
+    conditional = rough(conditional_inverse_autoregressive_flow(3, 2, [6], num_flows=2))
 
-    def run(y, weights):
-        def coefficients(x):
-            return torch.func.functional_call(flow.network, {"weights.0": weights}, (x,))
+    def run(y, context):
+        flow = conditional.condition(context)
+        x = flow.inv(y)
+        return x, flow.log_abs_det_jacobian(x, y)
 
-        with torch.no_grad():
-            known = invert(coefficients, y, flow.order)
-        x, log_scale = attach_gradient(coefficients, known, y)
-        return x, log_scale.sum(-1)
+    y, context = torch.randn(2, 3, requires_grad=True), torch.randn(2, 2, requires_grad=True)
+    assert torch.autograd.gradcheck(run, (y, context))
 
-    y = torch.randn(2, 3, requires_grad=True)
-    weights = flow.network.weights[0].detach().requires_grad_()
-    assert torch.autograd.gradcheck(run, (y, weights))
+
+def saved_bytes(run):
+    """How much autograd keeps for the backward pass of what ``run`` computes."""
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = run()
+    assert out.requires_grad
+    return sum(kept.values())
+
+
+def test_memory_does_not_grow_with_the_number_of_passes():
+    flow = inverse_autoregressive_flow(60, [64])
+    y = torch.randn(100, 60)
+    forward = saved_bytes(lambda: flow(y.clone()))
+    assert saved_bytes(lambda: flow.inv(y.clone())) < 2 * forward
+    assert saved_bytes(lambda: coordinate_by_coordinate(flow, y)) > 20 * forward
+
+
+def test_nothing_is_left_behind():
+    flow = rough(inverse_autoregressive_flow(4, [16], num_flows=2))
+    gc.collect()
+    gc.disable()
+    try:
+        before = sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
+        for _ in range(3):
+            score(flow, torch.randn(5, 4, requires_grad=True)).backward()
+        flow.zero_grad()
+        assert sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()) <= before
+    finally:
+        gc.enable()
 
 
 def test_batched_gradients_agree_with_single_ones():
     flow = rough(inverse_autoregressive_flow(4, [16]))
-    y = drawn_without_gradients(flow, 4)[0].clone()
-    with torch.no_grad():
-        y = flow(flow.inv(y))
+    y = torch.randn(4)
     x = flow.inv(y.requires_grad_())
     together = torch.autograd.grad(x, y, torch.eye(4), is_grads_batched=True)[0]
     assert_close(together, torch.func.jacrev(flow.inv)(y.detach()))
 
 
-def test_a_map_without_gradients_is_left_without():
-    x, y = torch.zeros(3), torch.ones(3)
-    found, log_scale = attach_gradient(lambda x: (torch.ones(3), torch.zeros(3)), x, y)
-    assert_close(found, x)
-    assert not log_scale.requires_grad
-
-
 def test_a_second_derivative_says_what_to_do():
     flow = rough(inverse_autoregressive_flow(4, [16]))
-    y = drawn_without_gradients(flow, 4).requires_grad_()
-    with pytest.raises(RuntimeError, match=r"flow.inv\(y.clone\(\)\)"):
-        torch.autograd.grad(score(flow, y), y, create_graph=True)
-    (slope,) = torch.autograd.grad(score(flow, y.clone()), y, create_graph=True)
-    slope.sum().backward()
-    assert y.grad.isfinite().all()
+    y = torch.randn(4, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"once, not twice.*torch\.func\.hessian"):
+        torch.autograd.grad(flow.inv(y).sum(), y, create_graph=True)
+    hessian = torch.func.hessian(lambda y: flow.inv(y).square().sum())(y.detach())
+    truth = torch.autograd.functional.hessian(
+        lambda y: coordinate_by_coordinate(flow, y).square().sum(), y.detach()
+    )
+    assert_close(hessian, truth)
+
+
+# The transposed Jacobian
+
+
+@pytest.mark.parametrize("name", [name for name in BIJECTIONS if not name.startswith("inverse")])
+def test_the_transposed_jacobian_is_solved_with(name):
+    flow = make(name).double()
+    x, v = torch.randn(2, 3, input_dim(flow))
+    u = solve_transposed(flow, x, v)
+    for x_, u_, v_ in zip(x, u, v, strict=True):
+        assert_close(torch.func.jacrev(flow)(x_).T @ u_, v_)
+    assert not u.requires_grad
+
+
+def test_a_path_derivative_is_that_of_the_density():
+    # With J^T u = v, the slope of log q in the value is that of log p(x) - log|det J| in the noise.
+    flow = rough(inverse_autoregressive_flow(5, [16], num_flows=2))
+    x = torch.randn(5, requires_grad=True)
+    y = flow(x)
+    (v,) = torch.autograd.grad(-(x**2).sum() / 2 - flow.log_abs_det_jacobian(x, y), x)
+    u = solve_transposed(flow, x, v)
+    value = y.detach().clone().requires_grad_()
+    log_prob = TransformedDistribution(standard_normal(5), [flow]).log_prob(value)
+    assert_close(u, torch.autograd.grad(log_prob, value)[0])
+
+
+# Under torch.func and tracers
+
+
+@pytest.mark.parametrize("name", list(BIJECTIONS))
+def test_the_inverse_is_the_same_under_vmap(name):
+    flow = make(name)
+    y = torch.randn(3, input_dim(getattr(flow, "flow", flow)), dtype=next(flow.parameters()).dtype)
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if "float32" in name else {}
+    assert_close(torch.vmap(flow.inv)(y), flow.inv(y), **tolerance)
+    assert_close(torch.vmap(flow.inv)(y[:, None]), flow.inv(y[:, None]), **tolerance)
+
+
+def test_an_ensemble_of_flows_is_inverted_at_once():
+    flows = [rough(inverse_autoregressive_flow(4, [8])) for _ in range(3)]
+    weights = torch.stack([flow.network.weights[0].detach() for flow in flows])
+    y = torch.randn(4)
+
+    def inverse(weights):
+        return torch.func.functional_call(flows[0].inv, {"flow.network.weights.0": weights}, (y,))
+
+    assert_close(torch.vmap(inverse)(weights), torch.stack([flow.inv(y) for flow in flows]))
+
+
+def test_forward_mode_agrees_with_reverse_mode():
+    flow = rough(inverse_autoregressive_flow(4, [16]))
+    y = torch.randn(4)
+    assert_close(torch.func.jacfwd(flow.inv)(y), torch.func.jacrev(flow.inv)(y))
+
+
+def test_the_inverse_compiles_to_one_graph():
+    flow = rough(inverse_autoregressive_flow(3, [8]))
+    y = torch.randn(5, 3)
+    compiled = torch.compile(lambda y: flow.inv(y), backend=BACKEND, fullgraph=True)
+    assert_close(compiled(y), flow.inv(y))
+
+
+def test_shapes_of_an_inverse_are_known_on_no_device():
+    flow = inverse_autoregressive_flow(4, [8]).to("meta")
+    assert flow.inv(torch.empty(5, 4, device="meta")).shape == (5, 4)

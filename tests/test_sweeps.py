@@ -1,0 +1,184 @@
+import math
+
+import pytest
+import torch
+from bijections import SINGLE, coordinate_by_coordinate, make, rough
+from torch import nn
+from torch.testing import assert_close
+
+from pyro_iaf import (
+    InverseAutoregressiveFlow,
+    MaskedAutoregressiveNetwork,
+    conditional_inverse_autoregressive_flow,
+    inverse_autoregressive_flow,
+    sweeps,
+)
+from pyro_iaf.sweeps import can_be_cut, settle, solve_in_blocks, transposed_in_blocks
+
+
+def chain(y, strength):
+    """A sweep for x_k = y_k - strength x_{k-1}, and how many there were."""
+    count = []
+
+    def sweep(x):
+        count.append(1)
+        shifted = torch.cat([torch.zeros_like(x[..., :1]), x[..., :-1]], -1)
+        return y - strength * shifted, len(count)
+
+    return sweep, count
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("strength", [0.0, 0.1, 0.9, 3.0])
+@pytest.mark.parametrize("method", ["auto", "incremental"])
+def test_sweeps_solve_a_chain(strength, method, dtype):
+    y = torch.randn(5, 30, dtype=dtype)
+    sweep, _ = chain(y, strength)
+    x, found, num_sweeps = settle(sweep, torch.zeros_like(y), torch.arange(30), method)
+    residual = (sweep(x)[0] - x).abs() / (1 + x.abs())
+    assert (residual <= 8 * torch.finfo(dtype).eps).all()
+    assert found == num_sweeps <= 30
+    if method == "auto" and strength <= 0.1:
+        assert num_sweeps < 30
+
+
+def test_nobody_looks_before_the_first_sweep_that_counts():
+    y = torch.randn(12)
+    sweep, _ = chain(y, 0.0)  # settled after one sweep
+    assert settle(sweep, torch.zeros(12), torch.arange(12), "auto", first=6)[2] == 6
+
+
+def test_a_sudden_drop_is_no_sign_of_having_settled():
+    # Changes of 1, then 1e9, then 1: as if the next were to be 1e-9.
+    weights = torch.tensor([1.0, 1e9, 1e-9, 1e-3, 1.0, 1.0])
+
+    def sweep(x):
+        return torch.cat([torch.ones(1), (weights * x)[:-1]]), None
+
+    x, _, _ = settle(sweep, torch.zeros(6), torch.arange(6), "auto")
+    assert_close(x, torch.cat([torch.ones(1), weights[:-1].cumprod(0)]), rtol=1e-14, atol=0)
+
+
+def test_an_overflow_on_the_way_does_no_harm():
+    y = torch.randn(3, 40, dtype=torch.float32)
+
+    def sweep(x):  # x_k = y_k - exp(100 (x_{k-1} - y_{k-1})): coordinates that wait would overflow
+        before = torch.cat([y[:, :1] - 1, x[:, :-1]], -1)
+        wanted = torch.cat([y[:, :1], y[:, :-1]], -1)
+        polluted = 0 * x.sum(-1, keepdim=True)  # zero weights, as in a network
+        return y - (100 * (before - wanted) - 50).exp() + polluted, None
+
+    x, _, num_sweeps = settle(sweep, torch.full_like(y, 3.0), torch.arange(40), "auto")
+    assert x.isfinite().all()
+    assert num_sweeps <= 40
+    assert_close(sweep(x)[0], x)
+
+
+def test_what_is_not_a_number_stays_where_it_is():
+    y = torch.randn(2, 6)
+    y[0, 3] = math.nan
+    sweep, _ = chain(y, 0.1)
+    x, _, _ = settle(sweep, torch.zeros(2, 6), torch.arange(6), "auto")
+    assert x[0].isnan().tolist() == [False, False, False, True, True, True]
+    assert x[1].isfinite().all()
+
+
+# Blocks
+
+FLOWS = {
+    **{name: lambda name=name: make(name) for name in SINGLE if name != "Pyro's network"},
+    "affine, reversed": lambda: rough(
+        inverse_autoregressive_flow(9, [16, 5, 7], order=range(9)[::-1])
+    ),
+    "contexts, own order": lambda: rough(
+        conditional_inverse_autoregressive_flow(6, 2, [9, 12], order=[2, 5, 0, 3, 1, 4])
+    ).condition(torch.randn(4, 2)),
+}
+
+
+@pytest.fixture(params=FLOWS)
+def flow(request):
+    return FLOWS[request.param]()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 100])
+@pytest.mark.parametrize("method", ["auto", "incremental", "fixed_point"])
+def test_blocks_compute_what_the_network_does(flow, method, size, monkeypatch):
+    monkeypatch.setattr(sweeps, "block_size", lambda *_: size)
+    dtype = next(flow.parameters()).dtype
+    y = torch.randn(4, flow.input_dim, dtype=dtype)
+    with torch.no_grad():
+        x, shift, log_scale = solve_in_blocks(flow, y, method)
+        truth = coordinate_by_coordinate(flow, y)
+        tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {}
+        assert_close(x, truth, **tolerance)
+        theirs = [part.expand_as(y) for part in flow._coefficients(truth)]
+        assert_close([shift, log_scale], theirs, **tolerance)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 100])
+def test_blocks_solve_with_the_transposed_jacobian(flow, size, monkeypatch):
+    monkeypatch.setattr(sweeps, "block_size", lambda *_: size)
+    flow = flow.double()
+    if flow.context is not None:
+        flow.__dict__["context"] = flow.context[:1] if flow.context.dim() > 1 else flow.context
+    x, v = torch.randn(2, flow.input_dim), torch.randn(2, flow.input_dim)
+    with torch.no_grad():
+        u = transposed_in_blocks(flow, x, v)
+    for x_, u_, v_ in zip(x, u, v, strict=True):
+        jacobian = torch.func.jacrev(lambda x: flow(x).reshape(-1))(x_)
+        assert_close(jacobian.T @ u_, v_)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 3), (0,), (2, 0)])
+def test_blocks_take_any_batch_shape(shape):
+    flow = rough(inverse_autoregressive_flow(5, [8], order=[4, 2, 0, 1, 3]))
+    y = torch.randn(*shape, 5)
+    with torch.no_grad():
+        x, shift, log_scale = solve_in_blocks(flow, y, "auto")
+        assert x.shape == shift.shape == log_scale.shape == y.shape
+        assert x.is_contiguous()
+        assert_close(flow(x), y)
+        assert transposed_in_blocks(flow, x, y).shape == y.shape
+
+
+def test_a_value_that_is_not_contiguous_is_no_trouble():
+    flow = rough(inverse_autoregressive_flow(5, [8]))
+    with torch.no_grad():
+        for y in (torch.randn(5, 4).T, torch.randn(5).expand(3, 5), torch.randn(4, 10)[:, ::2]):
+            assert_close(flow(solve_in_blocks(flow, y, "auto")[0]), y)
+
+
+class Doubled(MaskedAutoregressiveNetwork):
+    def forward(self, x, context=None):
+        return tuple(2 * part for part in super().forward(x, context))
+
+
+def hooked():
+    network = MaskedAutoregressiveNetwork(4, [8])
+    network.register_forward_hook(lambda module, args, out: tuple(2 * part for part in out))
+    return network
+
+
+OTHERS = {
+    "a forward of its own": lambda: Doubled(4, [8]),
+    "a hook": hooked,
+    "an activation with parameters": lambda: MaskedAutoregressiveNetwork(
+        4, [8], activation=nn.PReLU(8)
+    ),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_network_that_is_not_its_weights_is_called(other):
+    flow = InverseAutoregressiveFlow(rough(OTHERS[other]()))
+    assert not can_be_cut(flow)
+    y = torch.randn(3, 4)
+    assert_close(flow(flow.inv(y).clone()), y)
+
+
+def test_half_precision_is_left_to_the_network():
+    flow = rough(inverse_autoregressive_flow(4, [8])).float()
+    assert can_be_cut(flow)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not can_be_cut(flow)
