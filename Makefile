@@ -26,11 +26,12 @@ wheel: $(VENV)/dev.stamp
 	cd dist && PYTHONPATH=alone ../$(BIN)/python -c \
 	  "import pyro_iaf; print(pyro_iaf.__version__, pyro_iaf.__file__); assert 'alone' in pyro_iaf.__file__"
 
-bench: $(VENV)/dev.stamp
-	$(BIN)/python benchmarks/distributions.py
-	$(BIN)/python benchmarks/flows.py
-	$(BIN)/python benchmarks/features.py
-	$(BIN)/python benchmarks/guides.py
+bench: $(VENV)/bench.stamp
+	$(BIN)/python -m benchmarks.distributions
+	$(BIN)/python -m benchmarks.flows
+	$(BIN)/python -m benchmarks.features
+	$(BIN)/python -m benchmarks.guides
+	$(BIN)/python -m benchmarks.inverse
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -41,6 +42,10 @@ $(VENV)/demo.stamp: setup.cfg constraints.txt | $(VENV)/bin/python
 
 $(VENV)/dev.stamp: setup.cfg constraints.txt | $(VENV)/bin/python
 	$(INSTALL) -e '.[dev]'
+	touch $@
+
+$(VENV)/bench.stamp: setup.cfg constraints.txt | $(VENV)/bin/python
+	$(INSTALL) -e '.[benchmarks]'
 	touch $@
 
 clean:

@@ -45,7 +45,7 @@ def race(contenders, *, rounds=15, seconds=0.02):
 def save(name, note, rows):
     """Writes the rows as JSON, with what they were measured on, and prints them as a table."""
     about = {
-        "command": f"python benchmarks/{pathlib.Path(sys.argv[0]).name}",
+        "command": f"python -m benchmarks.{pathlib.Path(sys.argv[0]).stem}",
         "note": note,
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -3,8 +3,8 @@
 import pyro
 import pyro.distributions as dist
 import torch
-from common import race, save
 
+from benchmarks.common import race, save
 from pyro_iaf import DiagonalNormal
 
 

@@ -9,9 +9,9 @@ import warnings
 
 import pyro.distributions as dist
 import torch
-from common import save
 from pyro.distributions import transforms
 
+from benchmarks.common import save
 from pyro_iaf import conditional_inverse_autoregressive_flow, inverse_autoregressive_flow
 
 D = 4

@@ -2,10 +2,10 @@
 
 import pyro.distributions as dist
 import torch
-from common import race, save
 from pyro.distributions import transforms
 from pyro.nn import AutoRegressiveNN
 
+from benchmarks.common import race, save
 from pyro_iaf import DiagonalNormal, inverse_autoregressive_flow
 
 NUM_FLOWS = 2

@@ -8,10 +8,10 @@ import warnings
 import pyro
 import pyro.distributions as dist
 import torch
-from common import save
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoIAFNormal, AutoMultivariateNormal, AutoNormal
 
+from benchmarks.common import save
 from pyro_iaf import AutoIAF
 
 

@@ -10,6 +10,7 @@ solved in the same blocks, from the last to the first.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias
@@ -29,8 +30,8 @@ FEWEST = 3
 #: One sweep: a better solution from a guess, and what was found on the way.
 Sweep: TypeAlias = Callable[[Tensor], tuple[Tensor, Any]]
 
-#: What leads from one level of a block to the next: weights, offsets, and what follows them.
-Layer: TypeAlias = tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]
+#: What leads from one level of a block to the next: weights, and what follows them.
+Layer: TypeAlias = tuple[Tensor, Callable[[Tensor], Tensor]]
 
 
 class Map(Protocol):
@@ -124,7 +125,7 @@ def can_be_cut(flow: Map) -> bool:
 def solve_in_blocks(flow: Map, y: Tensor, method: str) -> tuple[Tensor, Tensor, Tensor]:
     """The inverse of ``y``, and the shift and the log-scale there, all of its shape."""
     cut = _Cut(flow, y.shape, method)
-    L, activation, offsets = cut.L, cut.network.activation, cut.offsets()
+    L, offsets = cut.L, cut.offsets()
     y = cut.features_first(y)
     known = [y[:0] for _ in range(L + 1)]  # the units of each level before this block
     solved: list[Tensor] = []
@@ -136,7 +137,7 @@ def solve_in_blocks(flow: Map, y: Tensor, method: str) -> tuple[Tensor, Tensor, 
             weight = cut.hidden(k, now[k + 1], slice(now[k].stop))
             before, within = _split(weight, now[k].start)
             offset = _plus(offsets[k][now[k + 1]], before, known[k])
-            layers.append((within, offset, activation))
+            layers.append((within, functools.partial(_activate, cut.network, offset)))
         # The outputs, shifts and then log-scales, read the last hidden layer and the coordinates.
         offset, withins = _stacked(offsets[L][:, cut.at(now[0])]), []
         for k in (L, 0):
@@ -144,9 +145,9 @@ def solve_in_blocks(flow: Map, y: Tensor, method: str) -> tuple[Tensor, Tensor, 
             before, within = _split(weight, now[k].start)
             offset = _plus(offset, before, known[k])
             withins.append(within)
-        outputs = torch.cat(withins, 1), offset
+        layers.append((torch.cat(withins, 1), functools.partial(torch.add, offset)))
         x, (levels, *coefficients), num_sweeps = _solve_block(
-            flow, layers, outputs, y[a:b], method, num_sweeps - 1
+            flow, layers, y[a:b], method, num_sweeps - 1
         )
         if b < cut.D:
             known = [torch.cat(pair) for pair in zip(known, [x, *levels], strict=True)]
@@ -156,15 +157,10 @@ def solve_in_blocks(flow: Map, y: Tensor, method: str) -> tuple[Tensor, Tensor, 
 
 
 def _solve_block(
-    flow: Map,
-    layers: list[Layer],
-    outputs: tuple[Tensor, Tensor],
-    y: Tensor,
-    method: str,
-    first: int,
+    flow: Map, layers: list[Layer], y: Tensor, method: str, first: int
 ) -> tuple[Tensor, Any, int]:
     def sweep(x: Tensor) -> tuple[Tensor, Any]:
-        levels, out = _through(layers, outputs, x)
+        *levels, out = _through(layers, x)
         shift, log_scale = flow._read(*out.chunk(2))
         return (y - shift) / log_scale.exp(), (levels, shift, log_scale)
 
@@ -187,14 +183,17 @@ def transposed_in_blocks(flow: Map, x: Tensor, v: Tensor) -> Tensor:
         layers: list[Layer] = []
         within, offset = cut.from_outputs(L, now, outputs_later)
         for k in range(L, 0, -1):
-            layers.append((within, offset, slopes[k][now[k]].mul))
+            slope = slopes[k][now[k]]
+            layers.append((within, functools.partial(torch.addcmul, slope * offset, slope)))
             weight = cut.hidden(k - 1, slice(now[k].start, None), now[k - 1]).T
             within, after = _split(weight, now[k].stop - now[k].start)
             offset = after @ later[k]
         x_within, x_offset = cut.from_outputs(0, now, outputs_later)
-        to_x = torch.cat([within, x_within], 1), offset + x_offset
+        start = (v[a:b] - offset - x_offset) / scale[a:b]
+        to_u = functools.partial(torch.addcmul, start, -1 / scale[a:b])
+        layers.append((torch.cat([within, x_within], 1), to_u))
         u, levels, num_sweeps = _solve_transposed_block(
-            layers, to_x, by_outputs[:, a:b], scale[a:b], v[a:b], num_sweeps - 1
+            layers, by_outputs[:, a:b], start, num_sweeps - 1
         )
         solved = torch.cat([u, solved])
         outputs_later = torch.cat([by_outputs[:, a:b] * u, outputs_later], 1)
@@ -203,31 +202,29 @@ def transposed_in_blocks(flow: Map, x: Tensor, v: Tensor) -> Tensor:
 
 
 def _solve_transposed_block(
-    layers: list[Layer],
-    to_x: tuple[Tensor, Tensor],
-    by_outputs: Tensor,
-    scale: Tensor,
-    v: Tensor,
-    first: int,
+    layers: list[Layer], by_outputs: Tensor, start: Tensor, first: int
 ) -> tuple[Tensor, Any, int]:
     def sweep(u: Tensor) -> tuple[Tensor, Any]:
-        levels, slope = _through(layers, to_x, _stacked(by_outputs * u))
-        return (v - slope) / scale, levels
+        *levels, u = _through(layers, _stacked(by_outputs * u))
+        return u, levels
 
-    position = torch.arange(len(v) - 1, -1, -1, device=v.device)[:, None]
-    return settle(sweep, torch.zeros_like(v), position, "auto", first)
+    position = torch.arange(len(start) - 1, -1, -1, device=start.device)[:, None]
+    return settle(sweep, start, position, "auto", first)
 
 
-def _through(
-    layers: list[Layer], last: tuple[Tensor, Tensor], x: Tensor
-) -> tuple[list[Tensor], Tensor]:
-    """The units of each level, and what comes of them and of ``x`` in the end."""
+def _activate(network: MaskedAutoregressiveNetwork, offset: Tensor, z: Tensor) -> Tensor:
+    units: Tensor = network.activation(z + offset)
+    return units
+
+
+def _through(layers: list[Layer], x: Tensor) -> list[Tensor]:
+    """What each layer makes of the one before; the last reads ``x`` too."""
     levels, h = [], x
-    for weight, offset, activation in layers:
-        h = activation(weight @ h + offset)
+    for weight, then in layers[:-1]:
+        h = then(weight @ h)
         levels.append(h)
-    weight, offset = last
-    return levels, weight @ torch.cat([h, x]) + offset
+    weight, then = layers[-1]
+    return [*levels, then(weight @ torch.cat([h, x]))]
 
 
 def _linearised(flow: Map, cut: _Cut, x: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:

@@ -74,7 +74,7 @@ def test_reweighted_wake_sleep_finds_the_posterior():
 
 
 def test_inference_compilation_finds_the_posterior():
-    """The guide learns from draws of the prior, for any outcomes; then it is shown the real ones."""
+    """The guide learns from draws of the prior, and is then shown the real outcomes."""
     X = covariates()
     flow = conditional_inverse_autoregressive_flow(3, 3, 32, num_flows=2)
 

@@ -1,0 +1,223 @@
+"""The inverse beside that of Pyro, Zuko and nflows: its time, its gradient and its memory.
+
+All have one flow with two hidden layers of max(64, 2 D) and ReLU. Peers take D passes whatever
+their weights are. Ours takes as long as its sweeps, so its weights are moved away from where they
+start, by noise on every matrix that a layer multiplies by: gently (0.5 N(0, 1) / sqrt(fan-in)), and
+hard (1.0).
+"""
+
+import resource
+import subprocess
+import sys
+import time
+
+import torch
+from pyro.distributions import transforms
+from pyro.nn import AutoRegressiveNN
+
+from benchmarks.common import RESULTS, save
+from pyro_iaf import inverse_autoregressive_flow
+
+SIZES = [8, 32, 128, 512, 1024]
+NOISE = {"gentle": 0.5, "hard": 1.0}
+PEERS = ["Pyro", "Zuko", "nflows"]
+
+
+def width(D):
+    return max(64, 2 * D)
+
+
+@torch.no_grad()
+def ours(D, noise):
+    flow = inverse_autoregressive_flow(D, 2 * [width(D)], activation="relu")
+    network = flow.network
+    *masks, _ = network.matrices(network.mask)
+    weights = list(network.weights)
+    weights = network.matrices(weights[0]) if len(weights) == 1 else weights
+    for weight, mask in zip(weights, masks, strict=False):
+        # The layer multiplies by weight * mask; zeros of the mask stay what they are.
+        moved = noise * torch.randn_like(mask) / mask.shape[1] ** 0.5
+        weight.view(mask.shape).add_(torch.where(mask == 0, mask, moved / mask))
+    return flow
+
+
+def peer(name, D):
+    """The module, what carries noise to values, and its inverse."""
+    H = width(D)
+    if name == "Pyro":
+        flow = transforms.AffineAutoregressive(AutoRegressiveNN(D, [H, H]))
+        return flow, flow, lambda y: flow.inv(y.clone())  # past its cache of one
+    if name == "Zuko":
+        from zuko.flows.autoregressive import MaskedAutoregressiveTransform
+
+        flow = MaskedAutoregressiveTransform(D, hidden_features=(H, H))
+        return flow, lambda x: flow()(x), lambda y: flow().inv(y)
+    from nflows.transforms import MaskedAffineAutoregressiveTransform
+
+    flow = MaskedAffineAutoregressiveTransform(D, H, num_blocks=1, use_residual_blocks=False)
+    return flow, lambda x: flow(x)[0], lambda y: flow.inverse(y)[0]
+
+
+def contenders(D):
+    found = {}
+    for kind, noise in NOISE.items():
+        flow = ours(D, noise)
+        found[f"pyro_iaf, {kind}"] = flow, flow, lambda y, flow=flow: flow.inv(y.clone())
+    return found | {name: peer(name, D) for name in PEERS}
+
+
+def race(runs, rounds):
+    """Median milliseconds of each; they take turns."""
+    times = {name: [] for name in runs}
+    for _ in range(rounds + 1):  # the first to warm up
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    return {name: 1e3 * sorted(taken[1:])[rounds // 2] for name, taken in times.items()}
+
+
+def with_gradient(flow, inverse, y):
+    def run():
+        for parameter in flow.parameters():
+            parameter.grad = None
+        inverse(y.clone().requires_grad_()).square().sum().backward()
+
+    return run
+
+
+def timings():
+    rows = []
+    for D in SIZES:
+        rounds = {512: 5, 1024: 3}.get(D, 25)
+        for batch in (1, 128):
+            flows = contenders(D)
+            y = torch.randn(batch, D)
+            with torch.no_grad():
+                forward = {n: lambda f=f, y=y: f(y) for n, (_, f, _) in flows.items()}
+                inverse = {n: lambda f=f, y=y: f(y) for n, (_, _, f) in flows.items()}
+                tasks = {"forward": race(forward, 25), "inverse": race(inverse, rounds)}
+            # The peers keep D graphs: at D = 512 that is many gigabytes.
+            slope = {
+                n: with_gradient(flow, f, y)
+                for n, (flow, _, f) in flows.items()
+                if D <= 128 or n not in PEERS
+            }
+            tasks["inverse and gradient"] = race(slope, min(rounds, 9))
+            for task, times in tasks.items():
+                peers = [times[name] for name in PEERS if name in times]
+                for name, taken in times.items():
+                    speedup = round(min(peers) / taken, 2) if peers else None
+                    rows.append(
+                        {
+                            "D": D,
+                            "batch": batch,
+                            "task": task,
+                            "library": name,
+                            "ms": round(taken, 3),
+                            "times_the_fastest_peer": speedup,
+                        }
+                    )
+                print(D, batch, task, {n: round(t, 2) for n, t in times.items()}, flush=True)
+    return rows
+
+
+@torch.no_grad()
+def num_sweeps(flow, y, eps):
+    """How many sweeps over all coordinates it takes until no more than rounding moves."""
+    x, D = torch.zeros_like(y), y.shape[-1]
+    for sweep in range(1, D + 1):
+        shift, log_scale = flow._coefficients(x)
+        x, last = (y - shift) / log_scale.exp(), x
+        if ((x - last).abs() <= eps * (1 + x.abs())).all():
+            return sweep
+    return D
+
+
+@torch.no_grad()
+def exactness():
+    rows = []
+    for D in SIZES:
+        for kind, noise in NOISE.items():
+            flow = ours(D, noise)
+            row = {"D": D, "flow": kind}
+            for dtype, eps in ((torch.float32, 1e-6), (torch.float64, 1e-14)):
+                name = str(dtype).removeprefix("torch.")
+                flow.to(dtype)
+                x = torch.randn(128, D, dtype=dtype)
+                y = flow(x).clone()
+                found = flow.inv(y)
+                again = flow(found.clone())
+                row[f"sweeps_{name}"] = num_sweeps(flow, y, eps)
+                row[f"residual_{name}"] = f"{((again - y).abs() / (1 + y.abs())).max():.0e}"
+                row[f"error_{name}"] = f"{((found - x).abs() / (1 + x.abs())).max():.0e}"
+            rows.append(row)
+    return rows
+
+
+def peak_memory(name, D):
+    """Megabytes that an inverse with its gradient needs, beyond a forward pass with its own."""
+    torch.manual_seed(0)
+    flow, forward, inverse = contenders(D)[name]
+    y = torch.randn(128, D)
+    with_gradient(flow, forward, y)()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with_gradient(flow, inverse, y)()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def memory():
+    rows = []
+    for D in SIZES[:-1]:
+        row = {"D": D}
+        for name in ["pyro_iaf, gentle", "pyro_iaf, hard", *PEERS]:
+            if D > 128 and name in PEERS:
+                continue
+            command = [sys.executable, "-m", "benchmarks.inverse", "--memory", name, str(D)]
+            row[name] = float(subprocess.check_output(command, text=True).split()[-1])
+        rows.append(
+            {"D": D} | {n: row.get(n) for n in ["pyro_iaf, gentle", "pyro_iaf, hard", *PEERS]}
+        )
+    return rows
+
+
+def plot(rows):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    for axis, batch in zip(axes, (1, 128), strict=True):
+        for name in ["pyro_iaf, gentle", "pyro_iaf, hard", *PEERS]:
+            line = [r for r in rows if (r["batch"], r["library"]) == (batch, name)]
+            times = [r["ms"] for r in line if r["task"] == "inverse"]
+            style = "o-" if name.startswith("pyro_iaf") else "s--"
+            axis.loglog(SIZES, times, style, label=name, markersize=4)
+            if name == "pyro_iaf, gentle":
+                times = [r["ms"] for r in line if r["task"] == "forward"]
+                axis.loglog(SIZES, times, "k:", label="one forward pass")
+        axis.set(xlabel="D", title=f"batch {batch}", xticks=SIZES, xticklabels=SIZES)
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("milliseconds for an inverse")
+    axes[1].legend()
+    figure.savefig(RESULTS / "inverse.png", dpi=120)
+
+
+def main():
+    if "--memory" in sys.argv:
+        *_, name, D = sys.argv
+        print(peak_memory(name, int(D)))
+        return
+    torch.manual_seed(0)
+    about = "one flow, two hidden layers of max(64, 2 D), ReLU, CPU, float32"
+    save("inverse_exactness", f"{about} and float64, batch 128", exactness())
+    save("inverse_memory", f"{about}, batch 128: megabytes beyond a forward pass", memory())
+    rows = timings()
+    save("inverse", about, rows)
+    plot(rows)
+
+
+if __name__ == "__main__":
+    main()
