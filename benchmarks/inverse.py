@@ -10,6 +10,7 @@ import resource
 import subprocess
 import sys
 import time
+from functools import partial
 
 import torch
 from pyro.distributions import transforms
@@ -20,6 +21,7 @@ from pyro_iaf import inverse_autoregressive_flow
 
 SIZES = [8, 32, 128, 512, 1024]
 NOISE = {"gentle": 0.5, "hard": 1.0}
+OURS = [f"pyro_iaf, {kind}" for kind in NOISE]
 PEERS = ["Pyro", "Zuko", "nflows"]
 
 
@@ -42,11 +44,11 @@ def ours(D, noise):
 
 
 def peer(name, D):
-    """The module, what carries noise to values, and its inverse."""
+    """The module, what carries noise to values, and its inverse; both past any cache."""
     H = width(D)
     if name == "Pyro":
         flow = transforms.AffineAutoregressive(AutoRegressiveNN(D, [H, H]))
-        return flow, flow, lambda y: flow.inv(y.clone())  # past its cache of one
+        return flow, lambda x: flow(x.clone()), lambda y: flow.inv(y.clone())
     if name == "Zuko":
         from zuko.flows.autoregressive import MaskedAutoregressiveTransform
 
@@ -58,12 +60,16 @@ def peer(name, D):
     return flow, lambda x: flow(x)[0], lambda y: flow.inverse(y)[0]
 
 
-def contenders(D):
+def contenders(D, batch):
     found = {}
     for kind, noise in NOISE.items():
         flow = ours(D, noise)
         found[f"pyro_iaf, {kind}"] = flow, flow, lambda y, flow=flow: flow.inv(y.clone())
-    return found | {name: peer(name, D) for name in PEERS}
+    found |= {name: peer(name, D) for name in PEERS}
+    # Everybody inverts values of their own.
+    with torch.no_grad():
+        values = {name: forward(torch.randn(batch, D)) for name, (_, forward, _) in found.items()}
+    return {name: (*things, values[name].clone()) for name, things in found.items()}
 
 
 def race(runs, rounds):
@@ -77,13 +83,10 @@ def race(runs, rounds):
     return {name: 1e3 * sorted(taken[1:])[rounds // 2] for name, taken in times.items()}
 
 
-def with_gradient(flow, inverse, y):
-    def run():
-        for parameter in flow.parameters():
-            parameter.grad = None
-        inverse(y.clone().requires_grad_()).square().sum().backward()
-
-    return run
+def with_gradient(flow, run, argument):
+    for parameter in flow.parameters():
+        parameter.grad = None
+    run(argument.clone().requires_grad_()).square().sum().backward()
 
 
 def timings():
@@ -91,16 +94,15 @@ def timings():
     for D in SIZES:
         rounds = {512: 5, 1024: 3}.get(D, 25)
         for batch in (1, 128):
-            flows = contenders(D)
-            y = torch.randn(batch, D)
+            flows = contenders(D, batch)
             with torch.no_grad():
-                forward = {n: lambda f=f, y=y: f(y) for n, (_, f, _) in flows.items()}
-                inverse = {n: lambda f=f, y=y: f(y) for n, (_, _, f) in flows.items()}
+                forward = {n: partial(f, y) for n, (_, f, _, y) in flows.items()}
+                inverse = {n: partial(f, y) for n, (_, _, f, y) in flows.items()}
                 tasks = {"forward": race(forward, 25), "inverse": race(inverse, rounds)}
             # The peers keep D graphs: at D = 512 that is many gigabytes.
             slope = {
-                n: with_gradient(flow, f, y)
-                for n, (flow, _, f) in flows.items()
+                n: partial(with_gradient, flow, f, y)
+                for n, (flow, _, f, y) in flows.items()
                 if D <= 128 or n not in PEERS
             }
             tasks["inverse and gradient"] = race(slope, min(rounds, 9))
@@ -158,19 +160,18 @@ def exactness():
 def peak_memory(name, D):
     """Megabytes that an inverse with its gradient needs, beyond a forward pass with its own."""
     torch.manual_seed(0)
-    flow, forward, inverse = contenders(D)[name]
-    y = torch.randn(128, D)
-    with_gradient(flow, forward, y)()
+    flow, forward, inverse, y = contenders(D, 128)[name]
+    with_gradient(flow, forward, y)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with_gradient(flow, inverse, y)()
+    with_gradient(flow, inverse, y)
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
 def memory():
     rows = []
-    for D in SIZES[:-1]:
+    for D in [128, 512]:
         row = {"D": D}
-        for name in ["pyro_iaf, gentle", "pyro_iaf, hard", *PEERS]:
+        for name in [*OURS, *PEERS]:
             if D > 128 and name in PEERS:
                 continue
             command = [sys.executable, "-m", "benchmarks.inverse", "--memory", name, str(D)]
@@ -189,7 +190,7 @@ def plot(rows):
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     for axis, batch in zip(axes, (1, 128), strict=True):
-        for name in ["pyro_iaf, gentle", "pyro_iaf, hard", *PEERS]:
+        for name in [*OURS, *PEERS]:
             line = [r for r in rows if (r["batch"], r["library"]) == (batch, name)]
             times = [r["ms"] for r in line if r["task"] == "inverse"]
             style = "o-" if name.startswith("pyro_iaf") else "s--"

@@ -238,6 +238,8 @@ class MaskedAutoregressiveNetwork(nn.Module):
 
     def _build_mask(self) -> None:
         position = torch.argsort(self.order)
+        in_order = torch.arange(self.input_dim, device=self.order.device)
+        self.in_natural_order = not self.order.is_meta and torch.equal(self.order, in_order)
         degrees = [position + 1, *self.hidden_degrees()]
         masks = []
         for before, after in pairwise(degrees):

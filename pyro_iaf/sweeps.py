@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -84,12 +84,13 @@ def settle(
             if k < first and k < D:
                 continue
             last, change = change, _largest(x - guess)
-            shrinks = change / last if last else 1.0
-            # The next change is about as much smaller again; more than that may be luck.
-            if change * min(max(shrinks, 0.125), 1.0) <= 4 * eps or not math.isfinite(change):
+            # The next change is about as much smaller again; a sudden drop may be luck.
+            shrinks = max(change / last, 0.125) if last else 1.0
+            if change * min(shrinks, 1.0) <= 4 * eps or not math.isfinite(change):
                 break
             # Changes that don't shrink any more are rounding, if they are small beside x.
-            if shrinks > 0.5 and bool(((x - guess).abs_() <= 16 * eps * (1 + x.abs())).all()):
+            small = 16 * eps * (1 + x.abs()) if last and shrinks > 0.5 else None
+            if small is not None and bool(((x - guess).abs_() <= small).all()):
                 break
         if math.isfinite(change):
             return x, found, k
@@ -131,29 +132,40 @@ def solve_in_blocks(flow: Map, y: Tensor, method: str) -> tuple[Tensor, Tensor, 
     solved: list[Tensor] = []
     num_sweeps = FEWEST
     for a, b in cut.blocks:
-        now = [cut.units(k, a, b) for k in range(L + 1)]
-        layers: list[Layer] = []
-        for k in range(L):
-            weight = cut.hidden(k, now[k + 1], slice(now[k].stop))
-            before, within = _split(weight, now[k].start)
-            offset = _plus(offsets[k][now[k + 1]], before, known[k])
-            layers.append((within, functools.partial(_activate, cut.network, offset)))
-        # The outputs, shifts and then log-scales, read the last hidden layer and the coordinates.
-        offset, withins = _stacked(offsets[L][:, cut.at(now[0])]), []
-        for k in (L, 0):
-            weight = _stacked(cut.output(now[0], k, slice(now[k].stop)))
-            before, within = _split(weight, now[k].start)
-            offset = _plus(offset, before, known[k])
-            withins.append(within)
-        layers.append((torch.cat(withins, 1), functools.partial(torch.add, offset)))
+        if b - a == cut.D:
+            *hidden, (weight, offset) = zip(cut.whole(), offsets, strict=True)
+        else:
+            *hidden, (weight, offset) = _beside_what_is_known(cut, a, b, known, offsets)
+        layers: list[Layer] = [
+            (weight, functools.partial(_activate, cut.network, offset)) for weight, offset in hidden
+        ]
+        layers.append((weight, functools.partial(torch.add, offset)))
         x, (levels, *coefficients), num_sweeps = _solve_block(
             flow, layers, y[a:b], method, num_sweeps - 1
         )
         if b < cut.D:
             known = [torch.cat(pair) for pair in zip(known, [x, *levels], strict=True)]
         solved.append(torch.stack([x, *coefficients]))
-    x, shift, log_scale = map(cut.as_given, torch.cat(solved, 1))
+    x, shift, log_scale = cut.as_given(torch.cat(solved, 1))
     return x, shift, log_scale
+
+
+def _beside_what_is_known(
+    cut: _Cut, a: int, b: int, known: list[Tensor], offsets: list[Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each layer's weights within a block, and offsets that tell of the units before it."""
+    now = [cut.units(k, a, b) for k in range(cut.L + 1)]
+    for k in range(cut.L):
+        before, within = _split(cut.hidden(k, now[k + 1], slice(now[k].stop)), now[k].start)
+        yield within, _plus(offsets[k][now[k + 1]], before, known[k])
+    # The outputs, shifts and then log-scales, read the last hidden layer and the coordinates.
+    last, offset = [], offsets[-1].view(2, cut.D, -1)[:, a:b].flatten(0, 1)
+    for k in (cut.L, 0):
+        weight = cut.output(slice(a, b), k, slice(now[k].stop)).flatten(0, 1)
+        before, within = _split(weight, now[k].start)
+        last.append(within)
+        offset = _plus(offset, before, known[k])
+    yield torch.cat(last, 1), offset
 
 
 def _solve_block(
@@ -229,20 +241,17 @@ def _through(layers: list[Layer], x: Tensor) -> list[Tensor]:
 
 def _linearised(flow: Map, cut: _Cut, x: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
     """The slopes of the activations at ``x`` by level, dy / d outputs, and dy / dx itself."""
-    x = cut.features_first(x)
-    *offsets, offset = cut.offsets()
-    everything = slice(None)
-    h, slopes = x, [x]
+    x = h = cut.features_first(x)
+    *hidden, output = zip(cut.whole(), cut.offsets(), strict=True)
+    slopes = [x]
     with torch.enable_grad():
-        for k in range(cut.L):
-            z = (cut.hidden(k, everything, everything) @ h + offsets[k]).detach().requires_grad_()
+        for weight, offset in hidden:
+            z = (weight @ h + offset).detach().requires_grad_()
             h = cut.network.activation(z)
             slopes += torch.autograd.grad(h.sum(), z)
             h = h.detach()
-        out = offset[:, cut.at(everything)]
-        for k, units in ((cut.L, h), (0, x)):
-            out = out + cut.output(everything, k, everything) @ units
-        out = out.detach().requires_grad_()
+        weight, offset = output
+        out = (weight @ torch.cat([h, x]) + offset).view(2, cut.D, -1).detach().requires_grad_()
         shift, log_scale = flow._read(*out)
         scale = log_scale.exp()
         (by_outputs,) = torch.autograd.grad((shift + scale * x).sum(), out)
@@ -252,58 +261,65 @@ def _linearised(flow: Map, cut: _Cut, x: Tensor) -> tuple[list[Tensor], Tensor, 
 class _Cut:
     """A flow's network, cut into blocks of coordinates that follow one another in its order.
 
-    Features come first here, and the batch after them: units of one degree stand together. Level 0
-    are the coordinates, levels 1 to L the hidden layers.
+    Features come first here, in that order, and the batch after them: units of one degree stand
+    together. Level 0 are the coordinates, levels 1 to L the hidden layers; outputs are the shifts
+    of all coordinates and then their log-scales.
     """
 
     def __init__(self, flow: Map, shape: torch.Size, method: str) -> None:
         self.network: MaskedAutoregressiveNetwork = flow.network
         self.context, self.order, self.shape = flow.context, flow.order, shape
         self.D, self.L = shape[-1], len(self.network.hidden_dims)
-        self.in_place = runs_eagerly() and torch.equal(
-            self.order, torch.arange(self.D, device=self.order.device)
-        )
-        *self._hidden, output, self._offsets = self.network.factors()
-        self._output = [factor.view(2, self.D, -1) for factor in output]
+        self.natural = self.network.in_natural_order
+        *self._hidden, self._output, self._offsets = self.network.factors()
         size = self.D if method == "fixed_point" else block_size(shape[:-1].numel(), method)
         self.blocks = [(a, min(a + size, self.D)) for a in range(0, self.D, size)]
 
     def features_first(self, y: Tensor) -> Tensor:
-        return y.reshape(-1, self.D).T[self.at(slice(None))].contiguous()
+        y = y.reshape(-1, self.D).T
+        return y.contiguous() if self.natural else y[self.order]
 
     def as_given(self, x: Tensor) -> Tensor:
-        x = x if self.in_place else x[torch.argsort(self.order)]
-        return x.T.reshape(self.shape).contiguous()
-
-    def at(self, positions: slice) -> slice | Tensor:
-        """Where the coordinates at these positions of the order are."""
-        return positions if self.in_place else self.order[positions]
+        """From features first, whatever else stands before them, to the shape that was given."""
+        x = x if self.natural else x[..., torch.argsort(self.order), :]
+        return x.mT.reshape(*x.shape[:-2], *self.shape).contiguous()
 
     def units(self, k: int, a: int, b: int) -> slice:
         """The units of level k that the coordinates from position a to b add."""
         return self.network.units_between(k - 1, a, b) if k else slice(a, b)
 
+    def whole(self) -> list[Tensor]:
+        """All weights: from each level to the next, and from the last and the first to outputs."""
+        first, *hidden, output = map(_product, [*self._hidden, self._output])
+        if not self.natural:
+            first = first[:, self.order]
+            H = output.shape[1] - self.D
+            rows = torch.cat([self.order, self.D + self.order])
+            columns = torch.cat([torch.arange(H, device=rows.device), H + self.order])
+            output = output[rows][:, columns]
+        return [first, *hidden, output]
+
     def hidden(self, k: int, rows: slice, columns: slice) -> Tensor:
         """Weights from level k to the next."""
-        where = columns if k else self.at(columns)
+        where = columns if k else self._at(columns)
         return _product([_take(factor, rows, where) for factor in self._hidden[k]])
 
     def output(self, rows: slice, k: int, columns: slice) -> Tensor:
-        """Weights from level k, L or 0, to shifts and log-scales, of shape (2, rows, columns)."""
+        """Weights from level k, L or 0, to the outputs, of shape (2, rows, columns)."""
         H = self.network.hidden_dims[-1]
-        half, where = (slice(H), columns) if k else (slice(H, None), self.at(columns))
-        at = self.at(rows)
-        return _product([_take(factor[..., half], at, where) for factor in self._output])
+        half, where = (slice(H), columns) if k else (slice(H, None), self._at(columns))
+        pairs = [factor.view(2, self.D, -1)[..., half] for factor in self._output]
+        return _product([_take(pair, self._at(rows), where) for pair in pairs])
 
     def from_outputs(self, k: int, now: list[slice], gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Weights from a block's outputs back to level k, and what the outputs after it bring."""
         a, b = now[0].start, now[0].stop
         weight = self.output(slice(a, None), k, now[k])
-        within, after = (_stacked(part).T for part in _split(weight, b - a, 1))
+        within, after = (part.flatten(0, 1).T for part in _split(weight, b - a, 1))
         return within, after @ _stacked(gradient)
 
     def offsets(self) -> list[Tensor]:
-        """What is added to the units of each hidden layer, and to the outputs, of shape (2, D, _).
+        """What is added to the units of each hidden layer and to the outputs.
 
         The last dimension is the batch, or one if it is the same for all.
         """
@@ -313,8 +329,14 @@ class _Cut:
             if self.context.dim() > 1:
                 offsets = offsets.expand(*self.shape[:-1], -1)
             offsets = offsets.reshape(-1, offsets.shape[-1]).T
-        *hidden, output = offsets.split([*self.network.hidden_dims, 2 * self.D])
-        return [*hidden, output.unflatten(0, (2, self.D))]
+        *hidden, output = offsets.split_with_sizes([*self.network.hidden_dims, 2 * self.D])
+        if not self.natural:
+            output = output[torch.cat([self.order, self.D + self.order])]
+        return [*hidden, output]
+
+    def _at(self, positions: slice) -> slice | Tensor:
+        """Where the coordinates at these positions of the order are."""
+        return positions if self.natural else self.order[positions]
 
 
 def block_size(num_columns: int, method: str) -> int:
