@@ -6,7 +6,9 @@ start, by noise on every matrix that a layer multiplies by: gently (0.5 N(0, 1) 
 hard (1.0).
 """
 
-import resource
+import pathlib
+import re
+import statistics
 import subprocess
 import sys
 import time
@@ -72,15 +74,18 @@ def contenders(D, batch):
     return {name: (*things, values[name].clone()) for name, things in found.items()}
 
 
-def race(runs, rounds):
-    """Median milliseconds of each; they take turns."""
+def race(runs, rounds, seconds=0.05):
+    """Median milliseconds of each; they take turns, each as often as fits in ``seconds``."""
     times = {name: [] for name in runs}
+    repeats = dict.fromkeys(runs, 1)
     for _ in range(rounds + 1):  # the first to warm up
         for name, run in runs.items():
             start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
-    return {name: 1e3 * sorted(taken[1:])[rounds // 2] for name, taken in times.items()}
+            for _ in range(repeats[name]):
+                run()
+            times[name].append((time.perf_counter() - start) / repeats[name])
+            repeats[name] = max(1, int(seconds / times[name][-1]))
+    return {name: 1e3 * statistics.median(taken[1:]) for name, taken in times.items()}
 
 
 def with_gradient(flow, run, argument):
@@ -92,13 +97,13 @@ def with_gradient(flow, run, argument):
 def timings():
     rows = []
     for D in SIZES:
-        rounds = {512: 5, 1024: 3}.get(D, 25)
+        rounds = {512: 5, 1024: 3}.get(D, 11)
         for batch in (1, 128):
             flows = contenders(D, batch)
             with torch.no_grad():
                 forward = {n: partial(f, y) for n, (_, f, _, y) in flows.items()}
                 inverse = {n: partial(f, y) for n, (_, _, f, y) in flows.items()}
-                tasks = {"forward": race(forward, 25), "inverse": race(inverse, rounds)}
+                tasks = {"forward": race(forward, 11), "inverse": race(inverse, rounds)}
             # The peers keep D graphs: at D = 512 that is many gigabytes.
             slope = {
                 n: partial(with_gradient, flow, f, y)
@@ -157,14 +162,20 @@ def exactness():
     return rows
 
 
+def high_water():
+    """The most megabytes this process has held so far, as Linux tells."""
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
+
+
 def peak_memory(name, D):
     """Megabytes that an inverse with its gradient needs, beyond a forward pass with its own."""
     torch.manual_seed(0)
     flow, forward, inverse, y = contenders(D, 128)[name]
     with_gradient(flow, forward, y)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = high_water()
     with_gradient(flow, inverse, y)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return high_water() - before
 
 
 def memory():
