@@ -135,6 +135,28 @@ def inverts_in_float64(kind):
     return again.dtype == y.dtype and torch.allclose(again, y, rtol=1e-10, atol=1e-10)
 
 
+def inverts_in_fewer_passes_than_coordinates(kind):
+    flow = roughened(kind.flow(40, [80]))
+    y, calls = flow(torch.randn(5, 40)).detach().clone(), count(flow)
+    with torch.no_grad():
+        x = flow.inv(y)
+    return len(calls) < 40 and torch.allclose(flow(x.clone()), y, atol=1e-4)
+
+
+def differentiates_an_inverse_without_a_graph_for_each_coordinate(kind):
+    flow, kept = kind.flow(40, [80]), []
+
+    def note(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        flow(torch.randn(5, 40))
+        forward = sum(kept)
+        flow.inv(torch.randn(5, 40))
+    return sum(kept) < 5 * forward
+
+
 def can_be_copied_right_after_a_draw(kind):
     flow = roughened(kind.flow(D, [8]))
     y = flow(x := torch.randn(5, D))
@@ -175,6 +197,8 @@ FEATURES = [
     acts_on_one_coordinate_without_a_warning,
     takes_batch_shape_from_its_context,
     inverts_in_float64,
+    inverts_in_fewer_passes_than_coordinates,
+    differentiates_an_inverse_without_a_graph_for_each_coordinate,
     can_be_copied_right_after_a_draw,
     has_an_inverse_that_is_a_module,
     runs_forward_under_vmap,

@@ -60,7 +60,7 @@ def tasks(flow, base, batch):
         "draw and score": draw_and_score,
         "draw, score, backward": step,
         "draw ten, then score them": draw_ten_and_score,
-        "score a foreign value": score_foreign,
+        "score a value from elsewhere": score_foreign,
     }
 
 

@@ -135,10 +135,16 @@ def walk_back(flow: Map, y: Tensor, method: str = "auto") -> tuple[Tensor, Tenso
         return x, log_scale
     with torch.no_grad():
         x, shift, log_scale = _solve(flow, y, method)
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and _wants_gradient(flow, y):
         return attach_gradient(flow, x, y)
     check_round_trip(shift + log_scale.exp() * x, y)
     return x, log_scale
+
+
+def _wants_gradient(flow: Map, y: Tensor) -> bool:
+    if not can_be_cut(flow):
+        return True  # nobody knows what it uses
+    return any(t is not None and t.requires_grad for t in (y, flow.context, *flow.network.weights))
 
 
 def attach_gradient(flow: Map, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,14 +193,15 @@ def attach_gradient(flow: Map, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Implicit(torch.autograd.Function):
-    """The inverse and its log-scale, of what the map makes of the inverse again."""
+    """The inverse and its log-scale, where the map makes ``again`` of the inverse ``x``."""
 
     @staticmethod
     def forward(
         ctx: Any, flow: Map, x: Tensor, y: Tensor, again: Tensor, log_scale: Tensor
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.flow, ctx.x, ctx.made = flow, x, (again, log_scale)
+        ctx.flow, ctx.x, ctx.again, ctx.log_scale = flow, x, again, log_scale
+        ctx.in_blocks = can_be_cut(flow)  # where autocast is as it is now
         return x.detach().clone(), log_scale.detach().clone()
 
     @staticmethod
@@ -205,37 +212,39 @@ class _Implicit(torch.autograd.Function):
                 "inverse with torch.func, for instance torch.func.hessian, which unrolls it; or "
                 "draw the value where gradients are enabled."
             )
-        _, log_scale = ctx.made
-        if w is not None and log_scale.requires_grad:
-            slope = torch.autograd.grad(
-                log_scale, ctx.x, w, retain_graph=True, allow_unused=True, materialize_grads=True
-            )[0]
+        if w is not None and ctx.log_scale.requires_grad:
+            (slope,) = torch.autograd.grad(
+                ctx.log_scale, ctx.x, w, retain_graph=True, materialize_grads=True
+            )
             v = slope if v is None else v + slope
         if v is None:
             return None, None, None, None, w
-        u = transposed_solution(ctx.flow, ctx.x, v, ctx.made)
+        if ctx.in_blocks:
+            u = transposed_in_blocks(ctx.flow, ctx.x.detach(), v)
+        else:
+            u = _transposed_by_sweeps(ctx.flow, ctx.x, ctx.again, ctx.log_scale, v)
         return None, None, u, -u, w
 
 
-def transposed_solution(
-    flow: Map, x: Tensor, v: Tensor, made: tuple[Tensor, Tensor] | None = None
-) -> Tensor:
-    """The ``u`` with ``J^T u = v`` at ``x``; ``made`` of it were a value and the log-scale."""
+def transposed_solution(flow: Map, x: Tensor, v: Tensor) -> Tensor:
+    """The ``u`` with ``J^T u = v``, where J is the Jacobian at ``x``."""
     if can_be_cut(flow):
         return transposed_in_blocks(flow, x.detach(), v)
-    if made is None:
-        with torch.enable_grad():
-            x = x.detach().clone().requires_grad_()
-            shift, log_scale = flow._coefficients(x)
-            made = shift + log_scale.exp() * x, log_scale
-    y, scale = made[0], made[1].detach().exp()
+    with torch.enable_grad():
+        x = x.detach().clone().requires_grad_()
+        shift, log_scale = flow._coefficients(x)
+        y = shift + log_scale.exp() * x
+    return _transposed_by_sweeps(flow, x, y, log_scale, v)
+
+
+def _transposed_by_sweeps(flow: Map, x: Tensor, y: Tensor, log_scale: Tensor, v: Tensor) -> Tensor:
+    scale = log_scale.detach().exp()
 
     def sweep(u: Tensor) -> tuple[Tensor, None]:
         (product,) = torch.autograd.grad(y, x, u, retain_graph=True)
         return u + (v - product) / scale, None
 
-    # The last coordinate comes first.
-    position = torch.argsort(flow.order.flip(0))
+    position = torch.argsort(flow.order.flip(0))  # the last coordinate comes first
     return settle(sweep, torch.zeros_like(v), position, "auto")[0]
 
 

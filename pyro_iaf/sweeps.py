@@ -247,7 +247,7 @@ def _linearised(flow: Map, cut: _Cut, x: Tensor) -> tuple[list[Tensor], Tensor, 
     with torch.enable_grad():
         for weight, offset in hidden:
             z = (weight @ h + offset).detach().requires_grad_()
-            h = cut.network.activation(z)
+            h = cut.network.activation(z.clone())  # it may write in place
             slopes += torch.autograd.grad(h.sum(), z)
             h = h.detach()
         weight, offset = output
@@ -272,7 +272,7 @@ class _Cut:
         self.D, self.L = shape[-1], len(self.network.hidden_dims)
         self.natural = self.network.in_natural_order
         *self._hidden, self._output, self._offsets = self.network.factors()
-        size = self.D if method == "fixed_point" else block_size(shape[:-1].numel(), method)
+        size = self.D if method == "fixed_point" else block_size(shape, method, self.order.device)
         self.blocks = [(a, min(a + size, self.D)) for a in range(0, self.D, size)]
 
     def features_first(self, y: Tensor) -> Tensor:
@@ -339,11 +339,13 @@ class _Cut:
         return positions if self.natural else self.order[positions]
 
 
-def block_size(num_columns: int, method: str) -> int:
-    """How many coordinates to settle together: fewer where each takes longer."""
+def block_size(shape: torch.Size, method: str, device: torch.device) -> int:
+    """How many coordinates to settle together."""
     if method == "incremental" or not runs_eagerly():
-        return 16
-    return min(max(8192 // max(num_columns, 1), 32), 128)
+        return 16  # each takes a sweep anyway
+    if device.type != "cpu":
+        return 512  # launching costs more than arithmetic
+    return min(max(8192 // max(shape[:-1].numel(), 1), 32), 128)
 
 
 def _product(factors: Sequence[Tensor]) -> Tensor:

@@ -332,6 +332,26 @@ def test_batched_gradients_agree_with_single_ones():
     assert_close(together, torch.func.jacrev(flow.inv)(y.detach()))
 
 
+def test_what_wants_no_gradient_is_left_without_one(count_passes):
+    flow = rough(inverse_autoregressive_flow(4, [16], num_flows=2)).requires_grad_(False)
+    y = torch.randn(5, 4)
+    x = flow.inv(y)
+    assert not x.requires_grad
+    assert not flow.log_abs_det_jacobian(x, y).requires_grad
+    assert flow.inv(torch.randn(5, 4, requires_grad=True)).requires_grad
+
+
+def test_gradients_of_half_precision_are_those_of_half_precision():
+    flow = rough(inverse_autoregressive_flow(6, [16]), 0.1).float()
+    y = torch.randn(20, 6, dtype=torch.float32, requires_grad=True)
+    full = torch.autograd.grad(flow.inv(y).square().sum(), y)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        x = flow.inv(y)
+    half = torch.autograd.grad(x.square().sum(), y)[0]
+    assert_close(half, full, rtol=0.1, atol=0.1)
+    assert not torch.equal(half, full)
+
+
 def test_a_second_derivative_says_what_to_do():
     flow = rough(inverse_autoregressive_flow(4, [16]))
     y = torch.randn(4, requires_grad=True)

@@ -90,6 +90,9 @@ FLOWS = {
     "affine, reversed": lambda: rough(
         inverse_autoregressive_flow(9, [16, 5, 7], order=range(9)[::-1])
     ),
+    "an activation in place": lambda: rough(
+        inverse_autoregressive_flow(5, [8, 8], activation=nn.ReLU(inplace=True))
+    ),
     "contexts, own order": lambda: rough(
         conditional_inverse_autoregressive_flow(6, 2, [9, 12], order=[2, 5, 0, 3, 1, 4])
     ).condition(torch.randn(4, 2)),
