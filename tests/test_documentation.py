@@ -140,6 +140,42 @@ def test_the_funnel_table_is_what_was_measured():
             assert cell == f"{row['median_sd']:.2f} ({spread})"
 
 
+LIBRARIES = ["pyro_iaf, gentle", "pyro_iaf, hard", "Pyro", "Zuko", "nflows"]
+
+
+def inverse_ms(D, task, library):
+    (found,) = (
+        row["ms"]
+        for row in results("inverse")
+        if (row["D"], row["batch"], row["task"], row["library"]) == (D, 128, task, library)
+    )
+    return found
+
+
+def test_the_inverse_table_is_what_was_measured():
+    shown = table("| D | one pass | " + " | ".join(LIBRARIES))
+    assert [int(D) for D, *_ in shown] == [8, 32, 128, 512, 1024]
+    for D, one_pass, *cells in shown:
+        assert one_pass == f"{inverse_ms(int(D), 'forward', LIBRARIES[0]):.2f}"
+        assert cells == [f"{inverse_ms(int(D), 'inverse', name):.2f}" for name in LIBRARIES]
+
+
+def test_the_price_of_an_inverse_with_gradient_is_what_was_measured():
+    times = [inverse_ms(128, "inverse and gradient", name) for name in LIBRARIES]
+    (memory,) = (row for row in results("inverse_memory") if row["D"] == 128)
+    megabytes = [memory[name] for name in LIBRARIES if name != "pyro_iaf, hard"]
+    claim = (
+        "{:.1f} ms (hard {:.1f}) beside {:.0f}, {:.0f} and {:.0f} ms, and {:.1f} MB of memory "
+        "beyond that of a forward pass beside {:.0f}, {:.0f} and {:.0f} MB"
+    ).format(*times, *megabytes)
+    assert claim in " ".join((ROOT / "README.md").read_text().split())
+    sweeps = {(r["D"], r["flow"]): r["sweeps_float64"] for r in results("inverse_exactness")}
+    claim = "in {} and {} at D = 32, {} and {} at D = 1024, in float64".format(
+        *(sweeps[D, kind] for D in (32, 1024) for kind in ("gentle", "hard"))
+    )
+    assert claim in " ".join((ROOT / "README.md").read_text().split())
+
+
 TUTORIALS = sorted((ROOT / "tutorials").glob("[0-9]*.py"))
 
 
