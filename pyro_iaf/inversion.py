@@ -34,12 +34,13 @@ def invert(flow: Any, y: Tensor, method: str = "auto") -> Tensor:
 
     ``flow.inv(y)`` is the same by the road ``"auto"``, and knows again what the flow made.
 
-    - ``"auto"``: blocks of coordinates one after the other, each swept until it has settled. Does
-      the work of about one network pass, a few where coordinates of one block hang on each other
-      strongly. If a block doesn't settle it is finished coordinate by coordinate.
-    - ``"incremental"``: coordinate by coordinate, each by the units of its degree.
-    - ``"fixed_point"``: sweeps over all coordinates at once, one network pass each. Coordinate k is
-      exact after k sweeps; most flows need about ten.
+    - ``"auto"``: blocks of coordinates one after the other, each swept until it has settled; or,
+      if the batch is many times D, coordinate by coordinate. Costs a few network passes. A block
+      that doesn't settle is finished coordinate by coordinate.
+    - ``"incremental"``: coordinate by coordinate, each with the units of its degree. Does the
+      arithmetic of half a network pass in D steps, whatever the weights are.
+    - ``"fixed_point"``: sweeps over all coordinates at once, the arithmetic of one network pass
+      each. Coordinate k is exact after k sweeps; most flows need about ten.
 
     A network that is not a :class:`~pyro_iaf.MaskedAutoregressiveNetwork` can't be cut into blocks:
     ``"auto"`` sweeps over all its coordinates then, and ``"incremental"`` takes D network passes.

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -30,8 +30,16 @@ FEWEST = 3
 #: One sweep: a better solution from a guess, and what was found on the way.
 Sweep: TypeAlias = Callable[[Tensor], tuple[Tensor, Any]]
 
-#: What leads from one level of a block to the next: weights, and what follows them.
-Layer: TypeAlias = tuple[Tensor, Callable[[Tensor], Tensor]]
+
+class Layer(NamedTuple):
+    """What leads from one level of a block to the next: weights, and what follows row by row."""
+
+    weight: Tensor
+    then: Callable[..., Tensor]
+    arguments: Sequence[Tensor]
+
+    def __call__(self, units: Tensor) -> Tensor:
+        return self.then(self.weight @ units, *self.arguments)
 
 
 class Map(Protocol):
@@ -126,7 +134,7 @@ def can_be_cut(flow: Map) -> bool:
 def solve_in_blocks(flow: Map, y: Tensor, method: str) -> tuple[Tensor, Tensor, Tensor]:
     """The inverse of ``y``, and the shift and the log-scale there, all of its shape."""
     cut = _Cut(flow, y.shape, method)
-    L, offsets = cut.L, cut.offsets()
+    network, L, offsets = cut.network, cut.L, cut.offsets()
     y = cut.features_first(y)
     known = [y[:0] for _ in range(L + 1)]  # the units of each level before this block
     solved: list[Tensor] = []
@@ -136,13 +144,15 @@ def solve_in_blocks(flow: Map, y: Tensor, method: str) -> tuple[Tensor, Tensor, 
             *hidden, (weight, offset) = zip(cut.whole(), offsets, strict=True)
         else:
             *hidden, (weight, offset) = _beside_what_is_known(cut, a, b, known, offsets)
-        layers: list[Layer] = [
-            (weight, functools.partial(_activate, cut.network, offset)) for weight, offset in hidden
-        ]
-        layers.append((weight, functools.partial(torch.add, offset)))
-        x, (levels, *coefficients), num_sweeps = _solve_block(
-            flow, layers, y[a:b], method, num_sweeps - 1
-        )
+        layers = [Layer(w, functools.partial(_activate, network), (o,)) for w, o in hidden]
+        layers.append(Layer(weight, torch.add, (offset,)))
+        if cut.one_by_one:
+            sizes = [cut.units_of_each(k, a, b) for k in range(L + 1)]
+            x, levels, *coefficients = _solve_one_by_one(flow, layers, sizes, y[a:b])
+        else:
+            x, (levels, *coefficients), num_sweeps = _solve_block(
+                flow, layers, y[a:b], method, num_sweeps - 1
+            )
         if b < cut.D:
             known = [torch.cat(pair) for pair in zip(known, [x, *levels], strict=True)]
         solved.append(torch.stack([x, *coefficients]))
@@ -180,6 +190,21 @@ def _solve_block(
     return settle(sweep, torch.zeros_like(y), position, method, first)
 
 
+def _solve_one_by_one(
+    flow: Map, layers: list[Layer], sizes: list[list[int]], y: Tensor
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    found: list[tuple[Tensor, Tensor]] = []
+
+    def close(j: int, out: Tensor) -> Tensor:
+        shift, log_scale = flow._read(*out.split(1))
+        found.append((shift, log_scale))
+        return (y[j] - shift) / log_scale.exp()
+
+    x, levels = _one_by_one(layers, [*sizes, None], torch.zeros_like(y), range(len(y)), close)
+    shifts, log_scales = zip(*found, strict=True)
+    return x, levels, torch.cat(shifts), torch.cat(log_scales)
+
+
 def transposed_in_blocks(flow: Map, x: Tensor, v: Tensor) -> Tensor:
     """The ``u`` with ``J^T u = v``, where J is the Jacobian at ``x``; of the shape of ``v``."""
     cut = _Cut(flow, v.shape, "auto")
@@ -196,17 +221,20 @@ def transposed_in_blocks(flow: Map, x: Tensor, v: Tensor) -> Tensor:
         within, offset = cut.from_outputs(L, now, outputs_later)
         for k in range(L, 0, -1):
             slope = slopes[k][now[k]]
-            layers.append((within, functools.partial(torch.addcmul, slope * offset, slope)))
+            layers.append(Layer(within, _add_times, (slope * offset, slope)))
             weight = cut.hidden(k - 1, slice(now[k].start, None), now[k - 1]).T
             within, after = _split(weight, now[k].stop - now[k].start)
             offset = after @ later[k]
         x_within, x_offset = cut.from_outputs(0, now, outputs_later)
         start = (v[a:b] - offset - x_offset) / scale[a:b]
-        to_u = functools.partial(torch.addcmul, start, -1 / scale[a:b])
-        layers.append((torch.cat([within, x_within], 1), to_u))
-        u, levels, num_sweeps = _solve_transposed_block(
-            layers, by_outputs[:, a:b], start, num_sweeps - 1
-        )
+        layers.append(Layer(torch.cat([within, x_within], 1), _add_times, (start, -1 / scale[a:b])))
+        if cut.one_by_one:
+            sizes = [cut.units_of_each(k, a + 1, b + 1) for k in range(L, 0, -1)]
+            u, levels = _solve_transposed_one_by_one(layers, sizes, by_outputs[:, a:b], start)
+        else:
+            u, levels, num_sweeps = _solve_transposed_block(
+                layers, by_outputs[:, a:b], start, num_sweeps - 1
+            )
         solved = torch.cat([u, solved])
         outputs_later = torch.cat([by_outputs[:, a:b] * u, outputs_later], 1)
         later[1:] = [torch.cat(pair) for pair in zip(reversed(levels), later[1:], strict=True)]
@@ -224,19 +252,77 @@ def _solve_transposed_block(
     return settle(sweep, start, position, "auto", first)
 
 
-def _activate(network: MaskedAutoregressiveNetwork, offset: Tensor, z: Tensor) -> Tensor:
+def _solve_transposed_one_by_one(
+    layers: list[Layer], sizes: list[list[int]], by_outputs: Tensor, start: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    n = len(start)
+    found: list[Tensor] = []
+
+    def close(j: int, u: Tensor) -> Tensor:
+        found.insert(0, u)
+        return by_outputs[:, j] * u
+
+    outputs = by_outputs.new_zeros(2 * n, start.shape[1])
+    sizes_ = [None, *sizes, [1] * n]
+    _, levels = _one_by_one(layers, sizes_, outputs, range(n - 1, -1, -1), close)
+    return torch.cat(found), levels
+
+
+def _one_by_one(
+    layers: list[Layer],
+    sizes: list[list[int] | None],
+    first: Tensor,
+    positions: Iterable[int],
+    close: Callable[[int, Tensor], Tensor],
+) -> tuple[Tensor, list[Tensor]]:
+    """Settles a block coordinate by coordinate, each with the units that it adds to each level.
+
+    ``sizes`` counts these, level by level; None is for outputs, the shifts of all coordinates and
+    then their log-scales. ``close`` makes of what the last layer says of a coordinate its rows of
+    the first level, which are zero so far. Returns the first level, and the hidden ones.
+    """
+    levels = [first.new_zeros(len(layer.weight), first.shape[1]) for layer in layers[:-1]]
+    both = torch.cat([levels[-1], first])  # as the last layer reads them
+    levels[-1], first = both.split([len(levels[-1]), len(first)])
+    rows, *rows_of_levels = map(_by_coordinate, [first, *levels], sizes)
+    *pieces, last_pieces = map(_layer_by_coordinate, layers, sizes[1:])
+    for j in positions:
+        source = first
+        for piece, level, level_rows in zip(pieces, levels, rows_of_levels, strict=True):
+            if len(level_rows[j]):
+                level_rows[j].copy_(piece[j](source))
+            source = level
+        rows[j].copy_(close(j, last_pieces[j](both)))
+    return first, levels
+
+
+def _by_coordinate(level: Tensor, sizes: list[int] | None) -> Sequence[Tensor]:
+    pairs = level.unflatten(0, (2, -1)) if sizes is None else level
+    rows: Sequence[Tensor] = pairs.unbind(1) if sizes is None else level.split(sizes)
+    return rows
+
+
+def _layer_by_coordinate(layer: Layer, sizes: list[int] | None) -> list[Layer]:
+    rows = (_by_coordinate(t, sizes) for t in (layer.weight, *layer.arguments))
+    return [Layer(weight, layer.then, rest) for weight, *rest in zip(*rows, strict=True)]
+
+
+def _activate(network: MaskedAutoregressiveNetwork, z: Tensor, offset: Tensor) -> Tensor:
     units: Tensor = network.activation(z + offset)
     return units
+
+
+def _add_times(z: Tensor, added: Tensor, factor: Tensor) -> Tensor:
+    return torch.addcmul(added, factor, z)
 
 
 def _through(layers: list[Layer], x: Tensor) -> list[Tensor]:
     """What each layer makes of the one before; the last reads ``x`` too."""
     levels, h = [], x
-    for weight, then in layers[:-1]:
-        h = then(weight @ h)
+    for layer in layers[:-1]:
+        h = layer(h)
         levels.append(h)
-    weight, then = layers[-1]
-    return [*levels, then(weight @ torch.cat([h, x]))]
+    return [*levels, layers[-1](torch.cat([h, x]))]
 
 
 def _linearised(flow: Map, cut: _Cut, x: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -272,7 +358,12 @@ class _Cut:
         self.D, self.L = shape[-1], len(self.network.hidden_dims)
         self.natural = self.network.in_natural_order
         *self._hidden, self._output, self._offsets = self.network.factors()
-        size = self.D if method == "fixed_point" else block_size(shape, method, self.order.device)
+        num_columns = shape[:-1].numel()
+        # In big batches arithmetic counts, and every sweep does all of it again.
+        auto_one_by_one = method == "auto" and num_columns > 8 * self.D + 64
+        self.one_by_one = runs_eagerly() and (method == "incremental" or auto_one_by_one)
+        size = block_size(num_columns, self.one_by_one, self.order.device)
+        size = self.D if method == "fixed_point" else size
         self.blocks = [(a, min(a + size, self.D)) for a in range(0, self.D, size)]
 
     def features_first(self, y: Tensor) -> Tensor:
@@ -287,6 +378,12 @@ class _Cut:
     def units(self, k: int, a: int, b: int) -> slice:
         """The units of level k that the coordinates from position a to b add."""
         return self.network.units_between(k - 1, a, b) if k else slice(a, b)
+
+    def units_of_each(self, k: int, a: int, b: int) -> list[int]:
+        """How many units of level k each of these positions adds."""
+        return [
+            units.stop - units.start for units in (self.units(k, d, d + 1) for d in range(a, b))
+        ]
 
     def whole(self) -> list[Tensor]:
         """All weights: from each level to the next, and from the last and the first to outputs."""
@@ -339,13 +436,15 @@ class _Cut:
         return positions if self.natural else self.order[positions]
 
 
-def block_size(shape: torch.Size, method: str, device: torch.device) -> int:
-    """How many coordinates to settle together."""
-    if method == "incremental" or not runs_eagerly():
-        return 16  # each takes a sweep anyway
+def block_size(num_columns: int, one_by_one: bool, device: torch.device) -> int:
+    """How many coordinates to settle together, by measurement."""
+    if not runs_eagerly():
+        return 16  # each coordinate takes a sweep of its block
+    if one_by_one:
+        return 32
     if device.type != "cpu":
-        return 512  # launching costs more than arithmetic
-    return min(max(8192 // max(shape[:-1].numel(), 1), 32), 128)
+        return 512  # not measured: launching costs more than arithmetic
+    return min(max(8192 // max(num_columns, 1), 32), 128)
 
 
 def _product(factors: Sequence[Tensor]) -> Tensor:

@@ -133,6 +133,23 @@ def test_blocks_solve_with_the_transposed_jacobian(flow, size, monkeypatch):
         assert_close(jacobian.T @ u_, v_)
 
 
+def test_big_batches_are_solved_one_coordinate_at_a_time(flow, monkeypatch):
+    monkeypatch.setattr(sweeps, "block_size", lambda *_: 3)
+    flow = flow.double()
+    y = torch.randn(
+        200, *(flow.context.shape[:-1] if flow.context is not None else ()), flow.input_dim
+    )
+    with torch.no_grad():
+        x, shift, log_scale = solve_in_blocks(flow, y, "auto")
+        few = [part[:4] for part in (x, shift, log_scale)]
+        assert_close(few, list(solve_in_blocks(flow, y[:4], "auto")))
+        u = transposed_in_blocks(flow, x, y)
+        assert_close(u[:4], transposed_in_blocks(flow, x[:4], y[:4]))
+        monkeypatch.setattr(sweeps, "settle", None)  # nobody swept
+        solve_in_blocks(flow, y, "auto")
+        transposed_in_blocks(flow, x, y)
+
+
 @pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 3), (0,), (2, 0)])
 def test_blocks_take_any_batch_shape(shape):
     flow = rough(inverse_autoregressive_flow(5, [8], order=[4, 2, 0, 1, 3]))
