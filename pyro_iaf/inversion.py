@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .sweeps import Map, can_be_cut, runs_eagerly, settle, solve_in_blocks, transposed_in_blocks
+from .blocks import Map, can_be_cut, solve_in_blocks, transposed_in_blocks
+from .sweeps import runs_eagerly, settle
 
 __all__ = ["attach_gradient", "check_round_trip", "invert", "solve_transposed", "walk_back"]
 
