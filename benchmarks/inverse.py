@@ -46,7 +46,6 @@ def ours(D, noise):
 
 
 def peer(name, D):
-    """The module, what carries noise to values, and its inverse; both past any cache."""
     H = width(D)
     if name == "Pyro":
         flow = transforms.AffineAutoregressive(AutoRegressiveNN(D, [H, H]))
@@ -62,13 +61,17 @@ def peer(name, D):
     return flow, lambda x: flow(x)[0], lambda y: flow.inverse(y)[0]
 
 
-def contenders(D, batch):
-    found = {}
-    for kind, noise in NOISE.items():
-        flow = ours(D, noise)
-        found[f"pyro_iaf, {kind}"] = flow, flow, lambda y, flow=flow: flow.inv(y.clone())
-    found |= {name: peer(name, D) for name in PEERS}
-    # Everybody inverts values of their own.
+def contender(name, D):
+    """The module, what carries noise to values, and its inverse; both past any cache."""
+    if name not in OURS:
+        return peer(name, D)
+    flow = ours(D, NOISE[name.removeprefix("pyro_iaf, ")])
+    return flow, flow, lambda y: flow.inv(y.clone())
+
+
+def contenders(D, batch, names):
+    """Each with values of its own."""
+    found = {name: contender(name, D) for name in names}
     with torch.no_grad():
         values = {name: forward(torch.randn(batch, D)) for name, (_, forward, _) in found.items()}
     return {name: (*things, values[name].clone()) for name, things in found.items()}
@@ -99,7 +102,7 @@ def timings():
     for D in SIZES:
         rounds = {512: 5, 1024: 3}.get(D, 11)
         for batch in (1, 128):
-            flows = contenders(D, batch)
+            flows = contenders(D, batch, [*OURS, *PEERS])
             with torch.no_grad():
                 forward = {n: partial(f, y) for n, (_, f, _, y) in flows.items()}
                 inverse = {n: partial(f, y) for n, (_, _, f, y) in flows.items()}
@@ -171,7 +174,7 @@ def high_water():
 def peak_memory(name, D):
     """Megabytes that an inverse with its gradient needs, beyond a forward pass with its own."""
     torch.manual_seed(0)
-    flow, forward, inverse, y = contenders(D, 128)[name]
+    flow, forward, inverse, y = contenders(D, 128, [name])[name]
     with_gradient(flow, forward, y)
     before = high_water()
     with_gradient(flow, inverse, y)
@@ -180,7 +183,7 @@ def peak_memory(name, D):
 
 def memory():
     rows = []
-    for D in [128, 512]:
+    for D in SIZES[1:]:
         row = {"D": D}
         for name in [*OURS, *PEERS]:
             if D > 128 and name in PEERS:

@@ -18,16 +18,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-from .networks import MaskedAutoregressiveNetwork
-from .sweeps import runs_eagerly, settle
+from .networks import ACTIVATIONS, MaskedAutoregressiveNetwork
+from .sweeps import has_values, runs_eagerly, settle
 
-__all__ = ["Map", "can_be_cut", "solve_in_blocks", "transposed_in_blocks"]
+__all__ = ["Cut", "Map", "can_be_cut", "solve_in_blocks", "transposed_in_blocks"]
 
 # Sweeps of a first block before somebody looks whether they have settled it.
 FEWEST = 3
+
+# What acts on each unit by itself, whatever stands beside it.
+ELEMENTWISE = {*ACTIVATIONS.values(), nn.CELU, nn.Hardtanh, nn.Hardswish, nn.Identity, nn.Mish}
 
 
 class Map(Protocol):
@@ -42,29 +45,31 @@ class Map(Protocol):
     def _coefficients(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The shift and the log-scale at ``x``, in one pass of the network."""
 
-    def _read(self, shift: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
-        """The same from what the network returned, coordinate by coordinate."""
+    @property
+    def _read(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Makes the same of what the network returned, coordinate by coordinate."""
 
 
 class Layer(NamedTuple):
     """What leads from one level of a block to the next: weights, and what follows row by row."""
 
     weight: Tensor
-    then: Callable[..., Tensor]
+    then: Callable[..., Any]
     arguments: Sequence[Tensor]
 
     def __call__(self, units: Tensor) -> Tensor:
-        return self.then(self.weight @ units, *self.arguments)
+        made: Tensor = self.then(self.weight @ units, *self.arguments)
+        return made
 
 
 def can_be_cut(flow: Map) -> bool:
     """Whether the network is one of ours and computes what its weights say, unit by unit."""
     network = flow.network
     return (
-        isinstance(network, MaskedAutoregressiveNetwork)
-        and getattr(network.forward, "__func__", None) is MaskedAutoregressiveNetwork.forward
-        and not (network._forward_hooks or network._forward_pre_hooks)
-        and next(network.activation.parameters(), None) is None
+        type(network) is MaskedAutoregressiveNetwork
+        and "forward" not in network.__dict__
+        and type(network.activation) in ELEMENTWISE
+        and not any(m._forward_hooks or m._forward_pre_hooks for m in (network, network.activation))
         and not network.mask.is_meta
         and not torch.is_autocast_enabled(network.mask.device.type)
     )
@@ -72,8 +77,8 @@ def can_be_cut(flow: Map) -> bool:
 
 def solve_in_blocks(flow: Map, y: Tensor, method: str) -> tuple[Tensor, Tensor, Tensor]:
     """The inverse of ``y``, and the shift and the log-scale there, all of its shape."""
-    cut = _Cut(flow, y.shape, method)
-    network, L, offsets = cut.network, cut.L, cut.offsets()
+    cut = Cut(flow, y.shape, method)
+    network, L, offsets = cut.network, cut.L, cut.offsets
     y = cut.features_first(y)
     known = [y[:0] for _ in range(L + 1)]  # the units of each level before this block
     solved: list[Tensor] = []
@@ -87,20 +92,20 @@ def solve_in_blocks(flow: Map, y: Tensor, method: str) -> tuple[Tensor, Tensor, 
         layers.append(Layer(weight, torch.add, (offset,)))
         if cut.one_by_one:
             sizes = [cut.units_of_each(k, a, b) for k in range(L + 1)]
-            x, levels, *coefficients = _solve_one_by_one(flow, layers, sizes, y[a:b])
+            x, levels, *coefficients = _solve_one_by_one(cut, layers, sizes, y[a:b])
         else:
             x, (levels, *coefficients), num_sweeps = _solve_block(
-                flow, layers, y[a:b], method, num_sweeps - 1
+                cut, layers, y[a:b], method, num_sweeps - 1
             )
         if b < cut.D:
             known = [torch.cat(pair) for pair in zip(known, [x, *levels], strict=True)]
         solved.append(torch.stack([x, *coefficients]))
-    x, shift, log_scale = cut.as_given(torch.cat(solved, 1))
+    x, shift, log_scale = map(cut.as_given, torch.cat(solved, 1))
     return x, shift, log_scale
 
 
 def _beside_what_is_known(
-    cut: _Cut, a: int, b: int, known: list[Tensor], offsets: list[Tensor]
+    cut: Cut, a: int, b: int, known: list[Tensor], offsets: list[Tensor]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Each layer's weights within a block, and offsets that tell of the units before it."""
     now = [cut.units(k, a, b) for k in range(cut.L + 1)]
@@ -118,24 +123,27 @@ def _beside_what_is_known(
 
 
 def _solve_block(
-    flow: Map, layers: list[Layer], y: Tensor, method: str, first: int
+    cut: Cut, layers: list[Layer], y: Tensor, method: str, first: int
 ) -> tuple[Tensor, Any, int]:
     def sweep(x: Tensor) -> tuple[Tensor, Any]:
         *levels, out = _through(layers, x)
-        shift, log_scale = flow._read(*out.chunk(2))
+        shift, log_scale = cut.read(*out.chunk(2))
         return (y - shift) / log_scale.exp(), (levels, shift, log_scale)
 
+    def size(found: tuple[Any, Tensor, Tensor]) -> Tensor:
+        return y / found[-1].exp()
+
     position = torch.arange(len(y), device=y.device)[:, None]
-    return settle(sweep, torch.zeros_like(y), position, method, first)
+    return settle(sweep, torch.zeros_like(y), position, method, size=size, first=first)
 
 
 def _solve_one_by_one(
-    flow: Map, layers: list[Layer], sizes: list[list[int]], y: Tensor
+    cut: Cut, layers: list[Layer], sizes: list[list[int]], y: Tensor
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
     found: list[tuple[Tensor, Tensor]] = []
 
     def close(j: int, out: Tensor) -> Tensor:
-        shift, log_scale = flow._read(*out.split(1))
+        shift, log_scale = cut.read(*out.split(1))
         found.append((shift, log_scale))
         return (y[j] - shift) / log_scale.exp()
 
@@ -144,10 +152,10 @@ def _solve_one_by_one(
     return x, levels, torch.cat(shifts), torch.cat(log_scales)
 
 
-def transposed_in_blocks(flow: Map, x: Tensor, v: Tensor) -> Tensor:
+def transposed_in_blocks(cut: Cut, x: Tensor, v: Tensor) -> Tensor:
     """The ``u`` with ``J^T u = v``, where J is the Jacobian at ``x``; of the shape of ``v``."""
-    cut = _Cut(flow, v.shape, "auto")
-    L, (slopes, by_outputs, scale) = cut.L, _linearised(flow, cut, x)
+    L, (slopes, by_outputs, scale) = cut.L, _linearised(cut, x)
+    one_by_one = cut.one_by_one and has_values(v)
     v = cut.features_first(v)
     # Gradients in the units of each hidden layer after this block, and in the outputs there.
     later, outputs_later = [v[:0] for _ in range(L + 1)], by_outputs[:, :0]
@@ -167,7 +175,7 @@ def transposed_in_blocks(flow: Map, x: Tensor, v: Tensor) -> Tensor:
         x_within, x_offset = cut.from_outputs(0, now, outputs_later)
         start = (v[a:b] - offset - x_offset) / scale[a:b]
         layers.append(Layer(torch.cat([within, x_within], 1), _add_times, (start, -1 / scale[a:b])))
-        if cut.one_by_one:
+        if one_by_one:
             sizes = [cut.units_of_each(k, a + 1, b + 1) for k in range(L, 0, -1)]
             u, levels = _solve_transposed_one_by_one(layers, sizes, by_outputs[:, a:b], start)
         else:
@@ -188,7 +196,7 @@ def _solve_transposed_block(
         return u, levels
 
     position = torch.arange(len(start) - 1, -1, -1, device=start.device)[:, None]
-    return settle(sweep, start, position, "auto", first)
+    return settle(sweep, start, position, "auto", size=lambda _: start, first=first)
 
 
 def _solve_transposed_one_by_one(
@@ -202,8 +210,8 @@ def _solve_transposed_one_by_one(
         return by_outputs[:, j] * u
 
     outputs = by_outputs.new_zeros(2 * n, start.shape[1])
-    sizes_ = [None, *sizes, [1] * n]
-    _, levels = _one_by_one(layers, sizes_, outputs, range(n - 1, -1, -1), close)
+    rows = [None, *sizes, [1] * n]
+    _, levels = _one_by_one(layers, rows, outputs, range(n - 1, -1, -1), close)
     return torch.cat(found), levels
 
 
@@ -264,10 +272,10 @@ def _through(layers: list[Layer], x: Tensor) -> list[Tensor]:
     return [*levels, layers[-1](torch.cat([h, x]))]
 
 
-def _linearised(flow: Map, cut: _Cut, x: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+def _linearised(cut: Cut, x: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
     """The slopes of the activations at ``x`` by level, dy / d outputs, and dy / dx itself."""
-    x = h = cut.features_first(x)
-    *hidden, output = zip(cut.whole(), cut.offsets(), strict=True)
+    x = h = cut.features_first(x.detach())
+    *hidden, output = zip(cut.whole(), cut.offsets, strict=True)
     slopes = [x]
     with torch.enable_grad():
         for weight, offset in hidden:
@@ -277,26 +285,37 @@ def _linearised(flow: Map, cut: _Cut, x: Tensor) -> tuple[list[Tensor], Tensor, 
             h = h.detach()
         weight, offset = output
         out = (weight @ torch.cat([h, x]) + offset).view(2, cut.D, -1).detach().requires_grad_()
-        shift, log_scale = flow._read(*out)
+        shift, log_scale = cut.read(*out)
         scale = log_scale.exp()
         (by_outputs,) = torch.autograd.grad((shift + scale * x).sum(), out)
     return slopes, by_outputs, scale.detach()
 
 
-class _Cut:
+class Cut:
     """A flow's network, cut into blocks of coordinates that follow one another in its order.
 
     Features come first here, in that order, and the batch after them: units of one degree stand
     together. Level 0 are the coordinates, levels 1 to L the hidden layers; outputs are the shifts
     of all coordinates and then their log-scales.
+
+    Args:
+        flow: The flow, as it is now.
+        shape: Of the values.
+        method: As for :func:`~pyro_iaf.invert`.
+        keep: Whether to hold on to the weights of now, whatever becomes of the network.
     """
 
-    def __init__(self, flow: Map, shape: torch.Size, method: str) -> None:
+    def __init__(self, flow: Map, shape: torch.Size, method: str, keep: bool = False) -> None:
         self.network: MaskedAutoregressiveNetwork = flow.network
-        self.context, self.order, self.shape = flow.context, flow.order, shape
+        self.order, self.shape, self.read = flow.order, shape, flow._read
         self.D, self.L = shape[-1], len(self.network.hidden_dims)
         self.natural = self.network.in_natural_order
-        *self._hidden, self._output, self._offsets = self.network.factors()
+        factors = self.network.factors()
+        if keep:
+            factors = [(_product(factor).detach(),) for factor in factors]
+            self.order = self.order.clone()
+        *self._hidden, self._output, offsets = factors
+        self.offsets = self._offsets(_product(offsets), flow.context)
         num_columns = shape[:-1].numel()
         # In big batches arithmetic counts, and every sweep does all of it again.
         auto_one_by_one = method == "auto" and num_columns > 8 * self.D + 64
@@ -310,9 +329,8 @@ class _Cut:
         return y.contiguous() if self.natural else y[self.order]
 
     def as_given(self, x: Tensor) -> Tensor:
-        """From features first, whatever else stands before them, to the shape that was given."""
-        x = x if self.natural else x[..., torch.argsort(self.order), :]
-        return x.mT.reshape(*x.shape[:-2], *self.shape).contiguous()
+        x = x if self.natural else x[torch.argsort(self.order)]
+        return x.T.reshape(self.shape).clone(memory_format=torch.contiguous_format)
 
     def units(self, k: int, a: int, b: int) -> slice:
         """The units of level k that the coordinates from position a to b add."""
@@ -354,15 +372,14 @@ class _Cut:
         within, after = (part.flatten(0, 1).T for part in _split(weight, b - a, 1))
         return within, after @ _stacked(gradient)
 
-    def offsets(self) -> list[Tensor]:
+    def _offsets(self, offsets: Tensor, context: Tensor | None) -> list[Tensor]:
         """What is added to the units of each hidden layer and to the outputs.
 
         The last dimension is the batch, or one if it is the same for all.
         """
-        offsets = _product(self._offsets)
-        if self.context is not None:
-            offsets = functional.linear(self.context, offsets[:, 1:], offsets[:, 0])
-            if self.context.dim() > 1:
+        if context is not None:
+            offsets = functional.linear(context, offsets[:, 1:], offsets[:, 0])
+            if context.dim() > 1:
                 offsets = offsets.expand(*self.shape[:-1], -1)
             offsets = offsets.reshape(-1, offsets.shape[-1]).T
         *hidden, output = offsets.split_with_sizes([*self.network.hidden_dims, 2 * self.D])

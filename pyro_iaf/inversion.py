@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .blocks import Map, can_be_cut, solve_in_blocks, transposed_in_blocks
-from .sweeps import runs_eagerly, settle
+from .blocks import Cut, Map, can_be_cut, solve_in_blocks, transposed_in_blocks
+from .sweeps import has_values, runs_eagerly, settle
 
 __all__ = ["attach_gradient", "check_round_trip", "invert", "solve_transposed", "walk_back"]
 
@@ -77,6 +78,7 @@ def invert(flow: Any, y: Tensor, method: str = "auto") -> Tensor:
     """
     if method not in METHODS:
         raise ValueError(f"method should be one of {', '.join(METHODS)}; got {method!r}.")
+    _check_tensors(y=y)
     for part in reversed(_parts(flow)):
         y, _ = part._undo(y.expand(part.inverse_shape(y.shape)), method)
     return y
@@ -86,8 +88,9 @@ def solve_transposed(flow: Any, x: Tensor, v: Tensor) -> Tensor:
     r"""Solves :math:`J^{\mathsf T} u = v`, where :math:`J = \partial y / \partial x` at ``x``.
 
     So :math:`v` is a gradient in the noise and :math:`u` the same in the value, as the implicit
-    function theorem and path derivatives have it. Exact to rounding. Costs about two network passes
-    a flow, whatever D is. For a network that is not ours one backward pass a sweep, D at most.
+    function theorem and path derivatives have it. Exact to rounding. Costs one network pass and
+    about what the inverse costs; for a network that is not ours one pass, and one backward pass for
+    each sweep, D at most. Runs eagerly: not under ``torch.func`` or ``torch.compile``.
 
     Args:
         flow: An inverse autoregressive flow or a stack of them.
@@ -97,6 +100,10 @@ def solve_transposed(flow: Any, x: Tensor, v: Tensor) -> Tensor:
     Returns:
         Tensor like ``v``, without a graph.
 
+    Raises:
+        ValueError: If ``flow`` is none, or ``v`` is not like the value.
+        RuntimeError: Under ``torch.func`` and tracers.
+
     Example:
         >>> flow = inverse_autoregressive_flow(3)
         >>> x, v = torch.randn(3), torch.randn(3)
@@ -105,16 +112,32 @@ def solve_transposed(flow: Any, x: Tensor, v: Tensor) -> Tensor:
         >>> torch.allclose(jacobian.T @ u, v, atol=1e-5)
         True
     """
-    with torch.no_grad():
+    if not runs_eagerly():
+        raise RuntimeError(
+            "solve_transposed expects values to look at; there are none under torch.func, "
+            "torch.compile and other tracers. Call it outside."
+        )
+    _check_tensors(x=x, v=v)
+    with torch.inference_mode(False), torch.no_grad():
+        x, v = x.clone(), v.clone()  # autograd takes no tensors from inference mode
         for part in _parts(flow):
             x = x.expand(part.forward_shape(x.shape))
-            if v.shape != x.shape:
+            if v.shape != x.shape or v.dtype != x.dtype:
                 raise ValueError(
-                    f"v should have the shape of the value, {tuple(x.shape)}; got {tuple(v.shape)}."
+                    f"v should have the shape and dtype of the value, {tuple(x.shape)} and "
+                    f"{x.dtype}; got {tuple(v.shape)} and {v.dtype}."
                 )
             v = part._solve_transposed(x, v)
             x = part(x)
     return v
+
+
+def _check_tensors(**given: Any) -> None:
+    for name, thing in given.items():
+        if not isinstance(thing, Tensor):
+            raise ValueError(
+                f"{name} should be a tensor; got {type(thing).__name__}. Use torch.tensor(...)."
+            )
 
 
 def _parts(flow: Any) -> Sequence[Any]:
@@ -122,7 +145,8 @@ def _parts(flow: Any) -> Sequence[Any]:
     if not all(hasattr(part, "_undo") for part in parts):
         raise ValueError(
             "flow should be an inverse autoregressive flow, or a stack of them; got "
-            f"{type(flow).__name__}. For other transforms use transform.inv."
+            f"{type(flow).__name__}. Give a conditional flow its context, flow.condition(context), "
+            "and the flow instead of flow.inv; other transforms have an .inv of their own."
         )
     return parts
 
@@ -137,16 +161,17 @@ def walk_back(flow: Map, y: Tensor, method: str = "auto") -> tuple[Tensor, Tenso
         return x, log_scale
     with torch.no_grad():
         x, shift, log_scale = _solve(flow, y, method)
-    if torch.is_grad_enabled() and _wants_gradient(flow, y):
+    if torch.is_grad_enabled() and _wants_gradient(flow, x, y):
         return attach_gradient(flow, x, y)
     check_round_trip(shift + log_scale.exp() * x, y)
     return x, log_scale
 
 
-def _wants_gradient(flow: Map, y: Tensor) -> bool:
-    if not can_be_cut(flow):
-        return True  # nobody knows what it uses
-    return any(t is not None and t.requires_grad for t in (y, flow.context, *flow.network.weights))
+def _wants_gradient(flow: Map, x: Tensor, y: Tensor) -> bool:
+    # Of a network of another make nobody knows what it uses.
+    ours = can_be_cut(flow)
+    used = (flow.context, *flow.network.weights) if ours else flow._coefficients(x)
+    return any(t is not None and t.requires_grad for t in (y, *used))
 
 
 def attach_gradient(flow: Map, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,8 +227,12 @@ class _Implicit(torch.autograd.Function):
         ctx: Any, flow: Map, x: Tensor, y: Tensor, again: Tensor, log_scale: Tensor
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.flow, ctx.x, ctx.again, ctx.log_scale = flow, x, again, log_scale
-        ctx.in_blocks = can_be_cut(flow)  # where autocast is as it is now
+        ctx.x, ctx.log_scale = x, log_scale
+        # All of it as it is now: parameters may have moved on when the gradient is asked for.
+        if can_be_cut(flow):
+            ctx.solve = partial(transposed_in_blocks, Cut(flow, y.shape, "auto", keep=True), x)
+        else:
+            ctx.solve = partial(_transposed_by_sweeps, flow.order, x, again, log_scale)
         return x.detach().clone(), log_scale.detach().clone()
 
     @staticmethod
@@ -211,8 +240,7 @@ class _Implicit(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "The gradient of an inverse can be taken once, not twice. Differentiate the "
-                "inverse with torch.func, for instance torch.func.hessian, which unrolls it; or "
-                "draw the value where gradients are enabled."
+                "inverse with torch.func, for instance torch.func.hessian, which unrolls it."
             )
         if w is not None and ctx.log_scale.requires_grad:
             (slope,) = torch.autograd.grad(
@@ -221,46 +249,50 @@ class _Implicit(torch.autograd.Function):
             v = slope if v is None else v + slope
         if v is None:
             return None, None, None, None, w
-        if ctx.in_blocks:
-            u = transposed_in_blocks(ctx.flow, ctx.x.detach(), v)
-        else:
-            u = _transposed_by_sweeps(ctx.flow, ctx.x, ctx.again, ctx.log_scale, v)
+        u = ctx.solve(v)
         return None, None, u, -u, w
 
 
 def transposed_solution(flow: Map, x: Tensor, v: Tensor) -> Tensor:
     """The ``u`` with ``J^T u = v``, where J is the Jacobian at ``x``."""
     if can_be_cut(flow):
-        return transposed_in_blocks(flow, x.detach(), v)
+        return transposed_in_blocks(Cut(flow, v.shape, "auto"), x, v)
     with torch.enable_grad():
         x = x.detach().clone().requires_grad_()
         shift, log_scale = flow._coefficients(x)
         y = shift + log_scale.exp() * x
-    return _transposed_by_sweeps(flow, x, y, log_scale, v)
+    return _transposed_by_sweeps(flow.order, x, y, log_scale, v)
 
 
-def _transposed_by_sweeps(flow: Map, x: Tensor, y: Tensor, log_scale: Tensor, v: Tensor) -> Tensor:
+def _transposed_by_sweeps(
+    order: Tensor, x: Tensor, y: Tensor, log_scale: Tensor, v: Tensor
+) -> Tensor:
     scale = log_scale.detach().exp()
 
     def sweep(u: Tensor) -> tuple[Tensor, None]:
         (product,) = torch.autograd.grad(y, x, u, retain_graph=True)
         return u + (v - product) / scale, None
 
-    position = torch.argsort(flow.order.flip(0))  # the last coordinate comes first
-    return settle(sweep, torch.zeros_like(v), position, "auto")[0]
+    position = torch.argsort(order.flip(0))  # the last coordinate comes first
+    return settle(sweep, torch.zeros_like(v), position, "auto", size=lambda _: v / scale)[0]
 
 
 def _solve(flow: Map, y: Tensor, method: str) -> tuple[Tensor, Tensor, Tensor]:
     """The inverse of ``y``, and the shift and the log-scale there, all of its shape."""
     if can_be_cut(flow):
+        flow.network._check(y, flow.context)
         return solve_in_blocks(flow, y, method)
 
     def sweep(x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         shift, log_scale = flow._coefficients(x)
         return (y - shift) / log_scale.exp(), (shift, log_scale)
 
+    def size(found: tuple[Tensor, Tensor]) -> Tensor:
+        return y / found[1].exp()
+
     position = torch.argsort(flow.order)
-    x, (shift, log_scale), _ = settle(sweep, torch.zeros_like(y), position, method)
+    start = torch.zeros_like(y)
+    x, (shift, log_scale), _ = settle(sweep, start, position, method, size=size)
     return x, shift, log_scale.expand_as(x).to(x.dtype)
 
 
@@ -277,7 +309,7 @@ def check_round_trip(again: Tensor, y: Tensor) -> None:
     Example:
         >>> check_round_trip(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]))
     """
-    if not runs_eagerly() or y.is_meta or not y.numel():
+    if not has_values(again) or not again.numel():
         return
     bound = ROUND_TRIP.get(y.dtype, 1e-1)
     with torch.no_grad():

@@ -15,10 +15,16 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["Sweep", "runs_eagerly", "settle"]
+__all__ = ["Sweep", "has_values", "runs_eagerly", "settle"]
 
 #: One sweep: a better solution from a guess, and what was found on the way.
 Sweep: TypeAlias = Callable[[Tensor], tuple[Tensor, Any]]
+
+# A sweep that moves a coordinate by no more than this many times its own rounding settles it: the
+# solution is then that of an equation whose numbers are off by as much.
+ROUNDING = 16
+# What one sweep gains in a flow that is nearly the identity; others gain less. Says when to look.
+GAIN = 30
 
 
 def runs_eagerly() -> bool:
@@ -32,39 +38,49 @@ def runs_eagerly() -> bool:
     )
 
 
+def has_values(x: Tensor) -> bool:
+    """Whether there are numbers in it to look at; batched gradients have no storage, for one."""
+    return runs_eagerly() and not x.is_meta and torch._C._has_storage(x)
+
+
 def settle(
-    sweep: Sweep, start: Tensor, position: Tensor, method: str, first: int = 1
+    sweep: Sweep,
+    start: Tensor,
+    position: Tensor,
+    method: str,
+    *,
+    size: Callable[[Any], Tensor],
+    first: int = 1,
 ) -> tuple[Tensor, Any, int]:
-    """Sweeps until nothing moves, or once for each coordinate.
+    """Sweeps until no coordinate moves by more than its rounding, or once for each coordinate.
 
     Args:
         sweep: Gives a better solution, exact in one coordinate more, and whatever else.
         start: The first guess; finite, wherever it is.
         position: Which coordinate comes when; broadcasts with the solution.
         method: If ``"incremental"``, settles one coordinate a sweep.
-        first: The first sweep after which to look whether it has settled.
+        size: Of what else a sweep gave, the size of what each coordinate is a difference of.
+        first: The first sweep after which to look.
 
     Returns:
         The solution, what else the last sweep gave, and the number of sweeps.
     """
     x, D, eps = start, position.numel(), torch.finfo(start.dtype).eps
-    if method != "incremental" and start.numel() and not start.is_meta and runs_eagerly():
-        change = 0.0
+    if method != "incremental" and start.numel() and has_values(start):
         for k in range(1, D + 1):
             guess, (x, found) = x, sweep(x)
-            if k < first and k < D:
+            if k == D and bool(x.isfinite().all()):
+                return x, found, k
+            if k < first:
                 continue
-            last, change = change, _largest(x - guess)
-            # The next change is about as much smaller again; a sudden drop may be luck.
-            shrinks = max(change / last, 0.125) if last else 1.0
-            if change * min(shrinks, 1.0) <= 4 * eps or not math.isfinite(change):
+            # Relative to each coordinate: small ones may be large for those that come after.
+            own = (x.abs() + size(found).abs()).clamp_min_(torch.finfo(x.dtype).tiny)
+            excess = float(((x - guess).abs_() / own).amax()) / (ROUNDING * eps)
+            if excess <= 1:
+                return x, found, k
+            if math.isnan(excess):
                 break
-            # Changes that don't shrink any more are rounding, if they are small beside x.
-            small = 16 * eps * (1 + x.abs()) if last and shrinks > 0.5 else None
-            if small is not None and bool(((x - guess).abs_() <= small).all()):
-                break
-        if math.isfinite(change):
-            return x, found, k
+            first = k + max(1, int(math.log(min(excess, 1 / eps), GAIN)))
     # Coordinate k listens only to the k - 1 before it, so sweep k settles it for good. The others
     # wait at the start: a half-found value could overflow, and zero weights don't stop a NaN.
     x = start
@@ -72,10 +88,3 @@ def settle(
         new, found = sweep(x)
         x = torch.where(position == k, new, x)
     return x, found, D
-
-
-def _largest(x: Tensor) -> float:
-    try:
-        return float(x.abs_().amax())
-    except RuntimeError:
-        return math.nan  # batched gradients have no single answer

@@ -315,12 +315,9 @@ class InverseAutoregressiveFlow(OnNetwork, SinglePass):
             )
         return self._read(shift, log_scale)
 
-    def _read(self, shift: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
-        log_scale = LOG_SCALE_BOUND * torch.tanh(log_scale / LOG_SCALE_BOUND)
-        if not self.gated:
-            return shift, log_scale
-        gate = log_scale + self.gate_bias
-        return torch.sigmoid(-gate) * shift, functional.logsigmoid(gate)
+    @property
+    def _read(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        return functools.partial(read_outputs, self.gate_bias if self.gated else None)
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
         shape = super().forward_shape(shape)
@@ -334,6 +331,17 @@ class InverseAutoregressiveFlow(OnNetwork, SinglePass):
                 f"The batch shape of the context, {tuple(batch_shape)}, should broadcast with that "
                 f"of the value, {tuple(shape[:-1])}."
             ) from error
+
+
+def read_outputs(
+    gate_bias: float | None, shift: Tensor, log_scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The shift and the log-scale of what a network returns; gated, if there is a bias."""
+    log_scale = LOG_SCALE_BOUND * torch.tanh(log_scale / LOG_SCALE_BOUND)
+    if gate_bias is None:
+        return shift, log_scale
+    gate = log_scale + gate_bias
+    return torch.sigmoid(-gate) * shift, functional.logsigmoid(gate)
 
 
 class InverseAutoregressiveFlowStack(Flow):

@@ -94,8 +94,8 @@ def biases(network):
     return network.matrices(network.weights[0])[-1][:, 0]
 
 
-def standard_normal(D, dtype=None):
-    return DiagonalNormal(torch.zeros(D, dtype=dtype), torch.ones(D, dtype=dtype))
+def standard_normal(D, dtype=None, scale=1.0):
+    return DiagonalNormal(torch.zeros(D, dtype=dtype), torch.full((D,), scale, dtype=dtype))
 
 
 def flows_in(*transforms):

@@ -11,7 +11,12 @@ from pyro_iaf import (
     conditional_inverse_autoregressive_flow,
     inverse_autoregressive_flow,
 )
-from pyro_iaf.blocks import can_be_cut, solve_in_blocks, transposed_in_blocks
+from pyro_iaf.blocks import Cut, can_be_cut, solve_in_blocks, transposed_in_blocks
+
+
+def transposed(flow, x, v):
+    return transposed_in_blocks(Cut(flow, v.shape, "auto"), x, v)
+
 
 FLOWS = {
     **{name: lambda name=name: make(name) for name in SINGLE if name != "Pyro's network"},
@@ -55,7 +60,7 @@ def test_blocks_solve_with_the_transposed_jacobian(flow, size, monkeypatch):
         flow.__dict__["context"] = flow.context[:1] if flow.context.dim() > 1 else flow.context
     x, v = torch.randn(2, flow.input_dim), torch.randn(2, flow.input_dim)
     with torch.no_grad():
-        u = transposed_in_blocks(flow, x, v)
+        u = transposed(flow, x, v)
     for x_, u_, v_ in zip(x, u, v, strict=True):
         jacobian = torch.func.jacrev(lambda x: flow(x).reshape(-1))(x_)
         assert_close(jacobian.T @ u_, v_)
@@ -71,11 +76,11 @@ def test_big_batches_are_solved_one_coordinate_at_a_time(flow, monkeypatch):
         x, shift, log_scale = solve_in_blocks(flow, y, "auto")
         few = [part[:4] for part in (x, shift, log_scale)]
         assert_close(few, list(solve_in_blocks(flow, y[:4], "auto")))
-        u = transposed_in_blocks(flow, x, y)
-        assert_close(u[:4], transposed_in_blocks(flow, x[:4], y[:4]))
+        u = transposed(flow, x, y)
+        assert_close(u[:4], transposed(flow, x[:4], y[:4]))
         monkeypatch.setattr(blocks, "settle", None)  # nobody swept
         solve_in_blocks(flow, y, "auto")
-        transposed_in_blocks(flow, x, y)
+        transposed(flow, x, y)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 3), (0,), (2, 0)])
@@ -87,7 +92,7 @@ def test_blocks_take_any_batch_shape(shape):
         assert x.shape == shift.shape == log_scale.shape == y.shape
         assert x.is_contiguous()
         assert_close(flow(x), y)
-        assert transposed_in_blocks(flow, x, y).shape == y.shape
+        assert transposed(flow, x, y).shape == y.shape
 
 
 def test_a_value_that_is_not_contiguous_is_no_trouble():
@@ -95,6 +100,30 @@ def test_a_value_that_is_not_contiguous_is_no_trouble():
     with torch.no_grad():
         for y in (torch.randn(5, 4).T, torch.randn(5).expand(3, 5), torch.randn(4, 10)[:, ::2]):
             assert_close(flow(solve_in_blocks(flow, y, "auto")[0]), y)
+
+
+def test_a_solution_is_nobody_else_s():
+    for order in (None, [4, 2, 0, 1, 3]):
+        flow = rough(inverse_autoregressive_flow(5, [8], order=order))
+        for shape in ((), (1,), (7,)):
+            with torch.no_grad():
+                x = flow.inv(torch.randn(*shape, 5))
+            assert x.untyped_storage().nbytes() == x.numel() * x.element_size()
+            assert x._base is None
+
+
+class Bias(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.register_buffer("shift", torch.randn(size))
+
+    def forward(self, x):
+        return torch.tanh(x + self.shift)
+
+
+class Halved(MaskedAutoregressiveNetwork):
+    def factors(self):
+        return [(0.5 * factor[0], *factor[1:]) for factor in super().factors()]
 
 
 class Doubled(MaskedAutoregressiveNetwork):
@@ -111,6 +140,8 @@ def hooked():
 OTHERS = {
     "a forward of its own": lambda: Doubled(4, [8]),
     "a hook": hooked,
+    "factors of its own": lambda: Halved(4, [8]),
+    "an activation of its own": lambda: MaskedAutoregressiveNetwork(4, [8], activation=Bias(8)),
     "an activation with parameters": lambda: MaskedAutoregressiveNetwork(
         4, [8], activation=nn.PReLU(8)
     ),
@@ -121,8 +152,9 @@ OTHERS = {
 def test_a_network_that_is_not_its_weights_is_called(other):
     flow = InverseAutoregressiveFlow(rough(OTHERS[other]()))
     assert not can_be_cut(flow)
-    y = torch.randn(3, 4)
-    assert_close(flow(flow.inv(y).clone()), y)
+    for batch in (3, 8):
+        y = torch.randn(batch, 4)
+        assert_close(flow(flow.inv(y).clone()), y)
 
 
 def test_half_precision_is_left_to_the_network():

@@ -1,4 +1,5 @@
 import gc
+import warnings
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from bijections import (
     coordinate_by_coordinate,
     make,
     rough,
+    separate,
     standard_normal,
 )
 from pyro.distributions import TransformedDistribution
@@ -127,16 +129,20 @@ def test_networks_of_others_take_a_few_passes(count_passes):
         assert passes() == before + 40
 
 
+@pytest.mark.parametrize("with_gradient", [False, True])
 @pytest.mark.parametrize("num_flows", [1, 2])
 @pytest.mark.parametrize("steepness", [0.5, 5.0])  # rounding only, and an overflow
-def test_a_loss_of_precision_is_never_silent(num_flows, steepness):
+def test_a_loss_of_precision_is_never_silent(num_flows, steepness, with_gradient):
     flow = inverse_autoregressive_flow(40, [8], num_flows=num_flows).float()
     for part in getattr(flow, "parts", [flow]):
         with torch.no_grad():
             part.network.matrices(part.network.weights[0])[1].fill_(steepness)
             biases(part.network)[-40:] = -100.0  # scales of e^-10
     y = torch.randn(4, 40, dtype=torch.float32)
-    with pytest.warns(RuntimeWarning, match=r"within .* of it.*torch.float32.*\.double\(\)"):
+    with (
+        torch.set_grad_enabled(with_gradient),
+        pytest.warns(RuntimeWarning, match=r"within .* of it.*torch.float32.*\.double\(\)"),
+    ):
         flow.inv(y)
 
 
@@ -144,14 +150,58 @@ def test_a_loss_of_precision_is_never_silent(num_flows, steepness):
 def test_a_stack_measures_what_its_parts_can_not(with_gradient):
     flow = inverse_autoregressive_flow(2, [8], num_flows=2).float()
     with torch.no_grad():
-        for sign, part in zip((1, -1), flow.parts, strict=True):
-            biases(part.network)[-4:] = torch.tensor([sign * 1e7, sign * 1e7, 0.0, 0.0])
+        # An error of 0.01 is little beside the 500 in between, and much in the end.
+        for shift, part in zip((2e5, -500.0), flow.parts, strict=True):
+            biases(part.network)[-4:-2] = shift
     y = torch.randn(4, 2, dtype=torch.float32)
-    with (
-        torch.set_grad_enabled(with_gradient),
-        pytest.warns(RuntimeWarning, match="comes back only"),
-    ):
-        flow.inv(y)  # a shift by 1e7 and back
+    with torch.set_grad_enabled(with_gradient):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            between = flow.parts[1].inv(y)
+            flow.parts[0].inv(between.detach().clone())
+        with pytest.warns(RuntimeWarning, match="comes back only"):
+            flow.inv(y)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e-6, 1e-9])
+def test_small_values_are_as_exact_as_large_ones(size):
+    flow = hard(inverse_autoregressive_flow(32), 0.5).float()
+    with torch.no_grad():
+        biases(flow.network).zero_()
+        y = size * torch.randn(20, 32, dtype=torch.float32)
+        x, truth = flow.inv(y), coordinate_by_coordinate(flow.double(), y.double())
+    assert ((x - truth).abs() <= 1e-4 * truth.abs() + 1e-6 * size).all()
+
+
+@pytest.mark.parametrize("D", [20, 100])
+def test_sweeps_are_as_exact_as_single_steps(D):
+    flow = hard(inverse_autoregressive_flow(D))
+    with torch.no_grad():
+        x = torch.randn(50, D)
+        y = flow(x).clone()
+        swept, stepped = (invert(flow, y, method) for method in ("fixed_point", "incremental"))
+    assert (swept - x).abs().max() <= 10 * (stepped - x).abs().max()
+
+
+def test_what_vanishes_on_the_way_may_come_back():
+    """A chain that shrinks its first value beyond what sweeps would see, and then grows it."""
+    flow = inverse_autoregressive_flow(35, [4])
+    with torch.no_grad():
+        (weights,) = flow.network.weights
+        weights.zero_()
+        _, output, _ = flow.network.matrices(weights)
+        _, mask, _ = flow.network.matrices(flow.network.mask)
+        for k in range(1, 35):
+            output[k, 4 + k - 1] = -(1 / 8 if k <= 17 else 8) / mask[k, 4 + k - 1]
+        y = torch.zeros(1, 35)
+        y[0, 0] = 1.0
+        for method in METHODS:
+            assert invert(flow, y, method)[0, -1].item() == 1.0
+
+
+def test_an_empty_batch_of_contexts_is_no_trouble():
+    flow = conditional_inverse_autoregressive_flow(3, 2, [8], num_flows=2)
+    assert flow.condition(torch.randn(0, 2)).inv(torch.randn(3)).shape == (0, 3)
 
 
 def test_a_good_inverse_comes_without_a_warning(recwarn):
@@ -166,12 +216,25 @@ def test_a_mistake_is_named_where_it_is_made():
     flow = inverse_autoregressive_flow(3, [8])
     with pytest.raises(ValueError, match="auto, incremental, fixed_point; got 'newton'"):
         invert(flow, torch.randn(3), "newton")
-    with pytest.raises(ValueError, match=r"stack of them; got .*Use transform.inv|transform.inv"):
-        invert(torch.distributions.AffineTransform(0.0, 1.0), torch.randn(3))
+    conditional = conditional_inverse_autoregressive_flow(3, 2, [8])
+    for stranger in (torch.distributions.AffineTransform(0.0, 1.0), conditional, flow.inv):
+        with pytest.raises(
+            ValueError, match=r"stack of them; got \w+\. .*flow\.condition\(context\)"
+        ):
+            invert(stranger, torch.randn(3))
+    with pytest.raises(ValueError, match="y should be a tensor; got list"):
+        invert(flow, [1.0, 2.0, 3.0])
+    for y in (torch.randn(3).float(), torch.arange(3)):
+        with pytest.raises(ValueError, match=r"network's dtype, torch.float64; got .*\.to\("):
+            flow.inv(y)
     with pytest.raises(ValueError, match=r"vectors of 3 coordinates; got shape \(4,\)"):
         invert(flow, torch.randn(4))
-    with pytest.raises(ValueError, match=r"shape of the value, \(2, 3\); got \(3,\)"):
+    with pytest.raises(ValueError, match=r"value, \(2, 3\) and .*64; got \(3,\)"):
         solve_transposed(flow, torch.randn(2, 3), torch.randn(3))
+    with pytest.raises(ValueError, match=r"and torch.float64; got \(3,\) and torch.float32"):
+        solve_transposed(flow, torch.randn(3), torch.randn(3).float())
+    with pytest.raises(RuntimeError, match=r"none under torch\.func.*Call it outside"):
+        torch.vmap(lambda x: solve_transposed(flow, x, x))(torch.randn(2, 3))
 
 
 # Gradients
@@ -263,6 +326,57 @@ def test_every_method_has_the_gradient(method):
     )
 
 
+@pytest.mark.parametrize("scale", [1e-4, 1e-8, 1e-12])
+@pytest.mark.parametrize("batch", [5, 800])  # by sweeps, and one by one
+def test_small_gradients_are_as_exact_as_large_ones(scale, batch):
+    flow = hard(inverse_autoregressive_flow(32), 0.5)
+    y = torch.randn(batch, 32, requires_grad=True)
+    inputs = leaves(flow, y)
+    small, large = (gradients((s * flow.inv(y).sin()).sum(), inputs) for s in (scale, 1.0))
+    for one, other in zip(small, large, strict=True):
+        assert_close(one / scale, other, rtol=1e-10, atol=1e-11)
+
+
+MOVES = {
+    "weights": lambda flow: flow.network.weights[0].mul_(2.0),
+    "an optimiser's step": lambda flow: flow.network.weights[0].data.add_(1.0),
+    "context": lambda flow: flow.context.mul_(2.0),
+    "gate": lambda flow: setattr(flow, "gate_bias", -3.0),
+    "order": lambda flow: flow.network.load_state_dict(
+        {**flow.network.state_dict(), "order": torch.tensor([3, 1, 0, 2])}
+    ),
+}
+
+
+@pytest.mark.parametrize("move", MOVES)
+@pytest.mark.parametrize("separate_weights", [False, True])
+def test_a_gradient_is_of_the_flow_as_it_was(move, separate_weights):
+    def make():
+        return conditional_inverse_autoregressive_flow(4, 2, [16], gated=True)
+
+    conditional = rough(separate(make) if separate_weights else make()).requires_grad_(False)
+    flow = conditional.condition(torch.randn(2))
+    y = torch.randn(5, 4, requires_grad=True)
+    (truth,) = torch.autograd.grad(flow.inv(y).square().sum(), y)
+    x = flow.inv(y)
+    with torch.no_grad():
+        MOVES[move](flow)
+    (found,) = torch.autograd.grad(x.square().sum(), y)
+    assert_close(found, truth)
+
+
+def test_a_gradient_reaches_weights_from_elsewhere():
+    flow = rough(inverse_autoregressive_flow(4, [16]))
+    y = torch.randn(5, 4)
+    weights = (2 * flow.network.weights[0].detach()).requires_grad_()
+
+    def score(weights):
+        state = {"flow.network.weights.0": weights}
+        return torch.func.functional_call(flow.inv, state, (y,)).square().sum()
+
+    assert_close(torch.autograd.grad(score(weights), weights)[0], torch.func.grad(score)(weights))
+
+
 def test_a_log_scale_has_a_gradient_by_itself():
     flow = rough(inverse_autoregressive_flow(4, [16]))
     y = torch.randn(5, 4, requires_grad=True)
@@ -324,16 +438,20 @@ def test_nothing_is_left_behind():
         gc.enable()
 
 
-def test_batched_gradients_agree_with_single_ones():
-    flow = rough(inverse_autoregressive_flow(4, [16]))
-    y = torch.randn(4)
-    x = flow.inv(y.requires_grad_())
-    together = torch.autograd.grad(x, y, torch.eye(4), is_grads_batched=True)[0]
-    assert_close(together, torch.func.jacrev(flow.inv)(y.detach()))
+@pytest.mark.parametrize("batch", [1, 200])
+def test_batched_gradients_agree_with_single_ones(batch):
+    flow = rough(inverse_autoregressive_flow(4, [16]), 0.1)
+    y = torch.randn(batch, 4, requires_grad=True)
+    x = flow.inv(y)
+    v = torch.randn(3, batch, 4)
+    together = torch.autograd.grad(x, y, v, is_grads_batched=True, retain_graph=True)[0]
+    for v_, slope in zip(v, together, strict=True):
+        assert_close(slope, torch.autograd.grad(x, y, v_, retain_graph=True)[0])
 
 
-def test_what_wants_no_gradient_is_left_without_one(count_passes):
-    flow = rough(inverse_autoregressive_flow(4, [16], num_flows=2)).requires_grad_(False)
+@pytest.mark.parametrize("name", ["affine", "stack", "Pyro's network"])
+def test_what_wants_no_gradient_is_left_without_one(name):
+    flow = rough(FLOWS[name](), 0.1).requires_grad_(False)
     y = torch.randn(5, 4)
     x = flow.inv(y)
     assert not x.requires_grad
@@ -375,6 +493,14 @@ def test_the_transposed_jacobian_is_solved_with(name):
     for x_, u_, v_ in zip(x, u, v, strict=True):
         assert_close(torch.func.jacrev(flow)(x_).T @ u_, v_)
     assert not u.requires_grad
+
+
+def test_the_transposed_jacobian_is_known_in_inference_mode():
+    flow = rough(inverse_autoregressive_flow(4, [16], num_flows=2))
+    x, v = torch.randn(2, 3, 4)
+    with torch.inference_mode():
+        u = solve_transposed(flow, x + 0, v + 0)
+    assert_close(u, solve_transposed(flow, x, v))
 
 
 def test_a_path_derivative_is_that_of_the_density():

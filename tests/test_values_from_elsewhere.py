@@ -73,6 +73,28 @@ def test_reweighted_wake_sleep_finds_the_posterior():
     check_posterior(guide.sample_posterior(20_000)["weights"], atol=0.1)
 
 
+def test_the_sleep_phase_trains_a_guide_by_hand():
+    """It scores draws of the prior, which the flow did not make; without context it learns them."""
+    flow = inverse_autoregressive_flow(3, 32, num_flows=2)
+
+    def model(observations=None):
+        return regression({"y": outcomes()})
+
+    def guide(observations=None):
+        pyro.module("flow", flow)
+        base = standard_normal(3, scale=3.0)
+        pyro.sample("weights", dist.TransformedDistribution(base, [flow]))
+
+    optimiser = pyro.optim.ClippedAdam({"lr": 0.03, "lrd": 0.98})
+    loss = ReweightedWakeSleep(num_particles=2, insomnia=0.0, num_sleep_particles=64)
+    svi = SVI(model, guide, optimiser, loss)
+    for _ in range(200):
+        svi.step()
+    draws = dist.TransformedDistribution(standard_normal(3, scale=3.0), [flow]).sample((20_000,))
+    assert_close(draws.mean(0), torch.zeros(3), rtol=0, atol=0.15)
+    assert_close(draws.T.cov(), torch.eye(3), rtol=0, atol=0.3)
+
+
 def test_inference_compilation_finds_the_posterior():
     """The guide learns from draws of the prior, and is then shown the real outcomes."""
     X = covariates()
