@@ -26,7 +26,8 @@ from .sweeps import has_values, runs_eagerly, settle
 
 __all__ = ["Cut", "Map", "can_be_cut", "solve_in_blocks", "transposed_in_blocks"]
 
-# Sweeps of a first block before somebody looks whether they have settled it.
+# Sweeps that a first block is expected to take; others take about as many as the one before them,
+# so nobody looks whether they have settled before the last but one of these.
 FEWEST = 3
 
 # What acts on each unit by itself, whatever stands beside it.

@@ -5,11 +5,8 @@ r"""The exact inverse of an autoregressive map, and its gradient.
     \quad\Longleftrightarrow\quad
     x_i = \bigl( y_i - m_i(x_{<i}) \bigr)\, e^{-s_i(x_{<i})}
 
-The right-hand side, taken over and over, settles coordinate after coordinate, and mostly many at
-once. The units of our networks are sorted by degree, so a block of coordinates can be settled by
-itself, on top of all that comes before it: small sweeps, and each weight between blocks is used
-once. The transposed Jacobian is triangular the other way round and is solved from the last block
-to the first, which makes the implicit gradient as cheap.
+It is found by sweeps, or coordinate by coordinate. Its gradient, by the implicit function theorem,
+takes a solve with the transposed Jacobian and no graph of the way back.
 """
 
 from __future__ import annotations
@@ -42,14 +39,15 @@ def invert(flow: Any, y: Tensor, method: str = "auto") -> Tensor:
     - ``"incremental"``: coordinate by coordinate, each with the units of its degree. Does the
       arithmetic of half a network pass in D steps, whatever the weights are.
     - ``"fixed_point"``: sweeps over all coordinates at once, the arithmetic of one network pass
-      each. Coordinate k is exact after k sweeps; most flows need about ten.
+      each. Coordinate k is exact after k sweeps; ten to fifty settle all.
 
     A network that is not a :class:`~pyro_iaf.MaskedAutoregressiveNetwork` can't be cut into blocks:
     ``"auto"`` sweeps over all its coordinates then, and ``"incremental"`` takes D network passes.
 
     Differentiable once in ``y``, the context and the parameters, by the implicit function theorem:
-    one more network pass, and backward about two. Under ``torch.func`` and tracers, where there are
-    no values to look at, it goes coordinate by coordinate, and is differentiated by unrolling.
+    one more network pass, and backward as much as :func:`solve_transposed` and a backward pass
+    through the network. Under ``torch.func`` and tracers, where there are no values to look at, it
+    goes coordinate by coordinate, and is differentiated by unrolling, as often as you like.
 
     Args:
         flow: An inverse autoregressive flow or a stack of them.
@@ -187,7 +185,9 @@ def attach_gradient(flow: Map, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         \bigl(\tfrac{\partial s}{\partial \theta}\bigr)^{\mathsf T} w -
         \bigl(\tfrac{\partial f}{\partial \theta}\bigr)^{\mathsf T} u.
 
-    Costs one network pass now, and backward two or three, see :func:`solve_transposed`.
+    Costs one network pass now, and backward as much as :func:`solve_transposed`, one pass back to
+    the parameters, and one to the noise if the log-scale is used. All of it is of the map as it is
+    now, whatever becomes of its parameters.
 
     Args:
         flow: The autoregressive map.

@@ -1,10 +1,11 @@
 """What flows remember: the passes that made the tensors that are still alive.
 
 A pass is kept under the tensor that it made, and that tensor is held weakly, so a pass lives as
-long as somebody holds what came of it. Nothing that is kept may lead back to that tensor through
-its graph: the noise and the log-determinant of a pass are older than the value. A pass is returned
-only while all that it hangs on is as it was: the tensors' identity, version and address, and the
-number of optimiser steps taken in this process, since some optimisers write past the version.
+long as somebody holds what came of it. The way back from a value is kept likewise, under the noise
+that was found. Nothing that is kept may lead back to the tensor that it is kept under through its
+graph: it is older. A pass is returned only while all that it hangs on is as it was: the tensors'
+identity, version and address, and the number of optimiser steps taken in this process, since some
+optimisers write past the version.
 
 Throughout, ``sources`` is what a pass depends on besides the tensor it starts from: modules,
 tensors and settings, always in the same order. Nothing is kept in inference mode, or while

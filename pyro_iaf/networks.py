@@ -62,7 +62,8 @@ class MaskedAutoregressiveNetwork(nn.Module):
         num_params: How many vectors to return.
         order: The order of the coordinates: ``order[k]`` comes k-th. By default as they stand.
         activation: What follows each hidden layer: a name (``"elu"``, ``"relu"``, ``"tanh"``,
-            ``"gelu"``, ``"silu"``, ...) or a module that acts on each unit by itself.
+            ``"gelu"``, ``"silu"``, ...) or a module that acts on each unit by itself. Inverses are
+            fastest with those of PyTorch that have no parameters.
 
     Raises:
         ValueError: If a size is not positive, if ``order`` is no permutation, or if the activation
