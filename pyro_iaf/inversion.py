@@ -42,7 +42,8 @@ def invert(flow: Any, y: Tensor, method: str = "auto") -> Tensor:
       each. Coordinate k is exact after k sweeps; ten to fifty settle all.
 
     A network that is not a :class:`~pyro_iaf.MaskedAutoregressiveNetwork` can't be cut into blocks:
-    ``"auto"`` sweeps over all its coordinates then, and ``"incremental"`` takes D network passes.
+    ``"auto"`` sweeps over all its coordinates then, and ``"incremental"`` takes D network passes;
+    another one tells whether it comes back to ``y``.
 
     Differentiable once in ``y``, the context and the parameters, by the implicit function theorem:
     one more network pass, and backward as much as :func:`solve_transposed` and a backward pass
@@ -156,20 +157,18 @@ def walk_back(flow: Map, y: Tensor, method: str = "auto") -> tuple[Tensor, Tenso
     """
     if not runs_eagerly():
         x, _, log_scale = _solve(flow, y, "incremental")
-        return x, log_scale
+        return x, log_scale.expand_as(x).to(x.dtype)
     with torch.no_grad():
         x, shift, log_scale = _solve(flow, y, method)
-    if torch.is_grad_enabled() and _wants_gradient(flow, x, y):
+    if can_be_cut(flow):
+        used = (y, flow.context, *flow.network.weights)
+    else:  # nobody knows what it uses, or whether it says the same twice
+        shift, log_scale = flow._coefficients(x)
+        used = (y, shift, log_scale)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in used):
         return attach_gradient(flow, x, y)
     check_round_trip(shift + log_scale.exp() * x, y)
-    return x, log_scale
-
-
-def _wants_gradient(flow: Map, x: Tensor, y: Tensor) -> bool:
-    # Of a network of another make nobody knows what it uses.
-    ours = can_be_cut(flow)
-    used = (flow.context, *flow.network.weights) if ours else flow._coefficients(x)
-    return any(t is not None and t.requires_grad for t in (y, *used))
+    return x, log_scale.expand_as(x).to(x.dtype)
 
 
 def attach_gradient(flow: Map, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -293,7 +292,7 @@ def _solve(flow: Map, y: Tensor, method: str) -> tuple[Tensor, Tensor, Tensor]:
     position = torch.argsort(flow.order)
     start = torch.zeros_like(y)
     x, (shift, log_scale), _ = settle(sweep, start, position, method, size=size)
-    return x, shift, log_scale.expand_as(x).to(x.dtype)
+    return x, shift, log_scale
 
 
 def check_round_trip(again: Tensor, y: Tensor) -> None:
