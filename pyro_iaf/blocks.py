@@ -143,12 +143,12 @@ def _solve_one_by_one(
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
     found: list[tuple[Tensor, Tensor]] = []
 
-    def close(j: int, out: Tensor) -> Tensor:
+    def finish(j: int, out: Tensor) -> Tensor:
         shift, log_scale = cut.read(*out.split(1))
         found.append((shift, log_scale))
         return (y[j] - shift) / log_scale.exp()
 
-    x, levels = _one_by_one(layers, [*sizes, None], torch.zeros_like(y), range(len(y)), close)
+    x, levels = _one_by_one(layers, [*sizes, None], torch.zeros_like(y), range(len(y)), finish)
     shifts, log_scales = zip(*found, strict=True)
     return x, levels, torch.cat(shifts), torch.cat(log_scales)
 
@@ -169,13 +169,15 @@ def transposed_in_blocks(cut: Cut, x: Tensor, v: Tensor) -> Tensor:
         within, offset = cut.from_outputs(L, now, outputs_later)
         for k in range(L, 0, -1):
             slope = slopes[k][now[k]]
-            layers.append(Layer(within, _add_times, (slope * offset, slope)))
+            layers.append(Layer(within, _times_plus, (slope * offset, slope)))
             weight = cut.hidden(k - 1, slice(now[k].start, None), now[k - 1]).T
             within, after = _split(weight, now[k].stop - now[k].start)
             offset = after @ later[k]
         x_within, x_offset = cut.from_outputs(0, now, outputs_later)
         start = (v[a:b] - offset - x_offset) / scale[a:b]
-        layers.append(Layer(torch.cat([within, x_within], 1), _add_times, (start, -1 / scale[a:b])))
+        layers.append(
+            Layer(torch.cat([within, x_within], 1), _times_plus, (start, -1 / scale[a:b]))
+        )
         if one_by_one:
             sizes = [cut.units_of_each(k, a + 1, b + 1) for k in range(L, 0, -1)]
             u, levels = _solve_transposed_one_by_one(layers, sizes, by_outputs[:, a:b], start)
@@ -206,13 +208,13 @@ def _solve_transposed_one_by_one(
     n = len(start)
     found: list[Tensor] = []
 
-    def close(j: int, u: Tensor) -> Tensor:
+    def finish(j: int, u: Tensor) -> Tensor:
         found.insert(0, u)
         return by_outputs[:, j] * u
 
     outputs = by_outputs.new_zeros(2 * n, start.shape[1])
     rows = [None, *sizes, [1] * n]
-    _, levels = _one_by_one(layers, rows, outputs, range(n - 1, -1, -1), close)
+    _, levels = _one_by_one(layers, rows, outputs, range(n - 1, -1, -1), finish)
     return torch.cat(found), levels
 
 
@@ -221,12 +223,12 @@ def _one_by_one(
     sizes: list[list[int] | None],
     first: Tensor,
     positions: Iterable[int],
-    close: Callable[[int, Tensor], Tensor],
+    finish: Callable[[int, Tensor], Tensor],
 ) -> tuple[Tensor, list[Tensor]]:
     """Settles a block coordinate by coordinate, each with the units that it adds to each level.
 
     ``sizes`` counts these, level by level; None is for outputs, the shifts of all coordinates and
-    then their log-scales. ``close`` makes of what the last layer says of a coordinate its rows of
+    then their log-scales. ``finish`` makes of what the last layer says of a coordinate its rows of
     the first level, which are zero so far. Returns the first level, and the hidden ones.
     """
     levels = [first.new_zeros(len(layer.weight), first.shape[1]) for layer in layers[:-1]]
@@ -240,7 +242,7 @@ def _one_by_one(
             if len(level_rows[j]):
                 level_rows[j].copy_(piece[j](source))
             source = level
-        rows[j].copy_(close(j, last_pieces[j](both)))
+        rows[j].copy_(finish(j, last_pieces[j](both)))
     return first, levels
 
 
@@ -260,7 +262,7 @@ def _activate(network: MaskedAutoregressiveNetwork, z: Tensor, offset: Tensor) -
     return units
 
 
-def _add_times(z: Tensor, added: Tensor, factor: Tensor) -> Tensor:
+def _times_plus(z: Tensor, added: Tensor, factor: Tensor) -> Tensor:
     return torch.addcmul(added, factor, z)
 
 
