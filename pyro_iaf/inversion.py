@@ -34,8 +34,8 @@ def invert(flow: Any, y: Tensor, method: str = "auto") -> Tensor:
     ``flow.inv(y)`` is the same by the road ``"auto"``, and knows again what the flow made.
 
     - ``"auto"``: blocks of coordinates one after the other, each swept until it has settled; or,
-      if the batch is many times D, coordinate by coordinate. Costs a few network passes. A block
-      that doesn't settle is finished coordinate by coordinate.
+      if the batch is many times D, coordinate by coordinate. Takes as long as three to ten network
+      passes. A block that doesn't settle is finished coordinate by coordinate.
     - ``"incremental"``: coordinate by coordinate, each with the units of its degree. Does the
       arithmetic of half a network pass in D steps, whatever the weights are.
     - ``"fixed_point"``: sweeps over all coordinates at once, the arithmetic of one network pass

@@ -238,9 +238,9 @@ class InverseAutoregressiveFlow(OnNetwork, SinglePass):
 
     The event is the vector: ``log_abs_det_jacobian`` is summed over it, of shape ``batch_shape``
     and in nats. Forward costs one network pass, and the log-determinant of a value that the flow
-    made nothing. The inverse of a value from elsewhere costs a few, see :func:`~pyro_iaf.invert`,
-    and knows the log-determinant too. ``flow.inv`` is the masked autoregressive flow with the same
-    parameters: it scores in one pass, and its draws are inverses.
+    made nothing. The inverse of a value from elsewhere takes as long as three to ten passes, see
+    :func:`~pyro_iaf.invert`, and knows the log-determinant too. ``flow.inv`` is the masked
+    autoregressive flow with the same parameters: it scores in one pass, and its draws are inverses.
 
     Args:
         network: A :class:`~pyro_iaf.MaskedAutoregressiveNetwork` with two parameters, or any
