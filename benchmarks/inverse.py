@@ -8,17 +8,15 @@ hard (1.0).
 
 import pathlib
 import re
-import statistics
 import subprocess
 import sys
-import time
 from functools import partial
 
 import torch
 from pyro.distributions import transforms
 from pyro.nn import AutoRegressiveNN
 
-from benchmarks.common import RESULTS, save
+from benchmarks.common import RESULTS, race, save
 from pyro_iaf import inverse_autoregressive_flow
 
 SIZES = [8, 32, 128, 512, 1024]
@@ -77,18 +75,9 @@ def contenders(D, batch, names):
     return {name: (*things, values[name].clone()) for name, things in found.items()}
 
 
-def race(runs, rounds, seconds=0.05):
-    """Median milliseconds of each; they take turns, each as often as fits in ``seconds``."""
-    times = {name: [] for name in runs}
-    repeats = dict.fromkeys(runs, 1)
-    for _ in range(rounds + 1):  # the first to warm up
-        for name, run in runs.items():
-            start = time.perf_counter()
-            for _ in range(repeats[name]):
-                run()
-            times[name].append((time.perf_counter() - start) / repeats[name])
-            repeats[name] = max(1, int(seconds / times[name][-1]))
-    return {name: 1e3 * statistics.median(taken[1:]) for name, taken in times.items()}
+def milliseconds(runs, rounds):
+    times = race(runs, rounds=rounds, seconds=0.05)
+    return {name: taken["microseconds"] / 1000 for name, taken in times.items()}
 
 
 def with_gradient(flow, run, argument):
@@ -106,14 +95,17 @@ def timings():
             with torch.no_grad():
                 forward = {n: partial(f, y) for n, (_, f, _, y) in flows.items()}
                 inverse = {n: partial(f, y) for n, (_, _, f, y) in flows.items()}
-                tasks = {"forward": race(forward, 11), "inverse": race(inverse, rounds)}
+                tasks = {
+                    "forward": milliseconds(forward, 11),
+                    "inverse": milliseconds(inverse, rounds),
+                }
             # The peers keep D graphs: at D = 512 that is many gigabytes.
             slope = {
                 n: partial(with_gradient, flow, f, y)
                 for n, (flow, _, f, y) in flows.items()
                 if D <= 128 or n not in PEERS
             }
-            tasks["inverse and gradient"] = race(slope, min(rounds, 9))
+            tasks["inverse and gradient"] = milliseconds(slope, min(rounds, 9))
             for task, times in tasks.items():
                 peers = [times[name] for name in PEERS if name in times]
                 for name, taken in times.items():
@@ -182,18 +174,13 @@ def peak_memory(name, D):
 
 
 def memory():
-    rows = []
-    for D in SIZES[1:]:
-        row = {"D": D}
-        for name in [*OURS, *PEERS]:
-            if D > 128 and name in PEERS:
-                continue
-            command = [sys.executable, "-m", "benchmarks.inverse", "--memory", name, str(D)]
-            row[name] = float(subprocess.check_output(command, text=True).split()[-1])
-        rows.append(
-            {"D": D} | {n: row.get(n) for n in ["pyro_iaf, gentle", "pyro_iaf, hard", *PEERS]}
-        )
-    return rows
+    def measure(name, D):
+        if D > 128 and name in PEERS:
+            return None
+        command = [sys.executable, "-m", "benchmarks.inverse", "--memory", name, str(D)]
+        return float(subprocess.check_output(command, text=True).split()[-1])
+
+    return [{"D": D} | {name: measure(name, D) for name in [*OURS, *PEERS]} for D in SIZES[1:]]
 
 
 def plot(rows):

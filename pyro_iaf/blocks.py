@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .networks import ACTIVATIONS, MaskedAutoregressiveNetwork
+from .networks import ACTIVATIONS, MaskedAutoregressiveNetwork, product
 from .sweeps import has_values, runs_eagerly, settle
 
 __all__ = ["Cut", "Map", "can_be_cut", "solve_in_blocks", "transposed_in_blocks"]
@@ -114,9 +114,9 @@ def _beside_what_is_known(
         before, within = _split(cut.hidden(k, now[k + 1], slice(now[k].stop)), now[k].start)
         yield within, _plus(offsets[k][now[k + 1]], before, known[k])
     # The outputs, shifts and then log-scales, read the last hidden layer and the coordinates.
-    last, offset = [], offsets[-1].view(2, cut.D, -1)[:, a:b].flatten(0, 1)
+    last, offset = [], _stacked(offsets[-1].view(2, cut.D, -1)[:, a:b])
     for k in (cut.L, 0):
-        weight = cut.output(slice(a, b), k, slice(now[k].stop)).flatten(0, 1)
+        weight = _stacked(cut.output(slice(a, b), k, slice(now[k].stop)))
         before, within = _split(weight, now[k].start)
         last.append(within)
         offset = _plus(offset, before, known[k])
@@ -315,10 +315,10 @@ class Cut:
         self.natural = self.network.in_natural_order
         factors = self.network.factors()
         if keep:
-            factors = [(_product(factor).detach(),) for factor in factors]
+            factors = [(product(factor).detach(),) for factor in factors]
             self.order = self.order.clone()
         *self._hidden, self._output, offsets = factors
-        self.offsets = self._offsets(_product(offsets), flow.context)
+        self.offsets = self._offsets(product(offsets), flow.context)
         num_columns = shape[:-1].numel()
         # In big batches arithmetic counts, and every sweep does all of it again.
         auto_one_by_one = method == "auto" and num_columns > 8 * self.D + 64
@@ -347,32 +347,31 @@ class Cut:
 
     def whole(self) -> list[Tensor]:
         """All weights: from each level to the next, and from the last and the first to outputs."""
-        first, *hidden, output = map(_product, [*self._hidden, self._output])
+        first, *hidden, output = map(product, [*self._hidden, self._output])
         if not self.natural:
             first = first[:, self.order]
             H = output.shape[1] - self.D
-            rows = torch.cat([self.order, self.D + self.order])
-            columns = torch.cat([torch.arange(H, device=rows.device), H + self.order])
-            output = output[rows][:, columns]
+            columns = torch.cat([torch.arange(H, device=output.device), H + self.order])
+            output = self._outputs_in_order(output)[:, columns]
         return [first, *hidden, output]
 
     def hidden(self, k: int, rows: slice, columns: slice) -> Tensor:
         """Weights from level k to the next."""
         where = columns if k else self._at(columns)
-        return _product([_take(factor, rows, where) for factor in self._hidden[k]])
+        return product([_take(factor, rows, where) for factor in self._hidden[k]])
 
     def output(self, rows: slice, k: int, columns: slice) -> Tensor:
         """Weights from level k, L or 0, to the outputs, of shape (2, rows, columns)."""
         H = self.network.hidden_dims[-1]
         half, where = (slice(H), columns) if k else (slice(H, None), self._at(columns))
         pairs = [factor.view(2, self.D, -1)[..., half] for factor in self._output]
-        return _product([_take(pair, self._at(rows), where) for pair in pairs])
+        return product([_take(pair, self._at(rows), where) for pair in pairs])
 
     def from_outputs(self, k: int, now: list[slice], gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Weights from a block's outputs back to level k, and what the outputs after it bring."""
         a, b = now[0].start, now[0].stop
         weight = self.output(slice(a, None), k, now[k])
-        within, after = (part.flatten(0, 1).T for part in _split(weight, b - a, 1))
+        within, after = (_stacked(part).T for part in _split(weight, b - a, 1))
         return within, after @ _stacked(gradient)
 
     def _offsets(self, offsets: Tensor, context: Tensor | None) -> list[Tensor]:
@@ -386,9 +385,10 @@ class Cut:
                 offsets = offsets.expand(*self.shape[:-1], -1)
             offsets = offsets.reshape(-1, offsets.shape[-1]).T
         *hidden, output = offsets.split_with_sizes([*self.network.hidden_dims, 2 * self.D])
-        if not self.natural:
-            output = output[torch.cat([self.order, self.D + self.order])]
-        return [*hidden, output]
+        return [*hidden, output if self.natural else self._outputs_in_order(output)]
+
+    def _outputs_in_order(self, rows: Tensor) -> Tensor:
+        return rows[torch.cat([self.order, self.D + self.order])]
 
     def _at(self, positions: slice) -> slice | Tensor:
         """Where the coordinates at these positions of the order are."""
@@ -404,10 +404,6 @@ def block_size(num_columns: int, one_by_one: bool, device: torch.device) -> int:
     if device.type != "cpu":
         return 512  # not measured: launching costs more than arithmetic
     return min(max(8192 // max(num_columns, 1), 32), 128)
-
-
-def _product(factors: Sequence[Tensor]) -> Tensor:
-    return factors[0] if len(factors) == 1 else factors[0] * factors[1]
 
 
 def _take(matrix: Tensor, rows: slice | Tensor, columns: slice | Tensor) -> Tensor:

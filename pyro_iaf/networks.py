@@ -131,7 +131,7 @@ class MaskedAutoregressiveNetwork(nn.Module):
             context: Of shape ``batch_shape + (context_dim,)``; the batch shapes broadcast.
         """
         self._check(x, context)
-        *hidden, output, offsets = self._masked_weights()
+        *hidden, output, offsets = map(product, self.factors())
         h = x
         if context is None:
             *biases, bias = offsets.squeeze(-1).split_with_sizes(self._widths)
@@ -187,9 +187,6 @@ class MaskedAutoregressiveNetwork(nn.Module):
             return [(matrix,) for matrix in self.matrices(self.weights[0] * self.mask)]
         masks = self.matrices(self.mask)
         return [(w.view(m.shape), m) for w, m in zip(self.weights, masks, strict=True)]
-
-    def _masked_weights(self) -> list[Tensor]:
-        return [math.prod(rest, start=first) for first, *rest in self.factors()]
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -293,6 +290,11 @@ class MaskedAutoregressiveNetwork(nn.Module):
         if self.context_dim:
             parts.append(f"context_dim={self.context_dim}")
         return ", ".join([*parts, f"num_params={self.num_params}"])
+
+
+def product(factors: Sequence[Tensor]) -> Tensor:
+    """What one or two factors come to."""
+    return factors[0] if len(factors) == 1 else factors[0] * factors[1]
 
 
 def _factor(num_inputs: Tensor) -> Tensor:

@@ -19,12 +19,18 @@ def own(guide):
     return parameters_of(guide.transform, f"{guide._pyro_name}.transform")
 
 
-def test_the_store_saves_and_restores(tmp_path):
+def trained_past_a_save(path):
+    """A guide that went on training after its store was saved, and its values when it was."""
     guide = AutoIAF(two_sites)
     train(guide)
     saved = values(guide)
-    pyro.get_param_store().save(tmp_path / "store")
+    pyro.get_param_store().save(path)
     train(guide)
+    return guide, saved
+
+
+def test_the_store_saves_and_restores(tmp_path):
+    guide, saved = trained_past_a_save(tmp_path / "store")
     assert not same(values(guide), saved)
 
     reload_store(tmp_path / "store")
@@ -144,11 +150,7 @@ def test_frozen_parameters_stay():
 
 
 def test_frozen_parameters_are_restored_too(tmp_path):
-    guide = AutoIAF(two_sites)
-    train(guide)
-    saved = values(guide)
-    pyro.get_param_store().save(tmp_path / "store")
-    train(guide)
+    guide, saved = trained_past_a_save(tmp_path / "store")
     for freeze in (guide.transform.parts[0], guide):
         freeze.requires_grad_(False)
         reload_store(tmp_path / "store")
