@@ -11,7 +11,9 @@ from .conditional import (
     ConditionalInverseAutoregressiveFlowStack,
     conditional_inverse_autoregressive_flow,
 )
+from .diagnostics import Diagnosis, diagnose, to_arviz
 from .distributions import DiagonalNormal
+from .fitting import FitResult, fit
 from .guides import AutoIAF
 from .inversion import invert, solve_transposed
 from .networks import MaskedAutoregressiveNetwork
@@ -28,15 +30,20 @@ __all__ = [
     "AutoIAF",
     "ConditionalInverseAutoregressiveFlow",
     "ConditionalInverseAutoregressiveFlowStack",
+    "Diagnosis",
     "DiagonalNormal",
+    "FitResult",
     "InverseAutoregressiveFlow",
     "InverseAutoregressiveFlowStack",
     "MaskedAutoregressiveNetwork",
     "conditional_inverse_autoregressive_flow",
+    "diagnose",
+    "fit",
     "inverse_autoregressive_flow",
     "invert",
     "register",
     "solve_transposed",
+    "to_arviz",
 ]
 
 register()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any
@@ -26,14 +27,20 @@ from torch.distributions import biject_to
 
 from . import memory, store
 from .distributions import DiagonalNormal
-from .initialization import or_draw
+from .affine import LocScale
+from .initialization import Start, StartNotFound, or_draw, pathfinder
+from .joint import LogJoint
 from .networks import check_size, check_widths
 from .sites import SiteDeltas, each_tensor, without_graph
-from .transforms import InverseAutoregressiveFlowStack, SinglePass, inverse_autoregressive_flow
+from .transforms import InverseAutoregressiveFlowStack, inverse_autoregressive_flow
+from .weights import Particles, pareto_k, resampled
 
 __all__ = ["AutoIAF"]
 
 GATE_BIAS = 2.0
+
+# More latents than this have a scale for each by default, and not a matrix.
+MAX_DENSE = 400
 
 # Medians and quantiles are read off this many draws and their mirror images.
 NUM_MIRRORED = 5000
@@ -63,11 +70,16 @@ class AutoIAF(AutoContinuous):
         hidden_dims: Widths of each network's hidden layers, a list or one int. By default two
             layers of ``max(64, D)``.
         gated: Whether the flows gate instead of shift and scale.
-        start: Where a fresh guide sits: ``"init"``, around what ``init_loc_fn`` says.
+        start: Where a fresh guide sits: ``"pathfinder"``, at the Gaussian of the highest ELBO that
+            a few short climbs of the log joint density meet; or ``"init"``, around what
+            ``init_loc_fn`` says. By default ``"pathfinder"``, unless ``init_scale`` is given.
         init_loc_fn: Says where each site starts, as for Pyro's guides; by default
             ``init_to_median``. Sites that can't be sampled, as improper priors, start at a draw in
-            unconstrained space.
-        init_scale: Standard deviation of a fresh guide in unconstrained space; by default 0.1.
+            unconstrained space. With ``"pathfinder"`` the first path begins there.
+        init_scale: Standard deviation of a fresh guide in unconstrained space that starts at
+            ``"init"``; by default 0.1.
+        scale: Whether the last step learns a ``"dense"`` lower-triangular scale or a ``"diagonal"``
+            one; ``"auto"`` is dense for up to 400 latents.
         create_plates: A function of the model's arguments that returns a plate, or several, for
             the guide to use.
         name: What the guide's parameters are called in the store, by default ``"AutoIAF"``. Two
@@ -105,6 +117,7 @@ class AutoIAF(AutoContinuous):
         start: str | None = None,
         init_loc_fn: Callable[..., Any] | None = None,
         init_scale: float | None = None,
+        scale: str = "auto",
         create_plates: Callable[..., Any] | None = None,
         name: str | None = None,
     ) -> None:
@@ -116,8 +129,18 @@ class AutoIAF(AutoContinuous):
         self.num_flows = check_size("num_flows", num_flows)
         self.hidden_dims = None if hidden_dims is None else check_widths(hidden_dims, 1)
         self.gated = bool(gated)
-        if start not in (None, "init"):
-            raise ValueError(f'start should be "init", or None for the default; got {start!r}.')
+        if start not in (None, "init", "pathfinder"):
+            raise ValueError(
+                f'start should be "pathfinder" or "init", or None for the default; got {start!r}.'
+            )
+        if start == "pathfinder" and init_scale is not None:
+            raise ValueError(
+                'init_scale belongs to start="init": with start="pathfinder" the scale is found.'
+            )
+        self._start = start or ("pathfinder" if init_scale is None else "init")
+        if scale not in ("auto", "dense", "diagonal"):
+            raise ValueError(f'scale should be "auto", "dense" or "diagonal"; got {scale!r}.')
+        self.scale = scale
         self._init_loc_fn = or_draw(init_to_median if init_loc_fn is None else init_loc_fn)
         if not (init_scale is None or (isinstance(init_scale, Real) and 0 < init_scale < math.inf)):
             raise ValueError(f"init_scale should be a positive number; got {init_scale!r}.")
@@ -165,7 +188,8 @@ class AutoIAF(AutoContinuous):
             loc = self._init_loc()
             transform = self._transform
             if transform is None:
-                self.transform = transform = self._fresh_transform(loc)
+                start, log_scale = self._find_start(model[0], loc, args, kwargs)
+                self.transform = transform = self._fresh_transform(start, log_scale)
             elif self.latent_dim != (loaded := transform.parts[-1].input_dim):
                 raise ValueError(
                     f"The state that was loaded is of a guide over {loaded} numbers in "
@@ -212,25 +236,48 @@ class AutoIAF(AutoContinuous):
         loc = torch.cat([part.to(device) for part in parts])
         return loc if loc.is_floating_point() else loc.to(torch.get_default_dtype())
 
-    def _fresh_transform(self, loc: Tensor) -> InverseAutoregressiveFlowStack:
-        """The flows and the final affine of a guide that is about ``N(loc, init_scale^2)``."""
+    def _find_start(
+        self, model: Callable[..., Any], loc: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Start, float]:
+        """The frame of a fresh guide, and the logarithm of its scale in that frame."""
+        at_loc = Start(loc.detach().clone(), torch.ones_like(loc)), math.log(self._init_scale)
+        if self._start == "init" or store.has_from_file(self._entries):
+            return at_loc
+        joint = LogJoint(model, self.prototype_trace, args, kwargs)
+        try:
+            return pathfinder(joint, loc, self._is_dense(len(loc))), 0.0
+        except StartNotFound as why:
+            warnings.warn(
+                f"AutoIAF looked for a start of the guide by Pathfinder and found none: {why}. It "
+                f"starts at what init_loc_fn says, with standard deviation {self._init_scale}; "
+                'start="init" chooses that without this warning.',
+                UserWarning,
+                stacklevel=2,
+            )
+            return at_loc
+
+    def _is_dense(self, latent_dim: int) -> bool:
+        return self.scale == "dense" or (self.scale == "auto" and latent_dim <= MAX_DENSE)
+
+    def _fresh_transform(self, start: Start, log_scale: float) -> InverseAutoregressiveFlowStack:
+        """The flows, nearly the identity, and the final affine."""
+        D = len(start.loc)
         flows = inverse_autoregressive_flow(
-            len(loc),
-            2 * [max(64, len(loc))] if self.hidden_dims is None else self.hidden_dims,
+            D,
+            2 * [max(64, D)] if self.hidden_dims is None else self.hidden_dims,
             num_flows=self.num_flows,
             gated=self.gated,
             gate_bias=GATE_BIAS,
             # The last flow takes the latents as the model draws them: causes before effects.
-            order=torch.arange(len(loc)) if self.num_flows % 2 else torch.arange(len(loc)).flip(0),
+            order=torch.arange(D) if self.num_flows % 2 else torch.arange(D).flip(0),
         )
-        log_scale = math.log(self._init_scale)
         if self.gated:  # each flow contracts
             log_scale += self.num_flows * math.log1p(math.exp(-GATE_BIAS))
         if not isinstance(flows, InverseAutoregressiveFlowStack):
             flows = InverseAutoregressiveFlowStack([flows])
         # In the model's own precision, whatever the default is.
-        affine = LocScale(loc.detach().clone(), log_scale)
-        flows.to(loc).parts.append(affine)  # type: ignore[attr-defined]  # a ModuleList
+        affine = LocScale(start.loc, start.scale, log_scale, self._is_dense(D))
+        flows.to(start.loc).parts.append(affine)  # type: ignore[attr-defined]  # a ModuleList
         return flows
 
     @property
@@ -290,19 +337,41 @@ class AutoIAF(AutoContinuous):
         return sites
 
     @torch.no_grad()
-    def sample_posterior(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def sample_posterior(
+        self, num_samples: int, *args: Any, resample: bool = False, **kwargs: Any
+    ) -> dict[str, Tensor]:
         """Draws from the guide, all at once, in the units of the model.
 
         Args:
             num_samples: How many draws.
-            args: What the model takes; needed only if the guide was never called or set up.
+            args: What the model takes; needed only if the guide was never called or set up, if it
+                has an encoder, and to resample.
+            resample: Whether to resample the draws, from four times as many, by their importance
+                weights. That brings them nearer to the posterior where the guide is good enough:
+                see :func:`~pyro_iaf.diagnose`. The model runs for it.
             kwargs: Likewise.
 
         Returns:
             For each site a tensor of shape ``(num_samples,) + shape`` of its value in the model.
+
+        Warns:
+            UserWarning: If the weights say that resampling can't repair the guide.
         """
+        check_size("num_samples", num_samples)
         posterior = self._ready_posterior(*args, **kwargs)
-        return self._sites(posterior.sample((check_size("num_samples", num_samples),)))
+        if not resample:
+            return self._sites(posterior.sample((num_samples,)))
+        particles = Particles(self.model, self, args, kwargs)
+        log_weights, sites = particles.weighted(max(4 * num_samples, 1000))
+        if (khat := pareto_k(log_weights)) > 0.7:
+            warnings.warn(
+                f"The guide's importance weights have k-hat {khat:.2f}: above 0.7, resampled draws "
+                "are no draws from the posterior. Train the guide further, or make it wider.",
+                UserWarning,
+                stacklevel=2,
+            )
+        index = resampled(log_weights, num_samples)
+        return {name: draws[index] for name, draws in sites.items()}
 
     @torch.no_grad()
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -346,9 +415,14 @@ class AutoIAF(AutoContinuous):
         self._adopt_parameters()
         return self.get_posterior(*args, **kwargs)
 
-    def _adopt_parameters(self) -> dict[str, nn.Parameter]:
+    @property
+    def _entries(self) -> str:
+        """What the names of this guide's entries in the store begin with."""
+        return f"{self._pyro_name}.transform"
+
+    def _adopt_parameters(self) -> dict[str, Tensor]:
         """Takes what a loaded store holds, unless a state was loaded since the last call."""
-        own = store.parameters_of(self._built(), f"{self._pyro_name}.transform")
+        own = store.parameters_of(self._built(), self._entries)
         if not self._state_was_loaded:
             store.adopt(self, own)
         return own
@@ -387,14 +461,18 @@ class AutoIAF(AutoContinuous):
         start = f"{prefix}transform."
         given = {k.removeprefix(start): v for k, v in state_dict.items() if k.startswith(start)}
         sizes = [v for k, v in given.items() if k.endswith(".network._extra_state")]
-        affine = given.get(f"parts.{len(sizes)}.coefficients")
+        affine = f"parts.{len(sizes)}"
+        learned, frame = (given.get(f"{affine}.{key}") for key in ("coefficients", "frame"))
         gated = state_dict.get(f"{prefix}_extra_state", torch.tensor(self.gated)).item()
-        if self.prototype_trace is None and sizes and affine is not None and not self._fits(given):
+        known = sizes and learned is not None and frame is not None
+        if self.prototype_trace is None and known and not self._fits(given):
             # Never set up, so the state says what to build.
             self.num_flows, self.gated = len(sizes), bool(gated)
             self.hidden_dims = sizes[0][3:].tolist()
             with torch.inference_mode(False):
-                self.transform = self._fresh_transform(affine[0].clone())
+                self.scale = "dense" if len(learned) > 4 else "diagonal"
+                start = Start(frame[0].clone(), frame[1:].clone().squeeze(0))
+                self.transform = self._fresh_transform(start, 0.0)
         if self.gated != gated:
             error_messages: list[str] = args[4]
             error_messages.append(f"The state is of a guide with {gated=}; this one is not.")
@@ -440,41 +518,6 @@ class AutoIAF(AutoContinuous):
         twin.create_plates, twin._init_loc_fn = self.create_plates, self._init_loc_fn
         twin._conversions = list(self._conversions)
         return twin
-
-
-class LocScale(SinglePass):
-    """The guide's last step: a learned loc and scale for each coordinate, ``loc + scale * x``."""
-
-    def __init__(self, loc: Tensor, log_scale: float) -> None:
-        super().__init__()
-        self.input_dim = len(loc)
-        # One parameter is one step of an optimiser: a row for the loc, one for the log-scale.
-        self.coefficients = nn.Parameter(torch.stack([loc, torch.full_like(loc, log_scale)]))
-
-    @property
-    def loc(self) -> Tensor:
-        return self.coefficients[0]
-
-    @property
-    def _sources(self) -> tuple[object, ...]:
-        return (self.coefficients,)
-
-    def _compute(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        loc, log_scale = self.coefficients.unbind()
-        return torch.addcmul(loc, log_scale.exp(), x), log_scale
-
-    def _undo(self, y: Tensor, method: str = "auto") -> tuple[Tensor, Tensor]:
-        loc, log_scale = self.coefficients.unbind()
-        return (y - loc) / log_scale.exp(), log_scale.expand_as(y)
-
-    def _undo_known(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        return self._undo(y)
-
-    def _solve_transposed(self, x: Tensor, v: Tensor) -> Tensor:
-        return v / self.coefficients[1].exp()
-
-    def extra_repr(self) -> str:
-        return f"input_dim={self.input_dim}"
 
 
 class _Posterior(dist.TransformedDistribution):  # type: ignore[misc]

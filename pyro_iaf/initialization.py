@@ -1,16 +1,355 @@
-"""Where a guide starts: a location found before SVI begins."""
+r"""Where a guide starts: a location and a scale found before SVI begins.
+
+From several points a path climbs the log joint density :math:`\ell`. At each of its points
+:math:`z` the curvature makes two Gaussians,
+
+.. math::
+    N(z, \Sigma) \quad\text{and}\quad N(z + \Sigma \nabla \ell(z), \Sigma), \qquad
+    \Sigma = |{-\nabla^2 \ell(z)}|^{-1},
+
+and the one of the highest ELBO is where the guide starts: somewhere on the way, not at its end,
+where the way leads into the neck of a funnel. Where second derivatives cost too much,
+:math:`\Sigma` comes from the steps of the path itself (L-BFGS), as a diagonal and a matrix of low
+rank. (Zhang et al. 2022, https://arxiv.org/abs/2108.03782)
+"""
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.distributions import biject_to
 
-__all__ = ["or_draw"]
+from .joint import LogJoint
+
+__all__ = ["Start", "StartNotFound", "or_draw", "pathfinder"]
+
+NUM_PATHS = 4
+
+# The latents up to which every path takes second derivatives, and up to which the best one does.
+EXACT_PATHS, EXACT_END = 64, 400
+
+# L-BFGS remembers so many steps, and takes so many more of them than Newton's method.
+NUM_HISTORY, NUM_STEPS, NUM_STEPS_EXACT = 10, 200, 60
+
+# Step sizes that are tried together, and the share of the promised gain that they have to bring.
+STEP_SIZES = (0.5, 0.25, 2.0**-3, 2.0**-4, 2.0**-6, 2.0**-9, 2.0**-13, 2.0**-18)
+ARMIJO = 1e-4
+
+# A path ends when a step promises less than this, in nats.
+ENOUGH = 1e-5
+
+# ELBOs are estimated from so many draws for all the Gaussians, then from more for the best ones.
+NUM_DRAWS, NUM_BEST, NUM_DRAWS_BEST = 20, 10, 200
+
+
+class Start(NamedTuple):
+    """Where a guide starts: a loc, and a scale for each latent or a lower-triangular matrix."""
+
+    loc: Tensor
+    scale: Tensor
+
+
+class StartNotFound(Exception):  # noqa: N818
+    """No path found a start; says why."""
+
+
+def pathfinder(joint: LogJoint, loc: Tensor, dense: bool) -> Start:
+    """The best Gaussian on the way to the modes of a log joint density.
+
+    Args:
+        joint: The log density.
+        loc: Where the first path begins, of shape ``(D,)``. The others begin between -2 and 2.
+        dense: Whether the scale may be a matrix.
+
+    Raises:
+        StartNotFound: If the density is not finite where the paths begin, has no Gaussian of
+            finite ELBO near them, or is another one at each call.
+    """
+    reason = joint.check(torch.stack([loc, loc + 0.1, loc - 0.1]))
+    if reason is not None:
+        raise StartNotFound(reason)
+    points = _beginnings(joint, loc)
+    exact = len(loc) <= EXACT_PATHS
+    best = _best(joint, _climb(joint, points, exact), loc.dtype)
+    if not exact and len(loc) <= EXACT_END and best is not None:
+        end = best.loc.to(loc).unsqueeze(0)
+        best = _best(joint, [best, *_climb(joint, end, True)], loc.dtype)
+    if best is None:
+        raise StartNotFound("no Gaussian on the way uphill has a finite ELBO")
+    scale = best.spread.root if dense and isinstance(best.spread, _Dense) else best.spread.scale
+    return Start(best.loc.to(loc), scale.to(loc))
+
+
+def _beginnings(joint: LogJoint, loc: Tensor) -> Tensor:
+    """Where the paths begin: points of finite density, ``loc`` first if it is one."""
+    num_paths = NUM_PATHS if joint.at_once else 2
+    for reach in (2.0, 0.5, 0.05):
+        around = torch.empty(8 * num_paths, len(loc), dtype=torch.float64).uniform_(-reach, reach)
+        points = torch.cat([loc.unsqueeze(0), around.to(loc)])
+        value, slope = joint.gradient(points)
+        finite = value.isfinite() & slope.isfinite().all(-1)
+        if finite.any():
+            return points[finite][:num_paths]
+    raise StartNotFound("its log density, or the gradient of it, is finite at no point tried")
+
+
+# Climbing
+
+
+class _Spread(Protocol):
+    """A covariance."""
+
+    @property
+    def scale(self) -> Tensor:
+        """The scales of the best normals without correlations: of each latent given the others."""
+
+    @property
+    def log_det_root(self) -> Tensor: ...
+
+    def stretch(self, noise: Tensor) -> Tensor:
+        """Noise of shape ``(..., D)``, with this covariance."""
+
+    def times(self, v: Tensor) -> Tensor:
+        """The covariance times a vector."""
+
+
+class _Gaussian(NamedTuple):
+    loc: Tensor
+    spread: _Spread
+
+
+class _Path:
+    """A path uphill: where it is, and the Gaussians on its way."""
+
+    def __init__(self, z: Tensor, value: Tensor, slope: Tensor, eps: float) -> None:
+        self.z, self.value, self.slope, self.eps = z, value, slope, eps
+        self.steps: list[tuple[Tensor, Tensor]] = []
+        self.diagonal = torch.ones_like(slope)
+        self.gaussians: list[_Gaussian] = []
+        self.climbs = True
+
+    def aim(self, hessian: Tensor | None) -> None:
+        """Finds the next step, and how much it promises."""
+        if hessian is not None and not hessian.isfinite().all():
+            self.climbs = False
+            return
+        if hessian is None:
+            spread: _Spread = _LowRank.of_steps(self.diagonal, self.steps)
+        else:
+            spread = _Dense.of_precision(-hessian)
+        self.step = spread.times(self.slope)
+        self.gain = (self.step @ self.slope).item()
+        if hessian is None and not self.steps:  # nothing is known of the scale
+            self.step = self.step / max(1.0, self.slope.norm().item())
+            self.gain = (self.step @ self.slope).item()
+        else:
+            self.gaussians += [_Gaussian(self.z, spread), _Gaussian(self.z + self.step, spread)]
+        self.climbs = ENOUGH < self.gain < math.inf
+
+    def accepts(self, value: Tensor, size: float | Tensor) -> Tensor:
+        """Whether steps of this size bring enough of what they promise."""
+        rounding = 8 * self.eps * self.value.abs()
+        return value >= self.value + ARMIJO * size * self.gain - rounding
+
+    def move(self, z: Tensor, value: Tensor, slope: Tensor) -> None:
+        s, y = z - self.z, self.slope - slope
+        self.z, self.value, self.slope = z, value, slope
+        if s @ y > 1e-10 * s.norm() * y.norm():
+            self.diagonal = _updated(self.diagonal, s, y)
+            self.steps = [*self.steps[1 - NUM_HISTORY :], (s, y)]
+
+
+def _updated(diagonal: Tensor, s: Tensor, y: Tensor) -> Tensor:
+    """The diagonal of an inverse Hessian after a step (Gilbert and Lemarechal 1989)."""
+    a, b, c = y @ (diagonal * y), s @ y, s @ (s / diagonal)
+    return 1 / (a / (b * diagonal) + y.square() / b - a / (b * c) * (s / diagonal).square())
+
+
+def _climb(joint: LogJoint, points: Tensor, exact: bool) -> list[_Gaussian]:
+    """The Gaussians on the paths from these points uphill."""
+    dtype, eps = points.dtype, torch.finfo(points.dtype).eps
+    points = points.double()
+    live = paths = [
+        _Path(*parts, eps) for parts in zip(points, *_evaluate(joint, points, dtype), strict=True)
+    ]
+    for _ in range(NUM_STEPS_EXACT if exact else NUM_STEPS):
+        if not live:
+            break
+        hessians: Any = [None] * len(live)
+        if exact:
+            z = torch.stack([path.z for path in live])
+            hessians = joint.hessian(z.to(dtype)).double()
+        for path, hessian in zip(live, hessians, strict=True):
+            path.aim(hessian)
+        live = [path for path in live if path.climbs]
+        if not live:
+            break
+        ends = torch.stack([path.z + path.step for path in live])
+        short = []
+        for path, z, value, slope in zip(live, ends, *_evaluate(joint, ends, dtype), strict=True):
+            if path.accepts(value, 1.0):
+                path.move(z, value, slope)
+            else:
+                short.append(path)
+        if short:
+            _shorten(short, joint, dtype)
+            live = [path for path in live if path.climbs]
+    return [gaussian for path in paths for gaussian in path.gaussians]
+
+
+def _evaluate(joint: LogJoint, z: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    value, slope = joint.gradient(z.to(dtype))
+    usable = value.isfinite() & slope.isfinite().all(-1)
+    return torch.where(usable, value.double(), -torch.inf), slope.double()
+
+
+def _shorten(paths: list[_Path], joint: LogJoint, dtype: torch.dtype) -> None:
+    """Moves paths whose full step is too long, by the best of several shorter ones."""
+    sizes = torch.tensor(STEP_SIZES, dtype=torch.float64, device=paths[0].z.device)
+    tried = torch.stack([path.z + sizes.unsqueeze(-1) * path.step for path in paths])
+    with torch.no_grad():
+        values = joint(tried.to(dtype).flatten(0, 1)).double().reshape(tried.shape[:-1])
+    ends = []
+    for path, candidates, value in zip(paths, tried, values, strict=True):
+        usable = value.isfinite() & path.accepts(value, sizes)
+        value = torch.where(usable, value, -torch.inf)
+        ends.append(candidates[value.argmax()])
+    ends = torch.stack(ends)
+    for path, z, value, slope in zip(paths, ends, *_evaluate(joint, ends, dtype), strict=True):
+        path.climbs = bool(value.isfinite() & path.accepts(value, sizes[-1]))
+        if path.climbs:
+            path.move(z, value, slope)
+
+
+def _best(
+    joint: LogJoint, gaussians: list[_Gaussian], dtype: torch.dtype
+) -> _Gaussian | None:
+    """The Gaussian of the highest ELBO, if any has a finite one."""
+    for num_draws in (NUM_DRAWS, NUM_DRAWS_BEST) if joint.at_once else (4, 40):
+        elbos = _elbos(joint, gaussians, num_draws, dtype)
+        ranked = sorted(range(len(elbos)), key=lambda i: -elbos[i])
+        better = [gaussians[i] for i in ranked[:NUM_BEST] if elbos[i] > -math.inf]
+        if not better and num_draws == NUM_DRAWS:
+            return None
+        gaussians = better or gaussians  # draws so rare that few of them didn't meet them
+    return gaussians[0] if gaussians else None
+
+
+def _elbos(
+    joint: LogJoint, gaussians: list[_Gaussian], num_draws: int, dtype: torch.dtype
+) -> list[float]:
+    """Estimates from draws in mirrored pairs."""
+    values, entropies = [], []
+    for part in _parts(gaussians, max(1, joint.num_at_once // num_draws)):
+        draws = []
+        for loc, spread in part:
+            noise = torch.randn(num_draws // 2, len(loc), dtype=torch.float64).to(loc.device)
+            draws.append(loc + spread.stretch(torch.cat([noise, -noise])))
+            entropies.append(spread.log_det_root)
+        with torch.no_grad():
+            value = joint(torch.cat(draws).to(dtype), together=num_draws)
+        values.append(value.double().reshape(-1, num_draws).mean(-1))
+    elbos = torch.cat(values) + torch.stack(entropies) if values else torch.zeros(0)
+    constant = math.log(2 * math.pi * math.e) / 2
+    return [
+        elbo + len(gaussian.loc) * constant if math.isfinite(elbo) else -math.inf
+        for elbo, gaussian in zip(elbos.tolist(), gaussians, strict=True)
+    ]
+
+
+def _parts(things: list[Any], size: int) -> list[list[Any]]:
+    return [things[i : i + size] for i in range(0, len(things), size)]
+
+
+# Covariances
+
+
+class _Dense(NamedTuple):
+    """A covariance ``L L^T`` with a lower-triangular ``L``."""
+
+    root: Tensor
+
+    @classmethod
+    def of_precision(cls, precision: Tensor) -> _Dense:
+        """The covariance of a precision, whose negative directions count as positive ones.
+
+        That is settled for latents in units of their own, so that units make no difference.
+        """
+        biggest = precision.abs().amax(-1).clamp(min=1e-30)
+        unit = precision.diagonal().abs()
+        unit = torch.where(unit > 1e-14 * biggest, unit, biggest).sqrt()
+        scaled, axes = torch.linalg.eigh(precision / unit / unit.unsqueeze(-1))
+        scaled = scaled.abs()
+        scaled = scaled.clamp(min=1e-13 * scaled.max().item())
+        root = torch.linalg.qr((axes * scaled.rsqrt() / unit.unsqueeze(-1)).mT, mode="r")[1].mT
+        return cls(root * root.diagonal().sign())
+
+    @property
+    def scale(self) -> Tensor:
+        return torch.cholesky_inverse(self.root).diagonal().rsqrt()
+
+    @property
+    def log_det_root(self) -> Tensor:
+        return self.root.diagonal().log().sum()
+
+    def stretch(self, noise: Tensor) -> Tensor:
+        return noise @ self.root.mT
+
+    def times(self, v: Tensor) -> Tensor:
+        return self.root @ (self.root.mT @ v)
+
+
+class _LowRank(NamedTuple):
+    r"""A covariance ``A (I + Q (B - I) Q^T) A`` with a diagonal ``A`` and orthonormal ``Q``.
+
+    ``B`` is given by its eigenvalues, ``Q`` by the corresponding directions.
+    """
+
+    diagonal: Tensor
+    axes: Tensor
+    values: Tensor
+
+    @classmethod
+    def of_steps(cls, diagonal: Tensor, steps: list[tuple[Tensor, Tensor]]) -> _LowRank:
+        """The inverse Hessian that a path's last steps tell, by L-BFGS."""
+        root = diagonal.sqrt()
+        if not steps:
+            return cls(root, root.new_zeros(len(root), 0), root.new_zeros(0))
+        # Byrd, Nocedal and Schnabel (1994), theorem 2.2, in units of the diagonal's root.
+        S = torch.stack([s for s, _ in steps], -1) / root.unsqueeze(-1)
+        Y = torch.stack([y for _, y in steps], -1) * root.unsqueeze(-1)
+        R = (S.mT @ Y).triu()
+        basis, _ = torch.linalg.qr(torch.cat([S, Y], -1))
+        W = torch.linalg.solve_triangular(R, S.mT @ basis, upper=True)
+        cross = W.mT @ (Y.mT @ basis)
+        middle = W.mT @ (R.diagonal().diag() + Y.mT @ Y) @ W - cross - cross.mT
+        values, vectors = torch.linalg.eigh(middle)
+        return cls(root, basis @ vectors, (1 + values).clamp(min=1e-12))
+
+    @property
+    def scale(self) -> Tensor:
+        precision = 1 + (self.axes.square() * (1 / self.values - 1)).sum(-1)
+        return self.diagonal * precision.rsqrt()
+
+    @property
+    def log_det_root(self) -> Tensor:
+        return self.diagonal.log().sum() + self.values.log().sum() / 2
+
+    def stretch(self, noise: Tensor) -> Tensor:
+        within = noise @ self.axes * (self.values.sqrt() - 1)
+        return (noise + within @ self.axes.mT) * self.diagonal
+
+    def times(self, v: Tensor) -> Tensor:
+        v = v * self.diagonal
+        return (v + self.axes @ (self.axes.mT @ v * (self.values - 1))) * self.diagonal
+
+
+# Without a path
 
 
 def or_draw(init_loc_fn: Callable[..., Any]) -> Callable[[dict[str, Any]], Tensor]:

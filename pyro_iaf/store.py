@@ -19,19 +19,30 @@ from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["adopt", "declare", "parameters_of"]
+__all__ = ["adopt", "declare", "has_from_file", "parameters_of"]
 
 _makers = WeakIdKeyDictionary()  # a parameter in the store: the guide that put it there, weakly
 _warned: weakref.WeakSet[PyroModule] = weakref.WeakSet()
 
 
-def parameters_of(module: nn.Module, name: str) -> dict[str, nn.Parameter]:
-    """A module's parameters under the names that Pyro gives them in the store."""
+def parameters_of(module: nn.Module, name: str) -> dict[str, Tensor]:
+    """A module's parameters, and its frame, under the names that Pyro gives them in the store."""
     named = module.named_parameters()  # under functional_call these are no Parameters
-    return {f"{name}$$${key}": p for key, p in named if isinstance(p, nn.Parameter)}
+    own: dict[str, Tensor] = {key: p for key, p in named if isinstance(p, nn.Parameter)}
+    own.update((key, value) for key, value in module.named_buffers() if key.endswith("frame"))
+    return {f"{name}$$${key}": value for key, value in own.items()}
 
 
-def adopt(guide: PyroModule, own: dict[str, nn.Parameter]) -> None:
+def has_from_file(name: str) -> bool:
+    """Whether the store has entries of a module that came from a file."""
+    entries = pyro.get_param_store()._params
+    local = pyro.settings.get("module_local_params")
+    return not local and any(
+        key.startswith(f"{name}$$$") and value not in _makers for key, value in entries.items()
+    )
+
+
+def adopt(guide: PyroModule, own: dict[str, Tensor]) -> None:
     """Takes over the values that the store has from a file."""
     if pyro.settings.get("module_local_params"):
         return
@@ -49,12 +60,16 @@ def adopt(guide: PyroModule, own: dict[str, nn.Parameter]) -> None:
         _replace_entry(guide, name, own[name])
 
 
-def declare(guide: PyroModule, own: dict[str, nn.Parameter]) -> None:
+def declare(guide: PyroModule, own: dict[str, Tensor]) -> None:
     """Makes Pyro's statement for each parameter; the store's entries become this guide's."""
     entries = pyro.get_param_store()._params
     local = pyro.settings.get("module_local_params")
     for name, value in own.items():
-        if not value.requires_grad:
+        if isinstance(value, nn.Parameter) and not value.requires_grad:
+            continue
+        if not isinstance(value, nn.Parameter):  # it belongs to the state, and isn't trained
+            if not local and entries.get(name) is not value:
+                _replace_entry(guide, name, value)
             continue
         if local:  # handlers hear of it, the store does not
             value.unconstrained = weakref.ref(value)  # type: ignore[attr-defined]
@@ -70,12 +85,13 @@ def _statement(name: str, value: Tensor, **_: Any) -> Tensor:
     return value
 
 
-def _check_entries(guide: PyroModule, own: dict[str, nn.Parameter]) -> None:
+def _check_entries(guide: PyroModule, own: dict[str, Tensor]) -> None:
     prefix = next(iter(own)).partition("$$$")[0] + "$$$"
     entries = pyro.get_param_store()._params
     theirs = {name: tuple(p.shape) for name, p in entries.items() if name.startswith(prefix)}
     ours = {name: tuple(value.shape) for name, value in own.items()}
-    wanted = {name for name, value in own.items() if value.requires_grad}  # frozen: in no store
+    frozen = {n for n, p in own.items() if isinstance(p, nn.Parameter) and not p.requires_grad}
+    wanted = own.keys() - frozen  # those are in no store
     strange = dict(theirs.items() - ours.items()).keys() | (wanted - theirs.keys())
     if strange:
         name = min(strange)
@@ -87,7 +103,7 @@ def _check_entries(guide: PyroModule, own: dict[str, nn.Parameter]) -> None:
         )
 
 
-def _replace_entry(guide: PyroModule, name: str, value: nn.Parameter) -> None:
+def _replace_entry(guide: PyroModule, name: str, value: Tensor) -> None:
     store = pyro.get_param_store()
     if name in store:
         old = store._params.pop(name)
@@ -102,5 +118,7 @@ def _replace_entry(guide: PyroModule, name: str, value: nn.Parameter) -> None:
                 UserWarning,
                 stacklevel=2,
             )
+    trained = value.requires_grad
     store.setdefault(name, value)
+    value.requires_grad_(trained)
     _makers[value] = weakref.ref(guide)

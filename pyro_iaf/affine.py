@@ -1,0 +1,131 @@
+r"""The last step of a guide: from near the origin to where the posterior is.
+
+.. math::
+    z = c + R \, (\mu + S x)
+
+with a fixed frame :math:`c, R`, which a guide takes from where it starts, and a loc :math:`\mu` and
+a scale :math:`S` to learn. In its own frame a latent is of order one, whatever its units are, so
+one learning rate does for all.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .transforms import SinglePass
+
+__all__ = ["LocScale"]
+
+
+class LocScale(SinglePass):
+    """A learned loc and scale, in a frame.
+
+    Args:
+        loc: The frame's origin, of shape ``(D,)``.
+        scale: The frame's scale: one for each coordinate, or a lower-triangular matrix.
+        log_scale: Where the logarithm of the learned scale's diagonal starts; its loc starts at
+            zero.
+        dense: Whether a lower-triangular matrix is learned, and not its diagonal alone.
+    """
+
+    def __init__(self, loc: Tensor, scale: Tensor, log_scale: float, dense: bool) -> None:
+        super().__init__()
+        self.input_dim = len(loc)
+        # One parameter is one step of an optimiser: loc, log of the diagonal, skewness, log of the
+        # weight of the tails; and what lies below the diagonal.
+        coefficients = torch.zeros_like(loc).repeat(4 + dense * len(loc), 1)
+        coefficients[1] = log_scale
+        self.coefficients = nn.Parameter(coefficients)
+        self.frame: Tensor
+        self.register_buffer("frame", torch.cat([loc.unsqueeze(0), scale.reshape(-1, len(loc))]))
+
+    def condition(self, context: Tensor) -> LocScale:
+        """Itself: what it learns is the same for all contexts."""
+        return self
+
+    @property
+    def loc(self) -> Tensor:
+        """What the origin becomes."""
+        return self.frame[0] + self._from_frame(self.coefficients[0])
+
+    @property
+    def _sources(self) -> tuple[object, ...]:
+        return (self.coefficients, self.frame)
+
+    def _compute(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        shift, log_scale, skew, log_tail = self.coefficients[:4].unbind()
+        inner = log_tail.exp() * x.asinh() + skew
+        bent = inner.sinh()
+        y = torch.addcmul(shift, log_scale.exp(), bent)
+        if len(self.coefficients) > 4:
+            y = y + bent @ self._below_diagonal().mT
+        return self.frame[0] + self._from_frame(y), self._log_scale() + self._log_slope(x, bent)
+
+    def _log_slope(self, x: Tensor, bent: Tensor) -> Tensor:
+        return self.coefficients[3] + ((1 + bent.square()).log() - (1 + x.square()).log()) / 2
+
+    def _undo(self, y: Tensor, method: str = "auto") -> tuple[Tensor, Tensor]:
+        y = y - self.frame[0]
+        if len(self.frame) > 2:
+            y = _solve(self.frame[1:].mT, y, upper=True)
+        else:
+            y = y / self.frame[1]
+        y = y - self.coefficients[0]
+        if len(self.coefficients) > 4:
+            bent = _solve(self._learned().mT, y, upper=True)
+        else:
+            bent = y / self.coefficients[1].exp()
+        x = ((bent.asinh() - self.coefficients[2]) / self.coefficients[3].exp()).sinh()
+        return x, self._log_scale() + self._log_slope(x, bent)
+
+    def _undo_known(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self._undo(y)
+
+    def _solve_transposed(self, x: Tensor, v: Tensor) -> Tensor:
+        # A row v of J^T u = v is u J = v.
+        tail = self.coefficients[3].exp()
+        slope = torch.addcmul(self.coefficients[2], tail, x.asinh()).cosh() * tail
+        v = v * (1 + x.square()).sqrt() / slope
+        if len(self.coefficients) > 4:
+            v = _solve(self._learned(), v, upper=False)
+        else:
+            v = v / self.coefficients[1].exp()
+        if len(self.frame) > 2:
+            return _solve(self.frame[1:], v, upper=False)
+        return v / self.frame[1]
+
+    @torch.no_grad()
+    def slope_of_log_det(self, x: Tensor) -> Tensor:
+        """The gradient of the log-determinant at ``x``."""
+        tail, wide = self.coefficients[3].exp(), 1 + x.square()
+        bent = torch.addcmul(self.coefficients[2], tail, x.asinh())
+        return bent.tanh() * tail * wide.rsqrt() - x / wide
+
+    def _log_scale(self) -> Tensor:
+        frame = self.frame[1:]
+        diagonal = frame.diagonal() if len(frame) > 1 else frame[0]
+        return self.coefficients[1] + diagonal.log()
+
+    def _from_frame(self, y: Tensor) -> Tensor:
+        frame = self.frame[1:]
+        return y @ frame.mT if len(frame) > 1 else y * frame[0]
+
+    def _below_diagonal(self) -> Tensor:
+        # An optimiser moves all its numbers at once, so each counts the less, the more there are.
+        return self.coefficients[4:].tril(-1) / math.sqrt(self.input_dim)
+
+    def _learned(self) -> Tensor:
+        return self._below_diagonal() + self.coefficients[1].exp().diag()
+
+    def extra_repr(self) -> str:
+        kind = "dense" if len(self.coefficients) > 4 else "diagonal"
+        return f"input_dim={self.input_dim}, {kind}"
+
+
+def _solve(matrix: Tensor, rows: Tensor, upper: bool) -> Tensor:
+    """The rows ``x`` with ``x @ matrix = rows``."""
+    flat = rows.reshape(-1, rows.shape[-1])
+    return torch.linalg.solve_triangular(matrix, flat, upper=upper, left=False).reshape(rows.shape)

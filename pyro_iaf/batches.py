@@ -1,0 +1,126 @@
+"""What a model is fitted to: its arguments, minibatches of them, or data of its own making."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from pyro import poutine
+
+__all__ = ["Batches", "simulated"]
+
+Batch = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Batches:
+    """An endless row of arguments for a model, that can be taken up again where it was left.
+
+    Args:
+        model: The model, for simulated data.
+        args: Its arguments.
+        kwargs: Likewise.
+        data: Minibatches instead of ``args``, walked through again and again.
+        simulate: Sites to simulate, by the keyword that takes them.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        data: Iterable[Any] | None,
+        simulate: Sequence[str] | Mapping[str, str] | None,
+    ) -> None:
+        if data is not None and args:
+            raise ValueError("Give args or data, not both: data holds the model's arguments.")
+        if data is not None and not isinstance(data, Iterable):
+            raise ValueError(f"data should be an iterable of minibatches; got {data!r}.")
+        if isinstance(simulate, str):
+            simulate = [simulate]
+        names = {} if simulate is None else simulate
+        self.simulate = dict(names if isinstance(names, Mapping) else zip(names, names, strict=True))
+        self.model, self.args, self.kwargs, self.data = model, args, kwargs, data
+        self._iterator: Iterator[Any] | None = None
+        self._before: list[torch.Tensor] = []  # states of the generators before this walk
+        self._taken = 0
+
+    @property
+    def change(self) -> bool:
+        """Whether one step's arguments are not the next one's."""
+        return self.data is not None or bool(self.simulate)
+
+    def next(self) -> Batch:
+        """The arguments of the next step."""
+        args, kwargs = (self.args, self.kwargs) if self.data is None else self._from_data()
+        if self.simulate:
+            kwargs = {**kwargs, **simulated(self.model, args, kwargs, self.simulate)}
+        return args, kwargs
+
+    def _from_data(self) -> Batch:
+        if self._iterator is None:
+            self._start()
+        assert self._iterator is not None
+        try:
+            item = next(self._iterator)
+        except StopIteration:
+            self._start()
+            try:
+                item = next(self._iterator)
+            except StopIteration:
+                raise ValueError(
+                    "data has no more minibatches, and can't be walked through again. Give a list "
+                    "or a DataLoader, or an iterator that lasts for num_steps."
+                ) from None
+        self._taken += 1
+        if isinstance(item, Mapping):
+            return (), {**self.kwargs, **item}
+        return tuple(item) if isinstance(item, tuple | list) else (item,), self.kwargs
+
+    def _start(self) -> None:
+        assert self.data is not None
+        self._before = [generator.get_state() for generator in self._generators()]
+        self._iterator, self._taken = iter(self.data), 0
+
+    def _generators(self) -> list[torch.Generator]:
+        own = getattr(self.data, "generator", None)
+        return [torch.default_generator, *([] if own is None else [own])]
+
+    def state(self) -> dict[str, Any]:
+        """Where the walk is, for :meth:`restore`."""
+        return {"before": self._before, "taken": self._taken}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes the walk up where it was; leaves PyTorch's generator anywhere."""
+        if self.data is None or not state["before"]:
+            return
+        again = iter(self.data)
+        done = self._taken if again is self._iterator else 0
+        for generator, before in zip(self._generators(), state["before"], strict=False):
+            generator.set_state(before)
+        self._iterator = again if again is self._iterator else iter(self.data)
+        self._before, self._taken = state["before"], state["taken"]
+        for _ in range(self._taken - done):
+            next(self._iterator)
+
+
+@torch.no_grad()
+def simulated(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    simulate: Mapping[str, str],
+) -> dict[str, Any]:
+    """One draw of sites from the model's prior, by the keywords that take them."""
+    with poutine.block():
+        trace = poutine.trace(model).get_trace(*args, **kwargs)
+    for keyword, name in simulate.items():
+        site = trace.nodes.get(name, {"type": "missing"})
+        if site["type"] != "sample" or site["is_observed"]:
+            what = "is observed" if site["type"] == "sample" else "is no sample site of the model"
+            raise ValueError(
+                f"simulate should draw {keyword!r} from site '{name}', but that {what}. Run "
+                f"without its data the model has to sample it: leave {keyword!r} out of the "
+                "arguments, and give it the default None in the model."
+            )
+    return {keyword: trace.nodes[name]["value"] for keyword, name in simulate.items()}

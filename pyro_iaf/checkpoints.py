@@ -1,0 +1,53 @@
+"""Files that a training run goes on from, whenever and however it was ended."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["load", "save"]
+
+FORMAT = "pyro_iaf.fit 1"
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Writes a state whole or not at all: into a file beside it, which then takes its place."""
+    path = path.absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save({"format": FORMAT, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def load(path: Path) -> dict[str, Any] | None:
+    """The state in a file, on the CPU; None if there is no file.
+
+    Raises:
+        ValueError: If it is damaged, or holds something else.
+    """
+    if not path.exists():
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"{path} can't be read as a checkpoint of fit; it is damaged, or something else. Move "
+            "it away to begin anew, or give another path."
+        ) from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} holds something else than a checkpoint of fit, or one of another version. "
+            "Give another path."
+        )
+    return state

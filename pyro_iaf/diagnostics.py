@@ -1,0 +1,332 @@
+"""How good a fitted guide is, in numbers and in words; and its draws for ArviZ."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from .joint import Given, quietly, split_sizes
+from .networks import check_size
+from .weights import Particles, pareto_k, resampled, smoothed
+
+__all__ = ["Diagnosis", "diagnose", "to_arviz"]
+
+GOOD, USABLE = 0.5, 0.7
+
+
+@dataclass
+class Diagnosis:
+    """How good a guide is; ``print(diagnosis)`` says it in words.
+
+    Attributes:
+        khat: Shape of the tail of the importance weights. Below 0.5 the guide is good, up to 0.7
+            usable with resampled draws, beyond it isn't to be trusted.
+        elbo: The ELBO in nats, and ``elbo_se`` its standard error.
+        iw_elbo: Logarithm of the mean weight: the evidence from below, and nearer than the ELBO.
+            With ``iw_elbo_se``.
+        ess: How many independent draws from the posterior the weighted draws are worth.
+        log_weights: Of the draws, of shape ``(num_samples,)``.
+        sites: For each site how far weighting moves its mean at most, in standard deviations of
+            the guide, and by which factor it changes the standard deviation at most.
+        subsampled: Whether the model subsamples data. Then weights vary by that too.
+    """
+
+    khat: float
+    elbo: float
+    elbo_se: float
+    iw_elbo: float
+    iw_elbo_se: float
+    ess: float
+    log_weights: Tensor = field(repr=False)
+    sites: dict[str, tuple[float, float]]
+    subsampled: bool = False
+
+    @property
+    def threshold(self) -> float:
+        """What k-hat may be for this number of draws: ``min(1 - 1 / log10(S), 0.7)``."""
+        return min(1 - 1 / math.log10(max(len(self.log_weights), 2)), USABLE)
+
+    @property
+    def worst_sites(self) -> list[str]:
+        """The sites, those first whose mean or spread weighting changes most."""
+        return sorted(self.sites, key=lambda name: -_severity(self.sites[name]))
+
+    def __str__(self) -> str:
+        lines = [
+            self._verdict(),
+            f"  k-hat {self.khat:.2f} (below 0.5 good, below {self.threshold:.2f} usable)",
+            f"  effective sample size {self.ess:.0f} of {len(self.log_weights)} draws",
+            f"  ELBO {self.elbo:.2f} ± {self.elbo_se:.2f} nats, "
+            f"importance-weighted {self.iw_elbo:.2f} ± {self.iw_elbo_se:.2f}",
+        ]
+        lost = int((~self.log_weights.isfinite()).sum())
+        if lost:
+            lines.append(f"  {lost} draws where the model has no finite density")
+        for name in self.worst_sites[:3]:
+            shift, factor = self.sites[name]
+            lines.append(
+                f"  site '{name}': weighting moves a mean by {shift:.2f} sd, and a spread by a "
+                f"factor of {factor:.2f}"
+            )
+        if self.subsampled:
+            lines.append(
+                "  The model subsamples its data, so weights differ by that too. For the guide "
+                "alone, diagnose it on all data."
+            )
+        return "\n".join(lines)
+
+    def _verdict(self) -> str:
+        if not math.isfinite(self.khat):
+            return "No verdict: too few draws have a finite weight."
+        if self.khat < min(GOOD, self.threshold):
+            return "Good: the guide is close to the posterior."
+        if self.khat < self.threshold:
+            return (
+                "Usable: the guide misses something of the posterior. Prefer "
+                "sample_posterior(..., resample=True) to plain draws."
+            )
+        return (
+            "Not to be trusted: the guide misses parts of the posterior, and weighting can't make "
+            "up for it. Train longer, take more flows or wider ones, or reparameterise the model."
+        )
+
+
+@torch.no_grad()
+def diagnose(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    num_samples: int = 4000,
+) -> Diagnosis:
+    """Says how close a guide is to the posterior, from importance weights of its draws.
+
+    It can't see a mode that the guide has no draws near. Costs ``num_samples`` runs of guide and
+    model, at once where the model takes them.
+
+    Args:
+        model: A Pyro model.
+        guide: A guide for it, any of Pyro's or ours or by hand.
+        args: What they take.
+        kwargs: Likewise.
+        num_samples: How many draws.
+
+    Raises:
+        ValueError: If ``num_samples`` is not positive.
+
+    References:
+        Yao et al. (2018), Yes, but did it work?, https://arxiv.org/abs/1802.02538;
+        Vehtari et al. (2024), https://arxiv.org/abs/1507.02646
+
+    Example:
+        >>> def model():
+        ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor(1.0))
+        >>> guide = AutoIAF(model)  # starts at the posterior, since that is normal
+        >>> diagnosis = diagnose(model, guide)
+        >>> diagnosis.khat < 0.7
+        True
+        >>> print(str(diagnosis).splitlines()[0])
+        Good: the guide is close to the posterior.
+    """
+    check_size("num_samples", num_samples)
+    particles = Particles(model, guide, tuple(args), dict(kwargs or {}))
+    log_weights, sites = particles.weighted(num_samples)
+    log_w = log_weights.double()
+    usable = log_w[~log_w.isnan() & (log_w < math.inf)]
+    weights = (log_w - usable.max()).exp().nan_to_num(0.0, posinf=0.0) if len(usable) else log_w * 0
+    total, squares = weights.sum(), weights.square().sum()
+    ess = (total.square() / squares).item() if squares > 0 else 0.0
+    S = num_samples
+    return Diagnosis(
+        khat=pareto_k(log_w),
+        elbo=log_w.mean().item(),
+        elbo_se=(log_w.std() / math.sqrt(S)).item() if S > 1 else math.nan,
+        iw_elbo=(log_w.logsumexp(0) - math.log(S)).item(),
+        iw_elbo_se=math.sqrt(max(1 / ess - 1 / S, 0.0)) if ess else math.nan,
+        ess=ess,
+        log_weights=log_weights,
+        sites=_moves(smoothed(log_w.nan_to_num(-math.inf, posinf=-math.inf)), sites)
+        if total > 0
+        else {},
+        subsampled=particles.subsampled,
+    )
+
+
+def _moves(weights: Tensor, sites: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
+    """How far weighting moves means, and by which factor standard deviations."""
+    moves = {}
+    for name, draws in sites.items():
+        if not draws.is_floating_point():
+            continue
+        flat = draws.double().reshape(len(draws), -1)
+        mean, sd = flat.mean(0), flat.std(0)
+        weighted = weights @ flat
+        spread = (weights @ (flat - weighted).square()).sqrt()
+        fixed = sd < 1e-12 * (1 + mean.abs())  # the last part of a Cholesky factor, say
+        shift = ((weighted - mean).abs() / sd).where(~fixed, 0).max().item()
+        factor = (spread / sd).where(~fixed, 1)
+        furthest = factor[factor.clamp(min=1e-9).log().abs().argmax()].item()
+        moves[name] = (shift, furthest)
+    return moves
+
+
+def _severity(move: tuple[float, float]) -> float:
+    shift, factor = move
+    return max(shift, abs(math.log(max(factor, 1e-9))))
+
+
+def to_arviz(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    num_samples: int = 1000,
+    resample: bool = False,
+) -> Any:
+    """Draws from a guide for ArviZ, as one chain: ``az.summary``, ``az.plot_trace``, ``az.loo``.
+
+    Groups: the posterior of all latents and deterministic sites; the posterior predictive, the log
+    likelihood (of each observation, in nats) and the data of all observed sites. Dimensions are
+    called after the plates.
+
+    Args:
+        model: A Pyro model.
+        guide: A guide for it.
+        args: What they take, the data included.
+        kwargs: Likewise.
+        num_samples: How many draws.
+        resample: Whether to resample the draws by their importance weights.
+
+    Returns:
+        What ``arviz.from_dict`` makes: an ``InferenceData``, or a ``DataTree`` from ArviZ 1.0 on.
+
+    Raises:
+        ImportError: If ArviZ is not there.
+    """
+    try:
+        import arviz
+    except ImportError as error:
+        raise ImportError(
+            "to_arviz needs ArviZ: pip install 'pyro_iaf[arviz]', or pip install arviz."
+        ) from error
+    check_size("num_samples", num_samples)
+    particles = Particles(model, guide, tuple(args), dict(kwargs or {}))
+    if resample:
+        log_weights, latents = particles.weighted(4 * num_samples)
+        index = resampled(log_weights, num_samples)
+        latents = {name: draws[index] for name, draws in latents.items()}
+    else:
+        latents = particles.weighted(num_samples).sites
+    groups, dims = _groups(particles, latents, num_samples)
+    arrays = {
+        group: {name: value.detach().cpu().numpy() for name, value in values.items()}
+        for group, values in groups.items()
+        if values
+    }
+    if "data" in inspect.signature(arviz.from_dict).parameters:  # ArviZ 1.0
+        return arviz.from_dict(arrays, dims=dims)
+    return arviz.from_dict(**arrays, dims=dims)
+
+
+@torch.no_grad()
+def _groups(
+    particles: Particles, latents: dict[str, Tensor], num_draws: int
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, list[str]]]:
+    """ArviZ's groups, each with its sites, and the names of the sites' dimensions."""
+    sites = {
+        name: site
+        for name, site in particles.first_model.nodes.items()
+        if site["type"] == "sample" and not site_is_subsample(site) and not _is_factor(site)
+    }
+    observed = {n: s for n, s in sites.items() if s["is_observed"] and not _is_deterministic(s)}
+    found: dict[str, dict[str, list[Tensor]]] = {
+        "posterior": {name: [] for name in sites.keys() - observed.keys() - latents.keys()},
+        "posterior_predictive": {name: [] for name in observed},
+        "log_likelihood": {name: [] for name in observed},
+    }
+    for size, conditioned, free in _replayed(particles, latents, num_draws):
+        for name, parts in found["posterior"].items():
+            shape = sites[name]["value"].shape
+            parts.append(particles.freed(conditioned.nodes[name]["value"], shape, size))
+        for name, site in observed.items():
+            shape = site["value"].shape
+            predicted = particles.freed(free.nodes[name]["value"], shape, size)
+            found["posterior_predictive"][name].append(predicted)
+            own = conditioned.nodes[name]
+            each = _log_prob_of_each(own["fn"], own["value"])
+            shape = _log_prob_of_each(site["fn"], site["value"]).shape
+            found["log_likelihood"][name].append(particles.freed(each, shape, size))
+    groups = {
+        group: {name: torch.cat(parts).unsqueeze(0) for name, parts in values.items()}
+        for group, values in found.items()
+    }
+    drawn = {name: draws.unsqueeze(0) for name, draws in latents.items()}
+    groups["posterior"] = {**drawn, **groups["posterior"]}
+    groups["observed_data"] = {name: site["value"] for name, site in observed.items()}
+    return groups, {name: _dims(name, site, sites) for name, site in sites.items()}
+
+
+def _replayed(
+    particles: Particles, latents: dict[str, Tensor], num_draws: int
+) -> Iterator[tuple[int, poutine.Trace, poutine.Trace]]:
+    """Runs of the model at these latents, with its data and without them."""
+    kept = {
+        name: site["value"]
+        for name, site in particles.first_model.nodes.items()
+        if site["type"] == "sample" and site_is_subsample(site)
+    }
+    start = 0
+    for size in split_sizes(num_draws, particles.most_at_once):
+        given = {
+            name: particles.placed(name, draws[start : start + size])
+            for name, draws in latents.items()
+        }
+        start += size
+        with quietly(), poutine.block(), Given({**kept, **given}):
+            run = particles.in_plate(particles.model, size)
+            free_run = particles.in_plate(poutine.uncondition(particles.model), size)
+            args, kwargs = particles.args, particles.kwargs
+            conditioned = poutine.trace(run).get_trace(*args, **kwargs)
+            yield size, conditioned, poutine.trace(free_run).get_trace(*args, **kwargs)
+
+
+def _log_prob_of_each(fn: Any, value: Tensor) -> Tensor:
+    """The log density of each observation, also where a site sums over many."""
+    while isinstance(fn, torch.distributions.Independent):
+        fn = fn.base_dist
+    log_prob: Tensor = fn.log_prob(value)
+    return log_prob
+
+
+def _is_factor(site: Any) -> bool:
+    fn = site["fn"]
+    while isinstance(fn, torch.distributions.Independent | dist.MaskedDistribution):
+        fn = fn.base_dist
+    return isinstance(fn, dist.Unit)
+
+
+def _is_deterministic(site: Any) -> bool:
+    return bool(site["infer"].get("_deterministic"))
+
+
+def _dims(name: str, site: Any, sites: Mapping[str, Any]) -> list[str]:
+    """Names of a site's dimensions: its plates, then the numbers of its event."""
+    batch = len(site["fn"].batch_shape)
+    plates = {f.dim: f.name for f in site["cond_indep_stack"] if f.vectorized}
+    dims = []
+    for i in range(site["value"].dim()):
+        own = plates.get(i - batch, f"{name}_dim_{i}")
+        dims.append(f"{own}_plate" if own in sites else own)
+    return dims

@@ -1,0 +1,116 @@
+r"""Losses: the negative ELBO, and gradients of it that are worth their time.
+
+.. math::
+    -\mathrm{ELBO} = \mathbb{E}_{z \sim q} \bigl[ \log q(z) - \log p(x, z) \bigr]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro.infer import ELBO, Trace_ELBO
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from .guides import AutoIAF
+from .joint import LogJoint, split_sizes
+from .scores import draw_with_score
+
+__all__ = ["LatentLoss", "Loss", "TraceLoss"]
+
+
+class Loss:
+    """The negative ELBO of a model and a guide, and its gradient.
+
+    Args:
+        model: A Pyro model.
+        guide: A Pyro guide.
+    """
+
+    # Whether gradients lean towards particles that the guide draws too rarely.
+    covers = False
+
+    def __init__(self, model: Callable[..., Any], guide: Callable[..., Any]) -> None:
+        self.model, self.guide = model, guide
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: float) -> Tensor:
+        """An estimate of the loss, in nats; its gradient is added to that of the parameters.
+
+        Args:
+            args: What model and guide take.
+            kwargs: Likewise.
+            weight: Of the KL divergence to the prior; 1 is the ELBO.
+        """
+        raise NotImplementedError
+
+
+class TraceLoss(Loss):
+    """The loss of any model and guide, by one of Pyro's ELBOs."""
+
+    def __init__(
+        self, model: Callable[..., Any], guide: Callable[..., Any], elbo: ELBO | Any
+    ) -> None:
+        super().__init__(model, guide)
+        self.elbo = elbo
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: float) -> Tensor:
+        model, guide = self.model, self.guide
+        if weight != 1:
+            model, guide = _OfLatents(weight)(model), _OfLatents(weight)(guide)
+        return torch.as_tensor(self.elbo.loss_and_grads(model, guide, *args, **kwargs))
+
+
+class _OfLatents(Messenger):
+    """Weighs the densities of all sites that are not observed."""
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["is_observed"]:
+            msg["scale"] = msg["scale"] * self.weight
+
+
+class LatentLoss(Loss):
+    """The loss of a guide over one vector of latents.
+
+    Its gradient goes through the draws alone, with the guide's score held still: exact in mean, and
+    of little variance near the posterior (:func:`~pyro_iaf.scores.draw_with_score`).
+    """
+
+    def __init__(
+        self, model: Callable[..., Any], guide: AutoIAF, num_particles: int, joint: LogJoint
+    ) -> None:
+        super().__init__(model, guide)
+        self.num_particles, self.joint = num_particles, joint
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: float) -> Tensor:
+        transform = self.guide.get_transform(*args, **kwargs)
+        x = self.guide.get_base_dist().sample((self.num_particles,))
+        z, log_q, score = draw_with_score(transform.parts, x)
+        latent = z.detach().requires_grad_()
+        log_p = self.joint.on(args, kwargs, weight).density(latent)
+        (-log_p.mean()).backward()
+        log_w = log_p.detach() - weight * log_q
+        slope = latent.grad + weight * score / len(z)
+        if self.covers and len(z) > 1:
+            share = (log_w / 2).softmax(0)
+            slope = slope * (len(z) ** 2 / (len(z) - 1) * share * (1 - share)).unsqueeze(-1)
+        z.backward(slope)
+        return -log_w.mean()
+
+    def log_weights(self, args: tuple[Any, ...], kwargs: dict[str, Any], num_draws: int) -> Tensor:
+        """Logarithms of importance weights of fresh draws."""
+        joint = self.joint.on(args, kwargs)
+        transform = self.guide.get_transform(*args, **kwargs)
+        base = self.guide.get_base_dist()
+        parts = []
+        for size in split_sizes(num_draws, joint.num_at_once):
+            x = base.sample((size,))
+            z = transform(x)
+            log_q = base.log_prob(x) - transform.log_abs_det_jacobian(x, z)
+            parts.append(joint(z) - log_q)
+        return torch.cat(parts)

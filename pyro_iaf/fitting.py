@@ -1,0 +1,574 @@
+r"""Training a guide to the end: one call, a rate that rises and falls, nothing lost on the way.
+
+.. math::
+    \max_\phi \; \mathbb{E}_{z \sim q_\phi} \bigl[ \log p(x, z) - \log q_\phi(z) \bigr]
+
+by Adam, until the ELBO has settled; then at a falling rate, with the last iterates averaged.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import Trace_ELBO
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from . import checkpoints
+from .batches import Batches
+from .elbo import LatentLoss, Loss, TraceLoss
+from .guides import AutoIAF
+from .joint import LogJoint, plate_nesting, quietly
+from .networks import MaskedAutoregressiveNetwork, check_size
+from .weights import pareto_k
+
+__all__ = ["FitResult", "fit"]
+
+# The rate rises over the first steps, and falls over this share of all, to this part of itself.
+WARM_UP, FALL, FLOOR = 100, 0.6, 0.01
+
+# The share of steps, the last ones, whose parameters are averaged.
+AVERAGED = 0.2
+
+# How much heavier tails may become, at which cost in nats, so that weights of so many draws have
+# a tail of this shape.
+TAILS, TAIL_COST, GOOD_K, NUM_TAIL = (0.01, 0.02, 0.04), 0.02, 0.5, 10_000
+
+# A weight of our networks counts one over the square root of its unit's inputs, so it may move by
+# more than a loc or a scale.
+NETWORK_RATE = 4.0
+
+# Steps that may fail in a row, and the share of all that may.
+MAX_SKIPPED, MAX_SHARE_SKIPPED = 25, 0.2
+
+
+@dataclass
+class FitResult:
+    """What :func:`fit` did.
+
+    Attributes:
+        losses: The loss of every step that was taken, the negative ELBO in nats.
+        num_steps: How many steps were tried.
+        stopped: Whether the ELBO had settled before the steps that were asked for were over.
+        skipped: How many steps had a loss or a gradient that was not finite, and were not taken.
+        seconds: How long it took, without what an earlier process did before a checkpoint.
+    """
+
+    losses: Tensor
+    num_steps: int
+    stopped: bool
+    skipped: int
+    seconds: float
+
+    @property
+    def settled(self) -> tuple[float, float]:
+        """The mean loss while parameters were averaged, and its standard error."""
+        last = self.losses[-max(1, int(AVERAGED * self.num_steps)) :]
+        return last.mean().item(), (last.var(correction=0) / len(last)).sqrt().item()
+
+    def __str__(self) -> str:
+        loss, error = self.settled
+        text = f"ELBO {-loss:.2f} ± {error:.2f} nats after {self.num_steps} steps"
+        if self.stopped:
+            text += ", where it had settled"
+        if self.skipped:
+            text += f"; {self.skipped} of them were skipped, since they were not finite"
+        return text + f"; {self.seconds:.1f} s"
+
+
+def fit(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    num_steps: int = 3000,
+    num_particles: int = 16,
+    data: Iterable[Any] | None = None,
+    simulate: Sequence[str] | Mapping[str, str] | None = None,
+    lr: float = 5e-3,
+    clip_norm: float = 10.0,
+    loss: Any = None,
+    annealing: int | Callable[[int], float] | None = None,
+    early_stop: bool = True,
+    seed: int | None = None,
+    progress: bool = True,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 200,
+) -> FitResult:
+    r"""Fits a guide to a model by maximising the ELBO.
+
+    Adam, at a rate that rises over the first hundred steps, stays until the ELBO has settled or
+    four tenths of the steps are over, and then falls to a hundredth; the parameters of the last
+    fifth are averaged. Gradients are clipped. A step whose loss or gradient is not finite is
+    skipped.
+
+    For an :class:`~pyro_iaf.AutoIAF` and without a ``loss``, gradients go through the draws alone
+    ("sticking the landing"): the ELBO is the same, its gradient in mean too, and near the posterior
+    it has little noise. Particles are drawn at once where the model takes them, which is tried
+    beforehand, and one after the other where it doesn't.
+
+    A step costs what a step of SVI costs. Those who want a loop of their own keep
+    :class:`pyro.infer.SVI`.
+
+    Args:
+        model: A Pyro model.
+        guide: A guide, by hand or any of Pyro's or ours.
+        args: What they take.
+        kwargs: Likewise.
+        num_steps: How many steps at most.
+        num_particles: How many draws the gradient of a step is taken from.
+        data: An iterable or a ``DataLoader`` of minibatches, instead of ``args``: each a tuple of
+            the model's arguments, a dict of keyword arguments, or the one argument. It is walked
+            through as often as needed. The model has to scale its likelihood, by a plate's ``size``
+            and ``subsample_size`` or by ``poutine.scale``.
+        simulate: Sites to draw from the model's own prior, afresh at every step, and to hand to
+            model and guide as keyword arguments: names where the argument is called like the site,
+            or a dict from arguments to sites. With an encoder, one fit then serves all data.
+        lr: The rate of loc and scale. Weights of our networks, which count little each, take four
+            times that.
+        clip_norm: The gradient's norm at most.
+        loss: One of Pyro's ELBOs, for instance ``TraceMeanField_ELBO()``; it brings its own number
+            of particles.
+        annealing: Over how many steps the weight of the KL divergence to the prior rises to one; or
+            a function from steps to weights.
+        early_stop: Whether to start the fall of the rate once the ELBO has settled.
+        seed: Seeds PyTorch's generator first.
+        progress: Whether to show a bar, with the ELBO, its trend and the steps per second.
+        checkpoint: A file to write everything to every so often, and to go on from where it is
+            there. A run that was killed goes on as if it had not been, in the same numbers.
+        checkpoint_every: After how many steps.
+
+    Returns:
+        The losses, and how it went.
+
+    Raises:
+        ValueError: If an argument is out of range, or the checkpoint is damaged or of another run.
+        FloatingPointError: If too many steps were not finite; names the sites at fault.
+
+    Example:
+        >>> def model():
+        ...     z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        ...     pyro.sample("y", dist.Normal(z.sum(-1), 0.5), obs=torch.tensor(1.0))
+        >>> guide = AutoIAF(model)
+        >>> result = fit(model, guide, num_steps=100, seed=0, progress=False)
+        >>> len(result.losses)
+        100
+    """
+    check_size("num_steps", num_steps)
+    check_size("num_particles", num_particles)
+    check_size("checkpoint_every", checkpoint_every)
+    for name, number in {"lr": lr, "clip_norm": clip_norm}.items():
+        if not (isinstance(number, int | float) and number > 0):
+            raise ValueError(f"{name} should be a positive number; got {number!r}.")
+    if isinstance(annealing, int):
+        check_size("annealing", annealing)
+    if seed is not None:
+        pyro.set_rng_seed(seed)
+    run = _Run(
+        model=model,
+        guide=guide,
+        batches=Batches(model, tuple(args), dict(kwargs or {}), data, simulate),
+        num_steps=num_steps,
+        num_particles=num_particles,
+        lr=lr,
+        clip_norm=clip_norm,
+        elbo=loss,
+        annealing=annealing,
+        early_stop=early_stop,
+        checkpoint=None if checkpoint is None else Path(checkpoint),
+        checkpoint_every=checkpoint_every,
+    )
+    return run.to_the_end(progress)
+
+
+class _Run:
+    """One call of :func:`fit`, step by step."""
+
+    def __init__(
+        self,
+        *,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        batches: Batches,
+        num_steps: int,
+        num_particles: int,
+        lr: float,
+        clip_norm: float,
+        elbo: Any,
+        annealing: int | Callable[[int], float] | None,
+        early_stop: bool,
+        checkpoint: Path | None,
+        checkpoint_every: int,
+    ) -> None:
+        self.model, self.guide, self.batches = model, guide, batches
+        self.num_steps, self.num_particles = num_steps, num_particles
+        self.lr, self.clip_norm = lr, clip_norm
+        self.elbo, self.annealing, self.early_stop = elbo, annealing, early_stop
+        self.checkpoint, self.checkpoint_every = checkpoint, checkpoint_every
+        self.step, self.end = 0, num_steps
+        self.falls_at = math.ceil((1 - FALL) * num_steps)
+        self.losses: list[float] = []
+        self.skipped, self.skipped_in_a_row = 0, 0
+        self.params: dict[str, Tensor] = {}
+        self.averages: dict[str, Tensor] = {}
+
+    def to_the_end(self, progress: bool) -> FitResult:
+        began = time.perf_counter()
+        saved = None if self.checkpoint is None else checkpoints.load(self.checkpoint)
+        if saved is not None:
+            self._check_saved(saved)
+            if isinstance(self.guide, AutoIAF) and self.guide.prototype_trace is None:
+                self.guide.load_state_dict(saved["guide"])  # it needs no start
+        batch = self.batches.next()
+        self.loss = self._first_look(*batch)
+        if saved is not None:
+            self._restore(saved)
+            batch = None
+        bar = tqdm(total=self.num_steps, initial=self.step, disable=not progress, unit="step")
+        try:
+            with quietly(), bar:
+                while self.step < self.end:
+                    self._take_step(*(self.batches.next() if batch is None else batch))
+                    batch = None
+                    self._show(bar)
+                    if self.checkpoint and self.step % self.checkpoint_every == 0:
+                        self._save()
+                bar.total = self.step
+        finally:
+            if self.checkpoint is not None:
+                self._save()
+        self._average()
+        self._see_to_tails(*self.batches.next())
+        return FitResult(
+            losses=torch.tensor(self.losses, dtype=torch.float64),
+            num_steps=self.step,
+            stopped=self.end < self.num_steps,
+            skipped=self.skipped,
+            seconds=time.perf_counter() - began,
+        )
+
+    # Before the first step
+
+    def _first_look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Loss:
+        """Runs model and guide once, with all checks; finds the parameters and the loss."""
+        if isinstance(self.guide, AutoIAF):
+            self.guide.setup(*args, **kwargs)
+        with torch.no_grad(), poutine.trace(param_only=True) as capture:
+            if self.elbo is not None:
+                self.elbo.loss(self.model, self.guide, *args, **kwargs)
+            else:
+                Trace_ELBO().loss(self.model, self.guide, *args, **kwargs)
+        self._make_optimizer(capture.trace)
+        if self.elbo is not None:
+            return TraceLoss(self.model, self.guide, self.elbo)
+        nesting, at_once, joint = self._try_particles(args, kwargs)
+        if joint is not None:
+            assert isinstance(self.guide, AutoIAF)
+            return LatentLoss(self.model, self.guide, self.num_particles, joint)
+        elbo = Trace_ELBO(
+            num_particles=self.num_particles,
+            vectorize_particles=at_once,
+            max_plate_nesting=nesting if at_once else math.inf,
+        )
+        return TraceLoss(self.model, self.guide, elbo)
+
+    @torch.no_grad()
+    def _try_particles(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[int, bool, LogJoint | None]:
+        """The plates' nesting, whether particles go at once, and the density of a guide of ours."""
+
+        def run() -> tuple[poutine.Trace, poutine.Trace]:
+            guide = poutine.trace(self.guide).get_trace(*args, **kwargs)
+            model = poutine.trace(poutine.replay(self.model, guide)).get_trace(*args, **kwargs)
+            return model, guide
+
+        (first, guide), (second, _) = run(), run()
+        nesting = plate_nesting(first, guide)
+        ours = type(self.guide) is AutoIAF
+        latents = self.guide._latent_sites() if ours else None  # type: ignore[attr-defined]
+        joint = LogJoint(self.model, first, args, kwargs, latents)
+        if ours and joint.latents.keys() != set(first.stochastic_nodes) - joint.subsamples.keys():
+            return nesting, False, None  # latents that the guide doesn't see
+        try:
+            z = torch.stack([joint.pack(first), joint.pack(second)])
+        except NotImplementedError:  # discrete latents
+            return nesting, False, None
+        reason = joint.check(z)
+        if not joint.at_once and self.num_particles > 1:
+            warnings.warn(
+                "fit runs its particles one after the other, since the model can't be run for "
+                f"several at once: {reason or 'then it fails, or has another density'}. If that "
+                "takes long, write its sites with plates and dimensions counted from the right.",
+                UserWarning,
+                stacklevel=5,
+            )
+        return nesting, joint.at_once, joint if ours else None
+
+    def _make_optimizer(self, seen: poutine.Trace) -> None:
+        self.params = {}
+        params = [site["value"].unconstrained() for site in seen.nodes.values()]
+        fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in params)
+        self.optimizer = torch.optim.Adam([{"params": []}, {"params": []}], lr=self.lr, fused=fused)
+        self._add(seen)
+
+    def _add(self, seen: poutine.Trace) -> None:
+        """Takes in the parameters of a run that are not there yet."""
+        modules = self.guide.modules() if isinstance(self.guide, nn.Module) else ()
+        networks = [m for m in modules if isinstance(m, MaskedAutoregressiveNetwork)]
+        of_networks = {id(p) for network in networks for p in network.parameters()}
+        for name, site in seen.nodes.items():
+            param = site["value"].unconstrained()
+            if self.params.get(name) is not param and param.requires_grad:
+                self.params[name] = param
+                group = self.optimizer.param_groups[id(param) in of_networks]
+                group["params"].append(param)
+
+    # Steps
+
+    def _take_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        rate = self.lr * self._rate()
+        for group, factor in zip(self.optimizer.param_groups, (1, NETWORK_RATE), strict=True):
+            group["lr"] = rate * factor
+        self.optimizer.zero_grad()
+        self.loss.covers = self.step >= self.falls_at
+        try:
+            with poutine.trace(param_only=True) as capture:
+                loss = self.loss(args, kwargs, self._weight())
+            if len(capture.trace) > len(self.params):
+                self._add(capture.trace)
+        except torch.linalg.LinAlgError:  # of a matrix that is not finite, say
+            loss = torch.tensor(math.nan)
+        norm = nn.utils.clip_grad_norm_(self.params.values(), self.clip_norm)
+        value, size = torch.stack([loss.detach(), norm.to(loss)]).tolist()
+        self.step += 1
+        if math.isfinite(value) and math.isfinite(size):
+            self.optimizer.step()
+            self.losses.append(value)
+            self.skipped_in_a_row = 0
+        else:
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+            share = self.skipped / max(self.step, 100)
+            if self.skipped_in_a_row > MAX_SKIPPED or share > MAX_SHARE_SKIPPED:
+                raise FloatingPointError(self._fault(args, kwargs))
+        if self.step > self.end - int(AVERAGED * self.end):
+            self._add_to_averages()
+        elif self.early_stop and self.step < self.falls_at and self._has_settled():
+            self.falls_at = self.step
+            self.end = min(self.num_steps, math.ceil(self.step / (1 - FALL)))
+
+    def _rate(self) -> float:
+        """The share of the rate at this step."""
+        rise = min(1.0, (self.step + 1) / min(WARM_UP, max(1, self.num_steps // 10)))
+        if self.step < self.falls_at:
+            return rise
+        fallen = (self.step - self.falls_at) / max(1, self.end - self.falls_at)
+        return rise * (FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * fallen)) / 2)
+
+    def _weight(self) -> float:
+        """Of the KL divergence at this step."""
+        if self.annealing is None:
+            return 1.0
+        if callable(self.annealing):
+            return float(self.annealing(self.step))
+        return min(1.0, (self.step + 1) / self.annealing)
+
+    def _has_settled(self) -> bool:
+        """Whether the loss fell by no more than its standard error from one stretch to the next."""
+        size = max(100, self.num_steps // 8)
+        if self.step % size or len(self.losses) < 2 * size + WARM_UP or self._weight() != 1:
+            return False
+        before, after = torch.tensor(self.losses[-2 * size :], dtype=torch.float64).split(size)
+        error = ((before.var() + after.var()) / size).sqrt()
+        return bool(before.mean() - after.mean() < error)
+
+    def _add_to_averages(self) -> None:
+        taken = self.step - (self.end - int(AVERAGED * self.end))
+        for name, param in self.params.items():
+            value = param.detach()
+            if name in self.averages:
+                self.averages[name].lerp_(value, 1 / taken)
+            else:
+                self.averages[name] = value.clone()
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        for name, average in self.averages.items():
+            self.params[name].copy_(average)
+
+    @torch.no_grad()
+    def _see_to_tails(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Makes the guide's tails a shade heavier if weights have heavy ones, and it costs little.
+
+        Training hardly sees the tails, and importance weights are about nothing else.
+        """
+        if not isinstance(self.loss, LatentLoss) or self.batches.change:
+            return
+        joint = self.loss.joint
+        if joint.subsampled or not joint.at_once or joint.num_at_once < NUM_TAIL / 100:
+            return
+        weights = self.loss.log_weights(args, kwargs, NUM_TAIL)
+        if pareto_k(weights) < GOOD_K:
+            return
+        log_tail = self.loss.guide.transform.parts[-1].coefficients[3]
+        before = log_tail.clone()
+        state = torch.get_rng_state()
+        for more in TAILS:
+            torch.set_rng_state(state)
+            log_tail.copy_(before + more)
+            wider = self.loss.log_weights(args, kwargs, NUM_TAIL)
+            if weights.mean() - wider.mean() > TAIL_COST:
+                break
+            if pareto_k(wider) < GOOD_K:
+                return
+        log_tail.copy_(before)
+
+    def _show(self, bar: tqdm[Any]) -> None:
+        bar.update(self.step - bar.n)
+        if self.step % 50 == 0 and self.losses:
+            last, before = self.losses[-100:], self.losses[-200:-100]
+            shown = {"ELBO": f"{-_mean(last):.2f}"}
+            if before:
+                shown["trend"] = f"{_mean(before) - _mean(last):+.2f}/100 steps"
+            if self.skipped:
+                shown["skipped"] = str(self.skipped)
+            bar.set_postfix(shown, refresh=False)
+
+    def _fault(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        """Which sites and parameters are not finite."""
+        sites: dict[str, int] = {}
+        for _ in range(16):
+            try:
+                guide = poutine.trace(self.guide).get_trace(*args, **kwargs)
+                model = poutine.trace(poutine.replay(self.model, guide)).get_trace(*args, **kwargs)
+                for trace in (guide, model):
+                    trace.compute_log_prob()
+            except (RuntimeError, ValueError) as error:
+                what = f"an error of the model, {type(error).__name__}: {str(error)[:200]}"
+                sites[what] = sites.get(what, 0) + 1
+                continue
+            for name, what in _not_finite(model, guide):
+                text = f"site '{name}' ({what})"
+                sites[text] = sites.get(text, 0) + 1
+        params = [
+            f"parameter '{name}' ({what})"
+            for name, param in self.params.items()
+            for what, thing in (("its value", param), ("its gradient", param.grad))
+            if thing is not None and not thing.isfinite().all()
+        ]
+        found = [f"{text} in {count} of 16 draws" for text, count in sites.items()] + params
+        at_fault = "; ".join(found) or "nothing that 16 more draws could show"
+        return (
+            f"{self.skipped} of {self.step} steps, {self.skipped_in_a_row} of them in a row, had a "
+            f"loss or a gradient that is not finite. At fault: {at_fault}. Look at the scales there, at the precision "
+            "(torch.float64 reaches farther), or start nearer with a smaller lr."
+        )
+
+    # Checkpoints
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "num_steps": self.num_steps,
+            "num_particles": self.num_particles,
+            "lr": self.lr,
+            "clip_norm": self.clip_norm,
+            "early_stop": self.early_stop,
+        }
+
+    def _save(self) -> None:
+        modules = {
+            name: module.state_dict()
+            for name, module in (("model", self.model), ("guide", self.guide))
+            if isinstance(module, nn.Module)
+        }
+        assert self.checkpoint is not None
+        state = {
+            **modules,
+            "settings": self._settings,
+            "params": {name: param.detach() for name, param in self.params.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "averages": self.averages,
+            "losses": torch.tensor(self.losses, dtype=torch.float64),
+            "progress": [self.step, self.end, self.falls_at, self.skipped, self.skipped_in_a_row],
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "batches": self.batches.state(),
+        }
+        checkpoints.save(self.checkpoint, state)
+
+    def _check_saved(self, saved: dict[str, Any]) -> None:
+        theirs, ours = saved["settings"], self._settings
+        differing = [name for name, value in ours.items() if theirs.get(name) != value]
+        if differing:
+            name = differing[0]
+            raise ValueError(
+                f"{self.checkpoint} is of a run with {name}={theirs.get(name)!r}; this one has "
+                f"{ours[name]!r}. Give the same settings to go on, or another path to begin anew."
+            )
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        theirs = {name: tuple(value.shape) for name, value in saved["params"].items()}
+        ours = {name: tuple(value.shape) for name, value in self.params.items()}
+        if theirs != ours:
+            name = min(dict(theirs.items() ^ ours.items()))
+            raise ValueError(
+                f"{self.checkpoint} is of another guide or model: parameter {name} has shape "
+                f"{theirs.get(name, 'missing')} there and {ours.get(name, 'missing')} here. Give "
+                "another path to begin anew."
+            )
+        for name in ("model", "guide"):
+            if name in saved:
+                getattr(self, name).load_state_dict(saved[name])
+        with torch.no_grad():
+            for name, value in saved["params"].items():
+                self.params[name].copy_(value)
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.averages = {n: v.to(self.params[n]) for n, v in saved["averages"].items()}
+        self.losses = saved["losses"].tolist()
+        self.step, self.end, self.falls_at, self.skipped, self.skipped_in_a_row = saved["progress"]
+        self.batches.restore(saved["batches"])
+        torch.set_rng_state(saved["rng"])
+        if saved["cuda_rng"]:
+            torch.cuda.set_rng_state_all(saved["cuda_rng"])
+
+
+def _mean(numbers: list[float]) -> float:
+    return math.fsum(numbers) / len(numbers)
+
+
+def _not_finite(model: poutine.Trace, guide: poutine.Trace) -> Iterable[tuple[str, str]]:
+    """Sites whose value, density or density's gradient is not finite, and which of these it is."""
+    for name, site in guide.nodes.items():
+        if site["type"] == "sample" and not site["infer"].get("is_auxiliary"):
+            if not torch.as_tensor(site["value"]).isfinite().all():
+                yield name, "its value in the guide is not finite"
+    for name, site in model.nodes.items():
+        if site["type"] != "sample" or site_is_subsample(site):
+            continue
+        log_prob = site["log_prob_sum"]
+        if not log_prob.isfinite():
+            yield name, f"its log density is {log_prob.item()}"
+        elif log_prob.requires_grad:
+            draws = [
+                s["value"]
+                for s in guide.nodes.values()
+                if s["type"] == "sample" and torch.as_tensor(s["value"]).requires_grad
+            ]
+            slopes = torch.autograd.grad(
+                log_prob, draws, retain_graph=True, allow_unused=True
+            ) if draws else []
+            if not all(slope is None or slope.isfinite().all() for slope in slopes):
+                yield name, "the gradient of its log density is not finite"

@@ -1,0 +1,254 @@
+r"""The log joint density of a model, as a function of its latents in unconstrained space.
+
+.. math::
+    \ell(z) = \log p(x, T(z)) + \log |\det \partial T / \partial z|
+
+for many :math:`z` at once, as a particle plate outside the model's own plates has it; or one after
+the other, where the model doesn't take such a plate.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.autograd import grad
+from torch.distributions import biject_to
+from torch.distributions.transforms import identity_transform
+
+__all__ = ["Given", "LogJoint", "log_prob_of_particles", "plate_nesting", "quietly", "split_sizes"]
+
+# Numbers in the graph of a Hessian's rows, when all are taken at once.
+MAX_NUMBERS = 2**24
+
+
+class LogJoint:
+    r"""The log joint density of a model at latents of shape ``(K, D)``, of shape ``(K,)``, in nats.
+
+    The model runs away from the caller's handlers, on the subsamples of ``trace``, and without
+    checks of what its distributions are given: where it has no density, that is ``-inf``.
+
+    Args:
+        model: A Pyro model.
+        trace: One run of it, which tells its sites, plates and subsamples.
+        args: The model's arguments.
+        kwargs: Likewise.
+        latents: The sites that make up the vector, in its order; by default all latents there are.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        trace: poutine.Trace,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        latents: dict[str, Any] | None = None,
+    ) -> None:
+        self.model, self.args, self.kwargs = model, args, kwargs
+        sites = {name: s for name, s in trace.nodes.items() if s["type"] == "sample"}
+        is_subsample = {name: site_is_subsample(site) for name, site in sites.items()}
+        self.subsamples = {n: site["value"] for n, site in sites.items() if is_subsample[n]}
+        self.subsampled = any(
+            site["fn"].subsample_size not in (None, site["fn"].size)
+            for name, site in sites.items()
+            if is_subsample[name]
+        )
+        self.latents = dict(trace.iter_stochastic_nodes()) if latents is None else latents
+        self.nesting = plate_nesting(trace)
+        shapes = [site["fn"].shape() for name, site in sites.items() if not is_subsample[name]]
+        self.num_numbers = sum(max(1, torch.Size(shape).numel()) for shape in shapes)
+        self._layout = []
+        for name, site in self.latents.items():
+            to_support = biject_to(site["fn"].support)
+            shape = to_support.inverse_shape(site["value"].shape)
+            missing = self.nesting - (len(shape) - to_support.domain.event_dim)
+            self._layout.append((name, to_support, [1] * missing + list(shape), shape.numel()))
+        self.at_once = True
+        self.weight = 1.0
+
+    @property
+    def num_at_once(self) -> int:
+        """How many particles a call should have at most."""
+        return max(1, MAX_NUMBERS // self.num_numbers)
+
+    def on(self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: float = 1.0) -> LogJoint:
+        """The same on other data, with fresh subsamples, the latents' densities weighted."""
+        other = copy.copy(self)
+        other.args, other.kwargs, other.subsamples, other.weight = args, kwargs, {}, weight
+        return other
+
+    def __call__(self, z: Tensor, together: int = 1) -> Tensor:
+        """The log densities; ``-inf`` for particles at which the model raises an error.
+
+        Args:
+            z: Latents of shape ``(K, D)``.
+            together: So many particles after one another share that fate.
+        """
+        try:
+            with quietly():
+                return self.density(z)
+        except (RuntimeError, ValueError):  # at some point a matrix has no Cholesky factor, say
+            if len(z) <= together:
+                return z.new_full((len(z),), -torch.inf)
+            half = together * (len(z) // together // 2) or together
+            return torch.cat([self(part, together) for part in (z[:half], z[half:])])
+
+    def density(self, z: Tensor) -> Tensor:
+        """The log densities, or the error that the model raises."""
+        if self.at_once:
+            return self._of_particles(z)
+        return torch.cat([self._of_one(row) for row in z.unbind()])
+
+    def pack(self, trace: poutine.Trace) -> Tensor:
+        """The latents of a run as one vector in unconstrained space."""
+        return torch.cat(
+            [
+                biject_to(site["fn"].support).inv(trace.nodes[name]["value"]).reshape(-1)
+                for name, site in self.latents.items()
+            ]
+        )
+
+    def check(self, z: Tensor) -> str | None:
+        """What speaks against this density, if anything; finds out whether particles go at once.
+
+        Args:
+            z: Two different points at least.
+        """
+        self.at_once = False
+        one_by_one, again = self(z), self(z)
+        if not torch.allclose(one_by_one, again, rtol=1e-5, equal_nan=True):
+            return "its log density changes from one run to the next"
+        try:
+            with quietly():
+                together = self._of_particles(z)
+            self.at_once = torch.allclose(together, one_by_one, rtol=1e-4, equal_nan=True)
+        except Exception:  # whatever a model that isn't made for it may raise
+            self.at_once = False
+        return None
+
+    def gradient(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Values and gradients, of shapes ``(K,)`` and ``(K, D)``."""
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            value = self(z)
+            if not value.requires_grad:
+                return value, torch.zeros_like(z)
+            (slope,) = grad(value.sum(), z)
+        return value.detach(), slope
+
+    def hessian(self, z: Tensor) -> Tensor:
+        """Second derivatives, of shape ``(K, D, D)``."""
+        K, D = z.shape
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            (slope,) = grad(self(z).sum(), z, create_graph=True)
+            if not slope.requires_grad:
+                return z.new_zeros(K, D, D)
+            units = torch.eye(D, dtype=z.dtype, device=z.device).unsqueeze(1).expand(D, K, D)
+            if K * D * self.num_numbers <= MAX_NUMBERS:
+                try:
+                    rows = grad(slope, z, units, retain_graph=True, is_grads_batched=True)[0]
+                    return rows.transpose(0, 1)
+                except RuntimeError:
+                    pass  # an operation without a batching rule
+            rows = torch.stack([grad(slope, z, unit, retain_graph=True)[0] for unit in units])
+        return rows.transpose(0, 1)
+
+    def _of_particles(self, z: Tensor) -> Tensor:
+        # No plate is needed for them: densities broadcast over what the latents bring.
+        values, log_det = self._constrain(z)
+        log_prob = log_prob_of_particles(self._trace(values), len(z), self.nesting, self.weight)
+        return log_prob + self.weight * log_det
+
+    def _of_one(self, z: Tensor) -> Tensor:
+        values, log_det = self._constrain(z.unsqueeze(0))
+        own = {name: v.reshape(self.latents[name]["value"].shape) for name, v in values.items()}
+        log_prob = log_prob_of_particles(self._trace(own), 1, math.inf, self.weight)
+        return log_prob + self.weight * log_det
+
+    def _trace(self, values: dict[str, Tensor]) -> poutine.Trace:
+        with poutine.block(), Given({**values, **self.subsamples}):
+            trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
+            trace.compute_log_prob(lambda _, site: not site_is_subsample(site))
+        return trace
+
+    def _constrain(self, z: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Values of the sites, with the particles left of all plates; and the log-determinant."""
+        values, log_det = {}, z.new_zeros(len(z))
+        parts = z.split([size for *_, size in self._layout], -1)
+        for part, (name, to_support, shape, _) in zip(parts, self._layout, strict=True):
+            part = part.reshape(len(z), *shape)
+            values[name] = value = to_support(part)
+            if to_support is not identity_transform:
+                own = to_support.log_abs_det_jacobian(part, value)
+                log_det = log_det + own.reshape(len(z), -1).sum(-1)
+        return values, log_det
+
+
+class Given(Messenger):
+    """Gives sites their values, and leaves all else of them alone."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.values and not msg["is_observed"]:
+            msg["value"] = self.values[msg["name"]]
+            msg["done"] = True
+
+
+def plate_nesting(*traces: poutine.Trace) -> int:
+    """How many dimensions the plates of these runs take, counted from the right."""
+    depth = 0
+    for trace in traces:
+        for site in trace.nodes.values():
+            if site["type"] == "sample" and not site_is_subsample(site):
+                dims = [-f.dim for f in site["cond_indep_stack"] if f.vectorized]
+                depth = max(depth, len(site["fn"].batch_shape), *dims)
+    return depth
+
+
+def log_prob_of_particles(
+    trace: poutine.Trace, num_particles: int, nesting: float, weight: float = 1.0
+) -> Tensor:
+    """The log densities of a run's particles, which lie left of ``nesting`` plates.
+
+    Those of sites that are not observed are weighted.
+    """
+    total: Any = 0.0
+    for site in trace.nodes.values():
+        if site["type"] == "sample" and "log_prob" in site:
+            log_prob = site["log_prob"]
+            if not site["is_observed"]:
+                log_prob = weight * log_prob
+            beyond = log_prob.dim() - nesting - 1
+            if beyond < 0:  # the same for all
+                total = total + log_prob.sum()
+            else:
+                each = log_prob.movedim(beyond, 0)
+                total = total + each.reshape(len(each), -1).sum(-1)
+    return total.expand(num_particles)
+
+
+def split_sizes(total: int, size: int) -> list[int]:
+    """How many go at a time."""
+    return [min(size, total - start) for start in range(0, total, size)]
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without checks and warnings of Pyro and PyTorch about densities that are not finite."""
+    with pyro.validation_enabled(False), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,218 @@
+r"""Importance weights: how far a guide's draws are from the posterior, one by one.
+
+.. math::
+    w_s = \frac{p(x, z_s)}{q(z_s)}, \qquad z_s \sim q
+
+Were the guide the posterior, they would all be the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.ops.stats import fit_generalized_pareto
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from .joint import Given, log_prob_of_particles, plate_nesting, quietly, split_sizes
+
+__all__ = ["Draws", "Particles", "pareto_k", "resampled", "smoothed"]
+
+# Numbers that a model's sites hold at most while draws are weighted.
+MAX_NUMBERS = 2**24
+
+
+class Draws(NamedTuple):
+    """Draws from a guide: log-weights of shape ``(S,)``, and sites with ``S`` in front."""
+
+    log_weights: Tensor
+    sites: dict[str, Tensor]
+
+
+class Particles:
+    """A model and a guide, run for many draws at once where they can be.
+
+    Args:
+        model: A Pyro model.
+        guide: A guide for it.
+        args: What they take.
+        kwargs: Likewise.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
+        self.at_once = False
+        self.first_model, self.first_guide = first = self._run(None)
+        self.nesting = plate_nesting(*first)
+        sites = [s for s in self.first_model.nodes.values() if s["type"] == "sample"]
+        self.num_numbers = sum(
+            max(1, torch.as_tensor(site["value"]).numel())
+            for site in sites
+            if not site_is_subsample(site)
+        )
+        self.subsampled = any(
+            site["fn"].subsample_size not in (None, site["fn"].size)
+            for site in sites
+            if site_is_subsample(site)
+        )
+        self.at_once = True
+        self.at_once = self._go_at_once()
+
+    def weighted(self, num_draws: int) -> Draws:
+        """Draws from the guide and their log-weights."""
+        found = []
+        for size, model, guide in self.runs(num_draws):
+            nesting = self.nesting if self.at_once else math.inf
+            log_weights = log_prob_of_particles(model, size, nesting)
+            log_weights = log_weights - log_prob_of_particles(guide, size, nesting)
+            found.append((log_weights, self.values(guide, size)))
+        log_weights, sites = zip(*found, strict=True)
+        merged = {name: torch.cat([part[name] for part in sites]) for name in sites[0]}
+        return Draws(torch.cat(log_weights), merged)
+
+    @torch.no_grad()
+    def runs(self, num_draws: int) -> Iterator[tuple[int, poutine.Trace, poutine.Trace]]:
+        """Runs of model and guide, with their log densities, and how many draws each is."""
+        for size in split_sizes(num_draws, self.most_at_once):
+            with quietly():
+                model, guide = self._run(size if self.at_once else None)
+                for trace in (model, guide):
+                    trace.compute_log_prob(lambda _, site: not site_is_subsample(site))
+            yield size, model, guide
+
+    def values(self, trace: poutine.Trace, num_draws: int) -> dict[str, Tensor]:
+        """The guide's latents in a run, with the draws in front and no plate beside them."""
+        return {
+            name: self.freed(trace.nodes[name]["value"], site["value"].shape, num_draws)
+            for name, site in self.first_guide.nodes.items()
+            if _is_latent(site)
+        }
+
+    def freed(self, value: Tensor, shape: torch.Size, num_draws: int) -> Tensor:
+        """A value of a run at once as draws of what a single run has in this shape."""
+        if value.numel() == shape.numel():  # the same for all draws
+            return value.reshape(shape).expand(num_draws, *shape)
+        return value.reshape(num_draws, *shape)
+
+    def placed(self, name: str, draws: Tensor) -> Tensor:
+        """Draws of a latent as a run takes them: left of all plates."""
+        site = self.first_model.nodes[name]
+        if not self.at_once:
+            return draws.reshape(site["value"].shape)
+        missing = self.nesting - len(site["fn"].batch_shape)
+        return draws.reshape(len(draws), *[1] * missing, *draws.shape[1:])
+
+    def in_plate(self, fn: Callable[..., Any], num_draws: int | None) -> Callable[..., Any]:
+        """A model or a guide that is run for so many draws at once, if it can be."""
+        if num_draws is None or not self.at_once:
+            return fn
+        plate = pyro.plate("num_particles_vectorized", num_draws, dim=-self.nesting - 1)
+        in_plate: Callable[..., Any] = plate(fn)
+        return in_plate
+
+    @property
+    def most_at_once(self) -> int:
+        """How many draws a run should hold at most."""
+        return max(1, MAX_NUMBERS // self.num_numbers) if self.at_once else 1
+
+    def _run(self, num_draws: int | None) -> tuple[poutine.Trace, poutine.Trace]:
+        model, guide = (self.in_plate(fn, num_draws) for fn in (self.model, self.guide))
+        with torch.no_grad(), poutine.block():
+            guide_trace = poutine.trace(guide).get_trace(*self.args, **self.kwargs)
+            replayed = poutine.trace(poutine.replay(model, guide_trace))
+            return replayed.get_trace(*self.args, **self.kwargs), guide_trace
+
+    def _go_at_once(self) -> bool:
+        """Whether two draws at once have the densities that they have one after the other."""
+        try:
+            with torch.no_grad(), quietly():
+                model, guide = self._run(2)
+                model.compute_log_prob(lambda _, site: not site_is_subsample(site))
+                together = log_prob_of_particles(model, 2, self.nesting)
+                kept = {n: s["value"] for n, s in model.nodes.items() if site_is_subsample(s)}
+                alone = []
+                for k in range(2):
+                    values = {n: v[k] for n, v in self.values(guide, 2).items()}
+                    with poutine.block(), Given({**kept, **values}):
+                        trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
+                    trace.compute_log_prob(lambda _, site: not site_is_subsample(site))
+                    alone.append(log_prob_of_particles(trace, 1, math.inf))
+            return torch.allclose(together, torch.cat(alone), rtol=1e-4, equal_nan=True)
+        except Exception:  # whatever a model that isn't made for it may raise
+            return False
+
+
+def _is_latent(site: Any) -> bool:
+    return (
+        site["type"] == "sample"
+        and not site["is_observed"]
+        and not site["infer"].get("is_auxiliary")
+        and not site_is_subsample(site)
+    )
+
+
+def pareto_k(log_weights: Tensor) -> float:
+    """The shape k-hat of the tail of importance weights; infinite where there is no telling.
+
+    Below 0.5 the weights have a variance; up to 0.7 estimates from them are of use.
+
+    Args:
+        log_weights: Of shape ``(S,)``, up to a constant.
+
+    References:
+        Vehtari et al. (2024), Pareto smoothed importance sampling, https://arxiv.org/abs/1507.02646
+
+    Example:
+        >>> pareto_k(-2 * torch.rand(10_000).log()) > 0.7  # weights 1 / u^2: no mean
+        True
+    """
+    tail, cutoff = _tail(log_weights)
+    if len(tail) < 5:
+        return math.inf
+    k, _ = fit_generalized_pareto(tail.exp() - math.exp(cutoff))
+    return float(k)
+
+
+def smoothed(log_weights: Tensor) -> Tensor:
+    """Normalised weights whose largest are replaced by what is expected of a Pareto tail."""
+    log_weights = (log_weights - log_weights.max()).double()
+    tail, cutoff = _tail(log_weights)
+    if len(tail) >= 5:
+        k, sigma = fit_generalized_pareto(tail.exp() - math.exp(cutoff))
+        levels = (torch.arange(len(tail), dtype=torch.float64) + 0.5) / len(tail)
+        beyond = -torch.log1p(-levels) if abs(k) < 1e-9 else ((1 - levels) ** -k - 1) / k
+        expected = (sigma * beyond + math.exp(cutoff)).log().clamp(max=0)
+        largest = log_weights.argsort()[-len(tail) :]
+        log_weights = log_weights.index_put((largest,), expected.to(log_weights.device))
+    return log_weights.softmax(0)
+
+
+def resampled(log_weights: Tensor, num_draws: int) -> Tensor:
+    """Indices of draws, each as often as its smoothed weight says, in random order."""
+    weights = smoothed(log_weights)
+    # One random number for all keeps each count within one of what is expected.
+    points = (torch.arange(num_draws, device=weights.device) + torch.rand(()).item()) / num_draws
+    index = torch.searchsorted(weights.cumsum(0), points.to(weights)).clamp(max=len(weights) - 1)
+    return index[torch.randperm(num_draws).to(index.device)]
+
+
+def _tail(log_weights: Tensor) -> tuple[Tensor, float]:
+    """The largest log-weights in ascending order, relative to the largest, and what they exceed."""
+    count = len(log_weights)
+    if log_weights.isnan().any() or not log_weights.max().isfinite():
+        return log_weights[:0], 0.0
+    ordered = (log_weights - log_weights.max()).double().sort().values.cpu()
+    size = math.ceil(min(0.2 * count, 3 * math.sqrt(count)))
+    cutoff = max(math.log(torch.finfo(torch.float64).tiny), ordered[-size - 1].item())
+    return ordered[ordered > cutoff], cutoff
