@@ -11,6 +11,7 @@ one learning rate does for all.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +40,9 @@ class LocScale(SinglePass):
         coefficients = torch.zeros_like(loc).repeat(4 + dense * len(loc), 1)
         coefficients[1] = log_scale
         self.coefficients = nn.Parameter(coefficients)
+        rows = scale.diag() if dense and scale.dim() == 1 else scale.reshape(-1, len(loc))
         self.frame: Tensor
-        self.register_buffer("frame", torch.cat([loc.unsqueeze(0), scale.reshape(-1, len(loc))]))
+        self.register_buffer("frame", torch.cat([loc.unsqueeze(0), rows]))
 
     def condition(self, context: Tensor) -> LocScale:
         """Itself: what it learns is the same for all contexts."""
@@ -119,6 +121,11 @@ class LocScale(SinglePass):
 
     def _learned(self) -> Tensor:
         return self._below_diagonal() + self.coefficients[1].exp().diag()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pyro's store leaves a weak reference on what it holds.
+        buffers = {name: buffer.detach() for name, buffer in self._buffers.items()}
+        return {**super().__getstate__(), "_buffers": buffers}
 
     def extra_repr(self) -> str:
         kind = "dense" if len(self.coefficients) > 4 else "diagonal"

@@ -39,7 +39,9 @@ class Batches:
         if isinstance(simulate, str):
             simulate = [simulate]
         names = {} if simulate is None else simulate
-        self.simulate = dict(names if isinstance(names, Mapping) else zip(names, names, strict=True))
+        self.simulate = dict(
+            names if isinstance(names, Mapping) else zip(names, names, strict=True)
+        )
         self.model, self.args, self.kwargs, self.data = model, args, kwargs, data
         self._iterator: Iterator[Any] | None = None
         self._before: list[torch.Tensor] = []  # states of the generators before this walk

@@ -113,7 +113,9 @@ class ConditionalInverseAutoregressiveFlowStack(ConditionalTransformModule):
 
     def __init__(self, parts: Sequence[ConditionalInverseAutoregressiveFlow]) -> None:
         super().__init__()
-        parts = check_parts(parts, ConditionalInverseAutoregressiveFlow)
+        parts = check_parts(
+            parts, ConditionalInverseAutoregressiveFlow, "ConditionalInverseAutoregressiveFlow"
+        )
         self.parts = nn.ModuleList(parts)  # type: ignore[assignment]
 
     def condition(self, context: Tensor) -> InverseAutoregressiveFlowStack:

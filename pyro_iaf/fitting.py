@@ -28,9 +28,9 @@ from . import checkpoints
 from .batches import Batches
 from .elbo import LatentLoss, Loss, TraceLoss
 from .guides import AutoIAF
-from .joint import LogJoint, plate_nesting, quietly
+from .joint import LogJoint, quietly
 from .networks import MaskedAutoregressiveNetwork, check_size
-from .weights import pareto_k
+from .weights import Particles, pareto_k
 
 __all__ = ["FitResult", "fit"]
 
@@ -264,57 +264,40 @@ class _Run:
         """Runs model and guide once, with all checks; finds the parameters and the loss."""
         if isinstance(self.guide, AutoIAF):
             self.guide.setup(*args, **kwargs)
+        elbo = Trace_ELBO() if self.elbo is None else self.elbo
         with torch.no_grad(), poutine.trace(param_only=True) as capture:
-            if self.elbo is not None:
-                self.elbo.loss(self.model, self.guide, *args, **kwargs)
-            else:
-                Trace_ELBO().loss(self.model, self.guide, *args, **kwargs)
+            try:
+                elbo.loss(self.model, self.guide, *args, **kwargs)
+            except ValueError as error:  # of this draw, perhaps, and not of model and guide
+                try:
+                    with quietly():
+                        elbo.loss(self.model, self.guide, *args, **kwargs)
+                except ValueError:
+                    raise error from None
         self._make_optimizer(capture.trace)
         if self.elbo is not None:
             return TraceLoss(self.model, self.guide, self.elbo)
-        nesting, at_once, joint = self._try_particles(args, kwargs)
-        if joint is not None:
-            assert isinstance(self.guide, AutoIAF)
-            return LatentLoss(self.model, self.guide, self.num_particles, joint)
+        particles = Particles(self.model, self.guide, args, kwargs)
+        if not particles.at_once and self.num_particles > 1:
+            warnings.warn(
+                "fit runs its particles one after the other: run for several at once the model "
+                "fails, or its density is another one, or is random. If that takes long, write "
+                "sites with plates, and dimensions counted from the right.",
+                UserWarning,
+                stacklevel=4,
+            )
+        if type(self.guide) is AutoIAF:
+            latents = self.guide._latent_sites()
+            if latents.keys() == particles.latents.keys():  # none is hidden from the guide
+                joint = LogJoint(self.model, particles.first_model, args, kwargs, latents)
+                joint.at_once = particles.at_once
+                return LatentLoss(self.model, self.guide, self.num_particles, joint)
         elbo = Trace_ELBO(
             num_particles=self.num_particles,
-            vectorize_particles=at_once,
-            max_plate_nesting=nesting if at_once else math.inf,
+            vectorize_particles=particles.at_once,
+            max_plate_nesting=particles.nesting if particles.at_once else math.inf,
         )
         return TraceLoss(self.model, self.guide, elbo)
-
-    @torch.no_grad()
-    def _try_particles(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[int, bool, LogJoint | None]:
-        """The plates' nesting, whether particles go at once, and the density of a guide of ours."""
-
-        def run() -> tuple[poutine.Trace, poutine.Trace]:
-            guide = poutine.trace(self.guide).get_trace(*args, **kwargs)
-            model = poutine.trace(poutine.replay(self.model, guide)).get_trace(*args, **kwargs)
-            return model, guide
-
-        (first, guide), (second, _) = run(), run()
-        nesting = plate_nesting(first, guide)
-        ours = type(self.guide) is AutoIAF
-        latents = self.guide._latent_sites() if ours else None  # type: ignore[attr-defined]
-        joint = LogJoint(self.model, first, args, kwargs, latents)
-        if ours and joint.latents.keys() != set(first.stochastic_nodes) - joint.subsamples.keys():
-            return nesting, False, None  # latents that the guide doesn't see
-        try:
-            z = torch.stack([joint.pack(first), joint.pack(second)])
-        except NotImplementedError:  # discrete latents
-            return nesting, False, None
-        reason = joint.check(z)
-        if not joint.at_once and self.num_particles > 1:
-            warnings.warn(
-                "fit runs its particles one after the other, since the model can't be run for "
-                f"several at once: {reason or 'then it fails, or has another density'}. If that "
-                "takes long, write its sites with plates and dimensions counted from the right.",
-                UserWarning,
-                stacklevel=5,
-            )
-        return nesting, joint.at_once, joint if ours else None
 
     def _make_optimizer(self, seen: poutine.Trace) -> None:
         self.params = {}
@@ -567,8 +550,10 @@ def _not_finite(model: poutine.Trace, guide: poutine.Trace) -> Iterable[tuple[st
                 for s in guide.nodes.values()
                 if s["type"] == "sample" and torch.as_tensor(s["value"]).requires_grad
             ]
-            slopes = torch.autograd.grad(
-                log_prob, draws, retain_graph=True, allow_unused=True
-            ) if draws else []
+            slopes = (
+                torch.autograd.grad(log_prob, draws, retain_graph=True, allow_unused=True)
+                if draws
+                else []
+            )
             if not all(slope is None or slope.isfinite().all() for slope in slopes):
                 yield name, "the gradient of its log density is not finite"

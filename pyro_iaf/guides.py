@@ -28,9 +28,13 @@ from torch.distributions import biject_to
 from . import memory, store
 from .distributions import DiagonalNormal
 from .affine import LocScale
+from .conditional import (
+    ConditionalInverseAutoregressiveFlowStack,
+    conditional_inverse_autoregressive_flow,
+)
 from .initialization import Start, StartNotFound, or_draw, pathfinder
 from .joint import LogJoint
-from .networks import check_size, check_widths
+from .networks import check_context, check_size, check_widths
 from .sites import SiteDeltas, each_tensor, without_graph
 from .transforms import InverseAutoregressiveFlowStack, inverse_autoregressive_flow
 from .weights import Particles, pareto_k, resampled
@@ -38,6 +42,8 @@ from .weights import Particles, pareto_k, resampled
 __all__ = ["AutoIAF"]
 
 GATE_BIAS = 2.0
+
+Transform = InverseAutoregressiveFlowStack | ConditionalInverseAutoregressiveFlowStack
 
 # More latents than this have a scale for each by default, and not a matrix.
 MAX_DENSE = 400
@@ -80,6 +86,12 @@ class AutoIAF(AutoContinuous):
             ``"init"``; by default 0.1.
         scale: Whether the last step learns a ``"dense"`` lower-triangular scale or a ``"diagonal"``
             one; ``"auto"`` is dense for up to 400 latents.
+        encoder: What the guide sees of the model's arguments: a module or a function that takes
+            them and returns a context, of shape ``(context_dim,)``. The flows listen to it at every
+            layer, so that one guide holds the posteriors of many data sets; ``fit(...,
+            simulate=...)`` trains it on data from the prior. Such a guide starts at ``"init"``, and
+            wants the arguments wherever it draws.
+        context_dim: Size of the context; by default what the encoder returns at the first call.
         create_plates: A function of the model's arguments that returns a plate, or several, for
             the guide to use.
         name: What the guide's parameters are called in the store, by default ``"AutoIAF"``. Two
@@ -118,10 +130,17 @@ class AutoIAF(AutoContinuous):
         init_loc_fn: Callable[..., Any] | None = None,
         init_scale: float | None = None,
         scale: str = "auto",
+        encoder: Callable[..., Tensor] | None = None,
+        context_dim: int | None = None,
         create_plates: Callable[..., Any] | None = None,
         name: str | None = None,
     ) -> None:
-        given = {"model": model, "init_loc_fn": init_loc_fn, "create_plates": create_plates}
+        given = {
+            "model": model,
+            "init_loc_fn": init_loc_fn,
+            "encoder": encoder,
+            "create_plates": create_plates,
+        }
         for word, thing in given.items():
             if not callable(thing) and (thing is not None or word == "model"):
                 raise ValueError(f"{word} should be a callable; got {thing!r}.")
@@ -137,7 +156,13 @@ class AutoIAF(AutoContinuous):
             raise ValueError(
                 'init_scale belongs to start="init": with start="pathfinder" the scale is found.'
             )
-        self._start = start or ("pathfinder" if init_scale is None else "init")
+        # Pathfinder starts at the posterior of one data set.
+        found = init_scale is None and encoder is None
+        self._start = start or ("pathfinder" if found else "init")
+        if context_dim is not None and encoder is None:
+            raise ValueError("context_dim is the size of what an encoder returns; give an encoder.")
+        self.encoder = encoder
+        self.context_dim = None if context_dim is None else check_size("context_dim", context_dim)
         if scale not in ("auto", "dense", "diagonal"):
             raise ValueError(f'scale should be "auto", "dense" or "diagonal"; got {scale!r}.')
         self.scale = scale
@@ -151,7 +176,7 @@ class AutoIAF(AutoContinuous):
                     f"name should be a string, not empty and without '$'; got {name!r}."
                 )
             self._pyro_name = name
-        self.transform: InverseAutoregressiveFlowStack | None = None
+        self.transform: Transform | None = None
         self._conversions: list[Callable[[Tensor], Tensor]] = []  # asked for before the setup
         self._state_was_loaded = False
 
@@ -187,6 +212,8 @@ class AutoIAF(AutoContinuous):
             self._refuse_subsamples()
             loc = self._init_loc()
             transform = self._transform
+            if self._encoder is not None:
+                self.context_dim = self._context(args, kwargs).shape[-1]
             if transform is None:
                 start, log_scale = self._find_start(model[0], loc, args, kwargs)
                 self.transform = transform = self._fresh_transform(start, log_scale)
@@ -243,9 +270,10 @@ class AutoIAF(AutoContinuous):
         at_loc = Start(loc.detach().clone(), torch.ones_like(loc)), math.log(self._init_scale)
         if self._start == "init" or store.has_from_file(self._entries):
             return at_loc
-        joint = LogJoint(model, self.prototype_trace, args, kwargs)
+        latents = dict(without_graph(self._latent_sites()).nodes)
+        joint = LogJoint(model, self.prototype_trace, args, kwargs, latents)
         try:
-            return pathfinder(joint, loc, self._is_dense(len(loc))), 0.0
+            return pathfinder(joint, loc.detach(), self._is_dense(len(loc))), 0.0
         except StartNotFound as why:
             warnings.warn(
                 f"AutoIAF looked for a start of the guide by Pathfinder and found none: {why}. It "
@@ -259,26 +287,31 @@ class AutoIAF(AutoContinuous):
     def _is_dense(self, latent_dim: int) -> bool:
         return self.scale == "dense" or (self.scale == "auto" and latent_dim <= MAX_DENSE)
 
-    def _fresh_transform(self, start: Start, log_scale: float) -> InverseAutoregressiveFlowStack:
+    def _fresh_transform(self, start: Start, log_scale: float) -> Transform:
         """The flows, nearly the identity, and the final affine."""
         D = len(start.loc)
-        flows = inverse_autoregressive_flow(
-            D,
-            2 * [max(64, D)] if self.hidden_dims is None else self.hidden_dims,
-            num_flows=self.num_flows,
-            gated=self.gated,
-            gate_bias=GATE_BIAS,
+        settings: dict[str, Any] = {
+            "hidden_dims": 2 * [max(64, D)] if self.hidden_dims is None else self.hidden_dims,
+            "num_flows": self.num_flows,
+            "gated": self.gated,
+            "gate_bias": GATE_BIAS,
             # The last flow takes the latents as the model draws them: causes before effects.
-            order=torch.arange(D) if self.num_flows % 2 else torch.arange(D).flip(0),
-        )
+            "order": torch.arange(D) if self.num_flows % 2 else torch.arange(D).flip(0),
+        }
         if self.gated:  # each flow contracts
             log_scale += self.num_flows * math.log1p(math.exp(-GATE_BIAS))
-        if not isinstance(flows, InverseAutoregressiveFlowStack):
-            flows = InverseAutoregressiveFlowStack([flows])
+        flows: Any
+        if self._encoder is None:
+            flows = inverse_autoregressive_flow(D, **settings)
+            kind: Any = InverseAutoregressiveFlowStack
+        else:
+            flows = conditional_inverse_autoregressive_flow(D, self.context_dim, **settings)
+            kind = ConditionalInverseAutoregressiveFlowStack
+        transform: Transform = kind([flows]) if self.num_flows == 1 else flows
         # In the model's own precision, whatever the default is.
         affine = LocScale(start.loc, start.scale, log_scale, self._is_dense(D))
-        flows.to(start.loc).parts.append(affine)  # type: ignore[attr-defined]  # a ModuleList
-        return flows
+        transform.to(start.loc).parts.append(affine)  # type: ignore[union-attr]  # a ModuleList
+        return transform
 
     @property
     def model(self) -> Callable[..., Any]:
@@ -296,14 +329,34 @@ class AutoIAF(AutoContinuous):
 
     def get_transform(self, *args: Any, **kwargs: Any) -> InverseAutoregressiveFlowStack:
         """What carries the noise to all latents in unconstrained space, as one transform."""
-        return self._built(*args, **kwargs)
+        transform = self._built(*args, **kwargs)
+        if isinstance(transform, InverseAutoregressiveFlowStack):
+            return transform
+        return transform.condition(self._context(args, kwargs))
+
+    def _context(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """What the encoder makes of the model's arguments."""
+        assert self._encoder is not None
+        if not args and not kwargs and _wants_arguments(self._encoder):
+            raise ValueError(
+                "This guide has an encoder, so it wants the model's arguments wherever it draws: "
+                "guide.sample_posterior(1000, *args), guide.median(*args)."
+            )
+        context = self._encoder(*args, **kwargs)
+        check_context(context, self.context_dim)
+        return context
+
+    @property
+    def _encoder(self) -> Callable[..., Tensor] | None:
+        """Without telling Pyro, see ``_transform``."""
+        return self._modules.get("encoder") or self.__dict__.get("encoder")  # type: ignore[return-value]
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> dist.TransformedDistribution:
         """The guide's distribution over all latents, as one vector in unconstrained space."""
         transform = self.get_transform(*args, **kwargs)
         return _Posterior(self.get_base_dist(), [transform], validate_args=False)
 
-    def _built(self, *args: Any, **kwargs: Any) -> InverseAutoregressiveFlowStack:
+    def _built(self, *args: Any, **kwargs: Any) -> Transform:
         """The transform, built if need be."""
         if self._transform is None:
             self._setup_on_demand(*args, **kwargs)
@@ -311,7 +364,7 @@ class AutoIAF(AutoContinuous):
         return self._transform
 
     @property
-    def _transform(self) -> InverseAutoregressiveFlowStack | None:
+    def _transform(self) -> Transform | None:
         """Without telling Pyro, which makes statements of all parameters if asked by attribute."""
         return self._modules.get("transform")  # type: ignore[return-value]
 
@@ -423,6 +476,8 @@ class AutoIAF(AutoContinuous):
     def _adopt_parameters(self) -> dict[str, Tensor]:
         """Takes what a loaded store holds, unless a state was loaded since the last call."""
         own = store.parameters_of(self._built(), self._entries)
+        if isinstance(self._encoder, nn.Module):
+            own.update(store.parameters_of(self._encoder, f"{self._pyro_name}.encoder"))
         if not self._state_was_loaded:
             store.adopt(self, own)
         return own
@@ -469,6 +524,7 @@ class AutoIAF(AutoContinuous):
             # Never set up, so the state says what to build.
             self.num_flows, self.gated = len(sizes), bool(gated)
             self.hidden_dims = sizes[0][3:].tolist()
+            self.context_dim = sizes[0][1].item() or None
             with torch.inference_mode(False):
                 self.scale = "dense" if len(learned) > 4 else "diagonal"
                 start = Start(frame[0].clone(), frame[1:].clone().squeeze(0))

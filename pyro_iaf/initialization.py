@@ -226,9 +226,7 @@ def _shorten(paths: list[_Path], joint: LogJoint, dtype: torch.dtype) -> None:
             path.move(z, value, slope)
 
 
-def _best(
-    joint: LogJoint, gaussians: list[_Gaussian], dtype: torch.dtype
-) -> _Gaussian | None:
+def _best(joint: LogJoint, gaussians: list[_Gaussian], dtype: torch.dtype) -> _Gaussian | None:
     """The Gaussian of the highest ELBO, if any has a finite one."""
     for num_draws in (NUM_DRAWS, NUM_DRAWS_BEST) if joint.at_once else (4, 40):
         elbos = _elbos(joint, gaussians, num_draws, dtype)

@@ -29,7 +29,8 @@ def parameters_of(module: nn.Module, name: str) -> dict[str, Tensor]:
     """A module's parameters, and its frame, under the names that Pyro gives them in the store."""
     named = module.named_parameters()  # under functional_call these are no Parameters
     own: dict[str, Tensor] = {key: p for key, p in named if isinstance(p, nn.Parameter)}
-    own.update((key, value) for key, value in module.named_buffers() if key.endswith("frame"))
+    if own:
+        own.update((key, value) for key, value in module.named_buffers() if key.endswith("frame"))
     return {f"{name}$$${key}": value for key, value in own.items()}
 
 

@@ -372,7 +372,7 @@ class InverseAutoregressiveFlowStack(Flow):
 
     def __init__(self, parts: Sequence[InverseAutoregressiveFlow]) -> None:
         super().__init__()
-        parts = check_parts(parts, InverseAutoregressiveFlow)
+        parts = check_parts(parts, SinglePass, "InverseAutoregressiveFlow")
         self.parts = nn.ModuleList(parts)  # type: ignore[assignment]
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -505,14 +505,14 @@ def fresh_networks(
         order = order[::-1]
 
 
-def check_parts(parts: Iterable[Any], kind: type) -> list[Any]:
+def check_parts(parts: Iterable[Any], kind: type, name: str) -> list[Any]:
     """The parts as a list, or a ValueError if no stack of this kind can be made of them."""
     given = list(parts) if isinstance(parts, Iterable) else []
     strangers = [type(part).__name__ for part in given if not isinstance(part, kind)]
     sizes = [] if strangers else [part.input_dim for part in given]
     if strangers or len(set(sizes)) != 1:
         raise ValueError(
-            f"A stack expects one {kind.__name__} or more, all of one input_dim; got "
+            f"A stack expects one {name} or more, all of one input_dim; got "
             f"{', '.join(strangers) or f'input_dim {sizes}'}. For other transforms use "
             "pyro.distributions.transforms.ComposeTransformModule."
         )

@@ -53,8 +53,10 @@ class Particles:
     ) -> None:
         self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
         self.at_once = False
-        self.first_model, self.first_guide = first = self._run(None)
+        with quietly():
+            self.first_model, self.first_guide = first = self._run(None)
         self.nesting = plate_nesting(*first)
+        self.latents = {n: s for n, s in self.first_model.nodes.items() if _is_latent(s)}
         sites = [s for s in self.first_model.nodes.values() if s["type"] == "sample"]
         self.num_numbers = sum(
             max(1, torch.as_tensor(site["value"]).numel())

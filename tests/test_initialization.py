@@ -35,7 +35,9 @@ def test_a_fresh_guide_sits_where_it_is_told(gated, init_scale):
 
 def test_a_start_that_is_not_finite_is_mended_number_by_number():
     start = torch.tensor([1.0, math.nan, -2.0])
-    guide = AutoIAF(MODELS["vectors"][0](), init_loc_fn=init_to_value(values={"z": start}))
+    guide = AutoIAF(
+        MODELS["vectors"][0](), start="init", init_loc_fn=init_to_value(values={"z": start})
+    )
     with pytest.warns(UserWarning, match="starts site 'z' outside of its support"):
         guide.setup()
     loc = guide.transform.parts[-1].loc

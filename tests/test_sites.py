@@ -13,7 +13,7 @@ from pyro_iaf import AutoIAF
 
 @pytest.mark.parametrize("name", ["vectors", "nested plates", "simplexes"])
 def test_mean_field_and_plain_losses_agree(name):
-    guide, model, arguments = make(name, hidden_dims=[16])
+    guide, model, arguments = make(name, hidden_dims=[16], start="init")
     kwargs = {"num_particles": 4000, "vectorize_particles": True}
     with torch.no_grad():
         plain = Trace_ELBO(**kwargs).loss(model, guide, *arguments)

