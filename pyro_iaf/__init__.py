@@ -17,6 +17,7 @@ from .fitting import FitResult, fit
 from .guides import AutoIAF
 from .inversion import invert, solve_transposed
 from .networks import MaskedAutoregressiveNetwork
+from .plots import plot_loss, plot_pairs
 from .registration import register
 from .transforms import (
     InverseAutoregressiveFlow,
@@ -41,6 +42,8 @@ __all__ = [
     "fit",
     "inverse_autoregressive_flow",
     "invert",
+    "plot_loss",
+    "plot_pairs",
     "register",
     "solve_transposed",
     "to_arviz",

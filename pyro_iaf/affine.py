@@ -71,10 +71,8 @@ class LocScale(SinglePass):
 
     def _undo(self, y: Tensor, method: str = "auto") -> tuple[Tensor, Tensor]:
         y = y - self.frame[0]
-        if len(self.frame) > 2:
-            y = _solve(self.frame[1:].mT, y, upper=True)
-        else:
-            y = y / self.frame[1]
+        dense = len(self.frame) > 2
+        y = _solve(self.frame[1:].mT, y, upper=True) if dense else y / self.frame[1]
         y = y - self.coefficients[0]
         if len(self.coefficients) > 4:
             bent = _solve(self._learned().mT, y, upper=True)
@@ -124,8 +122,7 @@ class LocScale(SinglePass):
 
     def __getstate__(self) -> dict[str, Any]:
         # Pyro's store leaves a weak reference on what it holds.
-        buffers = {name: buffer.detach() for name, buffer in self._buffers.items()}
-        return {**super().__getstate__(), "_buffers": buffers}
+        return {**super().__getstate__(), "_buffers": {"frame": self.frame.detach()}}
 
     def extra_repr(self) -> str:
         kind = "dense" if len(self.coefficients) > 4 else "diagonal"
@@ -135,4 +132,5 @@ class LocScale(SinglePass):
 def _solve(matrix: Tensor, rows: Tensor, upper: bool) -> Tensor:
     """The rows ``x`` with ``x @ matrix = rows``."""
     flat = rows.reshape(-1, rows.shape[-1])
-    return torch.linalg.solve_triangular(matrix, flat, upper=upper, left=False).reshape(rows.shape)
+    solved: Tensor = torch.linalg.solve_triangular(matrix, flat, upper=upper, left=False)
+    return solved.reshape(rows.shape)

@@ -11,10 +11,9 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from .joint import Given, quietly, split_sizes
+from .joint import Given, quietly, samples, split_sizes, subsamples
 from .networks import check_size
 from .weights import Particles, pareto_k, resampled, smoothed
 
@@ -230,7 +229,7 @@ def to_arviz(
     else:
         latents = particles.weighted(num_samples).sites
     groups, dims = _groups(particles, latents, num_samples)
-    arrays = {
+    arrays: Any = {
         group: {name: value.detach().cpu().numpy() for name, value in values.items()}
         for group, values in groups.items()
         if values
@@ -245,26 +244,23 @@ def _groups(
     particles: Particles, latents: dict[str, Tensor], num_draws: int
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, list[str]]]:
     """ArviZ's groups, each with its sites, and the names of the sites' dimensions."""
-    sites = {
-        name: site
-        for name, site in particles.first_model.nodes.items()
-        if site["type"] == "sample" and not site_is_subsample(site) and not _is_factor(site)
-    }
+    sites = {n: s for n, s in samples(particles.first_model).items() if not _is_factor(s)}
     observed = {n: s for n, s in sites.items() if s["is_observed"] and not _is_deterministic(s)}
     found: dict[str, dict[str, list[Tensor]]] = {
         "posterior": {name: [] for name in sites.keys() - observed.keys() - latents.keys()},
         "posterior_predictive": {name: [] for name in observed},
         "log_likelihood": {name: [] for name in observed},
     }
-    for size, conditioned, free in _replayed(particles, latents, num_draws):
+    for size, *runs in _replayed(particles, latents, num_draws):
+        conditioned, free = map(samples, runs)
         for name, parts in found["posterior"].items():
             shape = sites[name]["value"].shape
-            parts.append(particles.freed(conditioned.nodes[name]["value"], shape, size))
+            parts.append(particles.freed(conditioned[name]["value"], shape, size))
         for name, site in observed.items():
             shape = site["value"].shape
-            predicted = particles.freed(free.nodes[name]["value"], shape, size)
+            predicted = particles.freed(free[name]["value"], shape, size)
             found["posterior_predictive"][name].append(predicted)
-            own = conditioned.nodes[name]
+            own = conditioned[name]
             each = _log_prob_of_each(own["fn"], own["value"])
             shape = _log_prob_of_each(site["fn"], site["value"]).shape
             found["log_likelihood"][name].append(particles.freed(each, shape, size))
@@ -282,11 +278,7 @@ def _replayed(
     particles: Particles, latents: dict[str, Tensor], num_draws: int
 ) -> Iterator[tuple[int, poutine.Trace, poutine.Trace]]:
     """Runs of the model at these latents, with its data and without them."""
-    kept = {
-        name: site["value"]
-        for name, site in particles.first_model.nodes.items()
-        if site["type"] == "sample" and site_is_subsample(site)
-    }
+    kept = {name: site["value"] for name, site in subsamples(particles.first_model).items()}
     start = 0
     for size in split_sizes(num_draws, particles.most_at_once):
         given = {

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from pyro.infer import ELBO, Trace_ELBO
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
@@ -32,7 +31,7 @@ class Loss:
     # Whether gradients lean towards particles that the guide draws too rarely.
     covers = False
 
-    def __init__(self, model: Callable[..., Any], guide: Callable[..., Any]) -> None:
+    def __init__(self, model: Callable[..., Any], guide: Any) -> None:
         self.model, self.guide = model, guide
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: float) -> Tensor:
@@ -49,9 +48,7 @@ class Loss:
 class TraceLoss(Loss):
     """The loss of any model and guide, by one of Pyro's ELBOs."""
 
-    def __init__(
-        self, model: Callable[..., Any], guide: Callable[..., Any], elbo: ELBO | Any
-    ) -> None:
+    def __init__(self, model: Callable[..., Any], guide: Callable[..., Any], elbo: Any) -> None:
         super().__init__(model, guide)
         self.elbo = elbo
 
@@ -95,12 +92,20 @@ class LatentLoss(Loss):
         log_p = self.joint.on(args, kwargs, weight).density(latent)
         (-log_p.mean()).backward()
         log_w = log_p.detach() - weight * log_q
+        assert latent.grad is not None
         slope = latent.grad + weight * score / len(z)
         if self.covers and len(z) > 1:
+            # By the root of their weights, and less where one has it all: on the way from the
+            # gradient of KL(q | p) to that of KL(p | q) (Tucker et al. 2018, arXiv:1810.04152).
             share = (log_w / 2).softmax(0)
             slope = slope * (len(z) ** 2 / (len(z) - 1) * share * (1 - share)).unsqueeze(-1)
         z.backward(slope)
         return -log_w.mean()
+
+    @property
+    def log_tail(self) -> Tensor:
+        """The weight of the guide's tails, one for each latent."""
+        return self.guide.transform.parts[-1].coefficients[3]  # type: ignore[no-any-return]
 
     def log_weights(self, args: tuple[Any, ...], kwargs: dict[str, Any], num_draws: int) -> Tensor:
         """Logarithms of importance weights of fresh draws."""

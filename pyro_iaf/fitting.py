@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import checkpoints
-from .batches import Batches
+from .batches import Batch, Batches
 from .elbo import LatentLoss, Loss, TraceLoss
 from .guides import AutoIAF
 from .joint import LogJoint, quietly
@@ -78,7 +78,7 @@ class FitResult:
 
     def __str__(self) -> str:
         loss, error = self.settled
-        text = f"ELBO {-loss:.2f} ± {error:.2f} nats after {self.num_steps} steps"
+        text = f"ELBO {-loss:.2f} ± {error:.1g} nats after {self.num_steps} steps"
         if self.stopped:
             text += ", where it had settled"
         if self.skipped:
@@ -228,28 +228,25 @@ class _Run:
         saved = None if self.checkpoint is None else checkpoints.load(self.checkpoint)
         if saved is not None:
             self._check_saved(saved)
-            if isinstance(self.guide, AutoIAF) and self.guide.prototype_trace is None:
-                self.guide.load_state_dict(saved["guide"])  # it needs no start
-        batch = self.batches.next()
-        self.loss = self._first_look(*batch)
+        first: Batch | None = self.batches.next()
+        self.loss = self._first_look(*first)
         if saved is not None:
             self._restore(saved)
-            batch = None
+            first = None  # the run goes on with what follows
         bar = tqdm(total=self.num_steps, initial=self.step, disable=not progress, unit="step")
-        try:
-            with quietly(), bar:
-                while self.step < self.end:
-                    self._take_step(*(self.batches.next() if batch is None else batch))
-                    batch = None
-                    self._show(bar)
-                    if self.checkpoint and self.step % self.checkpoint_every == 0:
-                        self._save()
-                bar.total = self.step
-        finally:
-            if self.checkpoint is not None:
-                self._save()
+        with quietly(), bar:
+            while self.step < self.end:
+                args, kwargs = self.batches.next() if first is None else first
+                first = None
+                self._take_step(args, kwargs)
+                self._show(bar)
+                if self.checkpoint and self.step % self.checkpoint_every == 0:
+                    self._save()
+            bar.total = self.step
+        if self.checkpoint:
+            self._save()
         self._average()
-        self._see_to_tails(*self.batches.next())
+        self._see_to_tails()
         return FitResult(
             losses=torch.tensor(self.losses, dtype=torch.float64),
             num_steps=self.step,
@@ -262,8 +259,6 @@ class _Run:
 
     def _first_look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Loss:
         """Runs model and guide once, with all checks; finds the parameters and the loss."""
-        if isinstance(self.guide, AutoIAF):
-            self.guide.setup(*args, **kwargs)
         elbo = Trace_ELBO() if self.elbo is None else self.elbo
         with torch.no_grad(), poutine.trace(param_only=True) as capture:
             try:
@@ -301,7 +296,7 @@ class _Run:
 
     def _make_optimizer(self, seen: poutine.Trace) -> None:
         self.params = {}
-        params = [site["value"].unconstrained() for site in seen.nodes.values()]
+        params = _params_of(seen).values()
         fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in params)
         self.optimizer = torch.optim.Adam([{"params": []}, {"params": []}], lr=self.lr, fused=fused)
         self._add(seen)
@@ -311,8 +306,7 @@ class _Run:
         modules = self.guide.modules() if isinstance(self.guide, nn.Module) else ()
         networks = [m for m in modules if isinstance(m, MaskedAutoregressiveNetwork)]
         of_networks = {id(p) for network in networks for p in network.parameters()}
-        for name, site in seen.nodes.items():
-            param = site["value"].unconstrained()
+        for name, param in _params_of(seen).items():
             if self.params.get(name) is not param and param.requires_grad:
                 self.params[name] = param
                 group = self.optimizer.param_groups[id(param) in of_networks]
@@ -331,7 +325,7 @@ class _Run:
                 loss = self.loss(args, kwargs, self._weight())
             if len(capture.trace) > len(self.params):
                 self._add(capture.trace)
-        except torch.linalg.LinAlgError:  # of a matrix that is not finite, say
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # of a matrix that is not finite, say
             loss = torch.tensor(math.nan)
         norm = nn.utils.clip_grad_norm_(self.params.values(), self.clip_norm)
         value, size = torch.stack([loss.detach(), norm.to(loss)]).tolist()
@@ -392,7 +386,7 @@ class _Run:
             self.params[name].copy_(average)
 
     @torch.no_grad()
-    def _see_to_tails(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _see_to_tails(self) -> None:
         """Makes the guide's tails a shade heavier if weights have heavy ones, and it costs little.
 
         Training hardly sees the tails, and importance weights are about nothing else.
@@ -402,16 +396,16 @@ class _Run:
         joint = self.loss.joint
         if joint.subsampled or not joint.at_once or joint.num_at_once < NUM_TAIL / 100:
             return
-        weights = self.loss.log_weights(args, kwargs, NUM_TAIL)
+        weights = self.loss.log_weights(*self.batches.next(), NUM_TAIL)
         if pareto_k(weights) < GOOD_K:
             return
-        log_tail = self.loss.guide.transform.parts[-1].coefficients[3]
+        log_tail = self.loss.log_tail
         before = log_tail.clone()
         state = torch.get_rng_state()
         for more in TAILS:
             torch.set_rng_state(state)
             log_tail.copy_(before + more)
-            wider = self.loss.log_weights(args, kwargs, NUM_TAIL)
+            wider = self.loss.log_weights(*self.batches.next(), NUM_TAIL)
             if weights.mean() - wider.mean() > TAIL_COST:
                 break
             if pareto_k(wider) < GOOD_K:
@@ -455,8 +449,8 @@ class _Run:
         at_fault = "; ".join(found) or "nothing that 16 more draws could show"
         return (
             f"{self.skipped} of {self.step} steps, {self.skipped_in_a_row} of them in a row, had a "
-            f"loss or a gradient that is not finite. At fault: {at_fault}. Look at the scales there, at the precision "
-            "(torch.float64 reaches farther), or start nearer with a smaller lr."
+            f"loss or a gradient that is not finite. At fault: {at_fault}. Look at the scales "
+            "there and at the precision (torch.float64 reaches farther), or take a smaller lr."
         )
 
     # Checkpoints
@@ -528,32 +522,34 @@ class _Run:
             torch.cuda.set_rng_state_all(saved["cuda_rng"])
 
 
+def _params_of(trace: poutine.Trace) -> dict[str, Tensor]:
+    """The unconstrained parameters that a run stated."""
+    sites: dict[str, Any] = dict(trace.nodes)
+    return {name: site["value"].unconstrained() for name, site in sites.items()}
+
+
 def _mean(numbers: list[float]) -> float:
     return math.fsum(numbers) / len(numbers)
 
 
 def _not_finite(model: poutine.Trace, guide: poutine.Trace) -> Iterable[tuple[str, str]]:
     """Sites whose value, density or density's gradient is not finite, and which of these it is."""
-    for name, site in guide.nodes.items():
-        if site["type"] == "sample" and not site["infer"].get("is_auxiliary"):
-            if not torch.as_tensor(site["value"]).isfinite().all():
-                yield name, "its value in the guide is not finite"
+    draws = {
+        name: torch.as_tensor(site["value"])
+        for name, site in guide.nodes.items()
+        if site["type"] == "sample" and not site_is_subsample(site)
+    }
+    for name, draw in draws.items():
+        if not draw.isfinite().all():
+            yield name, "its value in the guide is not finite"
+    leaves = [draw for draw in draws.values() if draw.requires_grad]
     for name, site in model.nodes.items():
-        if site["type"] != "sample" or site_is_subsample(site):
+        if "log_prob_sum" not in site or site_is_subsample(site):
             continue
-        log_prob = site["log_prob_sum"]
+        log_prob: Any = site["log_prob_sum"]
         if not log_prob.isfinite():
             yield name, f"its log density is {log_prob.item()}"
-        elif log_prob.requires_grad:
-            draws = [
-                s["value"]
-                for s in guide.nodes.values()
-                if s["type"] == "sample" and torch.as_tensor(s["value"]).requires_grad
-            ]
-            slopes = (
-                torch.autograd.grad(log_prob, draws, retain_graph=True, allow_unused=True)
-                if draws
-                else []
-            )
-            if not all(slope is None or slope.isfinite().all() for slope in slopes):
+        elif log_prob.requires_grad and leaves:
+            slopes = torch.autograd.grad(log_prob, leaves, retain_graph=True, allow_unused=True)
+            if any(slope is not None and not slope.isfinite().all() for slope in slopes):
                 yield name, "the gradient of its log density is not finite"

@@ -26,14 +26,14 @@ from torch import Tensor, nn
 from torch.distributions import biject_to
 
 from . import memory, store
-from .distributions import DiagonalNormal
 from .affine import LocScale
 from .conditional import (
     ConditionalInverseAutoregressiveFlowStack,
     conditional_inverse_autoregressive_flow,
 )
+from .distributions import DiagonalNormal
 from .initialization import Start, StartNotFound, or_draw, pathfinder
-from .joint import LogJoint
+from .joint import Given, LogJoint
 from .networks import check_context, check_size, check_widths
 from .sites import SiteDeltas, each_tensor, without_graph
 from .transforms import InverseAutoregressiveFlowStack, inverse_autoregressive_flow
@@ -270,8 +270,10 @@ class AutoIAF(AutoContinuous):
         at_loc = Start(loc.detach().clone(), torch.ones_like(loc)), math.log(self._init_scale)
         if self._start == "init" or store.has_from_file(self._entries):
             return at_loc
-        latents = dict(without_graph(self._latent_sites()).nodes)
-        joint = LogJoint(model, self.prototype_trace, args, kwargs, latents)
+        latents: dict[str, Any] = dict(without_graph(self._latent_sites()).nodes)
+        with Given({name: site["value"] for name, site in latents.items()}):
+            trace = poutine.trace(model).get_trace(*args, **kwargs)  # with data and subsamples
+        joint = LogJoint(model, trace, args, kwargs, latents)
         try:
             return pathfinder(joint, loc.detach(), self._is_dense(len(loc))), 0.0
         except StartNotFound as why:
@@ -305,6 +307,7 @@ class AutoIAF(AutoContinuous):
             flows = inverse_autoregressive_flow(D, **settings)
             kind: Any = InverseAutoregressiveFlowStack
         else:
+            assert self.context_dim is not None
             flows = conditional_inverse_autoregressive_flow(D, self.context_dim, **settings)
             kind = ConditionalInverseAutoregressiveFlowStack
         transform: Transform = kind([flows]) if self.num_flows == 1 else flows
@@ -349,7 +352,7 @@ class AutoIAF(AutoContinuous):
     @property
     def _encoder(self) -> Callable[..., Tensor] | None:
         """Without telling Pyro, see ``_transform``."""
-        return self._modules.get("encoder") or self.__dict__.get("encoder")  # type: ignore[return-value]
+        return self._modules.get("encoder") or self.__dict__.get("encoder")
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> dist.TransformedDistribution:
         """The guide's distribution over all latents, as one vector in unconstrained space."""
@@ -517,18 +520,18 @@ class AutoIAF(AutoContinuous):
         given = {k.removeprefix(start): v for k, v in state_dict.items() if k.startswith(start)}
         sizes = [v for k, v in given.items() if k.endswith(".network._extra_state")]
         affine = f"parts.{len(sizes)}"
-        learned, frame = (given.get(f"{affine}.{key}") for key in ("coefficients", "frame"))
+        learned, frame = given.get(f"{affine}.coefficients"), given.get(f"{affine}.frame")
         gated = state_dict.get(f"{prefix}_extra_state", torch.tensor(self.gated)).item()
-        known = sizes and learned is not None and frame is not None
-        if self.prototype_trace is None and known and not self._fits(given):
+        is_new = self.prototype_trace is None and not self._fits(given)
+        if is_new and sizes and learned is not None and frame is not None:
             # Never set up, so the state says what to build.
             self.num_flows, self.gated = len(sizes), bool(gated)
             self.hidden_dims = sizes[0][3:].tolist()
             self.context_dim = sizes[0][1].item() or None
             with torch.inference_mode(False):
                 self.scale = "dense" if len(learned) > 4 else "diagonal"
-                start = Start(frame[0].clone(), frame[1:].clone().squeeze(0))
-                self.transform = self._fresh_transform(start, 0.0)
+                loc, scale = frame[0].clone(), frame[1:].clone().squeeze(0)
+                self.transform = self._fresh_transform(Start(loc, scale), 0.0)
         if self.gated != gated:
             error_messages: list[str] = args[4]
             error_messages.append(f"The state is of a guide with {gated=}; this one is not.")

@@ -15,6 +15,7 @@ rank. (Zhang et al. 2022, https://arxiv.org/abs/2108.03782)
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -41,7 +42,10 @@ STEP_SIZES = (0.5, 0.25, 2.0**-3, 2.0**-4, 2.0**-6, 2.0**-9, 2.0**-13, 2.0**-18)
 ARMIJO = 1e-4
 
 # A path ends when a step promises less than this, in nats.
-ENOUGH = 1e-5
+ENOUGH = 1e-4
+
+# So many of the Gaussians on a path of L-BFGS are looked at.
+NUM_LOOKED_AT = 40
 
 # ELBOs are estimated from so many draws for all the Gaussians, then from more for the best ones.
 NUM_DRAWS, NUM_BEST, NUM_DRAWS_BEST = 20, 10, 200
@@ -73,12 +77,15 @@ def pathfinder(joint: LogJoint, loc: Tensor, dense: bool) -> Start:
     reason = joint.check(torch.stack([loc, loc + 0.1, loc - 0.1]))
     if reason is not None:
         raise StartNotFound(reason)
-    points = _beginnings(joint, loc)
-    exact = len(loc) <= EXACT_PATHS
-    best = _best(joint, _climb(joint, points, exact), loc.dtype)
-    if not exact and len(loc) <= EXACT_END and best is not None:
-        end = best.loc.to(loc).unsqueeze(0)
-        best = _best(joint, [best, *_climb(joint, end, True)], loc.dtype)
+    try:
+        points = _beginnings(joint, loc)
+        exact = len(loc) <= EXACT_PATHS
+        best = _best(joint, _climb(joint, points, exact), loc.dtype)
+        if not exact and len(loc) <= EXACT_END and best is not None:
+            end = best.loc.to(loc).unsqueeze(0)
+            best = _best(joint, [best, *_climb(joint, end, True)], loc.dtype)
+    except (NotImplementedError, RuntimeError) as error:  # no gradient, no memory
+        raise StartNotFound(f"a path ended in an error, {error}") from error
     if best is None:
         raise StartNotFound("no Gaussian on the way uphill has a finite ELBO")
     scale = best.spread.root if dense and isinstance(best.spread, _Dense) else best.spread.scale
@@ -138,17 +145,18 @@ class _Path:
         if hessian is not None and not hessian.isfinite().all():
             self.climbs = False
             return
+        spread: _Spread
         if hessian is None:
-            spread: _Spread = _LowRank.of_steps(self.diagonal, self.steps)
+            spread = _LowRank(self.diagonal, self.steps)
         else:
             spread = _Dense.of_precision(-hessian)
+            self.gaussians.append(_Gaussian(self.z, spread))
         self.step = spread.times(self.slope)
-        self.gain = (self.step @ self.slope).item()
         if hessian is None and not self.steps:  # nothing is known of the scale
             self.step = self.step / max(1.0, self.slope.norm().item())
-            self.gain = (self.step @ self.slope).item()
         else:
-            self.gaussians += [_Gaussian(self.z, spread), _Gaussian(self.z + self.step, spread)]
+            self.gaussians.append(_Gaussian(self.z + self.step, spread))
+        self.gain = (self.step @ self.slope).item()
         self.climbs = ENOUGH < self.gain < math.inf
 
     def accepts(self, value: Tensor, size: float | Tensor) -> Tensor:
@@ -183,7 +191,13 @@ def _climb(joint: LogJoint, points: Tensor, exact: bool) -> list[_Gaussian]:
         hessians: Any = [None] * len(live)
         if exact:
             z = torch.stack([path.z for path in live])
-            hessians = joint.hessian(z.to(dtype)).double()
+            try:
+                second = joint.hessian(z.to(dtype)).double()
+            except (NotImplementedError, RuntimeError):
+                second = z.new_zeros(len(z), 1, 1)
+            # Nothing, or an error: something in the model can be differentiated once only.
+            exact = bool((second != 0).flatten(1).any(-1).all())
+            hessians = second if exact else hessians
         for path, hessian in zip(live, hessians, strict=True):
             path.aim(hessian)
         live = [path for path in live if path.climbs]
@@ -199,6 +213,11 @@ def _climb(joint: LogJoint, points: Tensor, exact: bool) -> list[_Gaussian]:
         if short:
             _shorten(short, joint, dtype)
             live = [path for path in live if path.climbs]
+    if not exact:
+        for path in paths:
+            path.gaussians = path.gaussians[
+                :: -math.ceil(len(path.gaussians) / NUM_LOOKED_AT) or -1
+            ]
     return [gaussian for path in paths for gaussian in path.gaussians]
 
 
@@ -214,12 +233,12 @@ def _shorten(paths: list[_Path], joint: LogJoint, dtype: torch.dtype) -> None:
     tried = torch.stack([path.z + sizes.unsqueeze(-1) * path.step for path in paths])
     with torch.no_grad():
         values = joint(tried.to(dtype).flatten(0, 1)).double().reshape(tried.shape[:-1])
-    ends = []
+    chosen = []
     for path, candidates, value in zip(paths, tried, values, strict=True):
         usable = value.isfinite() & path.accepts(value, sizes)
         value = torch.where(usable, value, -torch.inf)
-        ends.append(candidates[value.argmax()])
-    ends = torch.stack(ends)
+        chosen.append(candidates[value.argmax()])
+    ends = torch.stack(chosen)
     for path, z, value, slope in zip(paths, ends, *_evaluate(joint, ends, dtype), strict=True):
         path.climbs = bool(value.isfinite() & path.accepts(value, sizes[-1]))
         if path.climbs:
@@ -241,18 +260,22 @@ def _best(joint: LogJoint, gaussians: list[_Gaussian], dtype: torch.dtype) -> _G
 def _elbos(
     joint: LogJoint, gaussians: list[_Gaussian], num_draws: int, dtype: torch.dtype
 ) -> list[float]:
-    """Estimates from draws in mirrored pairs."""
+    """Estimates from draws in mirrored pairs, of the same noise for all."""
+    if not gaussians:
+        return []
     values, entropies = [], []
+    loc = gaussians[0].loc
+    noise = torch.randn(num_draws // 2, len(loc), dtype=torch.float64).to(loc.device)
+    noise = torch.cat([noise, -noise])
     for part in _parts(gaussians, max(1, joint.num_at_once // num_draws)):
         draws = []
         for loc, spread in part:
-            noise = torch.randn(num_draws // 2, len(loc), dtype=torch.float64).to(loc.device)
-            draws.append(loc + spread.stretch(torch.cat([noise, -noise])))
+            draws.append(loc + spread.stretch(noise))
             entropies.append(spread.log_det_root)
         with torch.no_grad():
             value = joint(torch.cat(draws).to(dtype), together=num_draws)
         values.append(value.double().reshape(-1, num_draws).mean(-1))
-    elbos = torch.cat(values) + torch.stack(entropies) if values else torch.zeros(0)
+    elbos = torch.cat(values) + torch.stack(entropies)
     constant = math.log(2 * math.pi * math.e) / 2
     return [
         elbo + len(gaussian.loc) * constant if math.isfinite(elbo) else -math.inf
@@ -302,49 +325,57 @@ class _Dense(NamedTuple):
         return self.root @ (self.root.mT @ v)
 
 
-class _LowRank(NamedTuple):
-    r"""A covariance ``A (I + Q (B - I) Q^T) A`` with a diagonal ``A`` and orthonormal ``Q``.
+class _LowRank:
+    r"""The inverse Hessian that a path's last steps tell, by L-BFGS.
 
-    ``B`` is given by its eigenvalues, ``Q`` by the corresponding directions.
+    It is ``A (I + Q (B - I) Q^T) A`` with a diagonal ``A``, orthonormal axes ``Q`` and a diagonal
+    ``B``, of which there are twice as many as steps.
     """
 
-    diagonal: Tensor
-    axes: Tensor
-    values: Tensor
+    def __init__(self, squares: Tensor, steps: list[tuple[Tensor, Tensor]]) -> None:
+        self.squares, self.steps = squares, steps  # the squares of A; changes of point and slope
 
-    @classmethod
-    def of_steps(cls, diagonal: Tensor, steps: list[tuple[Tensor, Tensor]]) -> _LowRank:
-        """The inverse Hessian that a path's last steps tell, by L-BFGS."""
-        root = diagonal.sqrt()
-        if not steps:
-            return cls(root, root.new_zeros(len(root), 0), root.new_zeros(0))
-        # Byrd, Nocedal and Schnabel (1994), theorem 2.2, in units of the diagonal's root.
-        S = torch.stack([s for s, _ in steps], -1) / root.unsqueeze(-1)
-        Y = torch.stack([y for _, y in steps], -1) * root.unsqueeze(-1)
+    @functools.cached_property
+    def _factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``A``, ``Q`` and the diagonal of ``B``."""
+        root = self.squares.sqrt()
+        if not self.steps:
+            return root, root.new_zeros(len(root), 0), root.new_zeros(0)
+        # Byrd, Nocedal and Schnabel (1994), theorem 2.2, in units of A.
+        S = torch.stack([s for s, _ in self.steps], -1) / root.unsqueeze(-1)
+        Y = torch.stack([y for _, y in self.steps], -1) * root.unsqueeze(-1)
         R = (S.mT @ Y).triu()
         basis, _ = torch.linalg.qr(torch.cat([S, Y], -1))
         W = torch.linalg.solve_triangular(R, S.mT @ basis, upper=True)
         cross = W.mT @ (Y.mT @ basis)
         middle = W.mT @ (R.diagonal().diag() + Y.mT @ Y) @ W - cross - cross.mT
         values, vectors = torch.linalg.eigh(middle)
-        return cls(root, basis @ vectors, (1 + values).clamp(min=1e-12))
+        return root, basis @ vectors, (1 + values).clamp(min=1e-12)
 
     @property
     def scale(self) -> Tensor:
-        precision = 1 + (self.axes.square() * (1 / self.values - 1)).sum(-1)
-        return self.diagonal * precision.rsqrt()
+        root, axes, values = self._factors
+        return root * (1 + (axes.square() * (1 / values - 1)).sum(-1)).rsqrt()
 
     @property
     def log_det_root(self) -> Tensor:
-        return self.diagonal.log().sum() + self.values.log().sum() / 2
+        root, _, values = self._factors
+        return root.log().sum() + values.log().sum() / 2
 
     def stretch(self, noise: Tensor) -> Tensor:
-        within = noise @ self.axes * (self.values.sqrt() - 1)
-        return (noise + within @ self.axes.mT) * self.diagonal
+        root, axes, values = self._factors
+        return (noise + noise @ axes * (values.sqrt() - 1) @ axes.mT) * root
 
     def times(self, v: Tensor) -> Tensor:
-        v = v * self.diagonal
-        return (v + self.axes @ (self.axes.mT @ v * (self.values - 1))) * self.diagonal
+        # The two loops of L-BFGS (Nocedal and Wright 2006, algorithm 7.4), without the factors.
+        shares = []
+        for s, y in reversed(self.steps):
+            shares.append((s @ v) / (s @ y))
+            v = v - shares[-1] * y
+        v = v * self.squares
+        for (s, y), share in zip(self.steps, reversed(shares), strict=True):
+            v = v + (share - (y @ v) / (s @ y)) * s
+        return v
 
 
 # Without a path

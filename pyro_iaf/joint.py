@@ -10,7 +10,6 @@ the other, where the model doesn't take such a plate.
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +25,18 @@ from torch.autograd import grad
 from torch.distributions import biject_to
 from torch.distributions.transforms import identity_transform
 
-__all__ = ["Given", "LogJoint", "log_prob_of_particles", "plate_nesting", "quietly", "split_sizes"]
+__all__ = [
+    "Given",
+    "LogJoint",
+    "compute_log_prob",
+    "is_subsampled",
+    "log_prob_of_particles",
+    "plate_nesting",
+    "quietly",
+    "samples",
+    "split_sizes",
+    "subsamples",
+]
 
 # Numbers in the graph of a Hessian's rows, when all are taken at once.
 MAX_NUMBERS = 2**24
@@ -55,18 +65,12 @@ class LogJoint:
         latents: dict[str, Any] | None = None,
     ) -> None:
         self.model, self.args, self.kwargs = model, args, kwargs
-        sites = {name: s for name, s in trace.nodes.items() if s["type"] == "sample"}
-        is_subsample = {name: site_is_subsample(site) for name, site in sites.items()}
-        self.subsamples = {n: site["value"] for n, site in sites.items() if is_subsample[n]}
-        self.subsampled = any(
-            site["fn"].subsample_size not in (None, site["fn"].size)
-            for name, site in sites.items()
-            if is_subsample[name]
-        )
+        self.subsamples = {name: site["value"] for name, site in subsamples(trace).items()}
+        self.subsampled = is_subsampled(trace)
         self.latents = dict(trace.iter_stochastic_nodes()) if latents is None else latents
         self.nesting = plate_nesting(trace)
-        shapes = [site["fn"].shape() for name, site in sites.items() if not is_subsample[name]]
-        self.num_numbers = sum(max(1, torch.Size(shape).numel()) for shape in shapes)
+        shapes = [torch.Size(site["fn"].shape()) for site in samples(trace).values()]
+        self.num_numbers = sum(max(1, shape.numel()) for shape in shapes)
         self._layout = []
         for name, site in self.latents.items():
             to_support = biject_to(site["fn"].support)
@@ -173,13 +177,13 @@ class LogJoint:
     def _of_one(self, z: Tensor) -> Tensor:
         values, log_det = self._constrain(z.unsqueeze(0))
         own = {name: v.reshape(self.latents[name]["value"].shape) for name, v in values.items()}
-        log_prob = log_prob_of_particles(self._trace(own), 1, math.inf, self.weight)
+        log_prob = log_prob_of_particles(self._trace(own), 1, None, self.weight)
         return log_prob + self.weight * log_det
 
     def _trace(self, values: dict[str, Tensor]) -> poutine.Trace:
         with poutine.block(), Given({**values, **self.subsamples}):
             trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
-            trace.compute_log_prob(lambda _, site: not site_is_subsample(site))
+            compute_log_prob(trace)
         return trace
 
     def _constrain(self, z: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -208,37 +212,64 @@ class Given(Messenger):
             msg["done"] = True
 
 
+def samples(trace: poutine.Trace) -> dict[str, Any]:
+    """The sample sites of a run, but for the subsamples of plates."""
+    nodes: dict[str, Any] = dict(trace.nodes)
+    return {
+        n: site for n, site in nodes.items() if site["type"] == "sample" and not _is_index(site)
+    }
+
+
+def subsamples(trace: poutine.Trace) -> dict[str, Any]:
+    """The sites where plates draw their subsamples."""
+    nodes: dict[str, Any] = dict(trace.nodes)
+    return {n: site for n, site in nodes.items() if _is_index(site)}
+
+
+def is_subsampled(trace: poutine.Trace) -> bool:
+    """Whether some plate takes fewer than all."""
+    fns = [site["fn"] for site in subsamples(trace).values()]
+    return any(fn.subsample_size not in (None, fn.size) for fn in fns)
+
+
+def _is_index(site: Any) -> bool:
+    return site["type"] == "sample" and site_is_subsample(site)
+
+
+def compute_log_prob(trace: poutine.Trace) -> None:
+    """Scores all sites of a run; a plate's subsample has no density."""
+    trace.compute_log_prob(lambda _, site: not site_is_subsample(site))
+
+
 def plate_nesting(*traces: poutine.Trace) -> int:
     """How many dimensions the plates of these runs take, counted from the right."""
     depth = 0
     for trace in traces:
-        for site in trace.nodes.values():
-            if site["type"] == "sample" and not site_is_subsample(site):
-                dims = [-f.dim for f in site["cond_indep_stack"] if f.vectorized]
-                depth = max(depth, len(site["fn"].batch_shape), *dims)
+        for site in samples(trace).values():
+            dims = [-frame.dim for frame in site["cond_indep_stack"] if frame.vectorized]
+            depth = max(depth, len(site["fn"].batch_shape), *dims)
     return depth
 
 
 def log_prob_of_particles(
-    trace: poutine.Trace, num_particles: int, nesting: float, weight: float = 1.0
+    trace: poutine.Trace, num_particles: int, nesting: int | None, weight: float = 1.0
 ) -> Tensor:
     """The log densities of a run's particles, which lie left of ``nesting`` plates.
 
-    Those of sites that are not observed are weighted.
+    Those of sites that are not observed are weighted. Without a nesting there is one particle.
     """
     total: Any = 0.0
-    for site in trace.nodes.values():
-        if site["type"] == "sample" and "log_prob" in site:
-            log_prob = site["log_prob"]
-            if not site["is_observed"]:
-                log_prob = weight * log_prob
-            beyond = log_prob.dim() - nesting - 1
-            if beyond < 0:  # the same for all
-                total = total + log_prob.sum()
-            else:
-                each = log_prob.movedim(beyond, 0)
-                total = total + each.reshape(len(each), -1).sum(-1)
-    return total.expand(num_particles)
+    for site in samples(trace).values():
+        log_prob = site["log_prob"]
+        if not site["is_observed"] and weight != 1:
+            log_prob = weight * log_prob
+        beyond = -1 if nesting is None else log_prob.dim() - nesting - 1
+        if beyond < 0:  # the same for all
+            total = total + log_prob.sum()
+        else:
+            each = log_prob.movedim(beyond, 0)
+            total = total + each.reshape(len(each), -1).sum(-1)
+    return torch.as_tensor(total).expand(num_particles)
 
 
 def split_sizes(total: int, size: int) -> list[int]:

@@ -23,7 +23,7 @@ from torch.nn import functional
 from .affine import LocScale
 from .blocks import can_be_cut
 from .networks import product
-from .transforms import LOG_SCALE_BOUND, OnNetwork
+from .transforms import LOG_SCALE_BOUND
 
 __all__ = ["draw_with_score"]
 
@@ -45,7 +45,7 @@ def draw_with_score(parts: Iterable[Any], x: Tensor) -> tuple[Tensor, Tensor, Te
     for part in parts:
         x = x.expand(part.forward_shape(x.shape))
         score = score.expand(x.shape)
-        if part.input_dim <= MAX_WRITTEN_OUT and isinstance(part, OnNetwork) and can_be_cut(part):
+        if part.input_dim <= MAX_WRITTEN_OUT and hasattr(part, "network") and can_be_cut(part):
             x, log_scale, score = _written_out(part, x, score)
         else:
             x, log_scale, score = _solved(part, x, score)
@@ -73,11 +73,12 @@ def _written_out(flow: Any, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, T
     network = flow.network
     *hidden, output, offsets = map(product, network.factors())
     if flow.context is None:
-        shifts = offsets[:, 0]
+        shift = offsets[:, 0]
     else:
-        shifts = functional.linear(flow.context, offsets[:, 1:], offsets[:, 0])
-    *shifts, last = shifts.split_with_sizes([*network.hidden_dims, len(output)], -1)
-    h, slopes = x, None
+        shift = functional.linear(flow.context, offsets[:, 1:], offsets[:, 0])
+    *shifts, last = shift.split_with_sizes([*network.hidden_dims, len(output)], -1)
+    h: Tensor = x
+    slopes: Any = None
     for weight, shift in zip(hidden, shifts, strict=True):
         h, bend = _bend(network.activation, functional.linear(h, weight) + shift)
         weight = weight.detach()
@@ -92,11 +93,10 @@ def _written_out(flow: Any, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, T
         score = score - (slope.unsqueeze(-2) @ of_s).squeeze(-2)
         jacobian = torch.addcmul(by_m.unsqueeze(-1) * of_m, by_s.unsqueeze(-1), of_s)
         jacobian.diagonal(dim1=-2, dim2=-1).add_(scale)
-        if network.in_natural_order:
-            return y, log_scale.detach(), _row_solution(jacobian, score)
         order = flow.order
         solved = _row_solution(jacobian[..., order, :][..., order], score[..., order])
-        return y, log_scale.detach(), solved[..., torch.argsort(order)]
+        score = solved[..., torch.argsort(order)]
+    return y, log_scale.detach(), score
 
 
 def _applied(x: Tensor, shift: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,7 +106,8 @@ def _applied(x: Tensor, shift: Tensor, log_scale: Tensor) -> tuple[Tensor, Tenso
 def _row_solution(jacobian: Tensor, v: Tensor) -> Tensor:
     """The rows ``u`` with ``u J = v``."""
     rows = v.unsqueeze(-2)
-    return torch.linalg.solve_triangular(jacobian, rows, upper=False, left=False).squeeze(-2)
+    solved: Tensor = torch.linalg.solve_triangular(jacobian, rows, upper=False, left=False)
+    return solved.squeeze(-2)
 
 
 def _bend(activation: nn.Module, z: Tensor) -> tuple[Tensor, Tensor]:

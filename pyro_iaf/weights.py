@@ -16,10 +16,19 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.ops.stats import fit_generalized_pareto
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from .joint import Given, log_prob_of_particles, plate_nesting, quietly, split_sizes
+from .joint import (
+    Given,
+    compute_log_prob,
+    is_subsampled,
+    log_prob_of_particles,
+    plate_nesting,
+    quietly,
+    samples,
+    split_sizes,
+    subsamples,
+)
 
 __all__ = ["Draws", "Particles", "pareto_k", "resampled", "smoothed"]
 
@@ -56,18 +65,10 @@ class Particles:
         with quietly():
             self.first_model, self.first_guide = first = self._run(None)
         self.nesting = plate_nesting(*first)
-        self.latents = {n: s for n, s in self.first_model.nodes.items() if _is_latent(s)}
-        sites = [s for s in self.first_model.nodes.values() if s["type"] == "sample"]
-        self.num_numbers = sum(
-            max(1, torch.as_tensor(site["value"]).numel())
-            for site in sites
-            if not site_is_subsample(site)
-        )
-        self.subsampled = any(
-            site["fn"].subsample_size not in (None, site["fn"].size)
-            for site in sites
-            if site_is_subsample(site)
-        )
+        self.latents = _latents(self.first_model)
+        shapes = [torch.as_tensor(s["value"]).shape for s in samples(self.first_model).values()]
+        self.num_numbers = sum(max(1, shape.numel()) for shape in shapes)
+        self.subsampled = is_subsampled(self.first_model)
         self.at_once = True
         self.at_once = self._go_at_once()
 
@@ -75,13 +76,12 @@ class Particles:
         """Draws from the guide and their log-weights."""
         found = []
         for size, model, guide in self.runs(num_draws):
-            nesting = self.nesting if self.at_once else math.inf
+            nesting = self.nesting if self.at_once else None
             log_weights = log_prob_of_particles(model, size, nesting)
             log_weights = log_weights - log_prob_of_particles(guide, size, nesting)
             found.append((log_weights, self.values(guide, size)))
-        log_weights, sites = zip(*found, strict=True)
-        merged = {name: torch.cat([part[name] for part in sites]) for name in sites[0]}
-        return Draws(torch.cat(log_weights), merged)
+        sites = {name: torch.cat([part[name] for _, part in found]) for name in found[0][1]}
+        return Draws(torch.cat([log_weights for log_weights, _ in found]), sites)
 
     @torch.no_grad()
     def runs(self, num_draws: int) -> Iterator[tuple[int, poutine.Trace, poutine.Trace]]:
@@ -90,15 +90,15 @@ class Particles:
             with quietly():
                 model, guide = self._run(size if self.at_once else None)
                 for trace in (model, guide):
-                    trace.compute_log_prob(lambda _, site: not site_is_subsample(site))
+                    compute_log_prob(trace)
             yield size, model, guide
 
     def values(self, trace: poutine.Trace, num_draws: int) -> dict[str, Tensor]:
         """The guide's latents in a run, with the draws in front and no plate beside them."""
+        sites = samples(trace)
         return {
-            name: self.freed(trace.nodes[name]["value"], site["value"].shape, num_draws)
-            for name, site in self.first_guide.nodes.items()
-            if _is_latent(site)
+            name: self.freed(sites[name]["value"], site["value"].shape, num_draws)
+            for name, site in _latents(self.first_guide).items()
         }
 
     def freed(self, value: Tensor, shape: torch.Size, num_draws: int) -> Tensor:
@@ -109,7 +109,7 @@ class Particles:
 
     def placed(self, name: str, draws: Tensor) -> Tensor:
         """Draws of a latent as a run takes them: left of all plates."""
-        site = self.first_model.nodes[name]
+        site = samples(self.first_model)[name]
         if not self.at_once:
             return draws.reshape(site["value"].shape)
         missing = self.nesting - len(site["fn"].batch_shape)
@@ -140,28 +140,27 @@ class Particles:
         try:
             with torch.no_grad(), quietly():
                 model, guide = self._run(2)
-                model.compute_log_prob(lambda _, site: not site_is_subsample(site))
+                compute_log_prob(model)
                 together = log_prob_of_particles(model, 2, self.nesting)
-                kept = {n: s["value"] for n, s in model.nodes.items() if site_is_subsample(s)}
+                kept = {n: site["value"] for n, site in subsamples(model).items()}
                 alone = []
                 for k in range(2):
                     values = {n: v[k] for n, v in self.values(guide, 2).items()}
                     with poutine.block(), Given({**kept, **values}):
                         trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
-                    trace.compute_log_prob(lambda _, site: not site_is_subsample(site))
-                    alone.append(log_prob_of_particles(trace, 1, math.inf))
+                    compute_log_prob(trace)
+                    alone.append(log_prob_of_particles(trace, 1, None))
             return torch.allclose(together, torch.cat(alone), rtol=1e-4, equal_nan=True)
         except Exception:  # whatever a model that isn't made for it may raise
             return False
 
 
-def _is_latent(site: Any) -> bool:
-    return (
-        site["type"] == "sample"
-        and not site["is_observed"]
-        and not site["infer"].get("is_auxiliary")
-        and not site_is_subsample(site)
-    )
+def _latents(trace: poutine.Trace) -> dict[str, Any]:
+    return {
+        name: site
+        for name, site in samples(trace).items()
+        if not site["is_observed"] and not site["infer"].get("is_auxiliary")
+    }
 
 
 def pareto_k(log_weights: Tensor) -> float:

@@ -1,0 +1,114 @@
+"""Seven real posteriors with known answers, and Neal's funnel: AutoIAF at its defaults beside Pyro.
+
+``--data`` is a folder with a ``posteriors.py``, whose POSTERIORS have a model, data and a summary
+of reference draws by Stan.
+"""
+
+import argparse
+import importlib
+import math
+import statistics
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoIAFNormal, AutoMultivariateNormal, AutoNormal
+
+from benchmarks.common import save
+from pyro_iaf import AutoIAF, fit
+from pyro_iaf.weights import Particles, pareto_k
+
+NUM_STEPS, NUM_PARTICLES, NUM_DRAWS = 3000, 16, 10_000
+
+PYRO = {
+    "AutoNormal": AutoNormal,
+    "AutoMultivariateNormal": AutoMultivariateNormal,
+    "AutoIAFNormal": lambda model: AutoIAFNormal(model, num_transforms=2, hidden_dim=[64, 64]),
+}
+
+
+def train(name, model, seed):
+    """A trained guide, and the seconds that its making and training took."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(seed)
+    start = time.perf_counter()
+    if name == "AutoIAF":
+        guide = AutoIAF(model)
+        fit(model, guide, num_steps=NUM_STEPS, num_particles=NUM_PARTICLES, progress=False)
+    else:
+        guide = PYRO[name](model)
+        elbo = Trace_ELBO(
+            num_particles=NUM_PARTICLES, vectorize_particles=True, max_plate_nesting=0
+        )
+        decay = 0.01 ** (1 / NUM_STEPS)
+        svi = SVI(model, guide, pyro.optim.ClippedAdam({"lr": 1e-2, "lrd": decay}), elbo)
+        for _ in range(NUM_STEPS):
+            svi.step()
+    return guide, time.perf_counter() - start
+
+
+def quality(model, guide, summary):
+    """ELBOs, k-hat, and how far means and spreads are from the reference draws'."""
+    particles = Particles(model, guide, (), {})
+    runs = [particles.weighted(NUM_DRAWS) for _ in range(3)]
+    log_weights = torch.cat([run.log_weights for run in runs])
+    errors, ratios = [], []
+    for site, reference in summary.items():
+        if site not in runs[0].sites:  # a quantity derived from sites
+            continue
+        mean, sd = (torch.as_tensor(reference[key]).reshape(-1) for key in ("mean", "sd"))
+        draws = torch.cat([run.sites[site] for run in runs]).reshape(-1, len(mean))
+        errors.append(((draws.mean(0) - mean) / sd).abs().max().item())
+        ratios += (draws.std(0) / sd).tolist()
+    return {
+        "elbo": round(log_weights.mean().item(), 2),
+        "iw_elbo": round((log_weights.logsumexp(0) - math.log(len(log_weights))).item(), 2),
+        "khat": round(statistics.median(pareto_k(run.log_weights) for run in runs), 2),
+        "mean_error": round(max(errors), 3),
+        "smallest_spread": round(min(ratios), 3),
+        "largest_spread": round(max(ratios), 3),
+    }
+
+
+def funnel():
+    v = pyro.sample("v", dist.Normal(0.0, 3.0))
+    scale = (v / 2).exp().unsqueeze(-1)
+    pyro.sample("x", dist.Normal(torch.zeros(9), scale).to_event(1))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, default=Path("../shared/posteriors"))
+    parser.add_argument("--seeds", type=int, default=3)
+    options = parser.parse_args()
+    if not (options.data / "posteriors.py").exists():
+        sys.exit(f"There is no posteriors.py in {options.data}: give its folder with --data.")
+    sys.path.insert(0, str(options.data))
+    posteriors = importlib.import_module("posteriors").POSTERIORS
+    models = {name: (p.model, p.summary, p.data) for name, p in posteriors.items()}
+    models["funnel, D=10"] = funnel, {"v": {"mean": 0.0, "sd": 3.0}}, None
+    rows = []
+    for name, (model, summary, _) in models.items():
+        summary = {site: value for site, value in summary.items() if "mean" in value}
+        for seed in range(options.seeds):
+            for guide_name in ["AutoIAF", *PYRO]:
+                row = {"posterior": name, "guide": guide_name, "seed": seed}
+                try:
+                    guide, seconds = train(guide_name, model, seed)
+                    row |= quality(model, guide, summary) | {"seconds": round(seconds, 1)}
+                except (ValueError, RuntimeError):  # NaN, by Pyro's checks
+                    row["failed"] = True
+                print(row, flush=True)
+                rows.append(row)
+    save("posteriors", "3000 steps of 16 particles, float64; in reference sd", rows)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    torch.set_default_dtype(torch.float64)
+    main()

@@ -1,0 +1,317 @@
+import math
+import sys
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from models import MODELS, make, one_latent, plates, subsampled_data, two_sites
+from pyro import poutine
+from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
+from pyro.poutine.util import site_is_subsample
+from torch.testing import assert_close
+
+from pyro_iaf import AutoIAF, diagnose, to_arviz
+
+# The model "one latent": z ~ N(0, 1), y = 1 ~ N(z, 0.5).
+MEAN, SD = 0.8, math.sqrt(0.2)
+EVIDENCE = dist.Normal(0.0, math.sqrt(1.25)).log_prob(torch.tensor(1.0)).item()
+
+
+def normal_guide(loc=MEAN, scale=SD):
+    return lambda *args: pyro.sample("z", dist.Normal(loc, scale))
+
+
+def standard(name="z"):
+    return pyro.sample(name, dist.Normal(0.0, 1.0))
+
+
+@pytest.fixture(params=MODELS)
+def case(request):
+    return make(request.param, hidden_dims=[16], start="init")
+
+
+# How good a guide is
+
+
+def test_the_posterior_is_good():
+    found = diagnose(one_latent, normal_guide())
+    assert found.elbo == pytest.approx(EVIDENCE)
+    assert found.iw_elbo == pytest.approx(EVIDENCE)
+    assert found.elbo_se < 1e-9
+    assert found.iw_elbo_se < 1e-6
+    assert found.khat < 0.5
+    assert found.ess == pytest.approx(4000)
+    assert found.log_weights.shape == (4000,)
+    shift, factor = found.sites["z"]
+    assert abs(shift) < 1e-6
+    assert factor == pytest.approx(1.0, abs=1e-3)  # S instead of S - 1
+    assert str(found).startswith("Good: ")
+    assert "nats" in str(found)
+
+
+def test_weights_that_are_all_the_same_are_good():
+    found = diagnose(two_sites, two_sites)
+    assert found.elbo == 0.0
+    assert found.ess == pytest.approx(4000)
+    assert str(found).startswith("Good: ")
+
+
+def test_a_narrow_guide_is_not_to_be_trusted_and_its_worst_site_comes_first():
+    def model():
+        for name in ("fine", "narrow", "other"):
+            standard(name)
+
+    def guide():
+        standard("fine")
+        pyro.sample("narrow", dist.Normal(0.0, 0.2))
+        standard("other")
+
+    found = diagnose(model, guide)
+    assert found.khat > 0.7
+    assert found.worst_sites[0] == "narrow"
+    assert found.sites["narrow"][1] > 1.3  # it ought to be 5; the tails aren't seen
+    assert found.ess < 2000
+    lines = str(found).splitlines()
+    assert lines[0].startswith("Not to be trusted: ")
+    assert "site 'narrow'" in lines[4]
+
+
+def test_between_them_a_guide_is_usable():
+    # In the limit k is 1 - 0.55^2 = 0.7, and any number of draws sees less of the tail.
+    found = diagnose(one_latent, normal_guide(scale=0.55 * SD), num_samples=40_000)
+    assert 0.5 < found.khat < 0.7
+    assert str(found).startswith("Usable: ")
+    assert "resample=True" in str(found)
+
+
+def test_estimates_lie_within_their_standard_errors():
+    # KL(guide, posterior), in closed form
+    ratio = 1.2
+    divergence = math.log(1 / ratio) + (ratio**2 - 1) / 2
+    guide = normal_guide(scale=ratio * SD)
+    runs = [diagnose(one_latent, guide, num_samples=500) for _ in range(200)]
+    for name, truth in (("elbo", EVIDENCE - divergence), ("iw_elbo", EVIDENCE)):
+        values = torch.tensor([getattr(run, name) for run in runs])
+        errors = torch.tensor([getattr(run, f"{name}_se") for run in runs])
+        assert (values - truth).abs().max() < 4.5 * errors.max()
+        assert values.std() == pytest.approx(errors.mean().item(), rel=0.25)  # 5 se of 200 runs
+    ess = [run.ess for run in runs]
+    squares = ratio**2 / math.sqrt(2 * ratio**2 - 1)  # E w^2 / (E w)^2
+    assert sum(ess) / len(ess) == pytest.approx(500 / squares, rel=0.02)
+
+
+def test_the_standard_error_knows_of_subsamples():
+    guide = normal_guide(0.5, 0.15)
+    runs = [diagnose(subsampled_data, guide, num_samples=400) for _ in range(10)]
+    assert runs[0].subsampled
+    assert "subsamples its data" in str(runs[0])
+    elbos = torch.tensor([run.elbo for run in runs])
+    assert elbos.std() < 2 * max(run.elbo_se for run in runs)
+
+
+@pytest.mark.parametrize(("size", "threshold"), [(100, 0.5), (1000, 2 / 3), (4000, 0.7)])
+def test_few_draws_lower_the_threshold(size, threshold):
+    found = diagnose(one_latent, normal_guide(scale=1.1 * SD), num_samples=size)
+    assert found.threshold == pytest.approx(threshold)
+    assert f"below {threshold:.2f} usable" in str(found)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_a_few_draws_bring_no_verdict(size):
+    found = diagnose(one_latent, normal_guide(scale=1.1 * SD), num_samples=size)
+    assert str(found).startswith("No verdict: ")
+    assert math.isfinite(found.elbo)
+
+
+def test_draws_without_a_density_are_counted():
+    def model():
+        z = standard()
+        pyro.factor("f", torch.where(z < -1, -math.inf, -0.5 * z**2))
+
+    found = diagnose(model, standard, num_samples=1000)
+    lost = (~found.log_weights.isfinite()).sum().item()
+    assert 100 < lost < 220
+    assert f"{lost} draws where the model has no finite density" in str(found)
+    assert found.elbo == -math.inf
+    truth = math.log(dist.Normal(0.0, 1.0).cdf(torch.tensor(math.sqrt(2))) / math.sqrt(2))
+    assert abs(found.iw_elbo - truth) < 4 * found.iw_elbo_se
+    assert math.isfinite(found.khat)
+    nowhere = diagnose(lambda: pyro.factor("f", standard() - math.inf), standard)
+    assert nowhere.ess == 0
+    assert "4000 draws where" in str(nowhere)
+
+
+def test_where_a_matrix_has_no_cholesky_factor_there_is_no_density():
+    def model():
+        cov = torch.eye(2) * pyro.sample("z", dist.Normal(1.0, 1.0))[..., None, None]
+        pyro.sample("y", dist.MultivariateNormal(torch.zeros(2), cov), obs=torch.ones(2))
+
+    found = diagnose(model, normal_guide(1.0, 0.5), num_samples=500)
+    assert 0 < (~found.log_weights.isfinite()).sum() < 50
+
+
+@pytest.mark.parametrize("Auto", [AutoNormal, AutoMultivariateNormal, AutoIAF, AutoDelta])
+def test_it_takes_pyros_guides_and_ours(Auto):
+    found = diagnose(plates, Auto(plates), num_samples=200)
+    assert set(found.sites) == {"mu", "z"}
+    assert len(str(found).splitlines()) == 6
+
+
+def test_it_takes_arguments_by_position_and_by_keyword():
+    model, data = (make() for make in MODELS["arguments"])
+    guide = AutoIAF(model)
+    diagnoses = [
+        diagnose(model, guide, data, {"noise": 0.5}, num_samples=300),
+        diagnose(model, guide, data[:1], {"y": data[1], "noise": 0.5}, num_samples=300),
+    ]
+    assert diagnoses[0].iw_elbo == pytest.approx(diagnoses[1].iw_elbo, abs=0.2)
+    with pytest.raises(ValueError, match="num_samples should be an int"):
+        diagnose(model, guide, data, num_samples=0)
+
+
+# Resampled draws
+
+
+def test_resampled_draws_of_a_guide_are_nearer_to_the_posterior():
+    guide = AutoIAF(one_latent, init_loc_fn=lambda site: torch.tensor(0.5), init_scale=0.8)
+    plain, better = (guide.sample_posterior(10_000, resample=r)["z"] for r in (False, True))
+    assert plain.mean().item() == pytest.approx(0.5, abs=0.05)
+    assert better.shape == (10_000,)
+    assert better.mean().item() == pytest.approx(MEAN, abs=0.02)  # 4 se
+    assert better.std().item() == pytest.approx(SD, abs=0.02)
+
+
+def test_resampling_warns_where_it_cannot_repair():
+    guide = AutoIAF(one_latent, init_scale=0.05)
+    with pytest.warns(UserWarning, match="above 0.7, resampled draws"):
+        assert guide.sample_posterior(100, resample=True)["z"].shape == (100,)
+
+
+# Draws for ArviZ
+
+
+@pytest.fixture
+def arviz():
+    return pytest.importorskip("arviz")
+
+
+quiet = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+@quiet
+def test_the_log_likelihood_is_that_of_the_data_at_each_draw(case, arviz):
+    guide, model, arguments = case
+    data = to_arviz(model, guide, arguments, num_samples=3)
+    given = {}
+    if model is subsampled_data:
+        given["data"] = torch.as_tensor(data.observed_data["y"].values * 9).round().long()
+    for k in range(3):
+        for name in guide(*arguments):
+            given[name] = torch.as_tensor(data.posterior[name].values[0, k])
+            assert given[name].shape == guide.prototype_trace.nodes[name]["value"].shape
+        trace = poutine.trace(poutine.condition(model, given)).get_trace(*arguments)
+        trace.compute_log_prob(lambda _, site: not site_is_subsample(site))
+        observed = {"y", "v"} & trace.nodes.keys() - given.keys()
+        assert observed == set(data.get("log_likelihood", ()))
+        for name in observed:
+            found = torch.as_tensor(data.log_likelihood[name].values[0, k]).sum()
+            site = trace.nodes[name]
+            assert_close(found, site["log_prob_sum"].detach() / site["scale"], check_dtype=False)
+
+
+def school(x, y=None):
+    mu = standard("mu")
+    with pyro.plate("schools", 4):
+        effect = pyro.sample("effect", dist.Normal(mu, 1.0))
+        pyro.deterministic("exp_effect", effect.exp())
+        pyro.factor("f", -effect)
+    with pyro.plate("pupils", 5, dim=-2), pyro.plate("schools again", 4):
+        means = torch.stack([effect, effect + x], -1)
+        pyro.sample("y", dist.Normal(means, 0.5).to_event(1), obs=y)
+
+
+def school_guide(x, y=None):
+    pyro.sample("mu", dist.Normal(0.5, 0.3))
+    with pyro.plate("schools", 4):
+        pyro.sample("effect", dist.Normal(1.0, 0.2))
+
+
+@pytest.fixture
+def school_data(arviz):
+    y = torch.randn(5, 4, 2) + 1
+    return y, to_arviz(school, school_guide, (torch.tensor(2.0),), {"y": y}, num_samples=2000)
+
+
+@quiet
+def test_dimensions_are_plates(school_data):
+    _, data = school_data
+    dims = {
+        group: {name: values.dims[2:] for name, values in data[group].items()}
+        for group in ("posterior", "posterior_predictive", "log_likelihood")
+    }
+    y = {"y": ("pupils", "schools again", "y_dim_2")}
+    effects = {"effect": ("schools",), "exp_effect": ("schools",)}
+    assert dims == {
+        "posterior": {"mu": (), **effects},
+        "posterior_predictive": y,
+        "log_likelihood": y,
+    }
+    assert data.observed_data["y"].dims == y["y"]
+    assert data.posterior["mu"].shape == (1, 2000)
+
+
+@quiet
+def test_values_are_those_by_hand(school_data):
+    y, data = school_data
+    effect = torch.as_tensor(data.posterior["effect"].values[0])
+    assert_close(torch.as_tensor(data.posterior["exp_effect"].values[0]), effect.exp())
+    assert_close(torch.as_tensor(data.observed_data["y"].values), y)
+    means = torch.stack([effect, effect + 2], -1).unsqueeze(1)
+    each = torch.as_tensor(data.log_likelihood["y"].values[0])
+    assert_close(each, dist.Normal(means, 0.5).log_prob(y))
+    predicted = torch.as_tensor(data.posterior_predictive["y"].values[0])
+    errors = (predicted - means).mean((0, 1, 2))
+    assert errors.abs().max() < 0.01  # 4 se of 40,000 draws
+    assert (predicted - means).std().item() == pytest.approx(0.5, abs=0.01)
+
+
+@quiet
+@pytest.mark.filterwarnings("ignore::UserWarning")  # ArviZ's on high k-hats
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Matplotlib's on ArviZ
+def test_arviz_can_work_with_it(school_data, arviz):
+    pytest.importorskip("matplotlib").use("Agg")
+    _, data = school_data
+    summary = arviz.summary(data, var_names=["mu", "effect"])
+    assert list(summary.index) == ["mu", *(f"effect[{i}]" for i in range(4))]
+    assert summary["mean"]["effect[2]"] == pytest.approx(1.0, abs=0.02)  # 4 se of 2,000 draws
+    assert math.isfinite(arviz.loo(data).elpd_loo)
+    assert len(arviz.plot_trace(data, var_names=["mu"]).flatten()) == 2
+
+
+@quiet
+def test_resampled_draws_go_to_arviz(arviz):
+    data = to_arviz(one_latent, normal_guide(0.5, 0.8), num_samples=5000, resample=True)
+    z = torch.as_tensor(data.posterior["z"].values)
+    assert z.mean().item() == pytest.approx(MEAN, abs=0.03)  # 4 se
+    assert z.std().item() == pytest.approx(SD, abs=0.03)
+
+
+@quiet
+def test_one_number_may_be_all_the_data_of_a_plate(arviz):
+    def model():
+        with pyro.plate("data", 3):
+            pyro.sample("y", dist.Normal(standard(), 1.0), obs=torch.tensor(1.0))
+
+    def guide():
+        with pyro.plate("data", 3):
+            standard()
+
+    data = to_arviz(model, guide, num_samples=10)
+    assert data.log_likelihood["y"].shape == (1, 10, 3)
+
+
+def test_without_arviz_the_install_line_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "arviz", None)
+    with pytest.raises(ImportError, match=r"pip install 'pyro_iaf\[arviz\]'"):
+        to_arviz(one_latent, normal_guide())

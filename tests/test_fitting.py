@@ -1,0 +1,452 @@
+import copy
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from models import MODELS, Regression, data
+from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.testing import assert_close
+from torch.utils.data import DataLoader
+
+from pyro_iaf import AutoIAF, FitResult, fit
+from pyro_iaf.elbo import LatentLoss
+from pyro_iaf.joint import LogJoint
+from pyro_iaf.weights import Particles
+
+Y = torch.tensor([1.0, 2.0, 0.5, 1.5])
+
+
+def conjugate(y=None):
+    """Posterior N(20 / 17, 4 / 17) each, correlated; evidence in closed form."""
+    y = Y.to(torch.get_default_dtype()) if y is None else y
+    z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(z.sum(-1), 1.0), obs=y)
+
+
+def evidence():
+    covariance = 2 * torch.ones(4, 4) + torch.eye(4)
+    return dist.MultivariateNormal(torch.zeros(4), covariance).log_prob(Y.double()).item()
+
+
+def quick(model, guide, *args, **settings):
+    settings = {"num_steps": 60, "progress": False, "seed": 0, **settings}
+    return fit(model, guide, *args, **settings)
+
+
+def test_it_finds_the_posterior_and_its_evidence():
+    guide = AutoIAF(conjugate)
+    result = quick(conjugate, guide, num_steps=600)
+    draws = guide.sample_posterior(20_000)["z"]
+    precision = torch.eye(2) + 4 * torch.ones(2, 2)
+    assert_close(draws.mean(0), torch.full((2,), 5.0 / 9), atol=0.02, rtol=0)  # 3 se
+    assert_close(draws.T.cov(), precision.inverse(), atol=0.03, rtol=0)  # 3 se
+    assert -result.settled[0] == pytest.approx(evidence(), abs=0.002)
+    assert str(result).startswith(f"ELBO {evidence():.2f}")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_it_fits_every_model(name):
+    model, arguments = (make() for make in MODELS[name])
+    guide = AutoIAF(model, hidden_dims=[16])
+    result = quick(model, guide, arguments, num_steps=15)
+    assert len(result.losses) + result.skipped == result.num_steps == 15
+    assert result.losses.isfinite().all()
+    # A support that is learnt may leave a draw outside.
+    assert result.skipped <= 2 * (name == "learnable prior")
+
+
+@pytest.mark.parametrize("kind", [AutoNormal, AutoMultivariateNormal, AutoDelta])
+def test_it_fits_other_guides(kind):
+    result = quick(conjugate, kind(conjugate), num_steps=300, lr=0.02)
+    if kind is not AutoDelta:
+        assert -result.settled[0] <= evidence() + 0.05
+    assert result.settled[0] < result.losses[:10].mean() - 0.2
+
+
+def test_it_fits_guides_by_hand():
+    def guide():
+        loc = pyro.param("loc", torch.zeros(2))
+        scale = pyro.param("scale", torch.ones(2), constraint=dist.constraints.positive)
+        pyro.sample("z", dist.Normal(loc, scale).to_event(1))
+
+    quick(conjugate, guide, num_steps=800, lr=0.02)
+    assert_close(pyro.param("loc").detach(), torch.full((2,), 5.0 / 9), atol=0.1, rtol=0)
+    exact = torch.full((2,), 5.0).rsqrt()
+    assert_close(pyro.param("scale").detach(), exact, atol=0.05, rtol=0)
+
+
+def test_it_takes_one_of_pyros_losses():
+    result = quick(conjugate, AutoNormal(conjugate), loss=TraceMeanField_ELBO(num_particles=4))
+    assert result.losses.isfinite().all()
+
+
+def test_it_learns_a_models_own_parameters():
+    model = Regression()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    quick(model, AutoIAF(model), data(), num_steps=30)
+    after = dict(model.named_parameters())
+    assert all((after[name] != value).all() for name, value in before.items())
+
+
+def test_the_same_seed_gives_the_same_run():
+    first, second = (quick(conjugate, AutoIAF(conjugate), seed=3).losses for _ in range(2))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, quick(conjugate, AutoIAF(conjugate), seed=4).losses)
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.3])
+@pytest.mark.parametrize("name", ["plates", "supports", "mask and scale", "arguments"])
+def test_its_gradient_is_that_of_the_elbo_in_mean(name, weight):
+    model, arguments = (make() for make in MODELS[name])
+    guide = AutoIAF(model, hidden_dims=[8], start="init", init_scale=0.5)
+    guide.setup(*arguments)
+    particles = Particles(model, guide, arguments, {})
+    joint = LogJoint(model, particles.first_model, arguments, {}, guide._latent_sites())
+    sticking = LatentLoss(model, guide, 4000, joint)
+
+    def plain():
+        x = guide.get_base_dist().rsample((4000,))
+        z = guide.transform(x)
+        log_q = guide.get_base_dist().log_prob(x) - guide.transform.log_abs_det_jacobian(x, z)
+        return (weight * log_q - joint.on(arguments, {}, weight).density(z)).mean()
+
+    affine = guide.transform.parts[-1].coefficients
+    ours, theirs, losses = [], [], []
+    for _ in range(12):
+        guide.zero_grad()
+        losses.append(sticking(arguments, {}, weight).item() - plain().item())
+        ours.append(affine.grad.clone())
+        theirs.append(torch.autograd.grad(plain(), affine)[0])
+    ours, theirs = torch.stack(ours), torch.stack(theirs)
+    error = ((ours.var(0) + theirs.var(0)) / 12).sqrt()
+    assert ((ours.mean(0) - theirs.mean(0)).abs() <= 5 * error + 1e-9).all()
+    assert abs(torch.tensor(losses).mean()) < 5 * torch.tensor(losses).std() / 12**0.5
+
+
+def test_its_gradient_has_no_noise_at_the_posterior():
+    pyro.set_rng_seed(1)
+    guide = AutoIAF(conjugate)
+    guide.setup()
+    with torch.no_grad():  # the flows become the identity; Pathfinder's normal is the posterior
+        for part in guide.transform.parts[:-1]:
+            part.network.weights[0].zero_()
+    particles = Particles(conjugate, guide, (), {})
+    joint = LogJoint(conjugate, particles.first_model, (), {}, guide._latent_sites())
+    loss = LatentLoss(conjugate, guide, 16, joint)((), {}, 1.0)
+    assert loss.item() == pytest.approx(-evidence(), abs=1e-9)
+    assert all(p.grad.abs().max() < 1e-9 for p in guide.parameters() if p.grad is not None)
+
+
+def test_particles_go_one_by_one_where_they_have_to():
+    def model():
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(torch.ones(4, 2) @ z.reshape(2), 1.0).to_event(1), obs=Y.to(z))
+
+    guide = AutoIAF(model)
+    with pytest.warns(UserWarning, match="one after the other"):
+        result = quick(model, guide, num_steps=40, num_particles=4)
+    assert -result.settled[0] == pytest.approx(evidence(), abs=0.05)
+
+
+# The rate, the end, and steps that fail
+
+
+def test_it_stops_where_the_elbo_has_settled():
+    result = quick(conjugate, AutoIAF(conjugate), num_steps=3000)
+    assert result.stopped
+    assert result.num_steps < 3000
+    assert len(result.losses) == result.num_steps
+    assert "had settled" in str(result)
+
+
+def test_it_goes_on_where_it_should():
+    result = quick(conjugate, AutoIAF(conjugate), num_steps=700, early_stop=False)
+    assert result.num_steps == 700
+    assert not result.stopped
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 5])
+def test_few_steps_are_steps_too(num_steps):
+    assert len(quick(conjugate, AutoIAF(conjugate), num_steps=num_steps).losses) == num_steps
+
+
+def test_the_last_iterates_are_averaged():
+    guide = AutoIAF(conjugate)
+    guide.setup()
+    seen = []
+
+    def watch(optimizer, *_):
+        seen.append(guide.transform.parts[0].network.weights[0].detach().clone())
+
+    handle = register_optimizer_step_post_hook(watch)
+    quick(conjugate, guide, num_steps=50)
+    handle.remove()
+    average = torch.stack(seen[-10:]).mean(0)
+    assert_close(guide.transform.parts[0].network.weights[0].detach(), average)
+
+
+def sometimes(share):
+    """A model whose density is not a number in some of its runs."""
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        bad = torch.rand(()) < share
+        pyro.sample("y", dist.Normal(z, 1.0), obs=torch.where(bad, torch.nan, torch.tensor(0.5)))
+
+    return model
+
+
+@pytest.mark.parametrize("kind", [lambda model: AutoIAF(model, start="init"), AutoNormal])
+def test_steps_that_are_not_finite_are_skipped_and_counted(kind):
+    model = sometimes(0.05)
+    guide = kind(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the model is random, so particles go one by one
+        result = quick(model, guide, num_steps=200, num_particles=1)
+    assert 0 < result.skipped < 40
+    assert len(result.losses) + result.skipped == result.num_steps == 200
+    assert result.losses.isfinite().all()
+    assert all(p.isfinite().all() for p in guide.parameters())
+
+
+@pytest.mark.parametrize("kind", [lambda model: AutoIAF(model, start="init"), AutoNormal])
+def test_too_many_of_them_name_the_sites_at_fault(kind):
+    def model():
+        scale = pyro.sample("scale", dist.HalfNormal(torch.tensor(1.0)))
+        pyro.sample("fine", dist.Normal(0.0, 1.0), obs=torch.tensor(0.0))
+        pyro.sample("broken", dist.Normal((scale - 50).log(), 1.0), obs=torch.tensor(0.0))
+
+    with (
+        pytest.raises((FloatingPointError, ValueError), match="broken"),
+        pyro.validation_enabled(False),
+    ):
+        quick(model, kind(model), num_steps=200)
+
+
+def test_tails_get_heavier_where_that_costs_little():
+    def model():  # heavier tails than a guide of normals has
+        pyro.sample("z", dist.StudentT(20.0, torch.zeros(2), 1.0).to_event(1))
+
+    guide = AutoIAF(model, num_flows=1, hidden_dims=[4])
+    quick(model, guide, num_steps=400)
+    log_weights = Particles(model, guide, (), {}).weighted(4000).log_weights
+    assert log_weights.std() < 0.2
+
+
+# Data
+
+
+def test_minibatches_from_a_loader():
+    x = torch.linspace(-1, 1, 40).unsqueeze(-1)
+    y = 2 * x.squeeze(-1) + 0.1 * torch.randn(40)
+
+    def model(x, y):
+        weight = pyro.sample("weight", dist.Normal(0.0, 10.0))
+        with pyro.plate("data", 40, subsample_size=len(y)):
+            pyro.sample("y", dist.Normal(weight * x.squeeze(-1), 0.1), obs=y)
+
+    pairs = list(zip(x, y, strict=True))
+    guide = AutoIAF(model)
+    result = quick(model, guide, num_steps=400, data=DataLoader(pairs, batch_size=8, shuffle=True))
+    assert not result.losses.isnan().any()
+    exact = (x.squeeze(-1) * y).sum() / (x.square().sum() + 1e-4)
+    sd = 0.1 / x.norm()
+    assert abs(guide.median()["weight"] - exact) < 2 * sd  # minibatches leave some noise
+
+
+def test_one_fit_serves_all_data_sets():
+    class Encoder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = torch.nn.Linear(3, 4)
+
+        def forward(self, y=None):
+            return self.net(y)
+
+    def model(y=None):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 3):
+            return pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    guide = AutoIAF(model, encoder=Encoder())
+    quick(model, guide, num_steps=1500, simulate=["y"])
+    for _ in range(5):
+        y = model()
+        draws = guide.sample_posterior(4000, y=y)["z"]
+        assert abs(draws.mean() - y.sum() / 4) < 0.15 * 0.5  # of the posterior's 0.5
+        assert draws.std() == pytest.approx(0.5, rel=0.15)
+
+
+def test_annealing_raises_the_weight_of_the_divergence():
+    weights = []
+
+    def record(step):
+        weights.append(step)
+        return min(1.0, 0.1 * (step + 1))
+
+    early = quick(conjugate, AutoIAF(conjugate), num_steps=40, annealing=10).losses[:5]
+    same = quick(conjugate, AutoIAF(conjugate), num_steps=40, annealing=record).losses[:5]
+    plain = quick(conjugate, AutoIAF(conjugate), num_steps=40).losses[:5]
+    assert torch.equal(early, same)
+    assert (early < plain).all()  # the divergence counts less
+    assert weights[0] == 0
+
+
+# Checkpoints
+
+RUN = textwrap.dedent(
+    """
+    import sys, time
+    import pyro, pyro.distributions as dist, torch
+    from torch.utils.data import DataLoader
+    from pyro_iaf import AutoIAF, fit
+
+    def model(y):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("data", 40, subsample_size=len(y)):
+            pyro.sample("y", dist.Normal(z.sum(-1), 1.0), obs=y)
+
+    path, slow = sys.argv[1], float(sys.argv[2])
+    rows = DataLoader(torch.linspace(-1, 1, 40), batch_size=7, shuffle=True)
+
+    class Slow:
+        def __iter__(self):
+            for batch in rows:
+                time.sleep(slow)
+                yield batch
+
+    guide = AutoIAF(model)
+    result = fit(model, guide, data=Slow(), num_steps=150, seed=1, progress=False,
+                 checkpoint=path, checkpoint_every=7)
+    torch.save({"losses": result.losses, "guide": guide.state_dict()}, path + ".result")
+    """
+)
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path):
+    def start(name, slow):
+        command = [sys.executable, "-c", RUN, str(tmp_path / name), str(slow)]
+        return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    whole = start("whole", 0.0)
+    killed = start("killed", 0.05)
+    for _ in range(600):
+        if (tmp_path / "killed").exists():
+            break
+        time.sleep(0.1)
+    time.sleep(1.0)  # a few checkpoints later, somewhere between two of them
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "killed.result").exists()
+    assert start("killed", 0.0).wait() == 0
+    assert whole.wait() == 0
+    expected, got = (
+        torch.load(tmp_path / f"{name}.result", weights_only=True) for name in ("whole", "killed")
+    )
+    assert torch.equal(got["losses"], expected["losses"])
+    for name, value in expected["guide"].items():
+        assert torch.equal(got["guide"][name], value), name
+
+
+def test_a_finished_run_is_not_run_again(tmp_path):
+    first, second = AutoIAF(conjugate), AutoIAF(conjugate)
+    once = quick(conjugate, first, checkpoint=tmp_path / "run")
+    again = quick(conjugate, second, checkpoint=tmp_path / "run")
+    assert torch.equal(once.losses, again.losses)
+    assert_close(second.state_dict(), first.state_dict(), atol=0, rtol=0)
+
+
+def test_a_checkpoint_loads_without_running_code(tmp_path):
+    quick(conjugate, AutoIAF(conjugate), checkpoint=tmp_path / "run")
+    state = torch.load(tmp_path / "run", weights_only=True)
+    assert state["format"].startswith("pyro_iaf.fit")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]  # nothing left beside it
+
+
+def test_a_damaged_file_is_told(tmp_path):
+    path = tmp_path / "run"
+    quick(conjugate, AutoIAF(conjugate), checkpoint=path)
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(ValueError, match="damaged"):
+        quick(conjugate, AutoIAF(conjugate), checkpoint=path)
+    assert len(path.read_bytes()) == 500  # and left as it is
+
+
+def test_a_foreign_file_is_told(tmp_path):
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "run")
+    with pytest.raises(ValueError, match="something else"):
+        quick(conjugate, AutoIAF(conjugate), checkpoint=tmp_path / "run")
+
+
+def test_a_checkpoint_of_other_settings_or_another_model_is_told(tmp_path):
+    path = tmp_path / "run"
+    quick(conjugate, AutoIAF(conjugate), checkpoint=path)
+    with pytest.raises(ValueError, match="num_steps=60; this one has 61"):
+        quick(conjugate, AutoIAF(conjugate), checkpoint=path, num_steps=61)
+    model = MODELS["plates"][0]()
+    with pytest.raises(ValueError, match="of another guide or model"):
+        quick(model, AutoIAF(model), checkpoint=path)
+    with pytest.raises(ValueError, match="of another guide or model"):
+        quick(conjugate, AutoNormal(conjugate), checkpoint=path)
+
+
+# Arguments
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"num_steps": 0},
+        {"num_particles": -1},
+        {"lr": 0.0},
+        {"clip_norm": -1.0},
+        {"checkpoint_every": 0},
+        {"annealing": 0},
+        {"data": 3},
+        {"data": [(Y,)], "args": (Y,)},
+    ],
+)
+def test_bad_arguments_are_told(wrong):
+    (name,) = [key for key in wrong if key != "args"]
+    with pytest.raises(ValueError, match=name):
+        fit(conjugate, AutoIAF(conjugate), **{"num_steps": 3, "progress": False, **wrong})
+
+
+def test_a_bar_shows_elbo_trend_and_speed(capfd):
+    fit(conjugate, AutoIAF(conjugate), num_steps=300, seed=0)
+    shown = capfd.readouterr().err
+    assert "ELBO=" in shown
+    assert "/100 steps" in shown
+    assert "step/s" in shown
+
+
+def test_svi_goes_on_where_fit_ended():
+    guide = AutoIAF(conjugate)
+    quick(conjugate, guide)
+    before = copy.deepcopy(guide.state_dict())
+    svi = SVI(conjugate, guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO(num_particles=4))
+    assert svi.step() == pytest.approx(-evidence(), abs=1.0)
+    moved = (
+        guide.state_dict()["transform.parts.2.coefficients"]
+        - before["transform.parts.2.coefficients"]
+    )
+    assert 0 < moved.abs().max() < 0.01
+
+
+def test_a_result_says_what_happened():
+    result = FitResult(torch.tensor([3.0, 1.0, 1.0, 1.0, 1.0]), 6, False, 1, 2.0)
+    assert str(result) == (
+        "ELBO -1.00 ± 0 nats after 6 steps; 1 of them were skipped, since they were not finite; "
+        "2.0 s"
+    )
