@@ -85,8 +85,10 @@ class Batches:
         self._iterator, self._taken = iter(self.data), 0
 
     def _generators(self) -> list[torch.Generator]:
-        own = getattr(self.data, "generator", None)
-        return [torch.default_generator, *([] if own is None else [own])]
+        things = [self.data, *(getattr(self.data, a, None) for a in ("sampler", "batch_sampler"))]
+        things.append(getattr(things[-1], "sampler", None))
+        own = {id(g): g for t in things if (g := getattr(t, "generator", None)) is not None}
+        return [torch.default_generator, *own.values()]
 
     def state(self) -> dict[str, Any]:
         """Where the walk is, for :meth:`restore`."""

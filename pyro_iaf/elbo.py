@@ -75,7 +75,8 @@ class LatentLoss(Loss):
     """The loss of a guide over one vector of latents.
 
     Its gradient goes through the draws alone, with the guide's score held still: exact in mean, and
-    of little variance near the posterior (:func:`~pyro_iaf.scores.draw_with_score`).
+    of little variance near the posterior (:func:`~pyro_iaf.scores.draw_with_score`). Where it
+    covers, it leans from the gradient of KL(q | p) towards that of KL(p | q).
     """
 
     def __init__(
@@ -94,11 +95,8 @@ class LatentLoss(Loss):
         log_w = log_p.detach() - weight * log_q
         assert latent.grad is not None
         slope = latent.grad + weight * score / len(z)
-        if self.covers and len(z) > 1:
-            # By the root of their weights, and less where one has it all: on the way from the
-            # gradient of KL(q | p) to that of KL(p | q) (Tucker et al. 2018, arXiv:1810.04152).
-            share = (log_w / 2).softmax(0)
-            slope = slope * (len(z) ** 2 / (len(z) - 1) * share * (1 - share)).unsqueeze(-1)
+        if self.covers and len(z) > 1 and not self.joint.subsampled:
+            slope = slope * _shares(log_w).unsqueeze(-1)
         z.backward(slope)
         return -log_w.mean()
 
@@ -119,3 +117,17 @@ class LatentLoss(Loss):
             log_q = base.log_prob(x) - transform.log_abs_det_jacobian(x, z)
             parts.append(joint(z) - log_q)
         return torch.cat(parts)
+
+
+def _shares(log_weights: Tensor) -> Tensor:
+    """How much each particle's gradient counts, one on average: more where the guide draws rarely.
+
+    By the roots of the weights, and less for one that has it all (Tucker et al. 2018,
+    https://arxiv.org/abs/1810.04152, for the weights themselves). Where few particles have most of
+    it, far from the posterior, all count the same.
+    """
+    share = (log_weights / 2).softmax(0)
+    effective = 1 / share.square().sum() / len(share)
+    health = (2 * effective - 1).clamp(min=0)
+    share = share * (1 - share)
+    return 1 + health * (len(share) * share / share.sum() - 1)

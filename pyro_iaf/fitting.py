@@ -146,7 +146,8 @@ def fit(
         seed: Seeds PyTorch's generator first.
         progress: Whether to show a bar, with the ELBO, its trend and the steps per second.
         checkpoint: A file to write everything to every so often, and to go on from where it is
-            there. A run that was killed goes on as if it had not been, in the same numbers.
+            there. A run that was killed goes on as if it had not been, in the same numbers, unless
+            ``data`` shuffles by other generators than PyTorch's.
         checkpoint_every: After how many steps.
 
     Returns:
@@ -319,11 +320,11 @@ class _Run:
         for group, factor in zip(self.optimizer.param_groups, (1, NETWORK_RATE), strict=True):
             group["lr"] = rate * factor
         self.optimizer.zero_grad()
-        self.loss.covers = self.step >= self.falls_at
+        self.loss.covers = self.step >= self.falls_at and not self.batches.change
         try:
             with poutine.trace(param_only=True) as capture:
                 loss = self.loss(args, kwargs, self._weight())
-            if len(capture.trace) > len(self.params):
+            if capture.trace.nodes.keys() - self.params.keys():
                 self._add(capture.trace)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # of a matrix that is not finite, say
             loss = torch.tensor(math.nan)
@@ -337,8 +338,8 @@ class _Run:
         else:
             self.skipped += 1
             self.skipped_in_a_row += 1
-            share = self.skipped / max(self.step, 100)
-            if self.skipped_in_a_row > MAX_SKIPPED or share > MAX_SHARE_SKIPPED:
+            too_many = self.step >= 100 and self.skipped > MAX_SHARE_SKIPPED * self.step
+            if too_many or self.skipped_in_a_row > MAX_SKIPPED:
                 raise FloatingPointError(self._fault(args, kwargs))
         if self.step > self.end - int(AVERAGED * self.end):
             self._add_to_averages()
@@ -463,6 +464,9 @@ class _Run:
             "lr": self.lr,
             "clip_norm": self.clip_norm,
             "early_stop": self.early_stop,
+            "annealing": "a function" if callable(self.annealing) else self.annealing,
+            "loss": type(self.elbo).__name__,
+            "simulate": self.batches.simulate,
         }
 
     def _save(self) -> None:

@@ -51,6 +51,16 @@ NUM_LOOKED_AT = 40
 NUM_DRAWS, NUM_BEST, NUM_DRAWS_BEST = 20, 10, 200
 
 
+# Where all of them have draws without a density, they are shrunk by these factors.
+SHRINKING = (1.0, 0.4, 0.16, 0.06)
+
+# Numbers that all those draws may make a model's sites hold, one draw after the other.
+MAX_WORK = 2**28
+
+# Numbers that the sites of all paths may hold; with more data there are fewer paths.
+MAX_NUMBERS = 2**18
+
+
 class Start(NamedTuple):
     """Where a guide starts: a loc, and a scale for each latent or a lower-triangular matrix."""
 
@@ -74,27 +84,45 @@ def pathfinder(joint: LogJoint, loc: Tensor, dense: bool) -> Start:
         StartNotFound: If the density is not finite where the paths begin, has no Gaussian of
             finite ELBO near them, or is another one at each call.
     """
-    reason = joint.check(torch.stack([loc, loc + 0.1, loc - 0.1]))
+    reason = joint.check(torch.stack([loc, *(loc + torch.randn(2, len(loc)).to(loc))]))
     if reason is not None:
         raise StartNotFound(reason)
+    exact = len(loc) <= EXACT_PATHS
     try:
-        points = _beginnings(joint, loc)
-        exact = len(loc) <= EXACT_PATHS
-        best = _best(joint, _climb(joint, points, exact), loc.dtype)
-        if not exact and len(loc) <= EXACT_END and best is not None:
-            end = best.loc.to(loc).unsqueeze(0)
-            best = _best(joint, [best, *_climb(joint, end, True)], loc.dtype)
-    except (NotImplementedError, RuntimeError) as error:  # no gradient, no memory
-        raise StartNotFound(f"a path ended in an error, {error}") from error
+        best = _best(joint, _climb(joint, _beginnings(joint, loc), exact), loc.dtype)
+        if not exact and best is not None:
+            best = _best(joint, [best, *_last_look(joint, best.loc.to(loc))], loc.dtype)
+    except StartNotFound:
+        raise
+    except Exception as error:  # of the model, whatever it is: the guide has another start
+        raise StartNotFound(f"a path ended in {type(error).__name__}: {error}") from error
     if best is None:
         raise StartNotFound("no Gaussian on the way uphill has a finite ELBO")
     scale = best.spread.root if dense and isinstance(best.spread, _Dense) else best.spread.scale
     return Start(best.loc.to(loc), scale.to(loc))
 
 
+def _last_look(joint: LogJoint, loc: Tensor) -> list[_Gaussian]:
+    """Gaussians near the best one on a path of L-BFGS, by second derivatives there."""
+    if len(loc) <= EXACT_END:
+        return _climb(joint, loc.unsqueeze(0), True)
+    squares = _squares(joint, loc)
+    return [] if squares is None else [_Gaussian(loc.double(), _LowRank(squares, []))]
+
+
+def _squares(joint: LogJoint, loc: Tensor) -> Tensor | None:
+    """The variances of each latent given the others, if the model can be differentiated twice."""
+    try:
+        second = joint.diagonal(loc).double().abs()
+    except (NotImplementedError, RuntimeError):
+        return None
+    usable = second.isfinite() & (second > 0)
+    return (1 / second).where(usable, 1.0) if usable.any() else None
+
+
 def _beginnings(joint: LogJoint, loc: Tensor) -> Tensor:
     """Where the paths begin: points of finite density, ``loc`` first if it is one."""
-    num_paths = NUM_PATHS if joint.at_once else 2
+    num_paths = max(1, min(NUM_PATHS if joint.at_once else 2, MAX_NUMBERS // joint.num_numbers))
     for reach in (2.0, 0.5, 0.05):
         around = torch.empty(8 * num_paths, len(loc), dtype=torch.float64).uniform_(-reach, reach)
         points = torch.cat([loc.unsqueeze(0), around.to(loc)])
@@ -117,6 +145,9 @@ class _Spread(Protocol):
 
     @property
     def log_det_root(self) -> Tensor: ...
+
+    def shrunk(self, factor: float) -> _Spread:
+        """The same with smaller scales."""
 
     def stretch(self, noise: Tensor) -> Tensor:
         """Noise of shape ``(..., D)``, with this covariance."""
@@ -152,10 +183,7 @@ class _Path:
             spread = _Dense.of_precision(-hessian)
             self.gaussians.append(_Gaussian(self.z, spread))
         self.step = spread.times(self.slope)
-        if hessian is None and not self.steps:  # nothing is known of the scale
-            self.step = self.step / max(1.0, self.slope.norm().item())
-        else:
-            self.gaussians.append(_Gaussian(self.z + self.step, spread))
+        self.gaussians.append(_Gaussian(self.z + self.step, spread))
         self.gain = (self.step @ self.slope).item()
         self.climbs = ENOUGH < self.gain < math.inf
 
@@ -185,6 +213,11 @@ def _climb(joint: LogJoint, points: Tensor, exact: bool) -> list[_Gaussian]:
     live = paths = [
         _Path(*parts, eps) for parts in zip(points, *_evaluate(joint, points, dtype), strict=True)
     ]
+    if not exact:
+        for path in paths:  # units of their own, to begin with, or a step of length one
+            squares = _squares(joint, path.z.to(dtype))
+            path.diagonal /= path.slope.norm().clamp(min=1.0)
+            path.diagonal = path.diagonal if squares is None else squares
     for _ in range(NUM_STEPS_EXACT if exact else NUM_STEPS):
         if not live:
             break
@@ -247,14 +280,18 @@ def _shorten(paths: list[_Path], joint: LogJoint, dtype: torch.dtype) -> None:
 
 def _best(joint: LogJoint, gaussians: list[_Gaussian], dtype: torch.dtype) -> _Gaussian | None:
     """The Gaussian of the highest ELBO, if any has a finite one."""
-    for num_draws in (NUM_DRAWS, NUM_DRAWS_BEST) if joint.at_once else (4, 40):
-        elbos = _elbos(joint, gaussians, num_draws, dtype)
+    most = max(8, MAX_WORK // joint.num_numbers // NUM_DRAWS)
+    gaussians = gaussians[:: -math.ceil(len(gaussians) / most) or -1]  # the last ones of them
+    few, many = (NUM_DRAWS, NUM_DRAWS_BEST) if joint.at_once else (4, 40)
+    for factor in SHRINKING:
+        shrunk = [_Gaussian(loc, spread.shrunk(factor)) for loc, spread in gaussians]
+        elbos = _elbos(joint, shrunk, few, dtype)
         ranked = sorted(range(len(elbos)), key=lambda i: -elbos[i])
-        better = [gaussians[i] for i in ranked[:NUM_BEST] if elbos[i] > -math.inf]
-        if not better and num_draws == NUM_DRAWS:
-            return None
-        gaussians = better or gaussians  # draws so rare that few of them didn't meet them
-    return gaussians[0] if gaussians else None
+        best = [shrunk[i] for i in ranked[:NUM_BEST] if elbos[i] > -math.inf]
+        if best:
+            elbos = _elbos(joint, best, many, dtype)
+            return best[max(range(len(best)), key=elbos.__getitem__)]
+    return None
 
 
 def _elbos(
@@ -318,6 +355,9 @@ class _Dense(NamedTuple):
     def log_det_root(self) -> Tensor:
         return self.root.diagonal().log().sum()
 
+    def shrunk(self, factor: float) -> _Dense:
+        return _Dense(factor * self.root)
+
     def stretch(self, noise: Tensor) -> Tensor:
         return noise @ self.root.mT
 
@@ -361,6 +401,10 @@ class _LowRank:
     def log_det_root(self) -> Tensor:
         root, _, values = self._factors
         return root.log().sum() + values.log().sum() / 2
+
+    def shrunk(self, factor: float) -> _LowRank:
+        steps = [(s * factor, y / factor) for s, y in self.steps]
+        return self if factor == 1 else _LowRank(self.squares * factor**2, steps)
 
     def stretch(self, noise: Tensor) -> Tensor:
         root, axes, values = self._factors

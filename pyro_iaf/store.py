@@ -87,9 +87,9 @@ def _statement(name: str, value: Tensor, **_: Any) -> Tensor:
 
 
 def _check_entries(guide: PyroModule, own: dict[str, Tensor]) -> None:
-    prefix = next(iter(own)).partition("$$$")[0] + "$$$"
+    prefixes = tuple({name.partition("$$$")[0] + "$$$" for name in own})
     entries = pyro.get_param_store()._params
-    theirs = {name: tuple(p.shape) for name, p in entries.items() if name.startswith(prefix)}
+    theirs = {name: tuple(p.shape) for name, p in entries.items() if name.startswith(prefixes)}
     ours = {name: tuple(value.shape) for name, value in own.items()}
     frozen = {n for n, p in own.items() if isinstance(p, nn.Parameter) and not p.requires_grad}
     wanted = own.keys() - frozen  # those are in no store

@@ -9,7 +9,7 @@ Were the guide the posterior, they would all be the same.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pyro
@@ -22,9 +22,12 @@ from .joint import (
     Given,
     compute_log_prob,
     is_subsampled,
+    join,
     log_prob_of_particles,
+    log_probs_of_particles,
     plate_nesting,
     quietly,
+    same,
     samples,
     split_sizes,
     subsamples,
@@ -73,25 +76,56 @@ class Particles:
         self.at_once = self._go_at_once()
 
     def weighted(self, num_draws: int) -> Draws:
-        """Draws from the guide and their log-weights."""
+        """Draws from the guide and their log-weights, ``-inf`` where the model has no density.
+
+        Raises:
+            ValueError: If the model has latents that the guide doesn't.
+        """
+        hidden = self.latents.keys() - _latents(self.first_guide).keys()
+        if hidden:
+            raise ValueError(
+                f"Importance weights need a guide for all latents; this one has none for site "
+                f"'{min(hidden)}'. Sum it out of the model, or add a guide for it."
+            )
         found = []
-        for size, model, guide in self.runs(num_draws):
-            nesting = self.nesting if self.at_once else None
-            log_weights = log_prob_of_particles(model, size, nesting)
-            log_weights = log_weights - log_prob_of_particles(guide, size, nesting)
+        for size in split_sizes(num_draws, self.most_at_once):
+            guide, log_weights = self._weigh(size)
+            log_weights = log_weights.nan_to_num(-math.inf, posinf=-math.inf, neginf=-math.inf)
             found.append((log_weights, self.values(guide, size)))
         sites = {name: torch.cat([part[name] for _, part in found]) for name in found[0][1]}
         return Draws(torch.cat([log_weights for log_weights, _ in found]), sites)
 
     @torch.no_grad()
-    def runs(self, num_draws: int) -> Iterator[tuple[int, poutine.Trace, poutine.Trace]]:
-        """Runs of model and guide, with their log densities, and how many draws each is."""
-        for size in split_sizes(num_draws, self.most_at_once):
-            with quietly():
-                model, guide = self._run(size if self.at_once else None)
-                for trace in (model, guide):
+    def _weigh(self, size: int) -> tuple[poutine.Trace, Tensor]:
+        """A run of the guide, and the log-weights of its draws."""
+        nesting = self.nesting if self.at_once else None
+        with quietly(), poutine.block():
+            guide = poutine.trace(self.in_plate(self.guide, size))
+            guide_trace = guide.get_trace(*self.args, **self.kwargs)
+            compute_log_prob(guide_trace)
+            try:
+                replayed = poutine.replay(self.in_plate(self.model, size), guide_trace)
+                model_trace = poutine.trace(replayed).get_trace(*self.args, **self.kwargs)
+                compute_log_prob(model_trace)
+                log_p = log_prob_of_particles(model_trace, size, nesting)
+            except Exception:  # at some draw a matrix has no Cholesky factor, or a check fails
+                log_p = self._one_by_one(guide_trace, size)
+        return guide_trace, log_p - log_prob_of_particles(guide_trace, size, nesting)
+
+    def _one_by_one(self, guide: poutine.Trace, size: int) -> Tensor:
+        """The model's log densities at draws of the guide; ``-inf`` where it raises an error."""
+        kept = {name: site["value"] for name, site in subsamples(guide).items()}
+        drawn = self.values(guide, size)
+        found = []
+        for k in range(size):
+            with Given({**kept, **{name: draws[k] for name, draws in drawn.items()}}):
+                try:
+                    trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
                     compute_log_prob(trace)
-            yield size, model, guide
+                    found.append(log_prob_of_particles(trace, 1, None))
+                except Exception:
+                    found.append(torch.full((1,), -math.inf))
+        return torch.cat([log_prob.to(found[0]) for log_prob in found])
 
     def values(self, trace: poutine.Trace, num_draws: int) -> dict[str, Tensor]:
         """The guide's latents in a run, with the draws in front and no plate beside them."""
@@ -136,21 +170,21 @@ class Particles:
             return replayed.get_trace(*self.args, **self.kwargs), guide_trace
 
     def _go_at_once(self) -> bool:
-        """Whether two draws at once have the densities that they have one after the other."""
+        """Whether three draws at once have the densities that they have one after the other."""
         try:
             with torch.no_grad(), quietly():
-                model, guide = self._run(2)
+                model, guide = self._run(3)
                 compute_log_prob(model)
-                together = log_prob_of_particles(model, 2, self.nesting)
+                together = log_probs_of_particles(model, 3, self.nesting)
                 kept = {n: site["value"] for n, site in subsamples(model).items()}
                 alone = []
-                for k in range(2):
-                    values = {n: v[k] for n, v in self.values(guide, 2).items()}
+                for k in range(3):
+                    values = {n: v[k] for n, v in self.values(guide, 3).items()}
                     with poutine.block(), Given({**kept, **values}):
                         trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
                     compute_log_prob(trace)
-                    alone.append(log_prob_of_particles(trace, 1, None))
-            return torch.allclose(together, torch.cat(alone), rtol=1e-4, equal_nan=True)
+                    alone.append(log_probs_of_particles(trace, 1, None))
+            return same(together, join(alone))
         except Exception:  # whatever a model that isn't made for it may raise
             return False
 
@@ -178,6 +212,8 @@ def pareto_k(log_weights: Tensor) -> float:
         >>> pareto_k(-2 * torch.rand(10_000).log()) > 0.7  # weights 1 / u^2: no mean
         True
     """
+    if log_weights.isfinite().all() and log_weights.max() - log_weights.min() < 1e-8:
+        return 0.0  # all the same
     tail, cutoff = _tail(log_weights)
     if len(tail) < 5:
         return math.inf

@@ -126,7 +126,7 @@ def test_draws_that_take_several_runs_are_all_there(monkeypatch):
     guide, model, arguments = by_ours("plates")
     particles = Particles(model, guide, arguments, {})
     monkeypatch.setattr("pyro_iaf.weights.MAX_NUMBERS", 3 * particles.num_numbers)
-    assert [size for size, *_ in particles.runs(7)] == [3, 3, 1]
+    assert particles.most_at_once == 3
     draws = particles.weighted(7)
     assert draws.log_weights.unique().shape == (7,)
     assert draws.sites["z"].shape == (7, 3)
@@ -188,7 +188,7 @@ def test_k_hat_is_the_tails_shape(k):
 @pytest.mark.parametrize("num_draws", [1, 2, 5])
 def test_few_draws_tell_nothing_of_a_tail(num_draws):
     log_weights = torch.randn(num_draws)
-    assert pareto_k(log_weights) == math.inf
+    assert num_draws == 1 or pareto_k(log_weights) == math.inf
     assert_close(smoothed(log_weights), log_weights.softmax(0))
 
 
@@ -200,6 +200,7 @@ def test_each_draw_is_taken_as_often_as_its_weight_says(num_draws):
     log_weights = 0.5 * torch.randn(400)
     index = resampled(log_weights, num_draws)
     assert index.shape == (num_draws,)
+    assert num_draws == 1 or (index.diff() < 0).any()  # in random order
     counts = index.bincount(minlength=400)
     assert ((counts - num_draws * smoothed(log_weights)).abs() < 1 + 1e-9).all()
 
@@ -210,8 +211,6 @@ def test_resampled_draws_of_a_wide_proposal_are_those_of_the_target():
     draws = z[resampled(target.log_prob(z) - dist.Normal(0.0, 3.0).log_prob(z), 10_000)]
     assert draws.mean().item() == pytest.approx(1.0, abs=0.03)  # 4 se of 8,000 weighted draws
     assert draws.std().item() == pytest.approx(0.5, abs=0.03)
-    half = len(draws) // 2  # in random order
-    assert draws[:half].mean().item() == pytest.approx(draws[half:].mean().item(), abs=0.04)
 
 
 @pytest.mark.parametrize("lost", [-math.inf, math.nan])
