@@ -257,12 +257,11 @@ def _groups(
             shape = sites[name]["value"].shape
             parts.append(particles.freed(conditioned[name]["value"], shape, size))
         for name, site in observed.items():
-            shape = site["value"].shape
-            predicted = particles.freed(free[name]["value"], shape, size)
+            shape = _value(site).shape
+            predicted = particles.freed(_value(free[name]), shape, size)
             found["posterior_predictive"][name].append(predicted)
-            own = conditioned[name]
-            each = _log_prob_of_each(own["fn"], own["value"])
-            shape = _log_prob_of_each(site["fn"], site["value"]).shape
+            each = _log_prob_of_each(conditioned[name])
+            shape = _log_prob_of_each(site).shape
             found["log_likelihood"][name].append(particles.freed(each, shape, size))
     groups = {
         group: {name: torch.cat(parts).unsqueeze(0) for name, parts in values.items()}
@@ -270,7 +269,7 @@ def _groups(
     }
     drawn = {name: draws.unsqueeze(0) for name, draws in latents.items()}
     groups["posterior"] = {**drawn, **groups["posterior"]}
-    groups["observed_data"] = {name: site["value"] for name, site in observed.items()}
+    groups["observed_data"] = {name: _value(site) for name, site in observed.items()}
     return groups, {name: _dims(name, site, sites) for name, site in sites.items()}
 
 
@@ -294,12 +293,24 @@ def _replayed(
             yield size, conditioned, poutine.trace(free_run).get_trace(*args, **kwargs)
 
 
-def _log_prob_of_each(fn: Any, value: Tensor) -> Tensor:
-    """The log density of each observation, also where a site sums over many."""
+def _value(site: Any) -> Tensor:
+    """A site's value; one number may be all the data of a plate."""
+    value, shape = torch.as_tensor(site["value"]), torch.Size(site["fn"].shape())
+    return value.expand(torch.broadcast_shapes(value.shape, shape))
+
+
+def _log_prob_of_each(site: Any) -> Tensor:
+    """The log density of each observation, also where a site sums over many; 0 if masked out."""
+    fn = site["fn"]
     while isinstance(fn, torch.distributions.Independent):
         fn = fn.base_dist
-    log_prob: Tensor = fn.log_prob(value)
-    return log_prob
+    log_prob: Tensor = fn.log_prob(_value(site))
+    mask = site["mask"]
+    if mask is None:
+        return log_prob
+    mask = torch.as_tensor(mask, device=log_prob.device)
+    extra = log_prob.dim() - len(site["fn"].batch_shape)
+    return torch.where(mask.reshape(mask.shape + (1,) * extra), log_prob, 0.0)
 
 
 def _is_factor(site: Any) -> bool:
@@ -310,7 +321,10 @@ def _is_factor(site: Any) -> bool:
 
 
 def _is_deterministic(site: Any) -> bool:
-    return bool(site["infer"].get("_deterministic"))
+    fn = site["fn"]
+    while isinstance(fn, torch.distributions.Independent | dist.MaskedDistribution):
+        fn = fn.base_dist
+    return isinstance(fn, dist.Delta)  # as reparameterised sites are, too
 
 
 def _dims(name: str, site: Any, sites: Mapping[str, Any]) -> list[str]:
@@ -318,7 +332,8 @@ def _dims(name: str, site: Any, sites: Mapping[str, Any]) -> list[str]:
     batch = len(site["fn"].batch_shape)
     plates = {f.dim: f.name for f in site["cond_indep_stack"] if f.vectorized}
     dims = []
-    for i in range(site["value"].dim()):
+    value = _value(site) if site["is_observed"] and not _is_deterministic(site) else site["value"]
+    for i in range(value.dim()):
         own = plates.get(i - batch, f"{name}_dim_{i}")
         dims.append(f"{own}_plate" if own in sites else own)
     return dims

@@ -6,6 +6,7 @@ r"""Losses: the negative ELBO, and gradients of it that are worth their time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,8 @@ class Loss:
 
     # Whether gradients lean towards particles that the guide draws too rarely.
     covers = False
+    # The share of effective particles, averaged over a hundred steps.
+    health = 0.0
 
     def __init__(self, model: Callable[..., Any], guide: Any) -> None:
         self.model, self.guide = model, guide
@@ -95,8 +98,10 @@ class LatentLoss(Loss):
         log_w = log_p.detach() - weight * log_q
         assert latent.grad is not None
         slope = latent.grad + weight * score / len(z)
-        if self.covers and len(z) > 1 and not self.joint.subsampled:
-            slope = slope * _shares(log_w).unsqueeze(-1)
+        if len(z) > 1:
+            self.health += 0.01 * (_effective(log_w) - self.health)
+            if self.covers and not self.joint.subsampled:
+                slope = slope * _shares(log_w, self.health).unsqueeze(-1)
         z.backward(slope)
         return -log_w.mean()
 
@@ -119,15 +124,20 @@ class LatentLoss(Loss):
         return torch.cat(parts)
 
 
-def _shares(log_weights: Tensor) -> Tensor:
+def _effective(log_weights: Tensor) -> float:
+    """The effective sample size of particles, as a share of their number."""
+    share = (1 / log_weights.softmax(0).square().sum()).item() / len(log_weights)
+    return share if math.isfinite(share) else 0.0
+
+
+def _shares(log_weights: Tensor, health: float) -> Tensor:
     """How much each particle's gradient counts, one on average: more where the guide draws rarely.
 
-    By the roots of the weights, and less for one that has it all (Tucker et al. 2018,
-    https://arxiv.org/abs/1810.04152, for the weights themselves). Where few particles have most of
-    it, far from the posterior, all count the same.
+    By their weights, and less for one that has it all (Tucker et al. 2018,
+    https://arxiv.org/abs/1810.04152). Where few particles mostly have most of it, far from the
+    posterior, all count the same.
     """
-    share = (log_weights / 2).softmax(0)
-    effective = 1 / share.square().sum() / len(share)
-    health = (2 * effective - 1).clamp(min=0)
+    share = log_weights.softmax(0)
     share = share * (1 - share)
-    return 1 + health * (len(share) * share / share.sum() - 1)
+    share = share / share.sum().clamp(min=1e-9)
+    return 1 + max(0.0, 2 * health - 1) * (len(share) * share - 1)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import checkpoints
-from .batches import Batch, Batches
+from .batches import Batches
 from .elbo import LatentLoss, Loss, TraceLoss
 from .guides import AutoIAF
 from .joint import LogJoint, quietly
@@ -229,17 +229,15 @@ class _Run:
         saved = None if self.checkpoint is None else checkpoints.load(self.checkpoint)
         if saved is not None:
             self._check_saved(saved)
-        first: Batch | None = self.batches.next()
+        first = self.batches.next()
         self.loss = self._first_look(*first)
+        waiting = [first] if saved is None else []  # else the run goes on with what follows
         if saved is not None:
             self._restore(saved)
-            first = None  # the run goes on with what follows
         bar = tqdm(total=self.num_steps, initial=self.step, disable=not progress, unit="step")
         with quietly(), bar:
             while self.step < self.end:
-                args, kwargs = self.batches.next() if first is None else first
-                first = None
-                self._take_step(args, kwargs)
+                self._take_step(*(waiting.pop() if waiting else self.batches.next()))
                 self._show(bar)
                 if self.checkpoint and self.step % self.checkpoint_every == 0:
                     self._save()
@@ -483,6 +481,7 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
             "averages": self.averages,
             "losses": torch.tensor(self.losses, dtype=torch.float64),
+            "health": self.loss.health,
             "progress": [self.step, self.end, self.falls_at, self.skipped, self.skipped_in_a_row],
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -520,6 +519,7 @@ class _Run:
         self.averages = {n: v.to(self.params[n]) for n, v in saved["averages"].items()}
         self.losses = saved["losses"].tolist()
         self.step, self.end, self.falls_at, self.skipped, self.skipped_in_a_row = saved["progress"]
+        self.loss.health = saved["health"]
         self.batches.restore(saved["batches"])
         torch.set_rng_state(saved["rng"])
         if saved["cuda_rng"]:

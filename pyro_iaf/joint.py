@@ -70,7 +70,8 @@ class LogJoint:
         self.model, self.args, self.kwargs = model, args, kwargs
         self.subsamples = {name: site["value"] for name, site in subsamples(trace).items()}
         self.subsampled = is_subsampled(trace)
-        self.latents = dict(trace.iter_stochastic_nodes()) if latents is None else latents
+        drawn = {name: s for name, s in samples(trace).items() if not s["is_observed"]}
+        self.latents = drawn if latents is None else latents
         self.nesting = plate_nesting(trace)
         shapes = [torch.Size(site["fn"].shape()) for site in samples(trace).values()]
         self.num_numbers = sum(max(1, shape.numel()) for shape in shapes)

@@ -88,7 +88,9 @@ class Particles:
                 f"'{min(hidden)}'. Sum it out of the model, or add a guide for it."
             )
         found = []
-        for size in split_sizes(num_draws, self.most_at_once):
+        # A subsample of its own for each draw, where there are subsamples.
+        most = 1 if self.subsampled else self.most_at_once
+        for size in split_sizes(num_draws, most):
             guide, log_weights = self._weigh(size)
             log_weights = log_weights.nan_to_num(-math.inf, posinf=-math.inf, neginf=-math.inf)
             found.append((log_weights, self.values(guide, size)))
@@ -212,9 +214,9 @@ def pareto_k(log_weights: Tensor) -> float:
         >>> pareto_k(-2 * torch.rand(10_000).log()) > 0.7  # weights 1 / u^2: no mean
         True
     """
-    if log_weights.isfinite().all() and log_weights.max() - log_weights.min() < 1e-8:
-        return 0.0  # all the same
     tail, cutoff = _tail(log_weights)
+    if len(log_weights) >= 5 and log_weights.max() - log_weights.min() < 1e-8:
+        return 0.0  # all the same
     if len(tail) < 5:
         return math.inf
     k, _ = fit_generalized_pareto(tail.exp() - math.exp(cutoff))
@@ -223,15 +225,17 @@ def pareto_k(log_weights: Tensor) -> float:
 
 def smoothed(log_weights: Tensor) -> Tensor:
     """Normalised weights whose largest are replaced by what is expected of a Pareto tail."""
-    log_weights = (log_weights - log_weights.max()).double()
+    log_weights = log_weights.double().nan_to_num(-math.inf, posinf=-math.inf, neginf=-math.inf)
     tail, cutoff = _tail(log_weights)
     if len(tail) >= 5:
         k, sigma = fit_generalized_pareto(tail.exp() - math.exp(cutoff))
         levels = (torch.arange(len(tail), dtype=torch.float64) + 0.5) / len(tail)
         beyond = -torch.log1p(-levels) if abs(k) < 1e-9 else ((1 - levels) ** -k - 1) / k
-        expected = (sigma * beyond + math.exp(cutoff)).log().clamp(max=0)
+        expected = (sigma * beyond + math.exp(cutoff)).log().clamp(max=0) + log_weights.max().cpu()
         largest = log_weights.argsort()[-len(tail) :]
         log_weights = log_weights.index_put((largest,), expected.to(log_weights.device))
+    if not log_weights.max().isfinite():
+        raise ValueError("No draw has a finite importance weight, so there is none to choose.")
     return log_weights.softmax(0)
 
 
@@ -247,7 +251,7 @@ def resampled(log_weights: Tensor, num_draws: int) -> Tensor:
 def _tail(log_weights: Tensor) -> tuple[Tensor, float]:
     """The largest log-weights in ascending order, relative to the largest, and what they exceed."""
     count = len(log_weights)
-    if log_weights.isnan().any() or not log_weights.max().isfinite():
+    if count < 5 or log_weights.isnan().any() or not log_weights.max().isfinite():
         return log_weights[:0], 0.0
     ordered = (log_weights - log_weights.max()).double().sort().values.cpu()
     size = math.ceil(min(0.2 * count, 3 * math.sqrt(count)))
