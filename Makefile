@@ -32,6 +32,7 @@ bench: $(VENV)/bench.stamp
 	$(BIN)/python -m benchmarks.features
 	$(BIN)/python -m benchmarks.guides
 	$(BIN)/python -m benchmarks.inverse
+	$(BIN)/python -m benchmarks.posteriors
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

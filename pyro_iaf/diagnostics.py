@@ -29,14 +29,22 @@ class Diagnosis:
     Attributes:
         khat: Shape of the tail of the importance weights. Below 0.5 the guide is good, up to 0.7
             usable with resampled draws, beyond it isn't to be trusted.
-        elbo: The ELBO in nats, and ``elbo_se`` its standard error.
+        elbo: The ELBO in nats.
+        elbo_se: Its standard error.
         iw_elbo: Logarithm of the mean weight: the evidence from below, and nearer than the ELBO.
-            With ``iw_elbo_se``.
+        iw_elbo_se: Its standard error.
         ess: How many independent draws from the posterior the weighted draws are worth.
         log_weights: Of the draws, of shape ``(num_samples,)``.
         sites: For each site how far weighting moves its mean at most, in standard deviations of
             the guide, and by which factor it changes the standard deviation at most.
         subsampled: Whether the model subsamples data. Then weights vary by that too.
+
+    Example:
+        >>> def model():
+        ...     pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        >>> diagnosis = diagnose(model, AutoIAF(model), num_samples=1000)
+        >>> diagnosis.worst_sites
+        ['z']
     """
 
     khat: float
@@ -213,6 +221,15 @@ def to_arviz(
 
     Raises:
         ImportError: If ArviZ is not there.
+
+    Example:
+        >>> def model():
+        ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", 3):
+        ...         pyro.sample("y", dist.Normal(z, 1.0), obs=torch.ones(3))
+        >>> draws = to_arviz(model, AutoIAF(model), num_samples=100)
+        >>> draws.log_likelihood["y"].dims
+        ('chain', 'draw', 'data')
     """
     try:
         import arviz

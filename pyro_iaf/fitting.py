@@ -62,6 +62,13 @@ class FitResult:
         stopped: Whether the ELBO had settled before the steps that were asked for were over.
         skipped: How many steps had a loss or a gradient that was not finite, and were not taken.
         seconds: How long it took, without what an earlier process did before a checkpoint.
+
+    Example:
+        >>> result = FitResult(torch.full((100,), 2.5), 100, False, 0, 1.0)
+        >>> result.settled
+        (2.5, 0.0)
+        >>> print(result)
+        ELBO -2.50 ± 0 nats after 100 steps; 1.0 s
     """
 
     losses: Tensor

@@ -1,0 +1,52 @@
+import sys
+
+import pytest
+import torch
+
+from pyro_iaf import FitResult, plot_loss, plot_pairs
+
+
+@pytest.fixture(autouse=True)
+def no_window():
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    yield
+    matplotlib.pyplot.close("all")
+
+
+def test_the_loss_is_drawn_with_its_level():
+    losses = torch.cat([torch.linspace(1000.0, 4.0, 200), 4 + 0.1 * torch.randn(800)])
+    ax = plot_loss(FitResult(losses, 1000, False, 0, 1.0))
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert "settled at 4.0" in labels[-1].replace("3.99", "4.0")
+    assert ax.get_ylim()[1] < 1000  # the first steps don't decide what is seen
+    assert ax.lines[0].get_ydata().shape == (1000,)
+
+
+def test_pairs_stand_beside_the_reference():
+    draws = {"a": torch.randn(500), "b": torch.randn(500, 2, 2)}
+    figure = plot_pairs(draws, {"b": draws["b"].numpy(), "a": draws["a"].numpy()}, max_numbers=4)
+    assert len(figure.axes) == 16
+    names = [ax.get_xlabel() for ax in figure.axes[-4:]]
+    assert names == ["a", "b[0, 0]", "b[0, 1]", "b[1, 0]"]
+    below, above = figure.axes[4].collections, figure.axes[1].collections
+    assert len(below) == len(above) == 1
+    assert len(plot_pairs(draws, sites=["b"]).axes[1].collections) == 0  # no reference, no cloud
+
+
+def test_sites_that_are_not_there_are_told():
+    with pytest.raises(ValueError, match="reference should have all sites.*'b'"):
+        plot_pairs({"a": torch.randn(9), "b": torch.randn(9)}, {"a": torch.randn(9)})
+
+
+@pytest.mark.parametrize(
+    "plot",
+    [
+        lambda: plot_loss(FitResult(torch.ones(3), 3, False, 0, 1.0)),
+        lambda: plot_pairs({"a": torch.randn(9)}),
+    ],
+)
+def test_without_matplotlib_the_way_to_get_it_is_told(plot, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    with pytest.raises(ImportError, match=r"pip install 'pyro_iaf\[plot\]'"):
+        plot()
