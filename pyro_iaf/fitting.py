@@ -20,13 +20,13 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import checkpoints
 from .batches import Batches
 from .elbo import LatentLoss, Loss, TraceLoss
+from .faults import at_fault
 from .guides import AutoIAF
 from .joint import LogJoint, quietly
 from .networks import MaskedAutoregressiveNetwork, check_size
@@ -345,7 +345,13 @@ class _Run:
             self.skipped_in_a_row += 1
             too_many = self.step >= 100 and self.skipped > MAX_SHARE_SKIPPED * self.step
             if too_many or self.skipped_in_a_row > MAX_SKIPPED:
-                raise FloatingPointError(self._fault(args, kwargs))
+                fault = at_fault(self.model, self.guide, args, kwargs, self.params)
+                raise FloatingPointError(
+                    f"{self.skipped} of {self.step} steps, {self.skipped_in_a_row} of them in a "
+                    f"row, had a loss or a gradient that is not finite. At fault: {fault}. Look at "
+                    "the scales there and at the precision (torch.float64 reaches farther), or "
+                    "take a smaller lr."
+                )
         if self.step > self.end - int(AVERAGED * self.end):
             self._add_to_averages()
         elif self.early_stop and self.step < self.falls_at and self._has_settled():
@@ -429,36 +435,6 @@ class _Run:
                 shown["skipped"] = str(self.skipped)
             bar.set_postfix(shown, refresh=False)
 
-    def _fault(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        """Which sites and parameters are not finite."""
-        sites: dict[str, int] = {}
-        for _ in range(16):
-            try:
-                guide = poutine.trace(self.guide).get_trace(*args, **kwargs)
-                model = poutine.trace(poutine.replay(self.model, guide)).get_trace(*args, **kwargs)
-                for trace in (guide, model):
-                    trace.compute_log_prob()
-            except (RuntimeError, ValueError) as error:
-                what = f"an error of the model, {type(error).__name__}: {str(error)[:200]}"
-                sites[what] = sites.get(what, 0) + 1
-                continue
-            for name, what in _not_finite(model, guide):
-                text = f"site '{name}' ({what})"
-                sites[text] = sites.get(text, 0) + 1
-        params = [
-            f"parameter '{name}' ({what})"
-            for name, param in self.params.items()
-            for what, thing in (("its value", param), ("its gradient", param.grad))
-            if thing is not None and not thing.isfinite().all()
-        ]
-        found = [f"{text} in {count} of 16 draws" for text, count in sites.items()] + params
-        at_fault = "; ".join(found) or "nothing that 16 more draws could show"
-        return (
-            f"{self.skipped} of {self.step} steps, {self.skipped_in_a_row} of them in a row, had a "
-            f"loss or a gradient that is not finite. At fault: {at_fault}. Look at the scales "
-            "there and at the precision (torch.float64 reaches farther), or take a smaller lr."
-        )
-
     # Checkpoints
 
     @property
@@ -541,26 +517,3 @@ def _params_of(trace: poutine.Trace) -> dict[str, Tensor]:
 
 def _mean(numbers: list[float]) -> float:
     return math.fsum(numbers) / len(numbers)
-
-
-def _not_finite(model: poutine.Trace, guide: poutine.Trace) -> Iterable[tuple[str, str]]:
-    """Sites whose value, density or density's gradient is not finite, and which of these it is."""
-    draws = {
-        name: torch.as_tensor(site["value"])
-        for name, site in guide.nodes.items()
-        if site["type"] == "sample" and not site_is_subsample(site)
-    }
-    for name, draw in draws.items():
-        if not draw.isfinite().all():
-            yield name, "its value in the guide is not finite"
-    leaves = [draw for draw in draws.values() if draw.requires_grad]
-    for name, site in model.nodes.items():
-        if "log_prob_sum" not in site or site_is_subsample(site):
-            continue
-        log_prob: Any = site["log_prob_sum"]
-        if not log_prob.isfinite():
-            yield name, f"its log density is {log_prob.item()}"
-        elif log_prob.requires_grad and leaves:
-            slopes = torch.autograd.grad(log_prob, leaves, retain_graph=True, allow_unused=True)
-            if any(slope is not None and not slope.isfinite().all() for slope in slopes):
-                yield name, "the gradient of its log density is not finite"

@@ -185,8 +185,9 @@ class AutoIAF(AutoContinuous):
     def setup(self, *args: Any, **kwargs: Any) -> None:
         """Builds the guide for a model with these arguments; does nothing if that was done.
 
-        After it the parameters are there, for an optimiser of PyTorch. The model runs once, away
-        from the caller's handlers, and nothing is drawn from the guide.
+        After it the parameters are there, for an optimiser of PyTorch. The model runs away from the
+        caller's handlers, some hundred times where a start is looked for and once where not, on
+        the subsample of its first run. Nothing is drawn from the guide.
         """
         if self.prototype_trace is not None:
             return

@@ -185,3 +185,28 @@ def test_tutorials_run(path, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / f"{path.stem}.png").stat().st_size > 10_000
+
+
+GUIDES = ["AutoIAF", "AutoIAFNormal", "AutoMultivariateNormal", "AutoNormal"]
+
+
+def test_the_table_of_posteriors_is_what_was_measured():
+    shown = table("| Posterior | " + " | ".join(GUIDES))
+    measured = results("posteriors")
+    assert [name for name, *_ in shown] == list(dict.fromkeys(r["posterior"] for r in measured))
+    for name, *cells in shown:
+        for guide, cell in zip(GUIDES, cells, strict=True):
+            rows = [r for r in measured if (r["posterior"], r["guide"]) == (name, guide)]
+            assert cell == posterior_cell(rows)
+
+
+def posterior_cell(rows):
+    """The worst of the seeds: error of a mean, spreads, k-hat; ELBO; seconds."""
+    if any(row.get("failed") for row in rows):
+        return "failed"
+    error = max(row["mean_error"] for row in rows)
+    low = min(row["smallest_spread"] for row in rows)
+    high = max(row["largest_spread"] for row in rows)
+    khat, elbo = max(row["khat"] for row in rows), min(row["elbo"] for row in rows)
+    seconds = max(row["seconds"] for row in rows)
+    return f"{error:.2g}, {low:.2f} to {high:.2f}, {khat:.2f}; {elbo:.1f}; {seconds:.0f} s"

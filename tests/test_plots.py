@@ -35,7 +35,7 @@ def test_pairs_stand_beside_the_reference():
 
 
 def test_sites_that_are_not_there_are_told():
-    with pytest.raises(ValueError, match="reference should have all sites.*'b'"):
+    with pytest.raises(ValueError, match=r"reference should have all sites.*'b'"):
         plot_pairs({"a": torch.randn(9), "b": torch.randn(9)}, {"a": torch.randn(9)})
 
 

@@ -1,0 +1,62 @@
+"""Which sites and parameters are at fault where a loss is not finite."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from .joint import compute_log_prob, samples
+
+__all__ = ["at_fault"]
+
+NUM_DRAWS = 16
+
+
+def at_fault(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    params: Mapping[str, Tensor],
+) -> str:
+    """What is not finite in a few runs of guide and model, and among the parameters, in words."""
+    found: Counter[str] = Counter()
+    for _ in range(NUM_DRAWS):
+        try:
+            guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+            replayed = poutine.replay(model, guide_trace)
+            model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
+            for trace in (guide_trace, model_trace):
+                compute_log_prob(trace)
+        except (RuntimeError, ValueError) as error:
+            found[f"an error of the model, {type(error).__name__}: {str(error)[:200]}"] += 1
+            continue
+        found.update(f"site '{name}' ({what})" for name, what in _sites(model_trace, guide_trace))
+    texts = [f"{text} in {count} of {NUM_DRAWS} draws" for text, count in found.items()]
+    for name, param in params.items():
+        for what, thing in (("its value", param), ("its gradient", param.grad)):
+            if thing is not None and not thing.isfinite().all():
+                texts.append(f"parameter '{name}' ({what})")
+    return "; ".join(texts) or f"nothing that {NUM_DRAWS} more draws could show"
+
+
+def _sites(model: poutine.Trace, guide: poutine.Trace) -> Iterator[tuple[str, str]]:
+    """Sites whose value, density or density's gradient is not finite, and which of these it is."""
+    draws = {name: torch.as_tensor(site["value"]) for name, site in samples(guide).items()}
+    for name, draw in draws.items():
+        if not draw.isfinite().all():
+            yield name, "its value in the guide is not finite"
+    leaves = [draw for draw in draws.values() if draw.requires_grad]
+    for name, site in samples(model).items():
+        log_prob = site["log_prob_sum"]
+        if not log_prob.isfinite():
+            yield name, f"its log density is {log_prob.item()}"
+        elif log_prob.requires_grad and leaves:
+            slopes = torch.autograd.grad(log_prob, leaves, retain_graph=True, allow_unused=True)
+            if any(slope is not None and not slope.isfinite().all() for slope in slopes):
+                yield name, "the gradient of its log density is not finite"
