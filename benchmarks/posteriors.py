@@ -97,7 +97,7 @@ def main():
         summary = {site: value for site, value in summary.items() if "mean" in value}
         for seed in range(options.seeds):
             for guide_name in ["AutoIAF", *PYRO]:
-                row = {"posterior": name, "guide": guide_name, "seed": seed}
+                row = {"posterior": name, "guide": guide_name, "seed": seed, "failed": False}
                 try:
                     guide, seconds = train(guide_name, model, seed)
                     row |= quality(model, guide, summary) | {"seconds": round(seconds, 1)}
@@ -105,7 +105,14 @@ def main():
                     row["failed"] = True
                 print(row, flush=True)
                 rows.append(row)
+    # A number that isn't finite is none; a guide that failed has none.
+    columns = list(max(rows, key=len))
+    rows = [{c: _finite_or_none(row.get(c)) for c in columns} for row in rows]
     save("posteriors", "3000 steps of 16 particles, float64; in reference sd", rows)
+
+
+def _finite_or_none(value):
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

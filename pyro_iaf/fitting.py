@@ -376,7 +376,7 @@ class _Run:
 
     def _has_settled(self) -> bool:
         """Whether the loss fell by no more than its standard error from one stretch to the next."""
-        size = max(100, self.num_steps // 8)
+        size = max(100, self.num_steps // 10)
         if self.step % size or len(self.losses) < 2 * size + WARM_UP or self._weight() != 1:
             return False
         before, after = torch.tensor(self.losses[-2 * size :], dtype=torch.float64).split(size)
