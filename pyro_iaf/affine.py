@@ -1,11 +1,14 @@
 r"""The last step of a guide: from near the origin to where the posterior is.
 
 .. math::
-    z = c + R \, (\mu + S x)
+    z = c + R \, (\mu + S \, b(x)), \qquad
+    b_i(x) = \sinh(e^{t_i} \operatorname{asinh}(x_i) + a_i)
 
-with a fixed frame :math:`c, R`, which a guide takes from where it starts, and a loc :math:`\mu` and
-a scale :math:`S` to learn. In its own frame a latent is of order one, whatever its units are, so
-one learning rate does for all.
+with a fixed frame :math:`c, R`, which a guide takes from where it starts, and a loc :math:`\mu`, a
+scale :math:`S`, skewnesses :math:`a` and tails :math:`t` to learn. In its own frame a latent is of
+order one, whatever its units are, so one learning rate does for all. The bend :math:`b` (Jones and
+Pewsey 2009, https://doi.org/10.1093/biomet/asp053) is what affine flows lack: theirs is normal in
+the coordinate that comes first.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ __all__ = ["LocScale"]
 
 
 class LocScale(SinglePass):
-    """A learned loc and scale, in a frame.
+    """A learned bend, scale and loc, in a frame.
 
     Args:
         loc: The frame's origin, of shape ``(D,)``.
@@ -51,7 +54,7 @@ class LocScale(SinglePass):
     @property
     def loc(self) -> Tensor:
         """What the origin becomes."""
-        return self.frame[0] + self._from_frame(self.coefficients[0])
+        return self._compute(torch.zeros_like(self.frame[0]))[0]
 
     @property
     def _sources(self) -> tuple[object, ...]:

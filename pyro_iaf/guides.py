@@ -1,10 +1,11 @@
 r"""Guides that write themselves: a flow over all the latents of a model.
 
 .. math::
-    z = \mu + \sigma \odot f(x), \qquad x \sim N(0, I)
+    z = c + R \, \bigl( \mu + S \, b(f(x)) \bigr), \qquad x \sim N(0, I)
 
 where :math:`f` is a stack of inverse autoregressive flows, nearly the identity at first, and
-:math:`z` holds the model's latents, each carried to the real line, one after the other.
+:math:`z` holds the model's latents, each carried to the real line, one after the other. The frame
+:math:`c, R` is where the guide starts, the rest is learnt in its units (:mod:`pyro_iaf.affine`).
 """
 
 from __future__ import annotations
@@ -55,10 +56,10 @@ NUM_MIRRORED = 5000
 class AutoIAF(AutoContinuous):
     r"""A guide over all the continuous latents of a model, by inverse autoregressive flows.
 
-    Noise from a :class:`~pyro_iaf.DiagonalNormal` goes through ``num_flows`` flows and a learned
-    loc and scale, and comes out as one vector of latents in unconstrained space, which Pyro's
-    bijections carry to the sites. It sees correlations, skewness and funnels that a mean-field
-    guide can't. A fresh guide is nearly a normal around the starting point.
+    Noise from a :class:`~pyro_iaf.DiagonalNormal` goes through ``num_flows`` flows, a learned
+    bend of each coordinate, and a learned loc and scale, and comes out as one vector of latents in
+    unconstrained space, which Pyro's bijections carry to the sites. It sees correlations, skewness
+    and funnels that a mean-field guide can't. A fresh guide is nearly a normal where it starts.
 
     Use it as any of Pyro's guides. A step of SVI costs one network pass per flow, O(D H + H²) per
     particle for D latents and widths H. The structure of the model, its shapes and the supports of
@@ -328,8 +329,9 @@ class AutoIAF(AutoContinuous):
 
     def get_base_dist(self) -> DiagonalNormal:
         """The noise: a standard normal over vectors."""
-        loc: Tensor = self._built().parts[-1].loc  # type: ignore[assignment]
-        return DiagonalNormal(torch.zeros_like(loc), torch.ones_like(loc), validate_args=False)
+        origin: Tensor = self._built().parts[-1].frame[0]  # type: ignore[index]
+        zeros = torch.zeros_like(origin)
+        return DiagonalNormal(zeros, torch.ones_like(zeros), validate_args=False)
 
     def get_transform(self, *args: Any, **kwargs: Any) -> InverseAutoregressiveFlowStack:
         """What carries the noise to all latents in unconstrained space, as one transform."""
