@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from pyro import poutine
+from torch import Tensor
 
-__all__ = ["Batches", "simulated"]
+__all__ = ["Batches", "check_call", "simulated"]
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -32,6 +33,11 @@ class Batches:
         data: Iterable[Any] | None,
         simulate: Sequence[str] | Mapping[str, str] | None,
     ) -> None:
+        if isinstance(data, Tensor):
+            raise ValueError(
+                "data should be an iterable of minibatches, and got a tensor, whose rows would be "
+                "one each. Give args=(tensor,) for all of it at every step, or a DataLoader."
+            )
         if data is not None and args:
             raise ValueError("Give args or data, not both: data holds the model's arguments.")
         if data is not None and not isinstance(data, Iterable):
@@ -39,6 +45,11 @@ class Batches:
         if isinstance(simulate, str):
             simulate = [simulate]
         names = {} if simulate is None else simulate
+        if not isinstance(names, Mapping | Sequence):
+            raise ValueError(
+                f"simulate should be names of sites, or a dict from arguments to sites; got "
+                f"{simulate!r}."
+            )
         self.simulate = dict(
             names if isinstance(names, Mapping) else zip(names, names, strict=True)
         )
@@ -105,7 +116,26 @@ class Batches:
         self._iterator = again if again is self._iterator else iter(self.data)
         self._before, self._taken = state["before"], state["taken"]
         for _ in range(self._taken - done):
-            next(self._iterator)
+            if next(self._iterator, None) is None:
+                raise ValueError(
+                    f"The checkpoint was written after {self._taken} minibatches of data, and now "
+                    "data has fewer. Give the same data, or another path to begin anew."
+                )
+
+
+def check_call(args: Any, kwargs: Any) -> Batch:
+    """The arguments of a model, or a ValueError if they are not a tuple and a dict."""
+    if not isinstance(args, tuple | list):
+        raise ValueError(
+            f"args should be a tuple of what the model takes, as args=(x, y) or args=(x,); got "
+            f"{type(args).__name__}."
+        )
+    if not isinstance(kwargs, Mapping | None):
+        raise ValueError(
+            f"kwargs should be a dict of what the model takes by keyword; got "
+            f"{type(kwargs).__name__}. Several arguments go into one tuple, args=(x, y)."
+        )
+    return tuple(args), dict(kwargs or {})
 
 
 @torch.no_grad()

@@ -38,6 +38,8 @@ def load(path: Path) -> dict[str, Any] | None:
     """
     if not path.exists():
         return None
+    if path.is_dir():
+        raise ValueError(f"checkpoint should be a file, and {path} is a folder.")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:

@@ -13,6 +13,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from .batches import check_call
 from .joint import Given, quietly, samples, split_sizes, subsamples
 from .networks import check_size
 from .weights import Particles, pareto_k, resampled, smoothed
@@ -38,6 +39,7 @@ class Diagnosis:
         sites: For each site how far weighting moves its mean at most, in standard deviations of
             the guide, and by which factor it changes the standard deviation at most.
         subsampled: Whether the model subsamples data. Then weights vary by that too.
+        is_point: Whether all draws are the same, so that weights tell nothing.
 
     Example:
         >>> def model():
@@ -56,6 +58,7 @@ class Diagnosis:
     log_weights: Tensor = field(repr=False)
     sites: dict[str, tuple[float, float]]
     subsampled: bool = False
+    is_point: bool = False
 
     @property
     def threshold(self) -> float:
@@ -92,6 +95,8 @@ class Diagnosis:
         return "\n".join(lines)
 
     def _verdict(self) -> str:
+        if self.is_point:
+            return "No verdict: the guide is a point, and weights say nothing of the rest."
         if not math.isfinite(self.khat):
             return "No verdict: too few draws have a finite weight."
         if self.khat < min(GOOD, self.threshold):
@@ -118,8 +123,8 @@ def diagnose(
 ) -> Diagnosis:
     """Says how close a guide is to the posterior, from importance weights of its draws.
 
-    It can't see a mode that the guide has no draws near. Costs ``num_samples`` runs of guide and
-    model, at once where the model takes them.
+    It can't see a mode that the guide has no draws near, nor judge a guide that is a point. Costs
+    ``num_samples`` runs of guide and model, at once where the model takes them.
 
     Args:
         model: A Pyro model.
@@ -129,7 +134,8 @@ def diagnose(
         num_samples: How many draws.
 
     Raises:
-        ValueError: If ``num_samples`` is not positive.
+        ValueError: If ``num_samples`` is not positive, or the model has latents that the guide
+            doesn't.
 
     References:
         Yao et al. (2018), Yes, but did it work?, https://arxiv.org/abs/1802.02538;
@@ -147,7 +153,7 @@ def diagnose(
         Good: the guide is close to the posterior.
     """
     check_size("num_samples", num_samples)
-    particles = Particles(model, guide, tuple(args), dict(kwargs or {}))
+    particles = Particles(model, guide, *check_call(args, kwargs))
     log_weights, sites = particles.weighted(num_samples)
     log_w = log_weights.double()
     usable = log_w[~log_w.isnan() & (log_w < math.inf)]
@@ -167,6 +173,7 @@ def diagnose(
         if total > 0
         else {},
         subsampled=particles.subsampled,
+        is_point=S > 1 and all(bool((d == d[:1]).all()) for d in sites.values()),
     )
 
 
@@ -238,7 +245,7 @@ def to_arviz(
             "to_arviz needs ArviZ: pip install 'pyro_iaf[arviz]', or pip install arviz."
         ) from error
     check_size("num_samples", num_samples)
-    particles = Particles(model, guide, tuple(args), dict(kwargs or {}))
+    particles = Particles(model, guide, *check_call(args, kwargs))
     if resample:
         log_weights, latents = particles.weighted(4 * num_samples)
         index = resampled(log_weights, num_samples)

@@ -10,7 +10,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from .joint import compute_log_prob, samples
+from .joint import compute_log_prob, quietly, samples
 
 __all__ = ["at_fault"]
 
@@ -28,11 +28,12 @@ def at_fault(
     found: Counter[str] = Counter()
     for _ in range(NUM_DRAWS):
         try:
-            guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-            replayed = poutine.replay(model, guide_trace)
-            model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
-            for trace in (guide_trace, model_trace):
-                compute_log_prob(trace)
+            with quietly():
+                guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+                replayed = poutine.replay(model, guide_trace)
+                model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
+                for trace in (guide_trace, model_trace):
+                    compute_log_prob(trace)
         except (RuntimeError, ValueError) as error:
             found[f"an error of the model, {type(error).__name__}: {str(error)[:200]}"] += 1
             continue

@@ -20,11 +20,12 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO
+from pyro.infer.autoguide.guides import AutoGuide
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import checkpoints
-from .batches import Batches
+from .batches import Batches, check_call
 from .elbo import LatentLoss, Loss, TraceLoss
 from .faults import at_fault
 from .guides import AutoIAF
@@ -179,14 +180,22 @@ def fit(
     for name, number in {"lr": lr, "clip_norm": clip_norm}.items():
         if not (isinstance(number, int | float) and number > 0):
             raise ValueError(f"{name} should be a positive number; got {number!r}.")
-    if isinstance(annealing, int):
+    if annealing is not None and not callable(annealing):
         check_size("annealing", annealing)
+    if isinstance(model, AutoGuide) or isinstance(guide, type):
+        raise ValueError(
+            "fit takes a model and then a guide for it, as fit(model, AutoIAF(model)); got "
+            f"{type(model).__name__} and {guide if isinstance(guide, type) else type(guide)}."
+        )
+    if loss is not None and (isinstance(loss, type) or not hasattr(loss, "loss_and_grads")):
+        raise ValueError(f"loss should be one of Pyro's ELBOs, as Trace_ELBO(); got {loss!r}.")
+    args, kwargs = check_call(args, kwargs)
     if seed is not None:
         pyro.set_rng_seed(seed)
     run = _Run(
         model=model,
         guide=guide,
-        batches=Batches(model, tuple(args), dict(kwargs or {}), data, simulate),
+        batches=Batches(model, args, kwargs, data, simulate),
         num_steps=num_steps,
         num_particles=num_particles,
         lr=lr,
@@ -249,6 +258,8 @@ class _Run:
                 if self.checkpoint and self.step % self.checkpoint_every == 0:
                     self._save()
             bar.total = self.step
+        if self.skipped > max(MAX_SHARE_SKIPPED * self.step, 1):
+            self._give_up(*first)
         if self.checkpoint:
             self._save()
         self._average()
@@ -345,18 +356,21 @@ class _Run:
             self.skipped_in_a_row += 1
             too_many = self.step >= 100 and self.skipped > MAX_SHARE_SKIPPED * self.step
             if too_many or self.skipped_in_a_row > MAX_SKIPPED:
-                fault = at_fault(self.model, self.guide, args, kwargs, self.params)
-                raise FloatingPointError(
-                    f"{self.skipped} of {self.step} steps, {self.skipped_in_a_row} of them in a "
-                    f"row, had a loss or a gradient that is not finite. At fault: {fault}. Look at "
-                    "the scales there and at the precision (torch.float64 reaches farther), or "
-                    "take a smaller lr."
-                )
+                self._give_up(args, kwargs)
         if self.step > self.end - int(AVERAGED * self.end):
             self._add_to_averages()
         elif self.early_stop and self.step < self.falls_at and self._has_settled():
             self.falls_at = self.step
             self.end = min(self.num_steps, math.ceil(self.step / (1 - FALL)))
+
+    def _give_up(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        fault = at_fault(self.model, self.guide, args, kwargs, self.params)
+        raise FloatingPointError(
+            f"{self.skipped} of {self.step} steps, the last {self.skipped_in_a_row} of them in a "
+            f"row, had a loss or a gradient that is not finite. At fault: {fault}. Look at the "
+            "scales there and at the precision (torch.float64 reaches farther), or take a smaller "
+            "lr."
+        )
 
     def _rate(self) -> float:
         """The share of the rate at this step."""
@@ -446,7 +460,7 @@ class _Run:
             "clip_norm": self.clip_norm,
             "early_stop": self.early_stop,
             "annealing": "a function" if callable(self.annealing) else self.annealing,
-            "loss": type(self.elbo).__name__,
+            "loss": [type(self.elbo).__name__, getattr(self.elbo, "num_particles", None)],
             "simulate": self.batches.simulate,
         }
 

@@ -343,12 +343,22 @@ class AutoIAF(AutoContinuous):
     def _context(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """What the encoder makes of the model's arguments."""
         assert self._encoder is not None
-        if not args and not kwargs and _wants_arguments(self._encoder):
+        try:
+            context = self._encoder(*args, **kwargs)
+        except Exception as error:
+            if args or kwargs:
+                raise
             raise ValueError(
                 "This guide has an encoder, so it wants the model's arguments wherever it draws: "
-                "guide.sample_posterior(1000, *args), guide.median(*args)."
+                "guide.sample_posterior(1000, *args), guide.median(*args), fit(model, guide, args) "
+                "or fit(..., simulate=[...])."
+            ) from error
+        if not isinstance(context, Tensor) or context.dim() != 1:
+            got = tuple(context.shape) if isinstance(context, Tensor) else type(context).__name__
+            raise ValueError(
+                f"An encoder should return one context for all the data, of shape (context_dim,); "
+                f"got {got}. Sum or average over the data, or flatten."
             )
-        context = self._encoder(*args, **kwargs)
         check_context(context, self.context_dim)
         return context
 
@@ -440,7 +450,8 @@ class AutoIAF(AutoContinuous):
         median of that number. Read off 10,001 draws in mirrored pairs, the same at every call.
 
         Args:
-            args: What the model takes; needed only if the guide was never called or set up.
+            args: What the model takes; needed only if the guide was never called or set up, or has
+                an encoder.
             kwargs: Likewise.
         """
         return self._sites(self._mirrored(*args, **kwargs).quantile(0.5, dim=0))
@@ -455,7 +466,8 @@ class AutoIAF(AutoContinuous):
 
         Args:
             quantiles: Levels between 0 and 1.
-            args: What the model takes; needed only if the guide was never called or set up.
+            args: What the model takes; needed only if the guide was never called or set up, or has
+                an encoder.
             kwargs: Likewise.
 
         Returns:

@@ -84,7 +84,7 @@ def pathfinder(joint: LogJoint, loc: Tensor, dense: bool) -> Start:
         StartNotFound: If the density is not finite where the paths begin, has no Gaussian of
             finite ELBO near them, or is another one at each call.
     """
-    reason = joint.check(torch.stack([loc, *(loc + torch.randn(2, len(loc)).to(loc))]))
+    reason = joint.check(torch.stack([loc, *(loc + torch.randn(6, len(loc)).to(loc))]))
     if reason is not None:
         raise StartNotFound(reason)
     exact = len(loc) <= EXACT_PATHS

@@ -39,6 +39,10 @@ __all__ = ["Draws", "Particles", "pareto_k", "resampled", "smoothed"]
 MAX_NUMBERS = 2**24
 
 
+# Whether draws can go at once is tried on so many: a number that few plates have.
+NUM_TRIED = 7
+
+
 class Draws(NamedTuple):
     """Draws from a guide: log-weights of shape ``(S,)``, and sites with ``S`` in front."""
 
@@ -172,16 +176,16 @@ class Particles:
             return replayed.get_trace(*self.args, **self.kwargs), guide_trace
 
     def _go_at_once(self) -> bool:
-        """Whether three draws at once have the densities that they have one after the other."""
+        """Whether draws at once have the densities that they have one after the other."""
         try:
             with torch.no_grad(), quietly():
-                model, guide = self._run(3)
+                model, guide = self._run(NUM_TRIED)
                 compute_log_prob(model)
-                together = log_probs_of_particles(model, 3, self.nesting)
+                together = log_probs_of_particles(model, NUM_TRIED, self.nesting)
                 kept = {n: site["value"] for n, site in subsamples(model).items()}
                 alone = []
-                for k in range(3):
-                    values = {n: v[k] for n, v in self.values(guide, 3).items()}
+                for k in range(NUM_TRIED):
+                    values = {n: v[k] for n, v in self.values(guide, NUM_TRIED).items()}
                     with poutine.block(), Given({**kept, **values}):
                         trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
                     compute_log_prob(trace)

@@ -315,3 +315,12 @@ def test_without_arviz_the_install_line_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "arviz", None)
     with pytest.raises(ImportError, match=r"pip install 'pyro_iaf\[arviz\]'"):
         to_arviz(one_latent, normal_guide())
+
+
+def test_a_point_gets_no_verdict():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor(1.0))
+
+    text = str(diagnose(model, AutoDelta(model), num_samples=100))
+    assert text.startswith("No verdict: the guide is a point")

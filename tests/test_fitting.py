@@ -280,6 +280,10 @@ def test_one_fit_serves_all_data_sets():
             return pyro.sample("y", dist.Normal(z, 1.0), obs=y)
 
     guide = AutoIAF(model, encoder=Encoder())
+    with pytest.raises(ValueError, match="wants the model's arguments"):
+        quick(model, guide)
+    with pytest.raises(ValueError, match="one context for all the data"):
+        AutoIAF(model, encoder=lambda y: y.expand(2, 3)).setup(torch.zeros(3))
     quick(model, guide, num_steps=1500, simulate=["y"])
     for _ in range(5):
         y = model()
@@ -414,13 +418,54 @@ def test_a_checkpoint_of_other_settings_or_another_model_is_told(tmp_path):
         {"checkpoint_every": 0},
         {"annealing": 0},
         {"data": 3},
+        {"data": Y},
         {"data": [(Y,)], "args": (Y,)},
+        {"kwargs": Y, "args": (Y,)},
+        {"simulate": True},
+        {"annealing": "slowly"},
+        {"annealing": 0.5},
+        {"loss": Trace_ELBO},
+        {"checkpoint": "."},
     ],
 )
 def test_bad_arguments_are_told(wrong):
     (name,) = [key for key in wrong if key != "args"]
     with pytest.raises(ValueError, match=name):
         fit(conjugate, AutoIAF(conjugate), **{"num_steps": 3, "progress": False, **wrong})
+
+
+def test_calls_that_went_wrong_are_told():
+    with pytest.raises(ValueError, match=r"args=\(x,\)"):
+        fit(conjugate, AutoIAF(conjugate), Y)
+    for swapped in ((AutoIAF(conjugate), conjugate), (conjugate, AutoIAF)):
+        with pytest.raises(ValueError, match=r"fit\(model, AutoIAF\(model\)\)"):
+            fit(*swapped)
+
+
+def test_a_short_run_that_failed_throughout_is_told():
+    def model():
+        pyro.factor("f", pyro.sample("z", dist.Normal(0.0, 1.0)) * torch.nan)
+
+    with pytest.raises(FloatingPointError, match=r"20 of 20 steps.*site 'f'"):
+        quick(model, AutoIAF(model, start="init"), num_steps=20)
+
+
+def test_an_interrupted_run_leaves_a_guide_and_a_checkpoint(tmp_path):
+    def run(guide, rows):
+        return quick(conjugate, guide, data=rows, checkpoint=tmp_path / "run", checkpoint_every=10)
+
+    def until_interrupted():
+        for _ in range(35):
+            yield (Y,)
+        raise KeyboardInterrupt
+
+    guide = AutoIAF(conjugate)
+    with pytest.raises(KeyboardInterrupt):
+        run(guide, until_interrupted())
+    assert guide.median()["z"].isfinite().all()
+    result = run(AutoIAF(conjugate), 100 * [(Y,)])
+    expected = quick(conjugate, AutoIAF(conjugate), data=100 * [(Y,)])
+    assert torch.equal(result.losses, expected.losses)
 
 
 def test_a_bar_shows_elbo_trend_and_speed(capfd):
