@@ -202,11 +202,17 @@ def test_the_table_of_posteriors_is_what_was_measured():
 
 def posterior_cell(rows):
     """The worst of the seeds: error of a mean, spreads, k-hat; ELBO; seconds."""
-    if any(row.get("failed") for row in rows):
+    if any(row["failed"] for row in rows):
         return "failed"
-    error = max(row["mean_error"] for row in rows)
-    low = min(row["smallest_spread"] for row in rows)
-    high = max(row["largest_spread"] for row in rows)
-    khat, elbo = max(row["khat"] for row in rows), min(row["elbo"] for row in rows)
-    seconds = max(row["seconds"] for row in rows)
-    return f"{error:.2g}, {low:.2f} to {high:.2f}, {khat:.2f}; {elbo:.1f}; {seconds:.0f} s"
+
+    def worst(choose, key, digits):
+        values = [row[key] for row in rows]
+        return "-" if None in values else f"{choose(values):{digits}}"
+
+    error, low, high = (
+        worst(max, "mean_error", ".2g"),
+        worst(min, "smallest_spread", ".2f"),
+        worst(max, "largest_spread", ".2f"),
+    )
+    khat, elbo = worst(max, "khat", ".2f"), worst(min, "elbo", ".1f")
+    return f"{error}, {low} to {high}, {khat}; {elbo}; {worst(max, 'seconds', '.0f')} s"
