@@ -135,17 +135,24 @@ class LogJoint:
         Args:
             z: Two points at least, not too near to each other.
         """
-        try:
-            with quietly():
-                alone = [self._sites(row.unsqueeze(0), None) for row in z]
-                again = self._sites(z[:1], None)
-        except Exception as error:
-            return f"the model fails there, {type(error).__name__}: {error}"
+        alone, fine, failure = [], [], None
+        with quietly():
+            for row in z:
+                try:
+                    alone.append(self._sites(row.unsqueeze(0), None))
+                    fine.append(row)
+                except Exception as error:  # there, but perhaps not elsewhere
+                    failure = error
+            if not alone:
+                return f"the model fails there, {type(failure).__name__}: {failure}"
+            again = self._sites(fine[0].unsqueeze(0), None)
+        if len(alone) == 1:
+            alone, fine = 2 * alone, 2 * fine
         if not same(alone[0], again):
             return "its log density changes from one run to the next"
         try:
             with quietly():
-                together = self._sites(z, self.nesting)
+                together = self._sites(torch.stack(fine), self.nesting)
             self.at_once = same(together, join(alone))
         except Exception:  # whatever a model that isn't made for it may raise
             self.at_once = False

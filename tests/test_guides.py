@@ -556,7 +556,7 @@ def values_of_two():
 
 
 def test_parameters_can_be_swapped():
-    guide = AutoIAF(two_sites)
+    guide = AutoIAF(two_sites, start="init")
     guide.setup()
     swapped = {name: p.detach().clone() for name, p in guide.named_parameters()}
     swapped["transform.parts.2.coefficients"][0] = 7.0
@@ -816,7 +816,7 @@ def test_it_finds_the_posterior_and_evidence_of_a_correlated_gaussian(batch):
     guide = AutoIAF(model)
     elbo = Trace_ELBO(num_particles=32, vectorize_particles=True, max_plate_nesting=len(batch))
     num_steps = 1500
-    optimizer = ClippedAdam({"lr": 0.03, "lrd": 0.01 ** (1 / num_steps)})
+    optimizer = ClippedAdam({"lr": 0.01, "lrd": 0.01 ** (1 / num_steps)})
     svi = SVI(model, guide, optimizer, elbo)
     for _ in range(num_steps):
         svi.step()
