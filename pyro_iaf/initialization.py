@@ -289,6 +289,8 @@ def _best(joint: LogJoint, gaussians: list[_Gaussian], dtype: torch.dtype) -> _G
         ranked = sorted(range(len(elbos)), key=lambda i: -elbos[i])
         best = [shrunk[i] for i in ranked[:NUM_BEST] if elbos[i] > -math.inf]
         if best:
+            # A correlation at a point on the way to a funnel is none of the funnel's.
+            best += [_Gaussian(g.loc, _LowRank(g.spread.scale.square(), [])) for g in best]
             elbos = _elbos(joint, best, many, dtype)
             return best[max(range(len(best)), key=elbos.__getitem__)]
     return None
