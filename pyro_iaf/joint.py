@@ -41,7 +41,7 @@ __all__ = [
     "subsamples",
 ]
 
-# Numbers in the graph of a Hessian's rows, when all are taken at once.
+# Numbers that a model's sites hold at most in one run, and the graph of a Hessian's rows.
 MAX_NUMBERS = 2**24
 
 
@@ -120,15 +120,6 @@ class LogJoint:
             return self._of_particles(z)
         return torch.cat([self._of_one(row) for row in z.unbind()])
 
-    def pack(self, trace: poutine.Trace) -> Tensor:
-        """The latents of a run as one vector in unconstrained space."""
-        return torch.cat(
-            [
-                biject_to(site["fn"].support).inv(trace.nodes[name]["value"]).reshape(-1)
-                for name, site in self.latents.items()
-            ]
-        )
-
     def check(self, z: Tensor) -> str | None:
         """What speaks against this density, if anything; finds out whether particles go at once.
 
@@ -160,9 +151,12 @@ class LogJoint:
 
     def _sites(self, z: Tensor, nesting: int | None) -> dict[str, Tensor]:
         values, _ = self._constrain(z)
-        if nesting is None:
-            values = {n: v.reshape(self.latents[n]["value"].shape) for n, v in values.items()}
+        values = self._single(values) if nesting is None else values
         return log_probs_of_particles(self._trace(values), len(z), nesting)
+
+    def _single(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The values of one particle, as a run without particles has them."""
+        return {name: v.reshape(self.latents[name]["value"].shape) for name, v in values.items()}
 
     def gradient(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Values and gradients, of shapes ``(K,)`` and ``(K, D)``."""
@@ -222,8 +216,8 @@ class LogJoint:
 
     def _of_one(self, z: Tensor) -> Tensor:
         values, log_det = self._constrain(z.unsqueeze(0))
-        own = {name: v.reshape(self.latents[name]["value"].shape) for name, v in values.items()}
-        log_prob = log_prob_of_particles(self._trace(own), 1, None, self.weight)
+        trace = self._trace(self._single(values))
+        log_prob = log_prob_of_particles(trace, 1, None, self.weight)
         return log_prob + self.weight * log_det
 
     def _trace(self, values: dict[str, Tensor]) -> poutine.Trace:

@@ -19,6 +19,7 @@ from pyro.ops.stats import fit_generalized_pareto
 from torch import Tensor
 
 from .joint import (
+    MAX_NUMBERS,
     Given,
     compute_log_prob,
     is_subsampled,
@@ -34,10 +35,6 @@ from .joint import (
 )
 
 __all__ = ["Draws", "Particles", "pareto_k", "resampled", "smoothed"]
-
-# Numbers that a model's sites hold at most while draws are weighted.
-MAX_NUMBERS = 2**24
-
 
 # Whether draws can go at once is tried on so many: a number that few plates have.
 NUM_TRIED = 7
@@ -124,14 +121,19 @@ class Particles:
         drawn = self.values(guide, size)
         found = []
         for k in range(size):
-            with Given({**kept, **{name: draws[k] for name, draws in drawn.items()}}):
-                try:
-                    trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
-                    compute_log_prob(trace)
-                    found.append(log_prob_of_particles(trace, 1, None))
-                except Exception:
-                    found.append(torch.full((1,), -math.inf))
+            try:
+                trace = self._alone({**kept, **{name: draws[k] for name, draws in drawn.items()}})
+                found.append(log_prob_of_particles(trace, 1, None))
+            except Exception:  # whatever a model may raise there
+                found.append(torch.full((1,), -math.inf))
         return torch.cat([log_prob.to(found[0]) for log_prob in found])
+
+    def _alone(self, values: dict[str, Any]) -> poutine.Trace:
+        """A run of the model by itself at these values, with its log densities."""
+        with poutine.block(), Given(values):
+            trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
+            compute_log_prob(trace)
+        return trace
 
     def values(self, trace: poutine.Trace, num_draws: int) -> dict[str, Tensor]:
         """The guide's latents in a run, with the draws in front and no plate beside them."""
@@ -183,12 +185,10 @@ class Particles:
                 compute_log_prob(model)
                 together = log_probs_of_particles(model, NUM_TRIED, self.nesting)
                 kept = {n: site["value"] for n, site in subsamples(model).items()}
+                drawn = self.values(guide, NUM_TRIED)
                 alone = []
                 for k in range(NUM_TRIED):
-                    values = {n: v[k] for n, v in self.values(guide, NUM_TRIED).items()}
-                    with poutine.block(), Given({**kept, **values}):
-                        trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
-                    compute_log_prob(trace)
+                    trace = self._alone({**kept, **{n: v[k] for n, v in drawn.items()}})
                     alone.append(log_probs_of_particles(trace, 1, None))
             return same(together, join(alone))
         except Exception:  # whatever a model that isn't made for it may raise

@@ -16,6 +16,13 @@ from pyro_iaf import guides
 from pyro_iaf.joint import LogJoint, quietly
 
 
+def packed(joint, trace):
+    """The latents of a run as one vector in unconstrained space."""
+    sites = joint.latents.items()
+    values = {name: trace.nodes[name]["value"] for name, _ in sites}
+    return torch.cat([biject_to(s["fn"].support).inv(values[n]).reshape(-1) for n, s in sites])
+
+
 def joint_of(model, *arguments, run=None):
     """The log joint density of a model, over the latents of a run of it."""
     trace = poutine.trace(model if run is None else run).get_trace(*arguments)
@@ -57,7 +64,7 @@ def case(request):
     guide, model, arguments = make(request.param, hidden_dims=[16], start="init")
     drawn = poutine.trace(guide).get_trace(*arguments)
     joint, trace = joint_of(model, *arguments, run=poutine.replay(model, drawn))
-    start = joint.pack(trace).detach()
+    start = packed(joint, trace).detach()
     return joint, start + 0.3 * torch.randn_like(start.expand(5, -1))
 
 
