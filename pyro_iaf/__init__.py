@@ -13,6 +13,7 @@ from .conditional import (
 )
 from .diagnostics import Diagnosis, diagnose, to_arviz
 from .distributions import DiagonalNormal
+from .elbo import CompiledTrace_ELBO
 from .fitting import FitResult, fit
 from .guides import AutoIAF
 from .inversion import invert, solve_transposed
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AutoIAF",
+    "CompiledTrace_ELBO",
     "ConditionalInverseAutoregressiveFlow",
     "ConditionalInverseAutoregressiveFlowStack",
     "Diagnosis",

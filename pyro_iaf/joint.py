@@ -22,12 +22,13 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.autograd import grad
-from torch.distributions import biject_to
+from torch.distributions import Distribution, biject_to
 from torch.distributions.transforms import identity_transform
 
 __all__ = [
     "Given",
     "LogJoint",
+    "Unchecked",
     "compute_log_prob",
     "is_subsampled",
     "join",
@@ -239,7 +240,24 @@ class LogJoint:
         return values, log_det
 
 
-class Given(Messenger):
+class Unchecked(Messenger):
+    """Takes the checks out of distributions that were made with them, before the run."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        msg["fn"] = _unchecked(msg["fn"])
+
+
+def _unchecked(fn: Any) -> Any:
+    parts = {name: part for name, part in vars(fn).items() if isinstance(part, Distribution)}
+    bare = {name: _unchecked(part) for name, part in parts.items()}
+    if not fn.__dict__.get("_validate_args") and all(bare[n] is parts[n] for n in parts):
+        return fn
+    twin = copy.copy(fn)
+    vars(twin).update(bare, _validate_args=False)
+    return twin
+
+
+class Given(Unchecked):
     """Gives sites their values, and leaves all else of them alone."""
 
     def __init__(self, values: dict[str, Any]) -> None:
@@ -247,6 +265,7 @@ class Given(Messenger):
         self.values = values
 
     def _pyro_sample(self, msg: Any) -> None:
+        super()._pyro_sample(msg)
         if msg["name"] in self.values and not msg["is_observed"]:
             msg["value"] = self.values[msg["name"]]
             msg["done"] = True

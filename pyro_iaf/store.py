@@ -19,7 +19,7 @@ from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["adopt", "declare", "has_from_file", "parameters_of"]
+__all__ = ["adopt", "declare", "has_from_file", "parameters_of", "state"]
 
 _makers = WeakIdKeyDictionary()  # a parameter in the store: the guide that put it there, weakly
 _warned: weakref.WeakSet[PyroModule] = weakref.WeakSet()
@@ -73,12 +73,17 @@ def declare(guide: PyroModule, own: dict[str, Tensor]) -> None:
                 _replace_entry(guide, name, value)
             continue
         if local:  # handlers hear of it, the store does not
-            value.unconstrained = weakref.ref(value)  # type: ignore[attr-defined]
-            _statement(name, value, constraint=constraints.real, name=name)
+            state(name, value)
             continue
         if entries.get(name) is not value or value not in _makers:
             _replace_entry(guide, name, value)
         pyro.param(name, value)
+
+
+def state(name: str, value: Tensor) -> None:
+    """Makes Pyro's statement of a parameter that is not in the store: handlers hear of it."""
+    value.unconstrained = weakref.ref(value)  # type: ignore[attr-defined]
+    _statement(name, value, constraint=constraints.real, name=name)
 
 
 @effectful(type="param")
