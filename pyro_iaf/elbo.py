@@ -6,7 +6,6 @@ r"""Losses: the negative ELBO, and gradients of it that are worth their time.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -25,11 +24,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from . import store
 from .graphs import BACKENDS, Graph, Lowered, Refused, choose_backend, lower, record
-from .guides import AutoIAF
-from .joint import LogJoint, Unchecked, quietly, samples, split_sizes
-from .scores import draw_with_score
+from .joint import Unchecked, quietly, samples
 
-__all__ = ["CompiledTrace_ELBO", "LatentLoss", "Loss", "TraceLoss"]
+__all__ = ["CompiledTrace_ELBO", "agree", "kind_of", "opened", "recordable_loss"]
 
 # Graphs that one loss holds at most, and how many kinds of calls it remembers beyond.
 MAX_GRAPHS, MAX_KINDS = 8, 64
@@ -165,7 +162,7 @@ class CompiledTrace_ELBO(Trace_ELBO):  # type: ignore[misc]
         if not all(type(h) is TraceMessenger and h.param_only for h in _PYRO_STACK):
             self._warn("handlers around the call are not in its graph. Put them around the model")
             return None, None
-        kind = (model, guide, _kind_of(model, guide, args, kwargs))
+        kind = (model, guide, kind_of(model, guide, args, kwargs))
         if kind not in self._steps:
             return None, kind if self._has_room(kind) else None
         self._steps.move_to_end(kind)
@@ -234,7 +231,7 @@ class CompiledTrace_ELBO(Trace_ELBO):  # type: ignore[misc]
                     "gradient of another kind"
                 )
                 return None
-            tensors, rebuild = _opened(args, kwargs)
+            tensors, rebuild = opened(args, kwargs)
             positions = [k for k, t in enumerate(tensors) if t.requires_grad]
 
             def run(*tensors: Tensor) -> list[Tensor]:
@@ -279,7 +276,7 @@ class CompiledTrace_ELBO(Trace_ELBO):  # type: ignore[misc]
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """The loss, the leaves of its graph and its gradients, as Trace_ELBO has them."""
         self._structures.clear()
-        tensors, rebuild = _opened(args, kwargs)
+        tensors, rebuild = opened(args, kwargs)
         given = [t.detach().requires_grad_(t.requires_grad) for t in tensors]
         args, kwargs = rebuild(given)
         loss = super().differentiable_loss(model, guide, *args, **kwargs)
@@ -295,7 +292,7 @@ class CompiledTrace_ELBO(Trace_ELBO):  # type: ignore[misc]
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Tensor:
-        loss = trace_loss(*next(self._get_traces(model, guide, args, kwargs)))
+        loss = _trace_loss(*next(self._get_traces(model, guide, args, kwargs)))
         return loss / self.num_particles if self.vectorize_particles else loss
 
     def _get_trace(self, *args: Any) -> Any:
@@ -370,12 +367,12 @@ class _Step:
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Tensor]:
         with torch.no_grad():
-            given = [*_opened(args, kwargs)[0], *self.graph.tensors]
+            given = [*opened(args, kwargs)[0], *self.graph.tensors]
             return self.run([*given, *self.graph.draw(*given)])
 
     def differentiable(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """The arguments that want gradients."""
-        tensors = _opened(args, kwargs)[0] if self.positions else []
+        tensors = opened(args, kwargs)[0] if self.positions else []
         return [tensors[k] for k in self.positions]
 
     def declare(self) -> None:
@@ -402,7 +399,7 @@ class _WithGradient(torch.autograd.Function):
         return (None, None, *(slope * gradient for gradient in ctx.gradients))
 
 
-def trace_loss(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> Tensor:
+def _trace_loss(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> Tensor:
     """The negative ELBO of a run; its gradient is Trace_ELBO's if all draws are reparameterised."""
     elbo: Any = 0.0
     for sign, trace in ((1, model_trace), (-1, guide_trace)):
@@ -410,6 +407,30 @@ def trace_loss(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> Tensor
             if site["type"] == "sample":
                 elbo = elbo + sign * site["log_prob_sum"]
     return -torch.as_tensor(elbo)
+
+
+def recordable_loss(
+    elbo: Trace_ELBO,
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """What ``elbo`` is of these, in operations that a graph can hold.
+
+    Raises:
+        Refused: If a site is enumerated, or not reparameterised.
+    """
+    total: Any = 0.0
+    for model_trace, guide_trace in elbo._get_traces(model, guide, args, kwargs):
+        site = _not_reparameterised(list(_structure(guide_trace)), list(_structure(model_trace)))
+        if site:
+            raise Refused(
+                f"The guide's draws at site '{site}' are not reparameterised, which takes a "
+                "gradient of another kind than a graph has: compile=False."
+            )
+        total = total + _trace_loss(model_trace, guide_trace) / elbo.num_particles
+    return torch.as_tensor(total)
 
 
 def _leaves_of(loss: Tensor) -> list[Tensor]:
@@ -472,7 +493,7 @@ def _not_reparameterised(guide: list[Any], model: list[Any]) -> str | None:
     return next((name for name, fn, _, observed, _ in guide if not (observed or fn.has_rsample)), None)
 
 
-def _opened(
+def opened(
     args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[list[Tensor], Callable[[list[Tensor]], Any]]:
     """The tensors among arguments, and what puts others in their place."""
@@ -489,7 +510,7 @@ def _opened(
     return tensors, rebuild
 
 
-def _kind_of(
+def kind_of(
     model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, ...]:
     """All that makes a call another one than the last, but for the numbers in tensors."""
@@ -531,125 +552,3 @@ class _ById:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _ById) and other.thing is self.thing
-
-
-class Loss:
-    """The negative ELBO of a model and a guide, and its gradient.
-
-    Args:
-        model: A Pyro model.
-        guide: A Pyro guide.
-    """
-
-    # Whether gradients lean towards particles that the guide draws too rarely.
-    covers = False
-    # The share of effective particles, averaged over a hundred steps.
-    health = 0.0
-
-    def __init__(self, model: Callable[..., Any], guide: Any) -> None:
-        self.model, self.guide = model, guide
-
-    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: float) -> Tensor:
-        """An estimate of the loss, in nats; its gradient is added to that of the parameters.
-
-        Args:
-            args: What model and guide take.
-            kwargs: Likewise.
-            weight: Of the KL divergence to the prior; 1 is the ELBO.
-        """
-        raise NotImplementedError
-
-
-class TraceLoss(Loss):
-    """The loss of any model and guide, by one of Pyro's ELBOs."""
-
-    def __init__(self, model: Callable[..., Any], guide: Callable[..., Any], elbo: Any) -> None:
-        super().__init__(model, guide)
-        self.elbo = elbo
-
-    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: float) -> Tensor:
-        model, guide = self.model, self.guide
-        if weight != 1:
-            model, guide = _OfLatents(weight)(model), _OfLatents(weight)(guide)
-        return torch.as_tensor(self.elbo.loss_and_grads(model, guide, *args, **kwargs))
-
-
-class _OfLatents(Messenger):
-    """Weighs the densities of all sites that are not observed."""
-
-    def __init__(self, weight: float) -> None:
-        super().__init__()
-        self.weight = weight
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if not msg["is_observed"]:
-            msg["scale"] = msg["scale"] * self.weight
-
-
-class LatentLoss(Loss):
-    """The loss of a guide over one vector of latents.
-
-    Its gradient goes through the draws alone, with the guide's score held still: exact in mean, and
-    of little variance near the posterior (:func:`~pyro_iaf.scores.draw_with_score`). Where it
-    covers, it leans from the gradient of KL(q | p) towards that of KL(p | q).
-    """
-
-    def __init__(
-        self, model: Callable[..., Any], guide: AutoIAF, num_particles: int, joint: LogJoint
-    ) -> None:
-        super().__init__(model, guide)
-        self.num_particles, self.joint = num_particles, joint
-
-    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: float) -> Tensor:
-        transform = self.guide.get_transform(*args, **kwargs)
-        x = self.guide.get_base_dist().sample((self.num_particles,))
-        z, log_q, score = draw_with_score(transform.parts, x)
-        latent = z.detach().requires_grad_()
-        log_p = self.joint.on(args, kwargs, weight).density(latent)
-        (-log_p.mean()).backward()
-        log_w = log_p.detach() - weight * log_q
-        assert latent.grad is not None
-        slope = latent.grad + weight * score / len(z)
-        if len(z) > 1:
-            self.health += 0.01 * (_effective(log_w) - self.health)
-            if self.covers and not self.joint.subsampled:
-                slope = slope * _shares(log_w, self.health).unsqueeze(-1)
-        z.backward(slope)
-        return -log_w.mean()
-
-    @property
-    def log_tail(self) -> Tensor:
-        """The weight of the guide's tails, one for each latent."""
-        return self.guide.transform.parts[-1].coefficients[3]  # type: ignore[no-any-return]
-
-    def log_weights(self, args: tuple[Any, ...], kwargs: dict[str, Any], num_draws: int) -> Tensor:
-        """Logarithms of importance weights of fresh draws."""
-        joint = self.joint.on(args, kwargs)
-        transform = self.guide.get_transform(*args, **kwargs)
-        base = self.guide.get_base_dist()
-        parts = []
-        for size in split_sizes(num_draws, joint.num_at_once):
-            x = base.sample((size,))
-            z = transform(x)
-            log_q = base.log_prob(x) - transform.log_abs_det_jacobian(x, z)
-            parts.append(joint(z) - log_q)
-        return torch.cat(parts)
-
-
-def _effective(log_weights: Tensor) -> float:
-    """The effective sample size of particles, as a share of their number."""
-    share = (1 / log_weights.softmax(0).square().sum()).item() / len(log_weights)
-    return share if math.isfinite(share) else 0.0
-
-
-def _shares(log_weights: Tensor, health: float) -> Tensor:
-    """How much each particle's gradient counts, one on average: more where the guide draws rarely.
-
-    By their weights, and less for one that has it all (Tucker et al. 2018,
-    https://arxiv.org/abs/1810.04152). Where few particles mostly have most of it, far from the
-    posterior, all count the same.
-    """
-    share = log_weights.softmax(0)
-    share = share * (1 - share)
-    share = share / share.sum().clamp(min=1e-9)
-    return 1 + max(0.0, 2 * health - 1) * (len(share) * share - 1)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +27,14 @@ from tqdm.auto import tqdm
 
 from . import checkpoints
 from .batches import Batches, check_call
-from .elbo import LatentLoss, Loss, TraceLoss
+from .elbo import MAX_GRAPHS, CompiledTrace_ELBO, kind_of
 from .faults import at_fault
+from .graphs import Refused, has_compiler
 from .guides import AutoIAF
 from .joint import LogJoint, quietly
+from .losses import LatentLoss, Loss, TraceLoss
 from .networks import MaskedAutoregressiveNetwork, check_size
+from .steps import Built, CompiledSteps
 from .weights import Particles, pareto_k
 
 __all__ = ["FitResult", "fit"]
@@ -52,6 +56,13 @@ NETWORK_RATE = 4.0
 # Steps that may fail in a row, and the share of all that may.
 MAX_SKIPPED, MAX_SHARE_SKIPPED = 25, 0.2
 
+# Compiled steps between two looks at the clock, the losses and the parameters.
+CHUNK = 20
+
+# Runs of fewer steps are not worth a graph. For each of its operations a replay saves so many
+# seconds a step and a compiled graph twice that, which takes so many seconds to compile.
+FEWEST_STEPS, SAVED, COMPILING, COMPILING_EACH = 500, 2.5e-6, 3.0, 0.008
+
 
 @dataclass
 class FitResult:
@@ -63,6 +74,7 @@ class FitResult:
         stopped: Whether the ELBO had settled before the steps that were asked for were over.
         skipped: How many steps had a loss or a gradient that was not finite, and were not taken.
         seconds: How long it took, without what an earlier process did before a checkpoint.
+        backend: What took the last step: ``"inductor"``, ``"graph"`` or, uncompiled, ``"eager"``.
 
     Example:
         >>> result = FitResult(torch.full((100,), 2.5), 100, False, 0, 1.0)
@@ -77,6 +89,7 @@ class FitResult:
     stopped: bool
     skipped: int
     seconds: float
+    backend: str = "eager"
 
     @property
     def settled(self) -> tuple[float, float]:
@@ -109,6 +122,7 @@ def fit(
     loss: Any = None,
     annealing: int | Callable[[int], float] | None = None,
     early_stop: bool = True,
+    compile: bool | str = "auto",
     seed: int | None = None,
     progress: bool = True,
     checkpoint: str | Path | None = None,
@@ -126,8 +140,11 @@ def fit(
     it has little noise. Particles are drawn at once where the model takes them, which is tried
     beforehand, and one after the other where it doesn't.
 
-    A step costs about what a step of SVI does for tens of latents, and up to twice that for
-    hundreds. Those who want a loop of their own keep :class:`pyro.infer.SVI`.
+    Long runs are compiled: model, guide, gradient, clipping and Adam are run once in Python and
+    become one call. A step then costs what its arithmetic does, instead of milliseconds; compiling
+    takes some ten seconds, the same guide, model and shapes once more nothing. The numbers are the
+    same but for rounding. Those who want a loop of their own keep :class:`pyro.infer.SVI`, and
+    :class:`~pyro_iaf.CompiledTrace_ELBO`.
 
     Args:
         model: A Pyro model.
@@ -151,6 +168,10 @@ def fit(
         annealing: Over how many steps the weight of the KL divergence to the prior rises to one; or
             a function from steps to weights.
         early_stop: Whether to start the fall of the rate once the ELBO has settled.
+        compile: ``True`` compiles the step, or replays it operation by operation where there is no
+            C++ compiler; ``"graph"`` does the latter in any case; ``"auto"`` does what ``num_steps``
+            repay, and warns where it can't; ``False`` runs model and guide at each step, as they
+            must be where they change from step to step, or branch on numbers.
         seed: Seeds PyTorch's generator first.
         progress: Whether to show a bar, with the ELBO, its trend and the steps per second.
         checkpoint: A file to write everything to every so often, and to go on from where it is
@@ -162,7 +183,8 @@ def fit(
         The losses, and how it went.
 
     Raises:
-        ValueError: If an argument is out of range, or the checkpoint is damaged or of another run.
+        ValueError: If an argument is out of range, the checkpoint is damaged or of another run, or
+            with ``compile=True`` the step can't be compiled.
         FloatingPointError: If too many steps were not finite; names the sites at fault.
 
     Example:
@@ -189,6 +211,10 @@ def fit(
         )
     if loss is not None and (isinstance(loss, type) or not hasattr(loss, "loss_and_grads")):
         raise ValueError(f"loss should be one of Pyro's ELBOs, as Trace_ELBO(); got {loss!r}.")
+    if compile not in (True, False, "auto", "graph"):
+        raise ValueError(f'compile should be True, False, "auto" or "graph"; got {compile!r}.')
+    if isinstance(loss, CompiledTrace_ELBO) and compile == "auto":
+        compile = "graph" if loss.backend == "graph" else True
     args, kwargs = check_call(args, kwargs)
     if seed is not None:
         pyro.set_rng_seed(seed)
@@ -203,6 +229,7 @@ def fit(
         elbo=loss,
         annealing=annealing,
         early_stop=early_stop,
+        compile=compile,
         checkpoint=None if checkpoint is None else Path(checkpoint),
         checkpoint_every=checkpoint_every,
     )
@@ -225,13 +252,14 @@ class _Run:
         elbo: Any,
         annealing: int | Callable[[int], float] | None,
         early_stop: bool,
+        compile: bool | str,
         checkpoint: Path | None,
         checkpoint_every: int,
     ) -> None:
         self.model, self.guide, self.batches = model, guide, batches
         self.num_steps, self.num_particles = num_steps, num_particles
         self.lr, self.clip_norm = lr, clip_norm
-        self.elbo, self.annealing, self.early_stop = elbo, annealing, early_stop
+        self.elbo, self.annealing, self.early_stop, self.compile = elbo, annealing, early_stop, compile
         self.checkpoint, self.checkpoint_every = checkpoint, checkpoint_every
         self.step, self.end = 0, num_steps
         self.falls_at = math.ceil((1 - FALL) * num_steps)
@@ -239,6 +267,9 @@ class _Run:
         self.skipped, self.skipped_in_a_row = 0, 0
         self.params: dict[str, Tensor] = {}
         self.averages: dict[str, Tensor] = {}
+        self.backend = "eager"
+        self.backend_before = ""
+        self.kinds: Counter[Any] = Counter()
 
     def to_the_end(self, progress: bool) -> FitResult:
         began = time.perf_counter()
@@ -247,16 +278,32 @@ class _Run:
             self._check_saved(saved)
         first = self.batches.next()
         self.loss = self._first_look(*first)
+        self.steps = CompiledSteps(
+            self.loss,
+            self.params,
+            self.optimizer,
+            factors=(1, NETWORK_RATE),
+            weighted=self.annealing is not None,
+            settings=(self.num_particles, *self._settings["loss"]),
+        )
         waiting = [first] if saved is None else []  # else the run goes on with what follows
         if saved is not None:
             self._restore(saved)
         bar = tqdm(total=self.num_steps, initial=self.step, disable=not progress, unit="step")
         with quietly(), bar:
-            while self.step < self.end:
-                self._take_step(*(waiting.pop() if waiting else self.batches.next()))
-                self._show(bar)
-                if self.checkpoint and self.step % self.checkpoint_every == 0:
-                    self._save()
+            try:
+                while self.step < self.end:
+                    batch = waiting.pop() if waiting else self.batches.next()
+                    built = self._find_graph(*batch, bar)
+                    if built is None:
+                        self._take_step(*batch)
+                    else:
+                        waiting += self._replay(built, *batch)
+                    self._show(bar)
+                    if self.checkpoint and self.step % self.checkpoint_every == 0:
+                        self._save()
+            finally:
+                self.steps.stop()
             bar.total = self.step
         if self.skipped > max(MAX_SHARE_SKIPPED * self.step, 1):
             self._give_up(*first)
@@ -270,6 +317,7 @@ class _Run:
             stopped=self.end < self.num_steps,
             skipped=self.skipped,
             seconds=time.perf_counter() - began,
+            backend=self.backend,
         )
 
     # Before the first step
@@ -332,23 +380,99 @@ class _Run:
     # Steps
 
     def _take_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        rate = self.lr * self._rate()
+        self.backend = "eager"
+        self.steps.stop()
+        rate, weight, covers, _ = self._numbers(self.step)
         for group, factor in zip(self.optimizer.param_groups, (1, NETWORK_RATE), strict=True):
             group["lr"] = rate * factor
         self.optimizer.zero_grad()
-        self.loss.covers = self.step >= self.falls_at and not self.batches.change
+        self.loss.covers = bool(covers)
         try:
             with poutine.trace(param_only=True) as capture:
-                loss = self.loss(args, kwargs, self._weight())
+                loss = self.loss(args, kwargs, weight)
             if capture.trace.nodes.keys() - self.params.keys():
                 self._add(capture.trace)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # of a matrix that is not finite, say
             loss = torch.tensor(math.nan)
         norm = nn.utils.clip_grad_norm_(self.params.values(), self.clip_norm)
         value, size = torch.stack([loss.detach(), norm.to(loss)]).tolist()
-        self.step += 1
         if math.isfinite(value) and math.isfinite(size):
             self.optimizer.step()
+        self._average_in(self.step + 1, self.params)
+        self._account(value, size, args, kwargs)
+
+    def _replay(self, built: Built, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """Takes compiled steps until there is something to see to; returns a batch left over."""
+        self.backend = built.backend
+        self.steps.start(built)
+        names, views = built.live, self.steps.views
+        pairs, left = [], []
+        for step in range(self.step, self.step + self._num_undisturbed()):
+            if step > self.step and self.batches.change:
+                args, kwargs = batch = self.batches.next()
+                if self.steps.find(*batch, (built.backend,)) is not built:
+                    left.append(batch)
+                    break
+            pairs.append(self.steps(built, self._numbers(step), args, kwargs))
+            self._average_in(step + 1, dict(zip(names, views, strict=True)))
+        self.steps.write()
+        for value, size in torch.stack(pairs).tolist():
+            self._account(value, size, args, kwargs)
+        return left
+
+    def _num_undisturbed(self) -> int:
+        """How many steps there are to the next that something hangs on."""
+        ends = [self.step + CHUNK, self.end, _next_multiple(self.step, self._stretch)]
+        if self.checkpoint:
+            ends.append(_next_multiple(self.step, self.checkpoint_every))
+        return min(ends) - self.step
+
+    def _find_graph(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], bar: tqdm[Any]
+    ) -> Built | None:
+        """The compiled step for these arguments, built if need be; None if there is to be none."""
+        if self.compile is False:
+            return None
+        device = next(iter(self.params.values()), torch.zeros(())).device
+        best = "graph" if self.compile == "graph" or not has_compiler(device) else "inductor"
+        wanted = (best,) if self.compile != "auto" else ("inductor", "graph")
+        if self.backend_before in wanted:  # this run goes on as it was
+            best, wanted = self.backend_before, (self.backend_before,)
+        built = self.steps.find(args, kwargs, wanted)
+        if built is not None:
+            return built
+        kind = kind_of(None, None, args, kwargs)
+        self.kinds[kind] += 1
+        if len(self.kinds) > MAX_GRAPHS or self.kinds[kind] < (1 if len(self.kinds) == 1 else CHUNK):
+            return None
+        if self.compile == "auto" and self.num_steps - self.step < FEWEST_STEPS:
+            return None
+        try:
+            graph, live = self.steps.record(args, kwargs)
+            if self.compile == "auto" and not self.backend_before:
+                best = self._best_backend(len(graph.module.graph.nodes), best)
+            if best == "inductor":
+                bar.set_postfix_str("compiling the step, once")
+            return self.steps.build(args, kwargs, graph, live, best)
+        except Refused as why:
+            if self.compile != "auto":
+                raise
+            self.compile = False
+            warnings.warn(f"fit takes its steps uncompiled: {why}", UserWarning, stacklevel=4)
+            return None
+
+    def _best_backend(self, num_operations: int, best: str) -> str:
+        """What the steps that are left repay."""
+        saved = SAVED * num_operations * (self.num_steps - self.step)
+        cost = COMPILING + COMPILING_EACH * num_operations
+        return best if 2 * saved - cost > saved else "graph"
+
+    def _account(
+        self, value: float, size: float, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Notes what came of a step: its loss, and the norm of its gradient."""
+        self.step += 1
+        if math.isfinite(value) and math.isfinite(size):
             self.losses.append(value)
             self.skipped_in_a_row = 0
         else:
@@ -357,9 +481,7 @@ class _Run:
             too_many = self.step >= 100 and self.skipped > MAX_SHARE_SKIPPED * self.step
             if too_many or self.skipped_in_a_row > MAX_SKIPPED:
                 self._give_up(args, kwargs)
-        if self.step > self.end - int(AVERAGED * self.end):
-            self._add_to_averages()
-        elif self.early_stop and self.step < self.falls_at and self._has_settled():
+        if self.early_stop and self.step < self.falls_at and self._has_settled():
             self.falls_at = self.step
             self.end = min(self.num_steps, math.ceil(self.step / (1 - FALL)))
 
@@ -372,34 +494,49 @@ class _Run:
             "lr."
         )
 
-    def _rate(self) -> float:
-        """The share of the rate at this step."""
-        rise = min(1.0, (self.step + 1) / min(WARM_UP, max(1, self.num_steps // 10)))
-        if self.step < self.falls_at:
+    def _numbers(self, step: int) -> tuple[float, float, float, float]:
+        """A step's rate, weight of the KL divergence, whether to cover, and largest norm."""
+        covers = step >= self.falls_at and not self.batches.change
+        return self.lr * self._rate(step), self._weight(step), float(covers), self.clip_norm
+
+    def _rate(self, step: int) -> float:
+        """The share of the rate at a step."""
+        rise = min(1.0, (step + 1) / min(WARM_UP, max(1, self.num_steps // 10)))
+        if step < self.falls_at:
             return rise
-        fallen = (self.step - self.falls_at) / max(1, self.end - self.falls_at)
+        fallen = (step - self.falls_at) / max(1, self.end - self.falls_at)
         return rise * (FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * fallen)) / 2)
 
-    def _weight(self) -> float:
-        """Of the KL divergence at this step."""
+    def _weight(self, step: int) -> float:
+        """Of the KL divergence at a step."""
         if self.annealing is None:
             return 1.0
         if callable(self.annealing):
-            return float(self.annealing(self.step))
-        return min(1.0, (self.step + 1) / self.annealing)
+            return float(self.annealing(step))
+        return min(1.0, (step + 1) / self.annealing)
+
+    @property
+    def _stretch(self) -> int:
+        """How many steps are compared with as many before them, to see whether they gain."""
+        return max(100, self.num_steps // 10)
 
     def _has_settled(self) -> bool:
         """Whether the loss fell by no more than its standard error from one stretch to the next."""
-        size = max(100, self.num_steps // 10)
-        if self.step % size or len(self.losses) < 2 * size + WARM_UP or self._weight() != 1:
+        size = self._stretch
+        if self.step % size or len(self.losses) < 2 * size + WARM_UP:
+            return False
+        if self._weight(self.step) != 1:
             return False
         before, after = torch.tensor(self.losses[-2 * size :], dtype=torch.float64).split(size)
         error = ((before.var() + after.var()) / size).sqrt()
         return bool(before.mean() - after.mean() < error)
 
-    def _add_to_averages(self) -> None:
-        taken = self.step - (self.end - int(AVERAGED * self.end))
-        for name, param in self.params.items():
+    def _average_in(self, done: int, params: Mapping[str, Tensor]) -> None:
+        """Takes the parameters after so many steps into the averages, if these are the last."""
+        taken = done - (self.end - int(AVERAGED * self.end))
+        if taken <= 0:
+            return
+        for name, param in params.items():
             value = param.detach()
             if name in self.averages:
                 self.averages[name].lerp_(value, 1 / taken)
@@ -471,6 +608,7 @@ class _Run:
             if isinstance(module, nn.Module)
         }
         assert self.checkpoint is not None
+        self.steps.stop()
         state = {
             **modules,
             "settings": self._settings,
@@ -478,7 +616,8 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
             "averages": self.averages,
             "losses": torch.tensor(self.losses, dtype=torch.float64),
-            "health": self.loss.health,
+            "health": self.loss.health.item(),
+            "backend": self.backend,
             "progress": [self.step, self.end, self.falls_at, self.skipped, self.skipped_in_a_row],
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -516,7 +655,8 @@ class _Run:
         self.averages = {n: v.to(self.params[n]) for n, v in saved["averages"].items()}
         self.losses = saved["losses"].tolist()
         self.step, self.end, self.falls_at, self.skipped, self.skipped_in_a_row = saved["progress"]
-        self.loss.health = saved["health"]
+        self.loss.health = self.loss.health.new_tensor(saved["health"])
+        self.backend_before = saved["backend"]
         self.batches.restore(saved["batches"])
         torch.set_rng_state(saved["rng"])
         if saved["cuda_rng"]:
@@ -527,6 +667,10 @@ def _params_of(trace: poutine.Trace) -> dict[str, Tensor]:
     """The unconstrained parameters that a run stated."""
     sites: dict[str, Any] = dict(trace.nodes)
     return {name: site["value"].unconstrained() for name, site in sites.items()}
+
+
+def _next_multiple(step: int, size: int) -> int:
+    return (step // size + 1) * size
 
 
 def _mean(numbers: list[float]) -> float:

@@ -27,7 +27,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["BACKENDS", "Graph", "Refused", "choose_backend", "lower", "record"]
+__all__ = ["BACKENDS", "Graph", "Refused", "choose_backend", "has_compiler", "lower", "record"]
 
 BACKENDS = ("auto", "inductor", "graph")
 
@@ -316,6 +316,11 @@ def _tidy(module: fx.GraphModule) -> None:
 # From a graph to something that runs
 
 
+def has_compiler(device: torch.device) -> bool:
+    """Whether steps on this device can be compiled."""
+    return device.type == "cuda" or shutil.which(os.environ.get("CXX", "g++")) is not None
+
+
 def choose_backend(backend: str, device: torch.device) -> str:
     """The backend that ``"auto"`` stands for on this machine.
 
@@ -324,7 +329,7 @@ def choose_backend(backend: str, device: torch.device) -> str:
     """
     if backend != "auto":
         return backend
-    if device.type == "cuda" or shutil.which(os.environ.get("CXX", "g++")):
+    if has_compiler(device):
         return "inductor"
     warnings.warn(
         "There is no C++ compiler here, so steps are replayed operation by operation, "

@@ -83,14 +83,16 @@ class LogJoint:
             missing = self.nesting - (len(shape) - to_support.domain.event_dim)
             self._layout.append((name, to_support, [1] * missing + list(shape), shape.numel()))
         self.at_once = True
-        self.weight = 1.0
+        self.weight: float | Tensor = 1.0
 
     @property
     def num_at_once(self) -> int:
         """How many particles a call should have at most."""
         return max(1, MAX_NUMBERS // self.num_numbers)
 
-    def on(self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: float = 1.0) -> LogJoint:
+    def on(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: float | Tensor = 1.0
+    ) -> LogJoint:
         """The same on other data, with fresh subsamples, the latents' densities weighted."""
         other = copy.copy(self)
         other.args, other.kwargs, other.subsamples, other.weight = args, kwargs, {}, weight
@@ -311,7 +313,7 @@ def plate_nesting(*traces: poutine.Trace) -> int:
 
 
 def log_prob_of_particles(
-    trace: poutine.Trace, num_particles: int, nesting: int | None, weight: float = 1.0
+    trace: poutine.Trace, num_particles: int, nesting: int | None, weight: float | Tensor = 1.0
 ) -> Tensor:
     """The log densities of a run's particles, which lie left of ``nesting`` plates.
 

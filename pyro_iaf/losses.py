@@ -1,0 +1,173 @@
+r"""What :func:`~pyro_iaf.fit` minimises: the negative ELBO, and gradients worth their time.
+
+.. math::
+    -\mathrm{ELBO} = \mathbb{E}_{z \sim q} \bigl[ \log q(z) - \log p(x, z) \bigr]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro.infer import Trace_ELBO
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from .elbo import CompiledTrace_ELBO, recordable_loss
+from .graphs import Refused
+from .guides import AutoIAF
+from .joint import LogJoint, split_sizes
+from .scores import draw_with_score
+
+__all__ = ["LatentLoss", "Loss", "TraceLoss"]
+
+
+class Loss:
+    """The negative ELBO of a model and a guide, and its gradient.
+
+    Args:
+        model: A Pyro model.
+        guide: A Pyro guide.
+    """
+
+    # Whether gradients lean towards particles that the guide draws too rarely; 0 or 1 in a graph.
+    covers: bool | Tensor = False
+
+    def __init__(self, model: Callable[..., Any], guide: Any) -> None:
+        self.model, self.guide = model, guide
+        # The share of effective particles, averaged over a hundred steps.
+        self.health = torch.zeros((), dtype=torch.float64)
+
+    def __call__(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: float | Tensor
+    ) -> Tensor:
+        """An estimate of the loss, in nats; its gradient is added to that of the parameters.
+
+        Args:
+            args: What model and guide take.
+            kwargs: Likewise.
+            weight: Of the KL divergence to the prior; 1 is the ELBO.
+        """
+        raise NotImplementedError
+
+    def recordable(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: float | Tensor
+    ) -> Tensor:
+        """The same, in operations that a graph can hold; raises ``Refused`` if there are none."""
+        return self(args, kwargs, weight)
+
+
+class TraceLoss(Loss):
+    """The loss of any model and guide, by one of Pyro's ELBOs."""
+
+    def __init__(self, model: Callable[..., Any], guide: Callable[..., Any], elbo: Any) -> None:
+        super().__init__(model, guide)
+        self.elbo = elbo
+
+    def __call__(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: float | Tensor
+    ) -> Tensor:
+        model, guide = self._weighted(weight)
+        return torch.as_tensor(self.elbo.loss_and_grads(model, guide, *args, **kwargs))
+
+    def recordable(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: float | Tensor
+    ) -> Tensor:
+        if type(self.elbo) not in (Trace_ELBO, CompiledTrace_ELBO):
+            raise Refused(
+                f"{type(self.elbo).__name__} can't be compiled. fit compiles its own loss and "
+                "Trace_ELBO; with another, give compile=False."
+            )
+        loss = recordable_loss(self.elbo, *self._weighted(weight), args, kwargs)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    def _weighted(self, weight: float | Tensor) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        if isinstance(weight, float) and weight == 1:
+            return self.model, self.guide
+        return _OfLatents(weight)(self.model), _OfLatents(weight)(self.guide)
+
+
+class _OfLatents(Messenger):
+    """Weighs the densities of all sites that are not observed."""
+
+    def __init__(self, weight: float | Tensor) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["is_observed"]:
+            msg["scale"] = msg["scale"] * self.weight
+
+
+class LatentLoss(Loss):
+    """The loss of a guide over one vector of latents.
+
+    Its gradient goes through the draws alone, with the guide's score held still: exact in mean, and
+    of little variance near the posterior (:func:`~pyro_iaf.scores.draw_with_score`). Where it
+    covers, it leans from the gradient of KL(q | p) towards that of KL(p | q).
+    """
+
+    def __init__(
+        self, model: Callable[..., Any], guide: AutoIAF, num_particles: int, joint: LogJoint
+    ) -> None:
+        super().__init__(model, guide)
+        self.num_particles, self.joint = num_particles, joint
+
+    def __call__(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: float | Tensor
+    ) -> Tensor:
+        transform = self.guide.get_transform(*args, **kwargs)
+        x = self.guide.get_base_dist().sample((self.num_particles,))
+        z, log_q, score = draw_with_score(transform.parts, x)
+        latent = z.detach().requires_grad_()
+        log_p = self.joint.on(args, kwargs, weight).density(latent)
+        (-log_p.mean()).backward()
+        log_w = log_p.detach() - weight * log_q
+        assert latent.grad is not None
+        slope = latent.grad + weight * score / len(z)
+        if len(z) > 1:
+            self.health = self.health + 0.01 * (_effective(log_w) - self.health)
+            if self.covers is not False and not self.joint.subsampled:
+                lean = self.covers * _leaning(log_w, self.health)
+                slope = slope * (1 + lean).unsqueeze(-1)
+        z.backward(slope)
+        return -log_w.mean()
+
+    @property
+    def log_tail(self) -> Tensor:
+        """The weight of the guide's tails, one for each latent."""
+        return self.guide.transform.parts[-1].coefficients[3]  # type: ignore[no-any-return]
+
+    def log_weights(self, args: tuple[Any, ...], kwargs: dict[str, Any], num_draws: int) -> Tensor:
+        """Logarithms of importance weights of fresh draws."""
+        joint = self.joint.on(args, kwargs)
+        transform = self.guide.get_transform(*args, **kwargs)
+        base = self.guide.get_base_dist()
+        parts = []
+        for size in split_sizes(num_draws, joint.num_at_once):
+            x = base.sample((size,))
+            z = transform(x)
+            log_q = base.log_prob(x) - transform.log_abs_det_jacobian(x, z)
+            parts.append(joint(z) - log_q)
+        return torch.cat(parts)
+
+
+def _effective(log_weights: Tensor) -> Tensor:
+    """The effective sample size of particles, as a share of their number."""
+    share = 1 / log_weights.softmax(0).square().sum() / len(log_weights)
+    return share.nan_to_num(0.0, 0.0, 0.0)
+
+
+def _leaning(log_weights: Tensor, health: Tensor) -> Tensor:
+    """How much more than one each particle's gradient counts: more where the guide draws rarely.
+
+    By their weights, and less for one that has it all (Tucker et al. 2018,
+    https://arxiv.org/abs/1810.04152). Where few particles mostly have most of it, far from the
+    posterior, all count the same.
+    """
+    share = log_weights.softmax(0)
+    share = share * (1 - share)
+    share = share / share.sum().clamp(min=1e-9)
+    return (2 * health - 1).clamp(min=0).to(share.dtype) * (len(share) * share - 1)

@@ -1,0 +1,364 @@
+r"""A whole step of training as one call: the loss, its gradient, clipping and Adam.
+
+.. math::
+    m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad
+    v \leftarrow \beta_2 v + (1 - \beta_2) g^2, \quad
+    \phi \leftarrow \phi - \eta \, \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
+
+with all parameters in one flat tensor while it runs. They are written back by ``copy_``, so that
+whoever watches them sees it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .elbo import agree, kind_of, opened
+from .graphs import Graph, Lowered, Refused, lower, record
+from .joint import Unchecked, quietly
+from .losses import Loss
+
+__all__ = ["Adam", "CompiledSteps"]
+
+# Those of torch.optim.Adam.
+BETA_1, BETA_2, EPS = 0.9, 0.999, 1e-8
+
+
+class Adam:
+    """Parameters and the state of Adam in flat tensors.
+
+    Args:
+        params: The parameters, of one dtype and device.
+        optimizer: The optimiser whose state it takes over, and gives back.
+        factors: By how much the rate of each of the optimiser's groups differs from the rate.
+
+    Raises:
+        Refused: If the parameters have several dtypes or devices, or came one after the other.
+    """
+
+    def __init__(
+        self, params: Sequence[Tensor], optimizer: torch.optim.Adam, factors: Sequence[float]
+    ) -> None:
+        self.params, self.optimizer = list(params), optimizer
+        if len({(param.dtype, param.device) for param in params}) != 1:
+            raise Refused(
+                "Parameters of several dtypes or devices can't be trained by compiled steps: give "
+                "compile=False, or convert the guide and the model to one."
+            )
+        self.sizes = [param.numel() for param in params]
+        factor_of = {
+            id(param): factor
+            for group, factor in zip(optimizer.param_groups, factors, strict=True)
+            for param in group["params"]
+        }
+        rates = [p.detach().new_full((p.numel(),), factor_of[id(p)]) for p in params]
+        self.rates = torch.cat(rates)
+        self.load()
+
+    @torch.no_grad()
+    def load(self) -> None:
+        """Reads parameters and state."""
+        self.values = self._flat(lambda p: p)
+        self.first = self._flat(lambda p: self._state_of(p).get("exp_avg", torch.zeros_like(p)))
+        self.second = self._flat(lambda p: self._state_of(p).get("exp_avg_sq", torch.zeros_like(p)))
+        taken = {float(self._state_of(param).get("step", 0)) for param in self.params}
+        if len(taken) != 1:
+            raise Refused("Parameters that appeared one after the other can't be trained compiled.")
+        (self.taken,) = taken
+        # How much of the zeros that the averages began with is left in them; and the loss's health.
+        powers = [BETA_1**self.taken, BETA_2**self.taken, 0.0]
+        self.state = torch.tensor(powers, dtype=torch.float64, device=self.values.device)
+        self.views = self.in_shape(self.values)
+
+    @torch.no_grad()
+    def store(self) -> None:
+        """Writes the parameters."""
+        torch._foreach_copy_(self.params, self.views)
+
+    @torch.no_grad()
+    def store_state(self) -> None:
+        """Writes the optimiser's state."""
+        averages = zip(self.in_shape(self.first), self.in_shape(self.second), strict=True)
+        for param, (first, second) in zip(self.params, averages, strict=True):
+            self.optimizer.state[param] = {
+                "step": torch.tensor(float(self.taken), device=param.device),
+                "exp_avg": first.clone(),
+                "exp_avg_sq": second.clone(),
+            }
+
+    def in_shape(self, flat: Tensor) -> list[Tensor]:
+        """The parts of a flat tensor, in the shapes of the parameters."""
+        parts = flat.split_with_sizes(self.sizes)
+        return [part.view(param.shape) for part, param in zip(parts, self.params, strict=True)]
+
+    def _flat(self, of: Callable[[Tensor], Tensor]) -> Tensor:
+        return torch.cat([of(param).detach().reshape(-1) for param in self.params])
+
+    def _state_of(self, param: Tensor) -> dict[str, Tensor]:
+        return self.optimizer.state.get(param, {})
+
+
+class Built(NamedTuple):
+    """A step that was recorded and made fast, for arguments of one kind."""
+
+    graph: Graph
+    live: list[str]  # the parameters that have gradients
+    backend: str
+    run: Lowered
+
+
+# What was built, by guide, so that another fit finds it.
+_built: Any = WeakIdKeyDictionary()
+
+
+class CompiledSteps:
+    """The compiled steps of one training run.
+
+    Args:
+        loss: What is minimised.
+        params: All parameters by name.
+        optimizer: Whose state it takes over.
+        factors: See :class:`Adam`.
+        weighted: Whether the weight of the KL divergence changes.
+        settings: What else makes one run's steps other than another's.
+    """
+
+    def __init__(
+        self,
+        loss: Loss,
+        params: dict[str, Tensor],
+        optimizer: torch.optim.Adam,
+        factors: Sequence[float],
+        weighted: bool,
+        settings: tuple[Any, ...],
+    ) -> None:
+        self.loss, self.params, self.optimizer = loss, params, optimizer
+        self._factors = factors
+        known = _built.setdefault(loss.guide, {}) if isinstance(loss.guide, nn.Module) else {}
+        self._known: dict[Any, Built] = known
+        self._weighted, self._settings = weighted, settings
+        self._adam: Adam | None = None
+
+    def find(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], backends: Sequence[str]
+    ) -> Built | None:
+        """The step for such arguments by one of these backends, if it was built."""
+        for backend in backends:
+            built = self._known.get(self._key(args, kwargs, backend))
+            if built is not None and built.graph.is_current:
+                held = {id(tensor) for tensor in built.graph.tensors}
+                if all(id(self.params.get(name)) in held for name in built.live):
+                    return built
+        return None
+
+    def record(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Graph, list[str]]:
+        """The graph of the loss and its gradient, and the parameters that have one."""
+        loss, kept = self.loss, (self.loss.covers, self.loss.health)
+        with torch.random.fork_rng(), quietly():
+            self._by_code(args, kwargs)
+            live = [name for name, param in self.params.items() if param.grad is not None]
+        tensors, rebuild = opened(args, kwargs)
+        if not live:
+            raise Refused("Nothing has a gradient, so there is nothing to compile: compile=False.")
+        lead = [self.params[live[0]].detach().new_ones(()) for _ in range(2)]
+
+        def run(weight: Tensor, covers: Tensor, health: Tensor, *given: Tensor) -> list[Tensor]:
+            self._forget()
+            loss.covers, loss.health = covers, health
+            args, kwargs = rebuild(list(given))
+            value = loss.recordable(args, kwargs, weight if self._weighted else 1.0)
+            slopes = [self.params[name].grad for name in live]
+            return [value, loss.health, *slopes]  # type: ignore[list-item]
+
+        try:
+            with torch.random.fork_rng(), quietly(), Unchecked():
+                graph = record(run, [*lead, loss.health, *[t.detach() for t in tensors]])
+        finally:
+            self._forget()
+            loss.covers, loss.health = kept
+        return graph, live
+
+    def build(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        graph: Graph,
+        live: list[str],
+        backend: str,
+    ) -> Built:
+        """Makes a graph fast, and compares it with the code.
+
+        Raises:
+            Refused: If they don't agree.
+        """
+        adam = self._adam_of(live)
+        wanted = backend
+        with torch.random.fork_rng(), torch.no_grad():
+            example = self._arguments(adam, graph, [1e-3, 1.0, 0.0, 1.0], args, kwargs)
+            whole = _whole_step(graph, adam, len(opened(args, kwargs)[0]))
+            run, backend = lower(whole, example, backend)
+        built = Built(graph, live, backend, run)
+        self._compare(built, adam, args, kwargs)
+        self._known[self._key(args, kwargs, wanted)] = built
+        return built
+
+    def start(self, built: Built) -> None:
+        """Takes over parameters and state, if that was not done."""
+        if self._adam is None:
+            self._adam = self._adam_of(built.live)
+            self._adam.state[2] = self.loss.health
+
+    def write(self) -> None:
+        """Writes the parameters."""
+        assert self._adam is not None
+        self._adam.store()
+
+    def stop(self) -> None:
+        """Gives parameters and state back, if it had them."""
+        if self._adam is not None:
+            self._adam.store()
+            self._adam.store_state()
+            self.loss.health = self._adam.state[2].clone()
+            self._adam = None
+
+    @property
+    def views(self) -> list[Tensor]:
+        """The parameters as they are now."""
+        assert self._adam is not None
+        return self._adam.views
+
+    def __call__(
+        self,
+        built: Built,
+        numbers: Sequence[float],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        """One step; returns the loss and the norm of its gradient.
+
+        Args:
+            built: The step for these arguments.
+            numbers: The rate, the weight of the KL divergence, whether to cover, the largest norm.
+            args: What model and guide take.
+            kwargs: Likewise.
+        """
+        assert self._adam is not None
+        with torch.no_grad():
+            given = self._arguments(self._adam, built.graph, numbers, args, kwargs)
+            return built.run(given)[0]
+
+    def _arguments(
+        self,
+        adam: Adam,
+        graph: Graph,
+        numbers: Sequence[float],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> list[Tensor]:
+        inputs = [tensor.detach() for tensor in opened(args, kwargs)[0]]
+        views = dict(zip(map(id, adam.params), adam.views, strict=True))
+        tensors = [views.get(id(tensor), tensor) for tensor in graph.tensors]
+        noise = graph.draw(*3 * [adam.state], *inputs, *tensors)
+        others = [tensor for tensor in graph.tensors if id(tensor) not in views]
+        scalars = torch.tensor(numbers, dtype=torch.float64, device=adam.state.device)
+        own = [adam.values, adam.first, adam.second, adam.state, adam.rates, scalars]
+        return [*own, *inputs, *others, *noise]
+
+    def _adam_of(self, live: list[str]) -> Adam:
+        return Adam([self.params[name] for name in live], self.optimizer, self._factors)
+
+    def _compare(
+        self, built: Built, adam: Adam, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        with torch.random.fork_rng(), quietly():
+            value = self._by_code(args, kwargs)
+            expected = [self.params[name].grad.clone() for name in built.live]  # type: ignore[union-attr]
+            self._forget()
+        adam.first.zero_()
+        adam.second.zero_()
+        adam.state.copy_(adam.state.new_tensor([1.0, 1.0, self.loss.health.item()]))
+        with torch.random.fork_rng(), torch.no_grad():
+            given = self._arguments(adam, built.graph, [0.0, 1.0, 0.0, 1e30], args, kwargs)
+            found, _ = built.run(given)[0]
+        slopes = adam.in_shape(adam.first / (1 - BETA_1))
+        if value.isfinite() and not agree([found.to(value), *slopes], [value, *expected]):
+            raise Refused(
+                f"The step can't be run as a graph: under one seed its loss is {value.item():.6g}, "
+                f"and that of a graph of it {found.item():.6g}. Model or guide may hang on "
+                "something else than tensors that changes from run to run: compile=False."
+            )
+
+    def _by_code(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The loss, and its gradient in the parameters."""
+        self._forget()
+        covers, self.loss.covers = self.loss.covers, False
+        kept = self.loss.health
+        try:
+            return self.loss(args, kwargs, 1.0)
+        finally:
+            self.loss.covers, self.loss.health = covers, kept
+
+    def _forget(self) -> None:
+        for param in self.params.values():
+            param.grad = None
+
+    def _key(self, args: tuple[Any, ...], kwargs: dict[str, Any], backend: str) -> Any:
+        kind = kind_of(self.loss.model, self.loss.guide, args, kwargs)
+        settings = type(self.loss), self._settings, self._weighted, tuple(self.params)
+        return self.loss.model, settings, kind, backend
+
+
+def _whole_step(graph: Graph, adam: Adam, num_inputs: int) -> Callable[..., tuple[Tensor]]:
+    """A function of the state, which it changes, of scalars, and of what the graph takes."""
+    own = {id(param): k for k, param in enumerate(adam.params)}
+    held = [own.get(id(tensor)) for tensor in graph.tensors]
+    num_others = held.count(None)
+
+    def step(
+        values: Tensor,
+        first: Tensor,
+        second: Tensor,
+        state: Tensor,
+        rates: Tensor,
+        scalars: Tensor,
+        *given: Tensor,
+    ) -> tuple[Tensor]:
+        inputs, rest = given[:num_inputs], given[num_inputs:]
+        others, noise = iter(rest[:num_others]), rest[num_others:]
+        views = adam.in_shape(values)
+        tensors = [next(others) if k is None else views[k] for k in held]
+        rate, weight, covers, largest_norm = scalars.unbind()
+        dtype = values.dtype
+        lead = [weight.to(dtype), covers.to(dtype), state[2]]
+        value, health, *slopes = graph.module(*lead, *inputs, *tensors, *noise)
+        slope = torch.cat([part.reshape(-1) for part in slopes])
+        norm = slope.norm().to(state.dtype)
+        fine = value.isfinite() & norm.isfinite()
+        # A step that is not finite changes nothing. Numbers that are the same for all parameters
+        # stand in one tensor, or else each parameter would compute them by itself.
+        go = fine.to(state.dtype)
+        left_1, left_2 = state[0] * BETA_1, state[1] * BETA_2
+        root = (1 - left_2).sqrt()
+        clip = torch.where(fine, (largest_norm / (norm + 1e-6)).clamp(max=1), 0)
+        size = go * rate * root / (1 - left_1)
+        keep_1, keep_2 = 1 - go * (1 - BETA_1), 1 - go * (1 - BETA_2)
+        common = torch.stack([clip, size, EPS * root, keep_1, 1 - keep_1, keep_2, 1 - keep_2])
+        clip, size, eps, keep_1, new_1, keep_2, new_2 = common.to(dtype).unbind()
+        slope = torch.where(fine, slope, 0) * clip
+        m = first * keep_1 + slope * new_1
+        v = second * keep_2 + slope.square() * new_2
+        values.copy_(values - size * rates * m / (v.sqrt() + eps))
+        first.copy_(m)
+        second.copy_(v)
+        lefts = torch.stack([left_1, left_2]).where(fine, state[:2])
+        state.copy_(torch.cat([lefts, health.to(state.dtype).reshape(1)]))
+        return (torch.stack([value.to(norm.dtype), norm]),)
+
+    return step
