@@ -405,16 +405,23 @@ class _Run:
         """Takes compiled steps until there is something to see to; returns a batch left over."""
         self.backend = built.backend
         self.steps.start(built)
-        names, views = built.live, self.steps.views
-        pairs, left = [], []
-        for step in range(self.step, self.step + self._num_undisturbed()):
-            if step > self.step and self.batches.change:
-                args, kwargs = batch = self.batches.next()
-                if self.steps.find(*batch, (built.backend,)) is not built:
-                    left.append(batch)
-                    break
-            pairs.append(self.steps(built, self._numbers(step), args, kwargs))
-            self._average_in(step + 1, dict(zip(names, views, strict=True)))
+        params = dict(zip(built.live, self.steps.views, strict=True))
+        steps = range(self.step, self.step + self._num_undisturbed())
+        rows = torch.tensor([self._numbers(k) for k in steps], dtype=torch.float64)
+        rows = rows.to(self.steps.views[0].device)
+        take = self.steps.bind(built, args, kwargs)
+        pairs: list[Tensor] = []
+        left: list[Any] = []
+        with torch.no_grad():
+            for step, numbers in zip(steps, rows.unbind(), strict=True):
+                if pairs and self.batches.change:
+                    batch = self.batches.next()
+                    if self.steps.find(*batch, (built.backend,)) is not built:
+                        left.append(batch)
+                        break
+                    take = self.steps.bind(built, *batch)
+                pairs.append(take(numbers))
+                self._average_in(step + 1, params)
         self.steps.write()
         for value, size in torch.stack(pairs).tolist():
             self._account(value, size, args, kwargs)

@@ -13,7 +13,7 @@ https://arxiv.org/abs/1703.09194; for flows, Vaitl et al. 2022, https://arxiv.or
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,9 @@ from torch.nn import functional
 
 from .affine import LocScale
 from .blocks import can_be_cut
+from .carry import carried
 from .networks import product
+from .sweeps import runs_eagerly
 from .transforms import LOG_SCALE_BOUND
 
 __all__ = ["draw_with_score"]
@@ -45,12 +47,21 @@ def draw_with_score(parts: Iterable[Any], x: Tensor) -> tuple[Tensor, Tensor, Te
     for part in parts:
         x = x.expand(part.forward_shape(x.shape))
         score = score.expand(x.shape)
-        if part.input_dim <= MAX_WRITTEN_OUT and hasattr(part, "network") and can_be_cut(part):
+        if hasattr(part, "network") and can_be_cut(part) and _is_written_out(part, x):
             x, log_scale, score = _written_out(part, x, score)
         else:
             x, log_scale, score = _solved(part, x, score)
         log_q = log_q - log_scale.sum(-1)
     return x, log_q, score
+
+
+def _is_written_out(flow: Any, x: Tensor) -> bool:
+    return flow.input_dim <= MAX_WRITTEN_OUT or _is_recorded_on_cpu(x)
+
+
+def _is_recorded_on_cpu(x: Tensor) -> bool:
+    """Whether this runs to be recorded, and later by a kernel of ours."""
+    return x.device.type == "cpu" and not runs_eagerly()
 
 
 def _solved(part: Any, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,25 +89,50 @@ def _written_out(flow: Any, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, T
         shift = functional.linear(flow.context, offsets[:, 1:], offsets[:, 0])
     *shifts, last = shift.split_with_sizes([*network.hidden_dims, len(output)], -1)
     h: Tensor = x
-    slopes: Any = None
+    bends = []
     for weight, shift in zip(hidden, shifts, strict=True):
-        h, bend = _bend(network.activation, functional.linear(h, weight) + shift)
-        weight = weight.detach()
-        slopes = bend.unsqueeze(-1) * (weight if slopes is None else weight @ slopes)
-    H = network.hidden_dims[-1]
-    out = functional.linear(torch.cat([h.expand(*x.shape[:-1], H), x], -1), output) + last
-    y, log_scale = _applied(x, *flow._read(*out.chunk(2, -1)))
+        h, bend = _bend(network.activation, _linear(h, weight, shift))
+        bends.append(bend)
+    inputs = torch.cat([h.expand(*x.shape[:-1], -1), x], -1)
+    out = _linear(inputs, output, last).chunk(2, -1)
+    y, log_scale = _applied(x, *flow._read(*out))
     with torch.no_grad():
-        output = output.detach()
-        of_m, of_s = (output[:, :H] @ slopes + output[:, H:]).chunk(2, -2)
-        by_m, by_s, scale, slope = _slopes_of_reading(flow, x, *out.chunk(2, -1))
-        score = score - (slope.unsqueeze(-2) @ of_s).squeeze(-2)
-        jacobian = torch.addcmul(by_m.unsqueeze(-1) * of_m, by_s.unsqueeze(-1), of_s)
-        jacobian.diagonal(dim1=-2, dim2=-1).add_(scale)
-        order = flow.order
-        solved = _row_solution(jacobian[..., order, :][..., order], score[..., order])
-        score = solved[..., torch.argsort(order)]
+        slopes = _slopes_of_reading(flow, x, *out)
+        weights = [weight.detach() for weight in (*hidden, output)]
+        if _is_recorded_on_cpu(x):
+            score = carried(network, score, slopes, bends, weights)
+        else:
+            score = _by_jacobian(flow, score, slopes, bends, weights)
     return y, log_scale.detach(), score
+
+
+def _linear(h: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
+    if shift.dim() == 1:
+        return functional.linear(h, weight, shift)
+    return functional.linear(h, weight) + shift
+
+
+def _by_jacobian(
+    flow: Any,
+    score: Tensor,
+    slopes: Sequence[Tensor],
+    bends: Sequence[Tensor],
+    weights: Sequence[Tensor],
+) -> Tensor:
+    """The score of the value, by the network's Jacobian, layer by layer."""
+    scale, by_m, by_s, slope = slopes
+    *hidden, output = weights
+    H = output.shape[1] - flow.input_dim
+    rows: Any = None
+    for weight, bend in zip(hidden, bends, strict=True):
+        rows = bend.unsqueeze(-1) * (weight if rows is None else weight @ rows)
+    of_m, of_s = (output[:, :H] @ rows + output[:, H:]).chunk(2, -2)
+    score = score - (slope.unsqueeze(-2) @ of_s).squeeze(-2)
+    jacobian = torch.addcmul(by_m.unsqueeze(-1) * of_m, by_s.unsqueeze(-1), of_s)
+    jacobian.diagonal(dim1=-2, dim2=-1).add_(scale)
+    order = flow.order
+    solved = _row_solution(jacobian[..., order, :][..., order], score[..., order])
+    return solved[..., torch.argsort(order)]
 
 
 def _applied(x: Tensor, shift: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,13 +158,13 @@ def _bend(activation: nn.Module, z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _slopes_of_reading(flow: Any, x: Tensor, m: Tensor, s: Tensor) -> tuple[Tensor, ...]:
-    """The value's slopes in ``m`` and ``s``, the scale, and the slope of its log in ``s``."""
+    """The scale, the value's slopes in ``m`` and ``s``, and the slope of the log-scale in ``s``."""
     s = LOG_SCALE_BOUND * torch.tanh(s / LOG_SCALE_BOUND)
     slope = 1 - (s / LOG_SCALE_BOUND).square()
     if not flow.gated:
         scale = s.exp()
-        return torch.ones_like(m), scale * x * slope, scale, slope
+        return scale, torch.ones_like(m), scale * x * slope, slope
     scale = torch.sigmoid(s + flow.gate_bias)
     rest = 1 - scale
     slope = rest * slope
-    return rest, scale * slope * (x - m), scale, slope
+    return scale, rest, scale * slope * (x - m), slope

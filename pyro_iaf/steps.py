@@ -12,12 +12,14 @@ whoever watches them sees it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from threading import Thread
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .carry import load_kernel
 from .elbo import agree, kind_of, opened
 from .graphs import Graph, Lowered, Refused, lower, record
 from .joint import Unchecked, quietly
@@ -201,9 +203,15 @@ class CompiledSteps:
         adam = self._adam_of(live)
         wanted = backend
         with torch.random.fork_rng(), torch.no_grad():
-            example = self._arguments(adam, graph, [1e-3, 1.0, 0.0, 1.0], args, kwargs)
+            numbers = torch.ones(4, dtype=torch.float64, device=adam.values.device)
+            example = _arguments(adam, graph, args, kwargs)(numbers)
             whole = _whole_step(graph, adam, len(opened(args, kwargs)[0]))
+            kernel = Thread(target=load_kernel) if backend == "inductor" else None
+            if kernel:
+                kernel.start()
             run, backend = lower(whole, example, backend)
+            if kernel:
+                kernel.join()
         built = Built(graph, live, backend, run)
         self._compare(built, adam, args, kwargs)
         self._known[self._key(args, kwargs, wanted)] = built
@@ -234,42 +242,22 @@ class CompiledSteps:
         assert self._adam is not None
         return self._adam.views
 
-    def __call__(
-        self,
-        built: Built,
-        numbers: Sequence[float],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Tensor:
-        """One step; returns the loss and the norm of its gradient.
+    def bind(
+        self, built: Built, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Callable[[Tensor], Tensor]:
+        """The step on these arguments.
 
-        Args:
-            built: The step for these arguments.
-            numbers: The rate, the weight of the KL divergence, whether to cover, the largest norm.
-            args: What model and guide take.
-            kwargs: Likewise.
+        It takes a row of numbers in float64, the rate, the weight of the KL divergence, whether to
+        cover and the largest norm, and returns the loss and the norm of its gradient.
         """
         assert self._adam is not None
-        with torch.no_grad():
-            given = self._arguments(self._adam, built.graph, numbers, args, kwargs)
-            return built.run(given)[0]
+        arguments = _arguments(self._adam, built.graph, args, kwargs)
+        run = built.run
 
-    def _arguments(
-        self,
-        adam: Adam,
-        graph: Graph,
-        numbers: Sequence[float],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> list[Tensor]:
-        inputs = [tensor.detach() for tensor in opened(args, kwargs)[0]]
-        views = dict(zip(map(id, adam.params), adam.views, strict=True))
-        tensors = [views.get(id(tensor), tensor) for tensor in graph.tensors]
-        noise = graph.draw(*3 * [adam.state], *inputs, *tensors)
-        others = [tensor for tensor in graph.tensors if id(tensor) not in views]
-        scalars = torch.tensor(numbers, dtype=torch.float64, device=adam.state.device)
-        own = [adam.values, adam.first, adam.second, adam.state, adam.rates, scalars]
-        return [*own, *inputs, *others, *noise]
+        def step(numbers: Tensor) -> Tensor:
+            return run(arguments(numbers))[0]
+
+        return step
 
     def _adam_of(self, live: list[str]) -> Adam:
         return Adam([self.params[name] for name in live], self.optimizer, self._factors)
@@ -285,8 +273,8 @@ class CompiledSteps:
         adam.second.zero_()
         adam.state.copy_(adam.state.new_tensor([1.0, 1.0, self.loss.health.item()]))
         with torch.random.fork_rng(), torch.no_grad():
-            given = self._arguments(adam, built.graph, [0.0, 1.0, 0.0, 1e30], args, kwargs)
-            found, _ = built.run(given)[0]
+            numbers = adam.state.new_tensor([0.0, 1.0, 0.0, torch.inf])
+            found, _ = built.run(_arguments(adam, built.graph, args, kwargs)(numbers))[0]
         slopes = adam.in_shape(adam.first / (1 - BETA_1))
         if value.isfinite() and not agree([found.to(value), *slopes], [value, *expected]):
             raise Refused(
@@ -313,6 +301,20 @@ class CompiledSteps:
         kind = kind_of(self.loss.model, self.loss.guide, args, kwargs)
         settings = type(self.loss), self._settings, self._weighted, tuple(self.params)
         return self.loss.model, settings, kind, backend
+
+
+def _arguments(
+    adam: Adam, graph: Graph, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Callable[[Tensor], list[Tensor]]:
+    """What a whole step takes, by its row of numbers; with fresh noise at each call."""
+    inputs = [tensor.detach() for tensor in opened(args, kwargs)[0]]
+    views = dict(zip(map(id, adam.params), adam.views, strict=True))
+    held = [views.get(id(tensor), tensor) for tensor in graph.tensors]
+    others = [tensor for tensor in graph.tensors if id(tensor) not in views]
+    own = [adam.values, adam.first, adam.second, adam.state, adam.rates]
+    sources = [*3 * [adam.state], *inputs, *held]
+    draw = graph.draw.forward
+    return lambda numbers: [*own, numbers, *inputs, *others, *draw(*sources)]
 
 
 def _whole_step(graph: Graph, adam: Adam, num_inputs: int) -> Callable[..., tuple[Tensor]]:

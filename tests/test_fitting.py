@@ -19,7 +19,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
 from pyro_iaf import AutoIAF, FitResult, fit
-from pyro_iaf.elbo import LatentLoss
+from pyro_iaf.losses import LatentLoss
 from pyro_iaf.joint import LogJoint
 from pyro_iaf.weights import Particles
 
