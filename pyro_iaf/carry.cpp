@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <thread>
 #include <vector>
 
 template <typename T>
@@ -68,29 +69,35 @@ static void carry(int64_t k0, int64_t k1, int64_t D, int64_t L, const int64_t* w
   }
 }
 
+// All particles through all flows. Of each flow there are 2 L + 7 tensors: scale, by_m, by_s, slope,
+// the bends, the weights, the order, and the starts.
 template <typename T>
-static void carry_all(int64_t K, int64_t num_threads, int64_t D, int64_t L, const int64_t* widths,
-                      const void** tensors, const int64_t* order, const int64_t* starts,
-                      void* u) {
-  const T* const* t = reinterpret_cast<const T* const*>(tensors);
+static void carry_all(int64_t K, int64_t num_threads, int64_t num_flows, int64_t D, int64_t L,
+                      const int64_t* widths, const void** tensors, const T* score, T* u) {
   const int64_t size = (K + num_threads - 1) / num_threads;
-#pragma omp parallel for num_threads(num_threads) if (num_threads > 1)
-  for (int64_t n = 0; n < num_threads; ++n) {
-    const int64_t k0 = std::min(n * size, K), k1 = std::min(k0 + size, K);
-    if (k0 < k1)
-      carry(k0, k1, D, L, widths, t[0], t[1], t[2], t[3], t[4], t + 5, t + 5 + L, order, starts,
-            static_cast<T*>(u));
-  }
+  auto part = [&](int64_t k0) {
+    for (int64_t f = 0; f < num_flows; ++f) {
+      const void** own = tensors + f * (2 * L + 7);
+      const T* const* t = reinterpret_cast<const T* const*>(own);
+      carry(k0, std::min(k0 + size, K), D, L, widths + f * L, f ? u : score, t[0], t[1], t[2],
+            t[3], t + 4, t + 4 + L, static_cast<const int64_t*>(own[2 * L + 5]),
+            static_cast<const int64_t*>(own[2 * L + 6]), u);
+    }
+  };
+  std::vector<std::thread> others;
+  for (int64_t k0 = size; k0 < K; k0 += size) others.emplace_back(part, k0);
+  if (K > 0) part(0);
+  for (auto& thread : others) thread.join();
 }
 
-extern "C" void carry_float(int64_t K, int64_t num_threads, int64_t D, int64_t L,
-                            const int64_t* widths, const void** tensors, const int64_t* order,
-                            const int64_t* starts, void* u) {
-  carry_all<float>(K, num_threads, D, L, widths, tensors, order, starts, u);
+extern "C" void carry_float(int64_t K, int64_t num_threads, int64_t num_flows, int64_t D, int64_t L,
+                            const int64_t* widths, const void** tensors, const float* score,
+                            float* u) {
+  carry_all(K, num_threads, num_flows, D, L, widths, tensors, score, u);
 }
 
-extern "C" void carry_double(int64_t K, int64_t num_threads, int64_t D, int64_t L,
-                             const int64_t* widths, const void** tensors, const int64_t* order,
-                             const int64_t* starts, void* u) {
-  carry_all<double>(K, num_threads, D, L, widths, tensors, order, starts, u);
+extern "C" void carry_double(int64_t K, int64_t num_threads, int64_t num_flows, int64_t D,
+                             int64_t L, const int64_t* widths, const void** tensors,
+                             const double* score, double* u) {
+  carry_all(K, num_threads, num_flows, D, L, widths, tensors, score, u);
 }

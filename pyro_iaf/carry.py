@@ -1,4 +1,4 @@
-r"""The score of a density, carried through one flow, as one operation of a graph.
+r"""The score of a density, carried through flows, as one operation of a graph.
 
 .. math::
     J^{\mathsf T} u = v, \qquad v = \nabla_x \log q(x) - \nabla_x \log |\det J|
@@ -13,114 +13,154 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
+import os
+import platform
+import subprocess
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .networks import MaskedAutoregressiveNetwork
 
-__all__ = ["carried", "load_kernel"]
+__all__ = ["Carrier", "carried", "load_kernel"]
 
 # A thread should have so many multiplications to do.
-WORK_PER_THREAD = 400_000
+WORK_PER_THREAD = 2_000_000
+
+FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-pthread"]
 
 _kernel: list[ctypes.CDLL] = []
+_libraries: list[torch.library.Library] = []
 
 
 def load_kernel() -> None:
     """Compiles the kernel, or loads it where that was done; raises what the compiler raises."""
-    if not _kernel:
-        from torch._inductor.codecache import CppCodeCache
+    if _kernel:
+        return
+    source = Path(__file__).with_suffix(".cpp")
+    command = [os.environ.get("CXX", "g++"), *FLAGS, str(source)]
+    made_for = [source.read_text(), command[0], *FLAGS, platform.platform(), _processor()]
+    name = f"pyro_iaf_carry_{hashlib.sha256(repr(made_for).encode()).hexdigest()[:16]}.so"
+    library = Path(cache_dir()) / name
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:  # whole or not at all
+            fresh = Path(folder) / name
+            subprocess.run([*command, "-o", str(fresh)], check=True, capture_output=True)
+            fresh.replace(library)
+    kernel = ctypes.CDLL(str(library))
+    for run in (kernel.carry_float, kernel.carry_double):
+        run.argtypes = [*5 * [ctypes.c_int64], *4 * [ctypes.c_void_p]]
+        run.restype = None
+    _kernel.append(kernel)
 
-        source = Path(__file__).with_suffix(".cpp").read_text()
-        _kernel.append(CppCodeCache.load(source))
+
+def _processor() -> str:
+    """What the machine code may use, for caches that several machines share."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
-def carried(
-    network: MaskedAutoregressiveNetwork,
-    score: Tensor,
-    slopes: Sequence[Tensor],
-    bends: Sequence[Tensor],
-    weights: Sequence[Tensor],
-) -> Tensor:
-    """The score of the value that a flow on this network made, as one operation.
+class Carrier(NamedTuple):
+    """What a flow's score is carried by.
 
-    Args:
-        network: The network; its sizes and its order are used.
-        score: Of the noise, of shape ``batch_shape + (D,)``.
+    Attributes:
         slopes: The scale, the value's slopes in the shift and in the log-scale that the network
-            returned, and the slope of the log-determinant in the latter; each like ``score``.
+            returned, and the slope of the log-determinant in the latter; of the noise's shape.
         bends: The slopes of the activations, one tensor for each hidden layer.
         weights: Masked, of the hidden layers and of the outputs.
-
-    Example:
-        >>> flow = inverse_autoregressive_flow(3, hidden_dims=[4])
-        >>> ones, hidden = torch.ones(5, 3), torch.ones(5, 4)
-        >>> weight, output, _ = (factor[0].detach() for factor in flow.network.factors())
-        >>> u = carried(flow.network, ones, [ones, ones, ones, 0 * ones], [hidden], [weight, output])
-        >>> u.shape
-        torch.Size([5, 3])
+        network: The network, of which sizes and order are used.
     """
-    with _disable_current_modes():  # it follows from the sizes, so it is not part of a graph
-        bounds = torch.arange(network.input_dim + 1, device=score.device)
-        starts = torch.stack([torch.searchsorted(d, bounds) for d in network.hidden_degrees()])
-    flat = [part.reshape(-1, part.shape[-1]) for part in (score, *slopes, *bends)]
-    flat = [part.expand(len(flat[0]), -1) for part in flat]
-    solved = _operation()(flat[0], flat[1:5], flat[5:], list(weights), network.order, starts)
-    return solved.reshape(score.shape)  # type: ignore[no-any-return]
+
+    slopes: Sequence[Tensor]
+    bends: Sequence[Tensor]
+    weights: Sequence[Tensor]
+    network: MaskedAutoregressiveNetwork
+
+
+def carried(score: Tensor, flows: Sequence[Carrier]) -> Tensor:
+    """The score of what flows with equally many hidden layers made of noise, as one operation.
+
+    Args:
+        score: Of the noise, of shape ``batch_shape + (D,)``.
+        flows: The flows, the first acts on the noise.
+    """
+    K, D = score.shape[:-1].numel(), score.shape[-1]
+    tensors: list[Tensor] = []
+    for slopes, bends, weights, network in flows:
+        wide = [part.expand(*score.shape[:-1], -1) for part in (*slopes, *bends)]
+        tensors += [part.reshape(K, -1) for part in wide]
+        with _disable_current_modes():  # it follows from the sizes, so it is not part of a graph
+            bounds = torch.arange(D + 1, device=score.device)
+            starts = torch.stack([torch.searchsorted(d, bounds) for d in network.hidden_degrees()])
+        tensors += [*weights, network.order, starts]
+    found: Tensor = _operation()(score.reshape(K, D), tensors, len(flows))
+    return found.reshape(score.shape)
 
 
 @functools.cache
 def _operation() -> Any:
     library = torch.library.Library("pyro_iaf", "DEF")
-    library.define(
-        "carry(Tensor score, Tensor[] slopes, Tensor[] bends, Tensor[] weights, Tensor order, "
-        "Tensor starts) -> Tensor"
-    )
+    library.define("carry(Tensor score, Tensor[] tensors, int num_flows) -> Tensor")
     library.impl("carry", _on_cpu, "CPU")
     library.impl("carry", lambda score, *_: torch.empty_like(score), "Meta")
-    globals()["_library"] = library  # an operation lasts as long as its library
+    _libraries.append(library)  # an operation lasts as long as its library
     return torch.ops.pyro_iaf.carry.default
 
 
-def _on_cpu(
-    score: Tensor,
-    slopes: list[Tensor],
-    bends: list[Tensor],
-    weights: list[Tensor],
-    order: Tensor,
-    starts: Tensor,
-) -> Tensor:
+def _on_cpu(score: Tensor, tensors: list[Tensor], num_flows: int) -> Tensor:
     if not _kernel or score.dtype not in (torch.float32, torch.float64):
-        return _in_slow(score, slopes, bends, weights, order, starts)
-    (K, D), L = score.shape, len(bends)
-    tensors = [part.contiguous() for part in (score, *slopes, *bends, *weights)]
+        return _in_slow(score, tensors, num_flows)
+    (K, D), L = score.shape, _num_layers(tensors, num_flows)
+    score = score.contiguous()
+    tensors = [part if part.is_contiguous() else part.contiguous() for part in tensors]
     pointers = (ctypes.c_void_p * len(tensors))(*[part.data_ptr() for part in tensors])
-    widths = (ctypes.c_int64 * L)(*[bend.shape[1] for bend in bends])
-    solved = torch.empty_like(tensors[0])
-    work = K * sum(weight.numel() for weight in weights)
+    of_each = range(0, len(tensors), 2 * L + 7)
+    sizes = [bend.shape[1] for k in of_each for bend in tensors[k + 4 : k + 4 + L]]
+    widths = (ctypes.c_int64 * len(sizes))(*sizes)
+    work = K * (sum(sizes) * D + sum(size * size for size in sizes))
     threads = max(1, min(torch.get_num_threads(), K, work // WORK_PER_THREAD))
     (kernel,) = _kernel
     run = kernel.carry_float if score.dtype == torch.float32 else kernel.carry_double
-    indices = [ctypes.c_void_p(part.data_ptr()) for part in (order, starts)]
-    out = ctypes.c_void_p(solved.data_ptr())
-    run(*map(ctypes.c_int64, (K, threads, D, L)), widths, pointers, *indices, out)
-    return solved
+    out = torch.empty_like(score)
+    run(K, threads, num_flows, D, L, widths, pointers, score.data_ptr(), out.data_ptr())
+    return out
 
 
-def _in_slow(
+def _num_layers(tensors: list[Tensor], num_flows: int) -> int:
+    return (len(tensors) // num_flows - 7) // 2
+
+
+def _in_slow(score: Tensor, tensors: list[Tensor], num_flows: int) -> Tensor:
+    """The same without the kernel, for all particles at once."""
+    L = _num_layers(tensors, num_flows)
+    for k in range(0, len(tensors), 2 * L + 7):
+        slopes, bends, weights, (order, starts) = (
+            tensors[k + a : k + b]
+            for a, b in ((0, 4), (4, 4 + L), (4 + L, 5 + 2 * L), (5 + 2 * L, 7 + 2 * L))
+        )
+        score = _through_one(score, slopes, bends, weights, order.tolist(), starts.tolist())
+    return score
+
+
+def _through_one(
     score: Tensor,
     slopes: list[Tensor],
     bends: list[Tensor],
     weights: list[Tensor],
-    order: Tensor,
-    starts: Tensor,
+    order: list[int],
+    starts: list[list[int]],
 ) -> Tensor:
-    """The same without the kernel, for all particles at once."""
     scale, by_m, by_s, slope = slopes
     *hidden, output = weights
     D, H = score.shape[1], bends[-1].shape[1]
@@ -130,10 +170,10 @@ def _in_slow(
     for p in range(D - 1, -1, -1):
         for k in range(len(hidden) - 1, -1, -1):
             if p + 1 < D:
-                units = slice(*starts[k, p + 1 : p + 3].tolist())
+                units = slice(*starts[k][p + 1 : p + 3])
                 below = in_units[k - 1] if k else in_x
                 below += (in_units[k][:, units] * bends[k][:, units]) @ hidden[k][units]
-        i = int(order[p])
+        i = order[p]
         solved[:, i] = u = (score[:, i] - in_x[:, i]) / scale[:, i]
         pair = torch.stack([by_m[:, i] * u, by_s[:, i] * u + slope[:, i]], 1)
         pushed = pair @ output[[i, D + i]]

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from .affine import LocScale
 from .blocks import can_be_cut
-from .carry import carried
+from .carry import Carrier, carried
 from .networks import product
 from .sweeps import runs_eagerly
 from .transforms import LOG_SCALE_BOUND
@@ -44,15 +44,29 @@ def draw_with_score(parts: Iterable[Any], x: Tensor) -> tuple[Tensor, Tensor, Te
     """
     log_q = -0.5 * (x.square() + math.log(2 * math.pi)).sum(-1)
     score = -x
+    waiting: list[Carrier] = []  # flows that the score has still to be carried through, at once
     for part in parts:
         x = x.expand(part.forward_shape(x.shape))
         score = score.expand(x.shape)
         if hasattr(part, "network") and can_be_cut(part) and _is_written_out(part, x):
-            x, log_scale, score = _written_out(part, x, score)
+            x, log_scale, carrier = _written_out(part, x)
+            if waiting and len(waiting[0].bends) != len(carrier.bends):
+                score, waiting = _carry(score, waiting), []
+            waiting.append(carrier)
         else:
+            score, waiting = _carry(score, waiting), []
             x, log_scale, score = _solved(part, x, score)
         log_q = log_q - log_scale.sum(-1)
-    return x, log_q, score
+    return x, log_q, _carry(score, waiting)
+
+
+@torch.no_grad()
+def _carry(score: Tensor, flows: list[Carrier]) -> Tensor:
+    if flows and _is_recorded_on_cpu(score):
+        return carried(score, flows)
+    for flow in flows:
+        score = _by_jacobian(score, flow)
+    return score
 
 
 def _is_written_out(flow: Any, x: Tensor) -> bool:
@@ -79,8 +93,8 @@ def _solved(part: Any, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor
         return y, log_scale.detach(), part._solve_transposed(x.detach(), score - slope)
 
 
-def _written_out(flow: Any, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """By the Jacobian of a network of ours, layer by layer beside its pass."""
+def _written_out(flow: Any, x: Tensor) -> tuple[Tensor, Tensor, Carrier]:
+    """The value and the log-scale, and what the Jacobian of a network of ours is made of."""
     network = flow.network
     *hidden, output, offsets = map(product, network.factors())
     if flow.context is None:
@@ -93,17 +107,13 @@ def _written_out(flow: Any, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, T
     for weight, shift in zip(hidden, shifts, strict=True):
         h, bend = _bend(network.activation, _linear(h, weight, shift))
         bends.append(bend)
-    inputs = torch.cat([h.expand(*x.shape[:-1], -1), x], -1)
+    inputs = torch.cat([h.expand(*x.shape[:-1], h.shape[-1]), x], -1)
     out = _linear(inputs, output, last).chunk(2, -1)
     y, log_scale = _applied(x, *flow._read(*out))
     with torch.no_grad():
         slopes = _slopes_of_reading(flow, x, *out)
-        weights = [weight.detach() for weight in (*hidden, output)]
-        if _is_recorded_on_cpu(x):
-            score = carried(network, score, slopes, bends, weights)
-        else:
-            score = _by_jacobian(flow, score, slopes, bends, weights)
-    return y, log_scale.detach(), score
+    weights = [weight.detach() for weight in (*hidden, output)]
+    return y, log_scale.detach(), Carrier(slopes, bends, weights, network)
 
 
 def _linear(h: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
@@ -112,25 +122,18 @@ def _linear(h: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
     return functional.linear(h, weight) + shift
 
 
-def _by_jacobian(
-    flow: Any,
-    score: Tensor,
-    slopes: Sequence[Tensor],
-    bends: Sequence[Tensor],
-    weights: Sequence[Tensor],
-) -> Tensor:
+def _by_jacobian(score: Tensor, flow: Carrier) -> Tensor:
     """The score of the value, by the network's Jacobian, layer by layer."""
-    scale, by_m, by_s, slope = slopes
-    *hidden, output = weights
-    H = output.shape[1] - flow.input_dim
+    scale, by_m, by_s, slope = flow.slopes
+    *hidden, output = flow.weights
+    H, order = flow.network.hidden_dims[-1], flow.network.order
     rows: Any = None
-    for weight, bend in zip(hidden, bends, strict=True):
+    for weight, bend in zip(hidden, flow.bends, strict=True):
         rows = bend.unsqueeze(-1) * (weight if rows is None else weight @ rows)
     of_m, of_s = (output[:, :H] @ rows + output[:, H:]).chunk(2, -2)
     score = score - (slope.unsqueeze(-2) @ of_s).squeeze(-2)
     jacobian = torch.addcmul(by_m.unsqueeze(-1) * of_m, by_s.unsqueeze(-1), of_s)
     jacobian.diagonal(dim1=-2, dim2=-1).add_(scale)
-    order = flow.order
     solved = _row_solution(jacobian[..., order, :][..., order], score[..., order])
     return solved[..., torch.argsort(order)]
 
