@@ -104,21 +104,26 @@ def carried(score: Tensor, flows: Sequence[Carrier]) -> Tensor:
             bounds = torch.arange(D + 1, device=score.device)
             starts = torch.stack([torch.searchsorted(d, bounds) for d in network.hidden_degrees()])
         tensors += [*weights, network.order, starts]
-    found: Tensor = _operation()(score.reshape(K, D), tensors, len(flows))
+    found: Tensor = _operation(len(tensors))(score.reshape(K, D), *tensors, len(flows))
     return found.reshape(score.shape)
 
 
 @functools.cache
-def _operation() -> Any:
-    library = torch.library.Library("pyro_iaf", "DEF")
-    library.define("carry(Tensor score, Tensor[] tensors, int num_flows) -> Tensor")
-    library.impl("carry", _on_cpu, "CPU")
-    library.impl("carry", lambda score, *_: torch.empty_like(score), "Meta")
+def _operation(count: int) -> Any:
+    # With so many arguments and not with a list, which compiled code would hand over by way of
+    # headers that take the compiler six seconds to read.
+    name = f"carry_{count}"
+    arguments = ", ".join(["Tensor score", *(f"Tensor t{k}" for k in range(count))])
+    library = torch.library.Library("pyro_iaf", "FRAGMENT")
+    library.define(f"{name}({arguments}, int num_flows) -> Tensor")
+    library.impl(name, _on_cpu, "CPU")
+    library.impl(name, lambda score, *_: torch.empty_like(score), "Meta")
     _libraries.append(library)  # an operation lasts as long as its library
-    return torch.ops.pyro_iaf.carry.default
+    return getattr(torch.ops.pyro_iaf, name).default
 
 
-def _on_cpu(score: Tensor, tensors: list[Tensor], num_flows: int) -> Tensor:
+def _on_cpu(score: Tensor, *arguments: Any) -> Tensor:
+    *tensors, num_flows = arguments
     if not _kernel or score.dtype not in (torch.float32, torch.float64):
         return _in_slow(score, tensors, num_flows)
     (K, D), L = score.shape, _num_layers(tensors, num_flows)

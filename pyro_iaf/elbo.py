@@ -15,7 +15,6 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.util import warn_if_nan
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from . import store
-from .graphs import BACKENDS, Graph, Lowered, Refused, choose_backend, lower, record
+from .graphs import BACKENDS, Graph, Lowered, Refused, choose_backend, lower, record, warm_up
 from .joint import Unchecked, quietly, samples
 
 __all__ = ["CompiledTrace_ELBO", "agree", "kind_of", "opened", "recordable_loss"]
@@ -35,7 +34,7 @@ MAX_GRAPHS, MAX_KINDS = 8, 64
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}
 
 
-class CompiledTrace_ELBO(Trace_ELBO):  # type: ignore[misc]
+class CompiledTrace_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
     r"""Pyro's ``Trace_ELBO``, with the Python of a step run once instead of at each step.
 
     The first call runs model, guide and autograd under Pyro's handlers, writes down the tensor
@@ -116,9 +115,8 @@ class CompiledTrace_ELBO(Trace_ELBO):  # type: ignore[misc]
         given, theirs = step.differentiable(args, kwargs), gradients[len(step.leaves) :]
         if given:
             torch.autograd.backward(given, theirs)
-        value = loss.item()
-        warn_if_nan(value, "loss")
-        return value
+        warn_if_nan(loss, "loss")
+        return loss.item()
 
     def differentiable_loss(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
@@ -138,12 +136,15 @@ class CompiledTrace_ELBO(Trace_ELBO):  # type: ignore[misc]
         self, step: _Step, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, Sequence[Tensor]]:
         step.declare()
-        found = step(args, kwargs)
+        loss, *gradients = step(args, kwargs)
         for _ in range(1, self._num_runs):
-            found = torch._foreach_add(found, step(args, kwargs))
+            more, *others = step(args, kwargs)
+            loss += more
+            torch._foreach_add_(gradients, others)
         if self._num_runs > 1:
-            found = torch._foreach_div(found, self._num_runs)
-        return found[0], found[1:]
+            loss /= self._num_runs
+            torch._foreach_div_(gradients, self._num_runs)
+        return loss, gradients
 
     @property
     def _num_runs(self) -> int:
@@ -224,6 +225,9 @@ class CompiledTrace_ELBO(Trace_ELBO):  # type: ignore[misc]
     ) -> _Step | None:
         with torch.random.fork_rng(), poutine.block(), poutine.trace(param_only=True) as capture:
             loss, leaves, gradients = self._by_code(model, guide, args, kwargs)
+            self.backend = choose_backend(self.backend, loss.device)
+            if self.backend == "inductor":
+                warm_up()
             structure = self._structures[0]
             if site := _not_reparameterised(*structure):
                 self._warn(
@@ -247,10 +251,8 @@ class CompiledTrace_ELBO(Trace_ELBO):  # type: ignore[misc]
                 graph = record(run, tensors)
             if any(other != structure for other in self._structures):
                 raise _changes("its sites are not the same in two runs")
-        names = {
-            name: site["value"].unconstrained() for name, site in capture.trace.nodes.items()
-        }
-        self.backend = choose_backend(self.backend, loss.device)
+        stated: Any = capture.trace.nodes
+        names = {name: site["value"].unconstrained() for name, site in stated.items()}
         step = _Step(graph, leaves, names, positions, self.backend, tensors)
         try:
             self._compare(step, args, kwargs, [loss, *gradients])
@@ -265,6 +267,7 @@ class CompiledTrace_ELBO(Trace_ELBO):  # type: ignore[misc]
                 UserWarning,
                 stacklevel=5,
             )
+        self.backend = step.backend
         return step
 
     def _by_code(
@@ -490,7 +493,9 @@ def _not_reparameterised(guide: list[Any], model: list[Any]) -> str | None:
                 f"Site '{name}' is enumerated, which is for TraceEnum_ELBO; CompiledTrace_ELBO "
                 "draws at each site."
             )
-    return next((name for name, fn, _, observed, _ in guide if not (observed or fn.has_rsample)), None)
+    return next(
+        (name for name, fn, _, observed, _ in guide if not (observed or fn.has_rsample)), None
+    )
 
 
 def opened(

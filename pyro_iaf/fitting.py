@@ -29,7 +29,7 @@ from . import checkpoints
 from .batches import Batches, check_call
 from .elbo import MAX_GRAPHS, CompiledTrace_ELBO, kind_of
 from .faults import at_fault
-from .graphs import Refused, has_compiler
+from .graphs import Refused, has_compiler, warm_up
 from .guides import AutoIAF
 from .joint import LogJoint, quietly
 from .losses import LatentLoss, Loss, TraceLoss
@@ -122,7 +122,7 @@ def fit(
     loss: Any = None,
     annealing: int | Callable[[int], float] | None = None,
     early_stop: bool = True,
-    compile: bool | str = "auto",
+    compile: bool | str = "auto",  # noqa: A002
     seed: int | None = None,
     progress: bool = True,
     checkpoint: str | Path | None = None,
@@ -168,10 +168,10 @@ def fit(
         annealing: Over how many steps the weight of the KL divergence to the prior rises to one; or
             a function from steps to weights.
         early_stop: Whether to start the fall of the rate once the ELBO has settled.
-        compile: ``True`` compiles the step, or replays it operation by operation where there is no
-            C++ compiler; ``"graph"`` does the latter in any case; ``"auto"`` does what ``num_steps``
-            repay, and warns where it can't; ``False`` runs model and guide at each step, as they
-            must be where they change from step to step, or branch on numbers.
+        compile: ``True`` compiles the step, or replays it operation by operation where there is
+            no C++ compiler; ``"graph"`` does the latter in any case; ``"auto"`` does what
+            ``num_steps`` repay, and warns where it can't; ``False`` runs model and guide at each
+            step, as they must be where they change from step to step, or branch on numbers.
         seed: Seeds PyTorch's generator first.
         progress: Whether to show a bar, with the ELBO, its trend and the steps per second.
         checkpoint: A file to write everything to every so often, and to go on from where it is
@@ -213,8 +213,6 @@ def fit(
         raise ValueError(f"loss should be one of Pyro's ELBOs, as Trace_ELBO(); got {loss!r}.")
     if compile not in (True, False, "auto", "graph"):
         raise ValueError(f'compile should be True, False, "auto" or "graph"; got {compile!r}.')
-    if isinstance(loss, CompiledTrace_ELBO) and compile == "auto":
-        compile = "graph" if loss.backend == "graph" else True
     args, kwargs = check_call(args, kwargs)
     if seed is not None:
         pyro.set_rng_seed(seed)
@@ -229,7 +227,7 @@ def fit(
         elbo=loss,
         annealing=annealing,
         early_stop=early_stop,
-        compile=compile,
+        compile=_compile_of(loss) if compile == "auto" else compile,
         checkpoint=None if checkpoint is None else Path(checkpoint),
         checkpoint_every=checkpoint_every,
     )
@@ -252,14 +250,19 @@ class _Run:
         elbo: Any,
         annealing: int | Callable[[int], float] | None,
         early_stop: bool,
-        compile: bool | str,
+        compile: bool | str,  # noqa: A002
         checkpoint: Path | None,
         checkpoint_every: int,
     ) -> None:
         self.model, self.guide, self.batches = model, guide, batches
         self.num_steps, self.num_particles = num_steps, num_particles
         self.lr, self.clip_norm = lr, clip_norm
-        self.elbo, self.annealing, self.early_stop, self.compile = elbo, annealing, early_stop, compile
+        self.elbo, self.annealing, self.early_stop, self.compile = (
+            elbo,
+            annealing,
+            early_stop,
+            compile,
+        )
         self.checkpoint, self.checkpoint_every = checkpoint, checkpoint_every
         self.step, self.end = 0, num_steps
         self.falls_at = math.ceil((1 - FALL) * num_steps)
@@ -450,11 +453,15 @@ class _Run:
             return built
         kind = kind_of(None, None, args, kwargs)
         self.kinds[kind] += 1
-        if len(self.kinds) > MAX_GRAPHS or self.kinds[kind] < (1 if len(self.kinds) == 1 else CHUNK):
+        if len(self.kinds) > MAX_GRAPHS or self.kinds[kind] < (
+            1 if len(self.kinds) == 1 else CHUNK
+        ):
             return None
         if self.compile == "auto" and self.num_steps - self.step < FEWEST_STEPS:
             return None
         try:
+            if best == "inductor":
+                warm_up()
             graph, live = self.steps.record(args, kwargs)
             if self.compile == "auto" and not self.backend_before:
                 best = self._best_backend(len(graph.module.graph.nodes), best)
@@ -674,6 +681,13 @@ def _params_of(trace: poutine.Trace) -> dict[str, Tensor]:
     """The unconstrained parameters that a run stated."""
     sites: dict[str, Any] = dict(trace.nodes)
     return {name: site["value"].unconstrained() for name, site in sites.items()}
+
+
+def _compile_of(elbo: Any) -> bool | str:
+    """What a loss says of compiling."""
+    if isinstance(elbo, CompiledTrace_ELBO):
+        return "graph" if elbo.backend == "graph" else True
+    return "auto"
 
 
 def _next_multiple(step: int, size: int) -> int:

@@ -13,6 +13,7 @@ import math
 import operator
 import os
 import shutil
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,7 +28,16 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["BACKENDS", "Graph", "Refused", "choose_backend", "has_compiler", "lower", "record"]
+__all__ = [
+    "BACKENDS",
+    "Graph",
+    "Refused",
+    "choose_backend",
+    "has_compiler",
+    "lower",
+    "record",
+    "warm_up",
+]
 
 BACKENDS = ("auto", "inductor", "graph")
 
@@ -41,7 +51,7 @@ NUMBERS_PER_THREAD = 16384
 LIBRARIES = [Path(torch.__file__).parent, Path(pyro.__file__).parent, Path(__file__).parent]
 
 
-class Refused(ValueError):
+class Refused(ValueError):  # noqa: N818
     """Why code can't be run as a graph, and what to do."""
 
 
@@ -123,7 +133,8 @@ def _where(trace: TracebackType | None) -> str:
 
 def _lift(module: fx.GraphModule) -> list[Tensor]:
     """Turns tensors from elsewhere into inputs, and returns them."""
-    graph, found = module.graph, {}
+    graph = module.graph
+    found: dict[int, tuple[fx.Node, Tensor]] = {}
     for node in list(graph.nodes):
         if node.op != "get_attr":
             continue
@@ -174,9 +185,7 @@ def _settle_shapes(
     if not masks:
         return []
     read = _ancestors(mask for _, mask in masks)
-    values = _part(module, read, [mask for _, mask in masks])(
-        *[None] * num_inputs, *tensors
-    )
+    values = _part(module, read, [mask for _, mask in masks])(*[None] * num_inputs, *tensors)
     for (node, mask), value in zip(masks, values, strict=True):
         tensors += _select_by_indices(module.graph, node, mask, value)
     _tidy(module)
@@ -341,6 +350,17 @@ def choose_backend(backend: str, device: torch.device) -> str:
     return "graph"
 
 
+def warm_up() -> None:
+    """Begins what compiling needs first: trying what the processor can, in other processes."""
+
+    def probe() -> None:
+        from torch._inductor import cpu_vec_isa
+
+        cpu_vec_isa.pick_vec_isa()
+
+    threading.Thread(target=probe, daemon=True).start()
+
+
 def lower(fn: Callable[..., Any], example: Sequence[Tensor], backend: str) -> tuple[Lowered, str]:
     """Makes a function of tensors fast.
 
@@ -391,7 +411,7 @@ def _compiled(fn: Callable[..., Any], example: list[Tensor]) -> Lowered:
     mode = values[0].fake_mode
     settings = {
         "cpp.min_chunk_size": NUMBERS_PER_THREAD,
-        "cpp.vec_isa_ok": True,  # as the processor says; trying it takes a second
+        "size_asserts": False,  # whoever calls has compared shapes
     }
     settings = {name: value for name, value in settings.items() if name in config.get_config_copy()}
     with (
@@ -463,5 +483,3 @@ def _use_known_solver(module: fx.GraphModule) -> None:
         node.replace_all_uses_with(solved)
         graph.erase_node(node)
     module.recompile()
-
-

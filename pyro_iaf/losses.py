@@ -80,7 +80,7 @@ class TraceLoss(Loss):
                 "Trace_ELBO; with another, give compile=False."
             )
         loss = recordable_loss(self.elbo, *self._weighted(weight), args, kwargs)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss.detach()
 
     def _weighted(self, weight: float | Tensor) -> tuple[Callable[..., Any], Callable[..., Any]]:

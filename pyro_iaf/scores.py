@@ -13,7 +13,7 @@ https://arxiv.org/abs/1703.09194; for flows, Vaitl et al. 2022, https://arxiv.or
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch

@@ -102,7 +102,8 @@ class Adam:
         return torch.cat([of(param).detach().reshape(-1) for param in self.params])
 
     def _state_of(self, param: Tensor) -> dict[str, Tensor]:
-        return self.optimizer.state.get(param, {})
+        state: dict[str, Tensor] = self.optimizer.state.get(param, {})
+        return state
 
 
 class Built(NamedTuple):
@@ -158,9 +159,7 @@ class CompiledSteps:
                     return built
         return None
 
-    def record(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Graph, list[str]]:
+    def record(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Graph, list[str]]:
         """The graph of the loss and its gradient, and the parameters that have one."""
         loss, kept = self.loss, (self.loss.covers, self.loss.health)
         with torch.random.fork_rng(), quietly():
