@@ -29,7 +29,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .networks import MaskedAutoregressiveNetwork
 
-__all__ = ["Carrier", "carried", "load_kernel"]
+__all__ = ["MAX_WRITTEN_OUT", "Carrier", "by_jacobian", "carried", "load_kernel"]
+
+# Up to so many coordinates a Jacobian is written out where there is no kernel.
+MAX_WRITTEN_OUT = 64
 
 # A thread should have so many multiplications to do.
 WORK_PER_THREAD = 2_000_000
@@ -147,14 +150,14 @@ def _num_layers(tensors: list[Tensor], num_flows: int) -> int:
 
 
 def _in_slow(score: Tensor, tensors: list[Tensor], num_flows: int) -> Tensor:
-    """The same without the kernel, for all particles at once."""
+    """The same without the kernel."""
     L = _num_layers(tensors, num_flows)
     for k in range(0, len(tensors), 2 * L + 7):
         slopes, bends, weights, (order, starts) = (
             tensors[k + a : k + b]
             for a, b in ((0, 4), (4, 4 + L), (4 + L, 5 + 2 * L), (5 + 2 * L, 7 + 2 * L))
         )
-        score = _through_one(score, slopes, bends, weights, order.tolist(), starts.tolist())
+        score = _through_one(score, slopes, bends, weights, order, starts)
     return score
 
 
@@ -163,9 +166,46 @@ def _through_one(
     slopes: list[Tensor],
     bends: list[Tensor],
     weights: list[Tensor],
+    order: Tensor,
+    starts: Tensor,
+) -> Tensor:
+    if score.shape[1] <= MAX_WRITTEN_OUT:
+        return by_jacobian(score, slopes, bends, weights, order)
+    return _one_by_one(score, slopes, bends, weights, order.tolist(), starts.tolist())
+
+
+def by_jacobian(
+    score: Tensor,
+    slopes: Sequence[Tensor],
+    bends: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    order: Tensor,
+) -> Tensor:
+    """The score of what one flow made, by its Jacobian, written out layer by layer."""
+    scale, by_m, by_s, slope = slopes
+    *hidden, output = weights
+    H = output.shape[1] - score.shape[-1]
+    rows: Any = None
+    for weight, bend in zip(hidden, bends, strict=True):
+        rows = bend.unsqueeze(-1) * (weight if rows is None else weight @ rows)
+    of_m, of_s = (output[:, :H] @ rows + output[:, H:]).chunk(2, -2)
+    score = score - (slope.unsqueeze(-2) @ of_s).squeeze(-2)
+    jacobian = torch.addcmul(by_m.unsqueeze(-1) * of_m, by_s.unsqueeze(-1), of_s)
+    jacobian.diagonal(dim1=-2, dim2=-1).add_(scale)
+    jacobian, rows = jacobian[..., order, :][..., order], score[..., order].unsqueeze(-2)
+    solved: Tensor = torch.linalg.solve_triangular(jacobian, rows, upper=False, left=False)
+    return solved.squeeze(-2)[..., torch.argsort(order)]
+
+
+def _one_by_one(
+    score: Tensor,
+    slopes: list[Tensor],
+    bends: list[Tensor],
+    weights: list[Tensor],
     order: list[int],
     starts: list[list[int]],
 ) -> Tensor:
+    """The same as in the kernel, for all particles at once."""
     scale, by_m, by_s, slope = slopes
     *hidden, output = weights
     D, H = score.shape[1], bends[-1].shape[1]

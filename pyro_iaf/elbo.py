@@ -111,7 +111,10 @@ class CompiledTrace_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
         loss, gradients = self._averaged(step, args, kwargs)
         with torch.no_grad():
             for leaf, gradient in zip(step.leaves, gradients, strict=False):
-                leaf.grad = gradient if leaf.grad is None else leaf.grad.add_(gradient)
+                if leaf.grad is None:  # two gradients may be one tensor
+                    leaf.grad = gradient.clone(memory_format=torch.contiguous_format)
+                else:
+                    leaf.grad.add_(gradient)
         given, theirs = step.differentiable(args, kwargs), gradients[len(step.leaves) :]
         if given:
             torch.autograd.backward(given, theirs)

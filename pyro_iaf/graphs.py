@@ -12,6 +12,7 @@ import logging
 import math
 import operator
 import os
+import re
 import shutil
 import threading
 import traceback
@@ -389,9 +390,49 @@ def lower(fn: Callable[..., Any], example: Sequence[Tensor], backend: str) -> tu
             )
     if not isinstance(fn, fx.GraphModule):
         fn = make_fx(fn, tracing_mode="fake")(*example)
-    _tidy(fn)
-    forward = fn.forward
-    return lambda tensors: forward(*tensors), "graph"
+    return _replayed(fn), "graph"
+
+
+def _replayed(module: fx.GraphModule) -> Lowered:
+    """The operations one after the other, called without the Python that torch.ops puts around."""
+    _leave_out_views(module)
+    code = module.graph.python_code("self")
+    names: dict[str, Any] = {}
+
+    def direct(found: re.Match[str]) -> str:
+        space, packet, overload = found.groups()
+        name = f"{space}_{packet}_{overload}"
+        names[name] = getattr(getattr(getattr(torch.ops, space), packet), overload)._op
+        return name
+
+    source = re.sub(r"torch\.ops\.(\w+)\.(\w+)\.(\w+)", direct, code.src)
+    space: dict[str, Any] = {**code.globals, **names}
+    exec(source, space)
+    forward = space["forward"]
+    return lambda tensors: forward(module, *tensors)
+
+
+def _leave_out_views(module: fx.GraphModule) -> None:
+    """Leaves out what makes a tensor of what it is already, or the same view twice."""
+    aten = torch.ops.aten
+    same = (aten.detach.default, aten.alias.default)
+    shaped = (aten.expand.default, aten.view.default, aten._unsafe_view.default)
+    views: dict[Any, fx.Node] = {}
+    for node in list(module.graph.nodes):
+        if node.op != "call_function" or not node.args:
+            continue
+        source, value = node.args[0], node.meta.get("val")
+        is_same = node.target in same or (
+            node.target in shaped and value.shape == source.meta["val"].shape
+        )
+        key = (node.target, repr(node.args), repr(node.kwargs))
+        if not is_same and node.target in (*shaped, aten.t.default, aten.slice.Tensor):
+            source = views.setdefault(key, node)
+            is_same = source is not node
+        if is_same:
+            node.replace_all_uses_with(source)
+            module.graph.erase_node(node)
+    _tidy(module)
 
 
 def _compiled(fn: Callable[..., Any], example: list[Tensor]) -> Lowered:

@@ -22,15 +22,12 @@ from torch.nn import functional
 
 from .affine import LocScale
 from .blocks import can_be_cut
-from .carry import Carrier, carried
+from .carry import MAX_WRITTEN_OUT, Carrier, by_jacobian, carried
 from .networks import product
 from .sweeps import runs_eagerly
 from .transforms import LOG_SCALE_BOUND
 
 __all__ = ["draw_with_score"]
-
-# Up to so many coordinates the Jacobian is written out; beyond, the systems are solved in blocks.
-MAX_WRITTEN_OUT = 64
 
 
 def draw_with_score(parts: Iterable[Any], x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -64,8 +61,8 @@ def draw_with_score(parts: Iterable[Any], x: Tensor) -> tuple[Tensor, Tensor, Te
 def _carry(score: Tensor, flows: list[Carrier]) -> Tensor:
     if flows and _is_recorded_on_cpu(score):
         return carried(score, flows)
-    for flow in flows:
-        score = _by_jacobian(score, flow)
+    for slopes, bends, weights, network in flows:
+        score = by_jacobian(score, slopes, bends, weights, network.order)
     return score
 
 
@@ -122,31 +119,8 @@ def _linear(h: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
     return functional.linear(h, weight) + shift
 
 
-def _by_jacobian(score: Tensor, flow: Carrier) -> Tensor:
-    """The score of the value, by the network's Jacobian, layer by layer."""
-    scale, by_m, by_s, slope = flow.slopes
-    *hidden, output = flow.weights
-    H, order = flow.network.hidden_dims[-1], flow.network.order
-    rows: Any = None
-    for weight, bend in zip(hidden, flow.bends, strict=True):
-        rows = bend.unsqueeze(-1) * (weight if rows is None else weight @ rows)
-    of_m, of_s = (output[:, :H] @ rows + output[:, H:]).chunk(2, -2)
-    score = score - (slope.unsqueeze(-2) @ of_s).squeeze(-2)
-    jacobian = torch.addcmul(by_m.unsqueeze(-1) * of_m, by_s.unsqueeze(-1), of_s)
-    jacobian.diagonal(dim1=-2, dim2=-1).add_(scale)
-    solved = _row_solution(jacobian[..., order, :][..., order], score[..., order])
-    return solved[..., torch.argsort(order)]
-
-
 def _applied(x: Tensor, shift: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
     return torch.addcmul(shift, log_scale.exp(), x), log_scale
-
-
-def _row_solution(jacobian: Tensor, v: Tensor) -> Tensor:
-    """The rows ``u`` with ``u J = v``."""
-    rows = v.unsqueeze(-2)
-    solved: Tensor = torch.linalg.solve_triangular(jacobian, rows, upper=False, left=False)
-    return solved.squeeze(-2)
 
 
 def _bend(activation: nn.Module, z: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,8 +19,8 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
 from pyro_iaf import AutoIAF, FitResult, fit
-from pyro_iaf.losses import LatentLoss
 from pyro_iaf.joint import LogJoint
+from pyro_iaf.losses import LatentLoss
 from pyro_iaf.weights import Particles
 
 Y = torch.tensor([1.0, 2.0, 0.5, 1.5])
