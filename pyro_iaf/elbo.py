@@ -104,10 +104,14 @@ class CompiledTrace_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
     ) -> float:
         """An estimate of the loss; its gradient is added to that of the parameters."""
         step, kind = self._step_for(model, guide, args, kwargs)
-        if step is None:
-            value = super().loss_and_grads(model, guide, *args, **kwargs)
+        if kind is not None:  # the first of its kind, also to be refused before it leaves a trace
+            first = super().differentiable_loss(model, guide, *args, **kwargs)
             self._build(kind, model, guide, args, kwargs)
-            return value  # type: ignore[no-any-return]
+            if first.requires_grad:
+                first.backward()
+            return first.item()  # type: ignore[no-any-return]
+        if step is None:
+            return super().loss_and_grads(model, guide, *args, **kwargs)  # type: ignore[no-any-return]
         loss, gradients = self._averaged(step, args, kwargs)
         with torch.no_grad():
             for leaf, gradient in zip(step.leaves, gradients, strict=False):
@@ -255,7 +259,7 @@ class CompiledTrace_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
             if any(other != structure for other in self._structures):
                 raise _changes("its sites are not the same in two runs")
         stated: Any = capture.trace.nodes
-        names = {name: site["value"].unconstrained() for name, site in stated.items()}
+        names = {name: _unconstrained(site["value"]) for name, site in stated.items()}
         step = _Step(graph, leaves, names, positions, self.backend, tensors)
         try:
             self._compare(step, args, kwargs, [loss, *gradients])
@@ -354,6 +358,8 @@ class _Step:
         inputs: list[Tensor],
     ) -> None:
         self.graph, self.leaves, self.names, self.positions = graph, leaves, names, positions
+        entries = pyro.get_param_store()._params
+        self.stored = {name for name, leaf in names.items() if entries.get(name) is leaf}
         self.is_young = True
         self.run: Lowered
         with torch.random.fork_rng(), torch.no_grad():
@@ -366,7 +372,7 @@ class _Step:
         """Whether the parameters and all that was read are still what they were."""
         entries = pyro.get_param_store()._params
         return (
-            all(entries.get(name, leaf) is leaf for name, leaf in self.names.items())
+            all((entries.get(n) is leaf) == (n in self.stored) for n, leaf in self.names.items())
             and self._kinds == list(map(_kind, self.graph.tensors))
             and self.graph.is_current
         )
@@ -384,9 +390,8 @@ class _Step:
     def declare(self) -> None:
         """Makes the statements of parameters that the code would make."""
         if _PYRO_STACK:
-            entries = pyro.get_param_store()._params
             for name, leaf in self.names.items():
-                if name in entries:
+                if name in self.stored:
                     pyro.param(name)
                 else:
                     store.state(name, leaf)
@@ -437,6 +442,12 @@ def recordable_loss(
             )
         total = total + _trace_loss(model_trace, guide_trace) / elbo.num_particles
     return torch.as_tensor(total)
+
+
+def _unconstrained(value: Any) -> Tensor:
+    """The tensor behind the statement of a parameter; a module's own states itself."""
+    found: Tensor = value.unconstrained() if hasattr(value, "unconstrained") else value
+    return found
 
 
 def _leaves_of(loss: Tensor) -> list[Tensor]:

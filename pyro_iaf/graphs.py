@@ -94,9 +94,9 @@ def record(fn: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> Gra
             if not any(sign in str(error) for sign in ("tracing tensor", "data-dependent")):
                 raise
             raise Refused(
-                f"{_where(error.__traceback__)} looks at a number that changes from step to step, "
-                "and a graph has no branches. Say it with torch.where, poutine.mask or a site of "
-                "the model; or train by Trace_ELBO, or fit(..., compile=False)."
+                f"{_where(error.__traceback__)} takes a number out of a tensor, by a branch, int() "
+                "or item(), and a graph can't follow what becomes of it. Say it with torch.where, "
+                "poutine.mask or shapes; or train by Trace_ELBO, or fit(..., compile=False)."
             ) from error
     tensors = _lift(module)
     masks = _settle_shapes(module, tensors, len(inputs))
