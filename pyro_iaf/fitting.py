@@ -293,15 +293,16 @@ class _Run:
         if saved is not None:
             self._restore(saved)
         bar = tqdm(total=self.num_steps, initial=self.step, disable=not progress, unit="step")
-        with quietly(), bar:
+        with bar:
             try:
                 while self.step < self.end:
                     batch = waiting.pop() if waiting else self.batches.next()
                     built = self._find_graph(*batch, bar)
-                    if built is None:
-                        self._take_step(*batch)
-                    else:
-                        waiting += self._replay(built, *batch)
+                    with quietly():
+                        if built is None:
+                            self._take_step(*batch)
+                        else:
+                            waiting += self._replay(built, *batch)
                     self._show(bar)
                     if self.checkpoint and self.step % self.checkpoint_every == 0:
                         self._save()

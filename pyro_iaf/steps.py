@@ -71,10 +71,8 @@ class Adam:
         taken = {float(self._state_of(param).get("step", 0)) for param in self.params}
         if len(taken) != 1:
             raise Refused("Parameters that appeared one after the other can't be trained compiled.")
-        (self.taken,) = taken
-        # How much of the zeros that the averages began with is left in them; and the loss's health.
-        powers = [BETA_1**self.taken, BETA_2**self.taken, 0.0]
-        self.state = torch.tensor(powers, dtype=torch.float64, device=self.values.device)
+        # The loss's health, and how many steps were taken.
+        self.state = torch.tensor([0.0, *taken], dtype=torch.float64, device=self.values.device)
         self.views = self.in_shape(self.values)
 
     @torch.no_grad()
@@ -88,7 +86,7 @@ class Adam:
         averages = zip(self.in_shape(self.first), self.in_shape(self.second), strict=True)
         for param, (first, second) in zip(self.params, averages, strict=True):
             self.optimizer.state[param] = {
-                "step": torch.tensor(float(self.taken), device=param.device),
+                "step": self.state[1].float(),
                 "exp_avg": first.clone(),
                 "exp_avg_sq": second.clone(),
             }
@@ -220,7 +218,7 @@ class CompiledSteps:
         """Takes over parameters and state, if that was not done."""
         if self._adam is None:
             self._adam = self._adam_of(built.live)
-            self._adam.state[2] = self.loss.health
+            self._adam.state[0] = self.loss.health
 
     def write(self) -> None:
         """Writes the parameters."""
@@ -232,7 +230,7 @@ class CompiledSteps:
         if self._adam is not None:
             self._adam.store()
             self._adam.store_state()
-            self.loss.health = self._adam.state[2].clone()
+            self.loss.health = self._adam.state[0].clone()
             self._adam = None
 
     @property
@@ -270,7 +268,7 @@ class CompiledSteps:
             self._forget()
         adam.first.zero_()
         adam.second.zero_()
-        adam.state.copy_(adam.state.new_tensor([1.0, 1.0, self.loss.health.item()]))
+        adam.state.copy_(adam.state.new_tensor([self.loss.health.item(), 0.0]))
         with torch.random.fork_rng(), torch.no_grad():
             numbers = adam.state.new_tensor([0.0, 1.0, 0.0, torch.inf])
             found, _ = built.run(_arguments(adam, built.graph, args, kwargs)(numbers))[0]
@@ -337,7 +335,7 @@ def _whole_step(graph: Graph, adam: Adam, num_inputs: int) -> Callable[..., tupl
         tensors = [next(others) if k is None else views[k] for k in held]
         rate, weight, covers, largest_norm = scalars.unbind()
         dtype = values.dtype
-        lead = [weight.to(dtype), covers.to(dtype), state[2]]
+        lead = [weight.to(dtype), covers.to(dtype), state[0]]
         value, health, *slopes = graph.module(*lead, *inputs, *tensors, *noise)
         slope = torch.cat([part.reshape(-1) for part in slopes])
         norm = slope.norm().to(state.dtype)
@@ -345,7 +343,8 @@ def _whole_step(graph: Graph, adam: Adam, num_inputs: int) -> Callable[..., tupl
         # A step that is not finite changes nothing. Numbers that are the same for all parameters
         # stand in one tensor, or else each parameter would compute them by itself.
         go = fine.to(state.dtype)
-        left_1, left_2 = state[0] * BETA_1, state[1] * BETA_2
+        taken = state[1] + 1  # what the averages began with, zeros, is so much of them still:
+        left_1, left_2 = BETA_1**taken, BETA_2**taken
         root = (1 - left_2).sqrt()
         clip = torch.where(fine, (largest_norm / (norm + 1e-6)).clamp(max=1), 0)
         size = go * rate * root / (1 - left_1)
@@ -358,8 +357,7 @@ def _whole_step(graph: Graph, adam: Adam, num_inputs: int) -> Callable[..., tupl
         values.copy_(values - size * rates * m / (v.sqrt() + eps))
         first.copy_(m)
         second.copy_(v)
-        lefts = torch.stack([left_1, left_2]).where(fine, state[:2])
-        state.copy_(torch.cat([lefts, health.to(state.dtype).reshape(1)]))
+        state.copy_(torch.stack([health.to(state.dtype), state[1] + go]))
         return (torch.stack([value.to(norm.dtype), norm]),)
 
     return step
