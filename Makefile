@@ -33,6 +33,7 @@ bench: $(VENV)/bench.stamp
 	$(BIN)/python -m benchmarks.guides
 	$(BIN)/python -m benchmarks.inverse
 	$(BIN)/python -m benchmarks.posteriors
+	$(BIN)/python -m benchmarks.svi_step
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

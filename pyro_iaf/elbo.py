@@ -6,8 +6,9 @@ r"""Losses: the negative ELBO, and gradients of it that are worth their time.
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,21 +18,39 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
-from pyro.util import warn_if_nan
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from . import store
-from .graphs import BACKENDS, Graph, Lowered, Refused, choose_backend, lower, record, warm_up
+from .graphs import (
+    BACKENDS,
+    Graph,
+    Lowered,
+    Refused,
+    choose_backend,
+    kind_of_tensor,
+    lower,
+    record,
+    warm_up,
+)
 from .joint import Unchecked, quietly, samples
 
-__all__ = ["CompiledTrace_ELBO", "agree", "kind_of", "opened", "recordable_loss"]
+__all__ = ["CompiledTrace_ELBO", "agree", "by_hash", "kind_of", "opened", "recordable_loss"]
 
 # Graphs that one loss holds at most, and how many kinds of calls it remembers beyond.
 MAX_GRAPHS, MAX_KINDS = 8, 64
 
-# How far a graph's numbers may be from those of the code, relative to 1 + their size.
-TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}
+# Arguments, besides tensors, that are part of a graph.
+PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, nn.Module)
+NUMPY_SCALARS = ("float64", "float32", "int64", "int32", "bool")
+
+# How often the graph for one kind of call is built, where what it took for granted changes.
+MAX_BUILDS = 4
+
+# How far a graph's numbers may be from those of the code, relative to 1 + their size: loss and
+# gradients, which are sums of what nearly cancels.
+TOLERANCES = {torch.float64: (1e-8, 1e-6), torch.float32: (1e-4, 2e-3)}
 
 
 class CompiledTrace_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
@@ -45,10 +64,11 @@ class CompiledTrace_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
     For models of static structure and guides whose draws are reparameterised. Tensors among the
     arguments are inputs of the graph: the same shapes replay, new ones are recorded anew. Numbers
     and strings among them are part of it. Tensors that the model reads from elsewhere are held as
-    they are: a change in place is seen, another tensor under the same name is not.
-
-    A graph is compared with the code itself when it is built and at the call after it. A step then
-    costs what its arithmetic does, and some tens of microseconds.
+    they are: a change in place is seen, another tensor under the same name is not; nor is a change
+    of a number or an object that is no argument. So a graph is compared with the code itself when
+    it is built and at calls 1, 2, 4, 8 and so on, and an error says if they differ. Where a loss is
+    not finite, the code takes the step. Values are checked by Pyro's validation where the code
+    runs, and not in between. A step costs what its arithmetic does, and some tens of microseconds.
 
     Args:
         num_particles: How many draws the gradient is taken from.
@@ -65,7 +85,8 @@ class CompiledTrace_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
 
     Warns:
         UserWarning: If a site of the guide is not reparameterised, handlers are active around the
-            call, or arguments are of ever new kinds; such steps are Trace_ELBO's.
+            call, a parameter has hooks, or arguments are of ever new kinds or of a kind that a
+            graph can't watch; such steps are Trace_ELBO's.
 
     Example:
         >>> def model(y):
@@ -96,6 +117,7 @@ class CompiledTrace_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
         self.backend = backend
         self._steps: OrderedDict[Any, _Step | None] = OrderedDict()
         self._kinds: OrderedDict[Any, None] = OrderedDict()
+        self._builds: Counter[Any] = Counter()
         self._warned: set[str] = set()
         self._structures: list[tuple[list[Any], list[Any]]] = []
 
@@ -112,7 +134,11 @@ class CompiledTrace_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
             return first.item()  # type: ignore[no-any-return]
         if step is None:
             return super().loss_and_grads(model, guide, *args, **kwargs)  # type: ignore[no-any-return]
+        before = torch.get_rng_state()
         loss, gradients = self._averaged(step, args, kwargs)
+        if not math.isfinite(value := loss.item()):  # the code itself says what is wrong
+            torch.set_rng_state(before)
+            return super().loss_and_grads(model, guide, *args, **kwargs)  # type: ignore[no-any-return]
         with torch.no_grad():
             for leaf, gradient in zip(step.leaves, gradients, strict=False):
                 if leaf.grad is None:  # two gradients may be one tensor
@@ -122,8 +148,7 @@ class CompiledTrace_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
         given, theirs = step.differentiable(args, kwargs), gradients[len(step.leaves) :]
         if given:
             torch.autograd.backward(given, theirs)
-        warn_if_nan(loss, "loss")
-        return loss.item()
+        return value
 
     def differentiable_loss(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
@@ -134,8 +159,11 @@ class CompiledTrace_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
             loss: Tensor = super().differentiable_loss(model, guide, *args, **kwargs)
             self._build(kind, model, guide, args, kwargs)
             return loss
+        before = torch.get_rng_state()
         loss, gradients = self._averaged(step, args, kwargs)
-        warn_if_nan(loss, "loss")
+        if not loss.isfinite():
+            torch.set_rng_state(before)
+            return super().differentiable_loss(model, guide, *args, **kwargs)  # type: ignore[no-any-return]
         leaves = [*step.leaves, *step.differentiable(args, kwargs)]
         return _WithGradient.apply(loss, gradients, *leaves)  # type: ignore[no-any-return]
 
@@ -146,11 +174,11 @@ class CompiledTrace_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
         loss, *gradients = step(args, kwargs)
         for _ in range(1, self._num_runs):
             more, *others = step(args, kwargs)
-            loss += more
-            torch._foreach_add_(gradients, others)
+            loss = loss + more
+            gradients = [a + b for a, b in zip(gradients, others, strict=True)]
         if self._num_runs > 1:
-            loss /= self._num_runs
-            torch._foreach_div_(gradients, self._num_runs)
+            loss = loss / self._num_runs
+            gradients = [gradient / self._num_runs for gradient in gradients]
         return loss, gradients
 
     @property
@@ -170,16 +198,29 @@ class CompiledTrace_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
         if not all(type(h) is TraceMessenger and h.param_only for h in _PYRO_STACK):
             self._warn("handlers around the call are not in its graph. Put them around the model")
             return None, None
-        kind = (model, guide, kind_of(model, guide, args, kwargs))
+        try:
+            kind = (by_hash(model), by_hash(guide), kind_of(model, guide, args, kwargs))
+        except Refused as why:
+            self._warn(str(why))
+            return None, None
         if kind not in self._steps:
             return None, kind if self._has_room(kind) else None
         self._steps.move_to_end(kind)
         step = self._steps[kind]
-        if step is not None and not step.is_current():
+        if step is None:
+            return None, None
+        if not step.is_current():
             del self._steps[kind]
-            return None, kind
-        if step is not None and step.is_young:
-            step.is_young = False
+            if self._builds[kind] < MAX_BUILDS:
+                return None, kind
+            self._steps[kind] = None
+            self._warn("a number, a module or a parameter that its graph relies on keeps changing")
+            return None, None
+        if any(leaf._backward_hooks for leaf in step.leaves):
+            self._warn("a parameter has a hook, which graphs don't call")
+            return None, None
+        step.calls += 1
+        if step.calls & (step.calls - 1) == 0:  # at calls 1, 2, 4, 8, ...
             self._check(step, model, guide, args, kwargs)
         return step, None
 
@@ -219,6 +260,9 @@ class CompiledTrace_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
     ) -> None:
         """Builds the graph for a kind of call, which stays with Trace_ELBO if there can be none."""
         if kind is not None:
+            # Taken anew: at its first call a guide may have grown modules.
+            kind = (*kind[:2], kind_of(model, guide, args, kwargs))
+            self._builds[kind] += 1
             self._steps[kind] = self._recorded(model, guide, args, kwargs)
             if len(self._steps) > MAX_GRAPHS:
                 self._steps.popitem(last=False)
@@ -255,7 +299,7 @@ class CompiledTrace_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
                 return [loss.detach(), *_gradients(loss, wanted)]
 
             with quietly(), Unchecked():
-                graph = record(run, tensors)
+                graph = record(run, [tensor.detach() for tensor in tensors])
             if any(other != structure for other in self._structures):
                 raise _changes("its sites are not the same in two runs")
         stated: Any = capture.trace.nodes
@@ -342,7 +386,12 @@ class CompiledTrace_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
 
     def __getstate__(self) -> dict[str, Any]:
         # Graphs are of this process.
-        return {**self.__dict__, "_steps": OrderedDict(), "_kinds": OrderedDict()}
+        fresh: dict[str, Any] = {
+            "_steps": OrderedDict(),
+            "_kinds": OrderedDict(),
+            "_builds": Counter(),
+        }
+        return {**self.__dict__, **fresh}
 
 
 class _Step:
@@ -360,20 +409,18 @@ class _Step:
         self.graph, self.leaves, self.names, self.positions = graph, leaves, names, positions
         entries = pyro.get_param_store()._params
         self.stored = {name for name, leaf in names.items() if entries.get(name) is leaf}
-        self.is_young = True
+        self.calls = 0
         self.run: Lowered
         with torch.random.fork_rng(), torch.no_grad():
             example = [*inputs, *graph.tensors]
             example += graph.draw(*example)
             self.run, self.backend = lower(graph.module, example, backend)
-        self._kinds = list(map(_kind, graph.tensors))
 
     def is_current(self) -> bool:
         """Whether the parameters and all that was read are still what they were."""
         entries = pyro.get_param_store()._params
         return (
             all((entries.get(n) is leaf) == (n in self.stored) for n, leaf in self.names.items())
-            and self._kinds == list(map(_kind, self.graph.tensors))
             and self.graph.is_current
         )
 
@@ -406,6 +453,7 @@ class _WithGradient(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         return (None, None, *(slope * gradient for gradient in ctx.gradients))
 
@@ -472,12 +520,12 @@ def _gradients(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
 
 
 def agree(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
-    """Whether numbers are the same, but for rounding."""
-    for a, b in zip(found, expected, strict=True):
+    """Whether a loss and gradients are the same, but for rounding."""
+    for k, (a, b) in enumerate(zip(found, expected, strict=True)):
         if a.shape != b.shape or not torch.equal(a.isfinite(), b.isfinite()):
             return False
         a, b = (x.nan_to_num(0.0, 0.0, 0.0) for x in (a, b))
-        tolerance = TOLERANCES.get(a.dtype, 5e-2)
+        tolerance = TOLERANCES.get(b.dtype, (5e-2, 5e-2))[min(k, 1)]
         if (a - b).norm() > tolerance * (1 + b.norm()):
             return False
     return True
@@ -487,8 +535,8 @@ def _changes(how: str) -> Refused:
     return Refused(
         f"The model or the guide can't be run as a graph: {how}. It may hang on something else "
         "than tensors that changes from run to run, as a counter, the random numbers of Python or "
-        "NumPy, or numbers taken out with tolist() or numpy(). Train by Trace_ELBO, or "
-        "fit(..., compile=False)."
+        "NumPy, or a module that changes itself in training (.eval() ends that). Train by "
+        "Trace_ELBO, or fit(..., compile=False)."
     )
 
 
@@ -534,30 +582,36 @@ def kind_of(
 ) -> tuple[Any, ...]:
     """All that makes a call another one than the last, but for the numbers in tensors."""
     leaves, spec = tree_flatten((args, kwargs)) if args or kwargs else ([], None)
-    modules = [fn for fn in (model, guide) if isinstance(fn, nn.Module)]
+    owners = [getattr(fn, "__self__", fn) for fn in (model, guide)]
+    modules = [owner for owner in owners if isinstance(owner, nn.Module)]
     return (
         spec,
         tuple(map(_kind, leaves)),
-        tuple(module.training for fn in modules for module in fn.modules()),
+        tuple(module.training for owner in modules for module in owner.modules()),
         torch.get_default_dtype(),
-        torch.is_autocast_enabled(),
+        *(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")),
         torch.is_grad_enabled(),
     )
 
 
 def _kind(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
-        return leaf.shape, leaf.dtype, leaf.device, leaf.requires_grad
-    if type(leaf).__module__ == "numpy":
-        raise ValueError(
-            f"The arguments of a compiled step should be tensors; got {type(leaf).__name__} of "
-            "NumPy, whose numbers a graph can't follow. Use torch.from_numpy(...)."
-        )
+        return kind_of_tensor(leaf)
+    if isinstance(leaf, PLAIN) or callable(leaf) or type(leaf).__name__ in NUMPY_SCALARS:
+        return type(leaf), by_hash(leaf)
+    raise Refused(
+        f"An argument is of type {type(leaf).__name__}, and a graph can't see it change. Give "
+        "tensors, as torch.as_tensor(...) makes them of arrays, numbers and strings."
+    )
+
+
+def by_hash(thing: Any) -> Any:
+    """The thing, or what stands for it where it has no hash."""
     try:
-        hash(leaf)
+        hash(thing)
     except TypeError:
-        return _ById(leaf)
-    return type(leaf), leaf
+        return _ById(thing)
+    return thing
 
 
 class _ById:

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from . import checkpoints
 from .batches import Batches, check_call
-from .elbo import MAX_GRAPHS, CompiledTrace_ELBO, kind_of
+from .elbo import MAX_BUILDS, MAX_GRAPHS, CompiledTrace_ELBO, kind_of
 from .faults import at_fault
 from .graphs import Refused, has_compiler, warm_up
 from .guides import AutoIAF
@@ -272,7 +272,11 @@ class _Run:
         self.averages: dict[str, Tensor] = {}
         self.backend = "eager"
         self.backend_before = ""
+        self.num_found = 0
+        self.live: list[str] = []
         self.kinds: Counter[Any] = Counter()
+        self.builds: Counter[Any] = Counter()
+        self.left_out: set[Any] = set()
 
     def to_the_end(self, progress: bool) -> FitResult:
         began = time.perf_counter()
@@ -416,16 +420,16 @@ class _Run:
         take = self.steps.bind(built, args, kwargs)
         pairs: list[Tensor] = []
         left: list[Any] = []
-        with torch.no_grad():
-            for step, numbers in zip(steps, rows.unbind(), strict=True):
-                if pairs and self.batches.change:
-                    batch = self.batches.next()
-                    if self.steps.find(*batch, (built.backend,)) is not built:
-                        left.append(batch)
-                        break
-                    take = self.steps.bind(built, *batch)
+        for step, numbers in zip(steps, rows.unbind(), strict=True):
+            if pairs and self.batches.change:
+                batch = self.batches.next()
+                if self.steps.find(*batch, (built.wanted,)) is not built:
+                    left.append(batch)
+                    break
+                take = self.steps.bind(built, *batch)
+            with torch.no_grad():
                 pairs.append(take(numbers))
-                self._average_in(step + 1, params)
+            self._average_in(step + 1, params)
         self.steps.write()
         for value, size in torch.stack(pairs).tolist():
             self._account(value, size, args, kwargs)
@@ -449,32 +453,51 @@ class _Run:
         wanted = (best,) if self.compile != "auto" else ("inductor", "graph")
         if self.backend_before in wanted:  # this run goes on as it was
             best, wanted = self.backend_before, (self.backend_before,)
-        built = self.steps.find(args, kwargs, wanted)
-        if built is not None:
-            return built
-        kind = kind_of(None, None, args, kwargs)
-        self.kinds[kind] += 1
-        if len(self.kinds) > MAX_GRAPHS or self.kinds[kind] < (
-            1 if len(self.kinds) == 1 else CHUNK
-        ):
-            return None
-        if self.compile == "auto" and self.num_steps - self.step < FEWEST_STEPS:
-            return None
         try:
-            if best == "inductor":
-                warm_up()
-            graph, live = self.steps.record(args, kwargs)
-            if self.compile == "auto" and not self.backend_before:
-                best = self._best_backend(len(graph.module.graph.nodes), best)
-            if best == "inductor":
-                bar.set_postfix_str("compiling the step, once")
-            return self.steps.build(args, kwargs, graph, live, best)
+            built = self.steps.find(args, kwargs, wanted)
+            if built is not None:
+                self.num_found += 1
+                # What nobody can watch is looked at the first time, and after 1, 2, 4, ... chunks.
+                if self.num_found & (self.num_found - 1) == 0:
+                    self.steps.check(built, args, kwargs)
+                return built
+            return self._build(args, kwargs, best, bar)
         except Refused as why:
             if self.compile != "auto":
                 raise
             self.compile = False
             warnings.warn(f"fit takes its steps uncompiled: {why}", UserWarning, stacklevel=4)
             return None
+
+    def _build(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], best: str, bar: tqdm[Any]
+    ) -> Built | None:
+        """Builds the step for arguments of this kind, if it comes often enough."""
+        if self.compile == "auto" and self.num_steps - self.step < FEWEST_STEPS:
+            return None
+        kind = kind_of(None, None, args, kwargs)
+        self.kinds[kind] += 1
+        # The last minibatch of a walk may be smaller: not worth compiling if it comes rarely.
+        is_rare = len(self.kinds) > 1 and self.kinds[kind] < CHUNK
+        if is_rare or len(self.kinds) > MAX_GRAPHS or kind in self.left_out:
+            return None
+        self.builds[kind] += 1
+        if self.builds[kind] > MAX_BUILDS:
+            raise Refused(
+                "A number, a module or a parameter that the compiled step relies on keeps changing."
+            )
+        if best == "inductor":
+            warm_up()
+        graph, live = self.steps.record(args, kwargs)
+        self.live = self.live or live
+        if live != self.live:  # a graph has Adam's averages of one set of parameters
+            self.left_out.add(kind)
+            return None
+        if self.compile == "auto" and not self.backend_before:
+            best = self._best_backend(len(graph.module.graph.nodes), best)
+        if best == "inductor":
+            bar.set_postfix_str("compiling the step, once")
+        return self.steps.build(args, kwargs, graph, live, best)
 
     def _best_backend(self, num_operations: int, best: str) -> str:
         """What the steps that are left repay."""

@@ -17,6 +17,7 @@ import shutil
 import threading
 import traceback
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,16 +26,20 @@ from typing import Any, NamedTuple
 
 import pyro
 import torch
-from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
     "BACKENDS",
     "Graph",
+    "Lowered",
     "Refused",
     "choose_backend",
     "has_compiler",
+    "kind_of_tensor",
     "lower",
     "record",
     "warm_up",
@@ -63,18 +68,39 @@ class Graph(NamedTuple):
         module: The operations, of inputs, ``tensors`` and what ``draw`` returns, in that order.
         tensors: What the code read from elsewhere.
         draw: The random numbers, of inputs and ``tensors``.
+        kinds: What is known of these besides their numbers.
         readings: Tensors whose numbers became constants of the graph, and their versions.
+        modules: The modules that ran, and what else of them counts.
     """
 
     module: fx.GraphModule
     tensors: list[Tensor]
     draw: fx.GraphModule
+    kinds: list[Any]
     readings: list[tuple[Tensor, int]]
+    modules: list[tuple[weakref.ref[nn.Module], Any]]
 
     @property
     def is_current(self) -> bool:
-        """Whether all numbers that were read are as they were."""
-        return all(tensor._version == version for tensor, version in self.readings)
+        """Whether all that can be seen to change is as it was, but for the numbers in tensors."""
+        return (
+            all(tensor._version == version for tensor, version in self.readings)
+            and self.kinds == [kind_of_tensor(tensor) for tensor in self.tensors]
+            and all((m := ref()) and _state_of(m) == state for ref, state in self.modules)
+        )
+
+
+def kind_of_tensor(tensor: Tensor) -> Any:
+    """What a graph takes for granted of a tensor."""
+    shape = tensor.shape, tensor.stride() if tensor.layout == torch.strided else None
+    return *shape, tensor.dtype, tensor.device, tensor.requires_grad
+
+
+def _state_of(module: nn.Module) -> Any:
+    """What a graph takes for granted of a module: its mode, and whose numbers it reads."""
+    return module.training, [
+        id(t) for t in (*module._parameters.values(), *module._buffers.values())
+    ]
 
 
 def record(fn: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> Graph:
@@ -87,23 +113,48 @@ def record(fn: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> Gra
     Raises:
         Refused: If what it does hangs on the numbers themselves.
     """
-    with _Readings() as seen:
-        try:
+    modules: dict[int, nn.Module] = {}
+
+    def note(module: nn.Module, _: Any) -> None:
+        modules[id(module)] = module
+
+    hook = register_module_forward_pre_hook(note)
+    try:
+        with _Readings() as seen, _Escapes(seen.readings):
             module = make_fx(fn)(*inputs)
-        except RuntimeError as error:
-            if not any(sign in str(error) for sign in ("tracing tensor", "data-dependent")):
-                raise
+    except Refused:
+        raise
+    except Exception as error:  # the code itself runs, so it is the recording that it can't bear
+        if not any(sign in str(error) for sign in ("tracing tensor", "data-dependent")):
             raise Refused(
-                f"{_where(error.__traceback__)} takes a number out of a tensor, by a branch, int() "
-                "or item(), and a graph can't follow what becomes of it. Say it with torch.where, "
-                "poutine.mask or shapes; or train by Trace_ELBO, or fit(..., compile=False)."
+                f"{_where(error.__traceback__)} can't be recorded as a graph: "
+                f"{type(error).__name__}: {str(error)[:300]}. Train by Trace_ELBO, or "
+                "fit(..., compile=False)."
             ) from error
+        raise _escape(_where(error.__traceback__)) from error
+    finally:
+        hook.remove()
     tensors = _lift(module)
     masks = _settle_shapes(module, tensors, len(inputs))
     _let_failures_be_nan(module)
     _refuse_writes(module)
     draw = _draw_ahead(module)
-    return Graph(module, tensors, draw, seen.readings + masks)
+    return Graph(
+        module,
+        tensors,
+        draw,
+        list(map(kind_of_tensor, tensors)),
+        seen.readings + masks,
+        [(weakref.ref(m), _state_of(m)) for m in modules.values()],
+    )
+
+
+def _escape(where: str) -> Refused:
+    return Refused(
+        f"{where} takes a number out of a tensor, by a branch, int(), item() or the like, and a "
+        "graph can't follow what becomes of it. Say it with torch.where, poutine.mask or shapes; "
+        "or train by Trace_ELBO, or fit(..., compile=False)."
+    )
 
 
 class _Readings(TorchDispatchMode):
@@ -122,9 +173,37 @@ class _Readings(TorchDispatchMode):
         return found
 
 
+class _Escapes(TorchFunctionMode):
+    """Refuses to hand numbers that may change to Python as lists or arrays, and notes the others.
+
+    No operation does that, so that recording alone would not see it.
+    """
+
+    def __init__(self, readings: list[tuple[Tensor, int]]) -> None:
+        super().__init__()
+        self.readings = readings
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (Tensor.tolist, Tensor.numpy, Tensor.__array__):
+            mode = get_proxy_mode()
+            if mode is not None and args[0] in mode.tracer.tensor_tracker:
+                raise _escape(_where_now())
+            self.readings.append((args[0], args[0]._version))
+        return func(*args, **(kwargs or {}))
+
+
+def _where_now() -> str:
+    return _named(traceback.extract_stack())
+
+
 def _where(trace: TracebackType | None) -> str:
     """The user's line that an error comes from."""
-    frames = traceback.extract_tb(trace)
+    return _named(traceback.extract_tb(trace))
+
+
+def _named(frames: traceback.StackSummary) -> str:
     files = [(frame, Path(frame.filename)) for frame in frames if Path(frame.filename).exists()]
     own = [f for f, path in files if not any(path.is_relative_to(p) for p in LIBRARIES)]
     if not own:
@@ -180,16 +259,17 @@ def _settle_shapes(
                 "shapes of a graph stay the same. Use poutine.mask, or torch.where; or train by "
                 "Trace_ELBO, or fit(..., compile=False)."
             )
-        masks += [(node, mask) for mask in found if node.target is torch.ops.aten.index.Tensor]
+        masks += [(node, mask) for mask in found]
         if fixed.issuperset(node.all_input_nodes) and not _is_random(node):
             fixed.add(node)
-    if not masks:
-        return []
     read = _ancestors(mask for _, mask in masks)
-    values = _part(module, read, [mask for _, mask in masks])(*[None] * num_inputs, *tensors)
-    for (node, mask), value in zip(masks, values, strict=True):
-        tensors += _select_by_indices(module.graph, node, mask, value)
-    _tidy(module)
+    by_mask = [pair for pair in masks if pair[0].target is torch.ops.aten.index.Tensor]
+    if by_mask:
+        part = _part(module, _ancestors(mask for _, mask in by_mask), [m for _, m in by_mask])
+        values = part(*[None] * num_inputs, *tensors)
+        for (node, mask), value in zip(by_mask, values, strict=True):
+            tensors += _select_by_indices(module.graph, node, mask, value)
+        _tidy(module)
     return [(tensor, tensor._version) for node, tensor in held.items() if node in read]
 
 
@@ -249,20 +329,36 @@ def _refuse_writes(module: fx.GraphModule) -> None:
         schema = getattr(node.target, "_schema", None)
         if schema is None or not schema.is_mutable:
             continue
-        for argument, value in zip(schema.arguments, node.args, strict=False):
-            if argument.is_write and _base(value).op == "placeholder":
-                raise Refused(
-                    f"The model or the guide writes into a tensor that outlives the step "
-                    f"({node.target}), as BatchNorm does with its averages. Call .eval() on such "
-                    "modules; or train by Trace_ELBO, or fit(..., compile=False)."
-                )
+        written = [
+            part
+            for argument, value in zip(schema.arguments, node.args, strict=False)
+            if argument.is_write
+            for part in (value if isinstance(value, list | tuple) else [value])
+        ]
+        if any(_base(part).op == "placeholder" for part in written if isinstance(part, fx.Node)):
+            raise _writes(node)
+    for node in module.graph.nodes:
+        # Its schema does not say that it writes into the averages it is given.
+        is_norm = node.target is torch.ops.aten.native_batch_norm.default
+        if is_norm and node.args[3] is not None and node.args[5]:
+            raise _writes(node)
 
 
-def _base(node: Any) -> fx.Node:
+def _writes(node: fx.Node) -> Refused:
+    return Refused(
+        f"The model or the guide writes into a tensor that outlives the step ({node.target}), as "
+        "BatchNorm does with its averages. Call .eval() on such modules; or train by Trace_ELBO, "
+        "or fit(..., compile=False)."
+    )
+
+
+def _base(node: fx.Node) -> fx.Node:
     """What a node is a view of."""
-    while isinstance(node, fx.Node) and getattr(node.target, "is_view", False):
-        node = node.args[0]
-    assert isinstance(node, fx.Node)
+    while getattr(node.target, "is_view", False) or node.target is operator.getitem:
+        source = node.args[0]
+        if not isinstance(source, fx.Node):
+            break
+        node = source
     return node
 
 
@@ -452,7 +548,7 @@ def _compiled(fn: Callable[..., Any], example: list[Tensor]) -> Lowered:
     mode = values[0].fake_mode
     settings = {
         "cpp.min_chunk_size": NUMBERS_PER_THREAD,
-        "size_asserts": False,  # whoever calls has compared shapes
+        "size_asserts": False,  # whoever calls has compared shapes and strides
     }
     settings = {name: value for name, value in settings.items() if name in config.get_config_copy()}
     with (

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .carry import load_kernel
-from .elbo import agree, kind_of, opened
+from .elbo import agree, by_hash, kind_of, opened
 from .graphs import Graph, Lowered, Refused, lower, record
 from .joint import Unchecked, quietly
 from .losses import Loss
@@ -70,7 +70,10 @@ class Adam:
         self.second = self._flat(lambda p: self._state_of(p).get("exp_avg_sq", torch.zeros_like(p)))
         taken = {float(self._state_of(param).get("step", 0)) for param in self.params}
         if len(taken) != 1:
-            raise Refused("Parameters that appeared one after the other can't be trained compiled.")
+            raise Refused(
+                "Some parameters were trained for more steps than others, which compiled steps "
+                "can't go on with: compile=False."
+            )
         # The loss's health, and how many steps were taken.
         self.state = torch.tensor([0.0, *taken], dtype=torch.float64, device=self.values.device)
         self.views = self.in_shape(self.values)
@@ -110,6 +113,7 @@ class Built(NamedTuple):
     graph: Graph
     live: list[str]  # the parameters that have gradients
     backend: str
+    wanted: str  # the backend that was asked for
     run: Lowered
 
 
@@ -209,13 +213,15 @@ class CompiledSteps:
             run, backend = lower(whole, example, backend)
             if kernel:
                 kernel.join()
-        built = Built(graph, live, backend, run)
-        self._compare(built, adam, args, kwargs)
+        built = Built(graph, live, backend, wanted, run)
+        self.check(built, args, kwargs)
         self._known[self._key(args, kwargs, wanted)] = built
         return built
 
     def start(self, built: Built) -> None:
         """Takes over parameters and state, if that was not done."""
+        if self._adam is not None and self._adam.params != self._of(built.live):
+            self.stop()
         if self._adam is None:
             self._adam = self._adam_of(built.live)
             self._adam.state[0] = self.loss.health
@@ -257,27 +263,39 @@ class CompiledSteps:
         return step
 
     def _adam_of(self, live: list[str]) -> Adam:
-        return Adam([self.params[name] for name in live], self.optimizer, self._factors)
+        return Adam(self._of(live), self.optimizer, self._factors)
 
-    def _compare(
-        self, built: Built, adam: Adam, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def _of(self, names: list[str]) -> list[Tensor]:
+        return [self.params[name] for name in names]
+
+    def check(self, built: Built, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Compares a step with the code that it was made of.
+
+        Raises:
+            Refused: If they don't agree.
+        """
         with torch.random.fork_rng(), quietly():
             value = self._by_code(args, kwargs)
-            expected = [self.params[name].grad.clone() for name in built.live]  # type: ignore[union-attr]
+            slopes = [param.grad for param in self._of(built.live)]
             self._forget()
+        expected = [slope for slope in slopes if slope is not None]
+        if len(expected) < len(slopes):
+            raise _disagreement("other parameters have gradients than before")
+        adam = self._adam_of(built.live)  # of its own, which is at no matter what
         adam.first.zero_()
         adam.second.zero_()
         adam.state.copy_(adam.state.new_tensor([self.loss.health.item(), 0.0]))
         with torch.random.fork_rng(), torch.no_grad():
             numbers = adam.state.new_tensor([0.0, 1.0, 0.0, torch.inf])
             found, _ = built.run(_arguments(adam, built.graph, args, kwargs)(numbers))[0]
-        slopes = adam.in_shape(adam.first / (1 - BETA_1))
-        if value.isfinite() and not agree([found.to(value), *slopes], [value, *expected]):
-            raise Refused(
-                f"The step can't be run as a graph: under one seed its loss is {value.item():.6g}, "
-                f"and that of a graph of it {found.item():.6g}. Model or guide may hang on "
-                "something else than tensors that changes from run to run: compile=False."
+        slopes_are_finite = all(slope.isfinite().all() for slope in expected)
+        if not (value.isfinite() and slopes_are_finite):
+            return  # a step that would be skipped
+        again = adam.in_shape(adam.first / (1 - BETA_1))
+        if not agree([found.to(value), *again], [value, *expected]):
+            raise _disagreement(
+                f"under one seed its loss is {value.item():.6g}, and that of its graph "
+                f"{found.item():.6g}; or else their gradients differ"
             )
 
     def _by_code(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -297,7 +315,15 @@ class CompiledSteps:
     def _key(self, args: tuple[Any, ...], kwargs: dict[str, Any], backend: str) -> Any:
         kind = kind_of(self.loss.model, self.loss.guide, args, kwargs)
         settings = type(self.loss), self._settings, self._weighted, tuple(self.params)
-        return self.loss.model, settings, kind, backend
+        return by_hash(self.loss.model), settings, kind, backend
+
+
+def _disagreement(how: str) -> Refused:
+    return Refused(
+        f"The step and its graph don't agree: {how}. The model or the guide may hang on something "
+        "else than tensors that changes from run to run, as a counter, a number, or the random "
+        "numbers of Python. Give such numbers as tensors, or compile=False."
+    )
 
 
 def _arguments(

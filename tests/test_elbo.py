@@ -319,15 +319,17 @@ def test_a_model_that_changes_is_refused():
         graph().loss_and_grads(model, guide_for(model, ()))
 
 
-def test_numbers_taken_out_of_arguments_are_noticed_at_the_next_call():
+@pytest.mark.parametrize("way", [lambda y: y.tolist(), lambda y: y.numpy(), lambda y: y.item()])
+def test_numbers_taken_out_of_arguments_are_refused(way):
     def model(y):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor(y.tolist()))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=torch.as_tensor(way(y)))
 
-    guide, loss = guide_for(model, (torch.tensor(1.0),)), graph()
-    loss.loss_and_grads(model, guide, torch.tensor(1.0))
-    with pytest.raises(ValueError, match="tolist"):
-        loss.loss_and_grads(model, guide, torch.tensor(5.0))
+    guide = guide_for(model, (torch.tensor(1.0),))
+    with pytest.raises(
+        ValueError, match=r"test_elbo.py, line \d+, in <lambda>.*takes a number out"
+    ):
+        graph().loss_and_grads(model, guide, torch.tensor(1.0))
 
 
 def test_enumeration_is_refused():
@@ -360,9 +362,93 @@ def test_writing_into_a_buffer_is_refused():
     graph().loss_and_grads(model, guide)
 
 
-def test_arguments_of_numpy_are_refused():
-    with pytest.raises(ValueError, match="from_numpy"):
-        graph().loss_and_grads(arguments, guide_for(arguments, data()), data()[0].numpy())
+def test_arguments_that_cant_be_watched_are_left_to_trace_elbo():
+    def model(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=torch.as_tensor(x[0]))
+
+    numbers = data()[1].numpy().copy()
+    guide, loss = guide_for(model, (numbers,)), graph()
+    with pytest.warns(UserWarning, match="type ndarray"):
+        assert_same(*both(model, guide, (numbers,), elbo=lambda *_: loss))
+
+
+def test_a_tensor_in_two_roles_is_two_inputs():
+    def model(x, t):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=x - 2 * t)
+
+    x, t = torch.tensor(1.0), torch.tensor(5.0)
+    guide, loss = guide_for(model, (x, x)), graph()
+    loss.loss_and_grads(model, guide, x, x)
+    assert_same(*both(model, guide, (x, t), elbo=lambda *_: loss))
+
+
+@pytest.mark.parametrize(
+    "layout", [lambda x: x, lambda x: x.T.clone().T, lambda x: x.repeat(1, 2)[:, ::2]]
+)
+def test_layouts_of_memory_are_told_apart(layout):
+    x, y = data()
+    guide, loss = guide_for(arguments, (x, y)), graph()
+    loss.loss_and_grads(arguments, guide, x, y)
+    assert_same(*both(arguments, guide, (layout(x), y), elbo=lambda *_: loss))
+
+
+def test_a_number_that_changes_is_noticed_in_time():
+    weight = [1.0]
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with poutine.scale(scale=weight[0]):
+            pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor(1.0))
+
+    guide, loss = guide_for(model, ()), graph()
+    for _ in range(5):
+        loss.loss_and_grads(model, guide)
+    weight[0] = 1.5
+    with pytest.raises(ValueError, match="under one seed"):
+        list(loss.loss_and_grads(model, guide) for _ in range(8))
+
+
+def test_hooks_of_parameters_are_heeded():
+    guide, loss = guide_for(one_latent, ()), graph()
+    for _ in range(2):
+        loss.loss_and_grads(one_latent, guide)
+    for param in guide.parameters():
+        param.grad = None
+        param.register_hook(lambda grad: 0 * grad)
+    with pytest.warns(UserWarning, match="hook"):
+        loss.loss_and_grads(one_latent, guide)
+    assert all((param.grad == 0).all() for param in guide.parameters())
+
+
+def test_gradients_that_are_one_tensor_are_added_up_apart():
+    def guide():
+        a, b = (pyro.param(name, torch.tensor(0.0)) for name in "ab")
+        pyro.sample("z", dist.Normal(a + b, 1.0))
+
+    assert_same(*both(one_latent, guide, particles=(3, False)))
+
+
+def test_modules_in_functions_change_their_mode_too():
+    net = nn.Dropout(0.5)
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(net(torch.ones(9)).sum() + z, 1.0), obs=torch.tensor(1.0))
+
+    guide, loss = guide_for(model, ()), graph()
+    for change in (net.train, net.eval, net.train):
+        change()
+        assert_same(*both(model, guide, elbo=lambda *_: loss))
+
+
+def test_a_guide_that_grows_at_its_first_call_has_one_graph():
+    loss = graph()
+    guide = AutoNormal(plates)
+    for _ in range(3):
+        loss.loss_and_grads(plates, guide)
+    assert len(loss._steps) == 1
 
 
 def test_handlers_around_a_step_are_heeded():
@@ -408,7 +494,7 @@ def test_a_compiled_step_that_is_wrong_is_not_used(monkeypatch):
         assert_same(*both(one_latent, guide_for(one_latent, ()), elbo=lambda *_: loss))
 
 
-def test_a_matrix_that_has_no_factor_gives_nan():
+def test_errors_of_the_code_are_raised_as_ever():
     def model():
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         matrix = torch.eye(2) * (z - z - sign) + 0 * z
@@ -417,11 +503,11 @@ def test_a_matrix_that_has_no_factor_gives_nan():
     sign = torch.tensor(-1.0)
     guide, loss = guide_for(model, ()), graph()
     with pyro.validation_enabled(False):
-        assert loss.loss_and_grads(model, guide) < 20
-        loss.loss_and_grads(model, guide)
+        for _ in range(6):
+            loss.loss_and_grads(model, guide)
         sign.fill_(1.0)
-        with pytest.warns(UserWarning, match="NaN"):
-            assert torch.tensor(loss.loss_and_grads(model, guide)).isnan()
+        with pytest.raises(torch.linalg.LinAlgError):
+            loss.loss_and_grads(model, guide)
 
 
 def test_it_and_what_it_trained_can_be_copied():

@@ -157,6 +157,56 @@ def AutoIAF_state(guide):  # noqa: N802
     return {name: value.clone() for name, value in guide.state_dict().items()}
 
 
+def test_a_second_fit_sees_other_data_under_the_same_name():
+    held = {"y": torch.tensor(1.0)}
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, 0.5), obs=held["y"])
+
+    guide = AutoNormal(model)
+    settings = {"num_steps": 40, "progress": False, "seed": 0}
+    fit(model, guide, compile="graph", **settings)
+    held["y"] = torch.tensor(-3.0)
+    with pytest.raises(ValueError, match="don't agree"):
+        fit(model, guide, compile="graph", **settings)
+
+
+def test_checkpoints_change_nothing(tmp_path):
+    settings = {"num_steps": 60, "compile": "graph"}
+    plain = run("plates", **settings)
+    kept = run("plates", checkpoint=tmp_path / "run.pt", checkpoint_every=7, **settings)
+    assert_close(kept[1], plain[1], rtol=1e-9, atol=1e-9)
+
+
+def test_arguments_that_cant_be_watched_are_no_obstacle():
+    def model(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=torch.as_tensor(x[0]))
+
+    x = torch.ones(3).numpy()
+    assert run(model, x, kind=AutoNormal, compile="auto")[0].backend == "eager"
+    with pytest.raises(ValueError, match="type ndarray"):
+        run(model, x, kind=AutoNormal, compile="graph")
+
+
+def test_parameters_that_take_turns_are_trained():
+    def model(which):
+        w = [pyro.param(f"w{k}", torch.tensor(0.5)) for k in range(2)][which]
+        z = pyro.sample("z", dist.Normal(w, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor(2.0))
+
+    batches = 30 * [(0,)] + 30 * [(1,)]
+    found = []
+    for how in (False, "graph"):
+        pyro.clear_param_store()
+        guide = AutoNormal(model)
+        settings = {"num_steps": 60, "progress": False, "seed": 0, "early_stop": False}
+        fit(model, guide, data=batches, compile=how, **settings)
+        found.append([pyro.param(f"w{k}").item() for k in range(2)])
+    assert_close(found[0], found[1])
+
+
 def test_what_the_guide_remembers_is_forgotten_after_compiled_steps():
     guide = AutoIAF(plates, hidden_dims=[8])
     guide.setup()
