@@ -19,9 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .backends import Lowered, lower
+from .calls import by_hash, kind_of, opened
 from .carry import load_kernel
-from .elbo import agree, by_hash, kind_of, opened
-from .graphs import Graph, Lowered, Refused, lower, record
+from .elbo import agree
+from .graphs import Graph, Refused, record
 from .joint import Unchecked, quietly
 from .losses import Loss
 

@@ -3,7 +3,7 @@ import torch
 from bijections import rough
 from torch.testing import assert_close
 
-from pyro_iaf import carry, graphs, inverse_autoregressive_flow, scores
+from pyro_iaf import backends, carry, inverse_autoregressive_flow, scores
 from pyro_iaf.scores import draw_with_score
 
 FLOWS = {
@@ -19,7 +19,7 @@ FLOWS = {
 def kernel(request, monkeypatch):
     monkeypatch.setattr(carry, "_kernel", [])
     if request.param == "kernel":
-        if not graphs.has_compiler(torch.device("cpu")):
+        if not backends.has_compiler(torch.device("cpu")):
             pytest.skip("there is no C++ compiler")
         carry.load_kernel()
         assert carry._kernel

@@ -14,11 +14,11 @@ from pyro.optim import Adam, ClippedAdam
 from torch import nn
 from torch.testing import assert_close
 
-from pyro_iaf import AutoIAF, CompiledTrace_ELBO, graphs
+from pyro_iaf import AutoIAF, CompiledTrace_ELBO, backends
 from pyro_iaf.elbo import MAX_GRAPHS
 
 needs_compiler = pytest.mark.skipif(
-    not graphs.has_compiler(torch.device("cpu")), reason="there is no C++ compiler"
+    not backends.has_compiler(torch.device("cpu")), reason="there is no C++ compiler"
 )
 
 
@@ -477,7 +477,7 @@ def test_a_compiler_that_fails_is_done_without(monkeypatch):
     def fail(*_):
         raise RuntimeError("no Python.h")
 
-    monkeypatch.setattr(graphs, "_compiled", fail)
+    monkeypatch.setattr(backends, "_compiled", fail)
     loss = CompiledTrace_ELBO(backend="inductor")
     with pytest.warns(UserWarning, match=r"The compiler failed.*no Python\.h"):
         assert_same(*both(one_latent, guide_for(one_latent, ()), elbo=lambda *_: loss))
@@ -488,7 +488,7 @@ def test_a_compiled_step_that_is_wrong_is_not_used(monkeypatch):
     def wrong(fn, example):
         return lambda tensors: [2 * out for out in fn(*tensors)]
 
-    monkeypatch.setattr(graphs, "_compiled", wrong)
+    monkeypatch.setattr(backends, "_compiled", wrong)
     loss = CompiledTrace_ELBO(backend="inductor")
     with pytest.warns(UserWarning, match="does not agree"):
         assert_same(*both(one_latent, guide_for(one_latent, ()), elbo=lambda *_: loss))

@@ -11,10 +11,10 @@ from pyro.infer.autoguide import AutoNormal
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyro_iaf import AutoIAF, CompiledTrace_ELBO, fit, fitting, graphs, steps
+from pyro_iaf import AutoIAF, CompiledTrace_ELBO, backends, fit, steps, training
 
 needs_compiler = pytest.mark.skipif(
-    not graphs.has_compiler(torch.device("cpu")), reason="there is no C++ compiler"
+    not backends.has_compiler(torch.device("cpu")), reason="there is no C++ compiler"
 )
 
 
@@ -116,7 +116,7 @@ def test_a_run_can_be_resumed_in_any_mode(tmp_path, monkeypatch, before, after):
 
     settings = {"num_steps": 60, "checkpoint": path, "checkpoint_every": 10}
     with monkeypatch.context() as patch:
-        patch.setattr(fitting._Run, "_show", stop)
+        patch.setattr(training.Run, "_show", stop)
         with pytest.raises(KeyboardInterrupt):
             run("plates", compile=before, **settings)
     assert path.exists()
@@ -132,7 +132,7 @@ def test_an_interrupted_run_keeps_what_it_reached(monkeypatch):
     guide = AutoIAF(plates, hidden_dims=[8])
     guide.setup()
     before = copy.deepcopy(guide.state_dict())
-    monkeypatch.setattr(fitting._Run, "_show", stop)
+    monkeypatch.setattr(training.Run, "_show", stop)
     with pytest.raises(KeyboardInterrupt):
         fit(plates, guide, num_steps=100, compile="graph", progress=False)
     moved = [not torch.equal(v, guide.state_dict()[k]) for k, v in before.items()]
@@ -226,10 +226,10 @@ def test_parameters_of_a_model_are_trained_too():
 
 def test_auto_compiles_what_repays_it(monkeypatch):
     assert run("plates", compile="auto")[0].backend == "eager"  # forty steps don't
-    monkeypatch.setattr(fitting, "FEWEST_STEPS", 10)
-    monkeypatch.setattr(fitting, "has_compiler", lambda _: False)
+    monkeypatch.setattr(training, "FEWEST_STEPS", 10)
+    monkeypatch.setattr(training, "has_compiler", lambda _: False)
     assert run("plates", compile="auto")[0].backend == "graph"
-    assert fitting._Run._best_backend.__doc__
+    assert training.Run._best_backend.__doc__
 
 
 @pytest.mark.parametrize("num_operations", [100, 600, 5000])
@@ -237,7 +237,7 @@ def test_long_runs_are_compiled_and_short_ones_replayed(num_operations):
     class Run:
         step, num_steps = 0, 500
 
-    best = fitting._Run._best_backend
+    best = training.Run._best_backend
     assert best(Run, num_operations, "inductor") == "graph"
     Run.num_steps = 50_000
     assert best(Run, num_operations, "inductor") == "inductor"
@@ -256,7 +256,7 @@ def test_what_cant_be_compiled_is_refused_or_done_without(monkeypatch):
         run(branching, compile=True)
     with pytest.raises(ValueError, match=r"TraceMeanField_ELBO can't be compiled"):
         run("plates", kind=AutoNormal, loss=TraceMeanField_ELBO(), compile="graph")
-    monkeypatch.setattr(fitting, "FEWEST_STEPS", 10)
+    monkeypatch.setattr(training, "FEWEST_STEPS", 10)
     with pytest.warns(UserWarning, match=r"steps uncompiled: .*if z.mean"):
         result, *_ = run(branching, compile="auto")
     assert result.backend == "eager"
@@ -276,8 +276,8 @@ def test_a_graph_that_is_wrong_is_not_used(monkeypatch):
 
 
 def test_the_bar_says_that_it_compiles(capsys, monkeypatch):
-    monkeypatch.setattr(graphs, "_compiled", lambda fn, example: lambda tensors: fn(*tensors))
-    monkeypatch.setattr(fitting, "has_compiler", lambda _: True)
+    monkeypatch.setattr(backends, "_compiled", lambda fn, example: lambda tensors: fn(*tensors))
+    monkeypatch.setattr(training, "has_compiler", lambda _: True)
     run("plates", compile=True, progress=True)
     assert "compiling the step" in capsys.readouterr().err
 

@@ -1,0 +1,588 @@
+r"""A training run, step by step: how fast, until when, and what becomes of it on the way.
+
+.. math::
+    \max_\phi \; \mathbb{E}_{z \sim q_\phi} \bigl[ \log p(x, z) - \log q_\phi(z) \bigr]
+
+by Adam, until the ELBO has settled; then at a falling rate, with the last iterates averaged.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.infer import Trace_ELBO
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from . import checkpoints
+from .backends import has_compiler, warm_up
+from .batches import Batches
+from .calls import kind_of
+from .elbo import MAX_BUILDS, MAX_GRAPHS
+from .faults import at_fault
+from .graphs import Refused
+from .guides import AutoIAF
+from .joint import LogJoint, quietly
+from .losses import LatentLoss, Loss, TraceLoss
+from .networks import MaskedAutoregressiveNetwork
+from .steps import Built, CompiledSteps
+from .weights import Particles, pareto_k
+
+__all__ = ["FitResult", "Run"]
+
+# The rate rises over the first steps, and falls over this share of all, to this part of itself.
+WARM_UP, FALL, FLOOR = 100, 0.6, 0.01
+
+# The share of steps, the last ones, whose parameters are averaged.
+AVERAGED = 0.2
+
+# How much heavier tails may become, at which cost in nats, so that weights of so many draws have
+# a tail of this shape.
+TAILS, TAIL_COST, GOOD_K, NUM_TAIL = (0.01, 0.02, 0.04), 0.02, 0.5, 10_000
+
+# A weight of our networks counts one over the square root of its unit's inputs, so it may move by
+# more than a loc or a scale.
+NETWORK_RATE = 4.0
+
+# Steps that may fail in a row, and the share of all that may.
+MAX_SKIPPED, MAX_SHARE_SKIPPED = 25, 0.2
+
+# Compiled steps between two looks at the clock, the losses and the parameters.
+CHUNK = 20
+
+# Runs of fewer steps are not worth a graph. For each of its operations a replay saves so many
+# seconds a step and a compiled graph twice that, which takes so many seconds to compile.
+FEWEST_STEPS, SAVED, COMPILING, COMPILING_EACH = 500, 2.5e-6, 3.0, 0.008
+
+
+@dataclass
+class FitResult:
+    """What :func:`~pyro_iaf.fit` did.
+
+    Attributes:
+        losses: The loss of every step that was taken, the negative ELBO in nats.
+        num_steps: How many steps were tried.
+        stopped: Whether the ELBO had settled before the steps that were asked for were over.
+        skipped: How many steps had a loss or a gradient that was not finite, and were not taken.
+        seconds: How long it took, without what an earlier process did before a checkpoint.
+        backend: What took the last step: ``"inductor"``, ``"graph"`` or, uncompiled, ``"eager"``.
+
+    Example:
+        >>> result = FitResult(torch.full((100,), 2.5), 100, False, 0, 1.0)
+        >>> result.settled
+        (2.5, 0.0)
+        >>> print(result)
+        ELBO -2.50 ± 0 nats after 100 steps; 1.0 s
+    """
+
+    losses: Tensor
+    num_steps: int
+    stopped: bool
+    skipped: int
+    seconds: float
+    backend: str = "eager"
+
+    @property
+    def settled(self) -> tuple[float, float]:
+        """The mean loss while parameters were averaged, and its standard error."""
+        last = self.losses[-max(1, int(AVERAGED * self.num_steps)) :]
+        return last.mean().item(), (last.var(correction=0) / len(last)).sqrt().item()
+
+    def __str__(self) -> str:
+        loss, error = self.settled
+        text = f"ELBO {-loss:.2f} ± {error:.1g} nats after {self.num_steps} steps"
+        if self.stopped:
+            text += ", where it had settled"
+        if self.skipped:
+            text += f"; {self.skipped} of them were skipped, since they were not finite"
+        return text + f"; {self.seconds:.1f} s"
+
+
+class Run:
+    """One call of :func:`~pyro_iaf.fit`, step by step."""
+
+    def __init__(
+        self,
+        *,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        batches: Batches,
+        num_steps: int,
+        num_particles: int,
+        lr: float,
+        clip_norm: float,
+        elbo: Any,
+        annealing: int | Callable[[int], float] | None,
+        early_stop: bool,
+        compile: bool | str,  # noqa: A002
+        checkpoint: Path | None,
+        checkpoint_every: int,
+    ) -> None:
+        self.model, self.guide, self.batches = model, guide, batches
+        self.num_steps, self.num_particles = num_steps, num_particles
+        self.lr, self.clip_norm = lr, clip_norm
+        self.elbo, self.annealing, self.early_stop, self.compile = (
+            elbo,
+            annealing,
+            early_stop,
+            compile,
+        )
+        self.checkpoint, self.checkpoint_every = checkpoint, checkpoint_every
+        self.step, self.end = 0, num_steps
+        self.falls_at = math.ceil((1 - FALL) * num_steps)
+        self.losses: list[float] = []
+        self.skipped, self.skipped_in_a_row = 0, 0
+        self.params: dict[str, Tensor] = {}
+        self.averages: dict[str, Tensor] = {}
+        self.backend = "eager"
+        self.backend_before = ""
+        self.num_found = 0
+        self.live: list[str] = []
+        self.kinds: Counter[Any] = Counter()
+        self.builds: Counter[Any] = Counter()
+        self.left_out: set[Any] = set()
+
+    def to_the_end(self, progress: bool) -> FitResult:
+        began = time.perf_counter()
+        saved = None if self.checkpoint is None else checkpoints.load(self.checkpoint)
+        if saved is not None:
+            self._check_saved(saved)
+        first = self.batches.next()
+        self.loss = self._first_look(*first)
+        self.steps = CompiledSteps(
+            self.loss,
+            self.params,
+            self.optimizer,
+            factors=(1, NETWORK_RATE),
+            weighted=self.annealing is not None,
+            settings=(self.num_particles, *self._settings["loss"]),
+        )
+        waiting = [first] if saved is None else []  # else the run goes on with what follows
+        if saved is not None:
+            self._restore(saved)
+        bar = tqdm(total=self.num_steps, initial=self.step, disable=not progress, unit="step")
+        with bar:
+            try:
+                while self.step < self.end:
+                    batch = waiting.pop() if waiting else self.batches.next()
+                    built = self._find_graph(*batch, bar)
+                    with quietly():
+                        if built is None:
+                            self._take_step(*batch)
+                        else:
+                            waiting += self._replay(built, *batch)
+                    self._show(bar)
+                    if self.checkpoint and self.step % self.checkpoint_every == 0:
+                        self._save()
+            finally:
+                self.steps.stop()
+            bar.total = self.step
+        if self.skipped > max(MAX_SHARE_SKIPPED * self.step, 1):
+            self._give_up(*first)
+        if self.checkpoint:
+            self._save()
+        self._average()
+        self._see_to_tails()
+        return FitResult(
+            losses=torch.tensor(self.losses, dtype=torch.float64),
+            num_steps=self.step,
+            stopped=self.end < self.num_steps,
+            skipped=self.skipped,
+            seconds=time.perf_counter() - began,
+            backend=self.backend,
+        )
+
+    # Before the first step
+
+    def _first_look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Loss:
+        """Runs model and guide once, with all checks; finds the parameters and the loss."""
+        elbo = Trace_ELBO() if self.elbo is None else self.elbo
+        with torch.no_grad(), poutine.trace(param_only=True) as capture:
+            try:
+                elbo.loss(self.model, self.guide, *args, **kwargs)
+            except ValueError as error:  # of this draw, perhaps, and not of model and guide
+                try:
+                    with quietly():
+                        elbo.loss(self.model, self.guide, *args, **kwargs)
+                except ValueError:
+                    raise error from None
+        self._make_optimizer(capture.trace)
+        if self.elbo is not None:
+            return TraceLoss(self.model, self.guide, self.elbo)
+        particles = Particles(self.model, self.guide, args, kwargs)
+        if not particles.at_once and self.num_particles > 1:
+            warnings.warn(
+                "fit runs its particles one after the other: run for several at once the model "
+                "fails, or its density is another one, or is random. If that takes long, write "
+                "sites with plates, and dimensions counted from the right.",
+                UserWarning,
+                stacklevel=4,
+            )
+        if type(self.guide) is AutoIAF:
+            latents = self.guide._latent_sites()
+            if latents.keys() == particles.latents.keys():  # none is hidden from the guide
+                joint = LogJoint(self.model, particles.first_model, args, kwargs, latents)
+                joint.at_once = particles.at_once
+                return LatentLoss(self.model, self.guide, self.num_particles, joint)
+        elbo = Trace_ELBO(
+            num_particles=self.num_particles,
+            vectorize_particles=particles.at_once,
+            max_plate_nesting=particles.nesting if particles.at_once else math.inf,
+        )
+        return TraceLoss(self.model, self.guide, elbo)
+
+    def _make_optimizer(self, seen: poutine.Trace) -> None:
+        self.params = {}
+        params = _params_of(seen).values()
+        fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in params)
+        self.optimizer = torch.optim.Adam([{"params": []}, {"params": []}], lr=self.lr, fused=fused)
+        self._add(seen)
+
+    def _add(self, seen: poutine.Trace) -> None:
+        """Takes in the parameters of a run that are not there yet."""
+        modules = self.guide.modules() if isinstance(self.guide, nn.Module) else ()
+        networks = [m for m in modules if isinstance(m, MaskedAutoregressiveNetwork)]
+        of_networks = {id(p) for network in networks for p in network.parameters()}
+        for name, param in _params_of(seen).items():
+            if self.params.get(name) is not param and param.requires_grad:
+                self.params[name] = param
+                group = self.optimizer.param_groups[id(param) in of_networks]
+                group["params"].append(param)
+
+    # Steps
+
+    def _take_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.backend = "eager"
+        self.steps.stop()
+        rate, weight, covers, _ = self._numbers(self.step)
+        for group, factor in zip(self.optimizer.param_groups, (1, NETWORK_RATE), strict=True):
+            group["lr"] = rate * factor
+        self.optimizer.zero_grad()
+        self.loss.covers = bool(covers)
+        try:
+            with poutine.trace(param_only=True) as capture:
+                loss = self.loss(args, kwargs, weight)
+            if capture.trace.nodes.keys() - self.params.keys():
+                self._add(capture.trace)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # of a matrix that is not finite, say
+            loss = torch.tensor(math.nan)
+        norm = nn.utils.clip_grad_norm_(self.params.values(), self.clip_norm)
+        value, size = torch.stack([loss.detach(), norm.to(loss)]).tolist()
+        if math.isfinite(value) and math.isfinite(size):
+            self.optimizer.step()
+        self._average_in(self.step + 1, self.params)
+        self._account(value, size, args, kwargs)
+
+    def _replay(self, built: Built, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """Takes compiled steps until there is something to see to; returns a batch left over."""
+        self.backend = built.backend
+        self.steps.start(built)
+        params = dict(zip(built.live, self.steps.views, strict=True))
+        steps = range(self.step, self.step + self._num_undisturbed())
+        rows = torch.tensor([self._numbers(k) for k in steps], dtype=torch.float64)
+        rows = rows.to(self.steps.views[0].device)
+        take = self.steps.bind(built, args, kwargs)
+        pairs: list[Tensor] = []
+        left: list[Any] = []
+        for step, numbers in zip(steps, rows.unbind(), strict=True):
+            if pairs and self.batches.change:
+                batch = self.batches.next()
+                if self.steps.find(*batch, (built.wanted,)) is not built:
+                    left.append(batch)
+                    break
+                take = self.steps.bind(built, *batch)
+            with torch.no_grad():
+                pairs.append(take(numbers))
+            self._average_in(step + 1, params)
+        self.steps.write()
+        for value, size in torch.stack(pairs).tolist():
+            self._account(value, size, args, kwargs)
+        return left
+
+    def _num_undisturbed(self) -> int:
+        """How many steps there are to the next that something hangs on."""
+        ends = [self.step + CHUNK, self.end, _next_multiple(self.step, self._stretch)]
+        if self.checkpoint:
+            ends.append(_next_multiple(self.step, self.checkpoint_every))
+        return min(ends) - self.step
+
+    def _find_graph(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], bar: tqdm[Any]
+    ) -> Built | None:
+        """The compiled step for these arguments, built if need be; None if there is to be none."""
+        if self.compile is False:
+            return None
+        device = next(iter(self.params.values()), torch.zeros(())).device
+        best = "graph" if self.compile == "graph" or not has_compiler(device) else "inductor"
+        wanted = (best,) if self.compile != "auto" else ("inductor", "graph")
+        if self.backend_before in wanted:  # this run goes on as it was
+            best, wanted = self.backend_before, (self.backend_before,)
+        try:
+            built = self.steps.find(args, kwargs, wanted)
+            if built is not None:
+                self.num_found += 1
+                # What nobody can watch is looked at the first time, and after 1, 2, 4, ... chunks.
+                if self.num_found & (self.num_found - 1) == 0:
+                    self.steps.check(built, args, kwargs)
+                return built
+            return self._build(args, kwargs, best, bar)
+        except Refused as why:
+            if self.compile != "auto":
+                raise
+            self.compile = False
+            warnings.warn(f"fit takes its steps uncompiled: {why}", UserWarning, stacklevel=4)
+            return None
+
+    def _build(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], best: str, bar: tqdm[Any]
+    ) -> Built | None:
+        """Builds the step for arguments of this kind, if it comes often enough."""
+        if self.compile == "auto" and self.num_steps - self.step < FEWEST_STEPS:
+            return None
+        kind = kind_of(None, None, args, kwargs)
+        self.kinds[kind] += 1
+        # The last minibatch of a walk may be smaller: not worth compiling if it comes rarely.
+        is_rare = len(self.kinds) > 1 and self.kinds[kind] < CHUNK
+        if is_rare or len(self.kinds) > MAX_GRAPHS or kind in self.left_out:
+            return None
+        self.builds[kind] += 1
+        if self.builds[kind] > MAX_BUILDS:
+            raise Refused(
+                "A number, a module or a parameter that the compiled step relies on keeps changing."
+            )
+        if best == "inductor":
+            warm_up()
+        graph, live = self.steps.record(args, kwargs)
+        self.live = self.live or live
+        if live != self.live:  # a graph has Adam's averages of one set of parameters
+            self.left_out.add(kind)
+            return None
+        if self.compile == "auto" and not self.backend_before:
+            best = self._best_backend(len(graph.module.graph.nodes), best)
+        if best == "inductor":
+            bar.set_postfix_str("compiling the step, once")
+        return self.steps.build(args, kwargs, graph, live, best)
+
+    def _best_backend(self, num_operations: int, best: str) -> str:
+        """What the steps that are left repay."""
+        saved = SAVED * num_operations * (self.num_steps - self.step)
+        cost = COMPILING + COMPILING_EACH * num_operations
+        return best if 2 * saved - cost > saved else "graph"
+
+    def _account(
+        self, value: float, size: float, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Notes what came of a step: its loss, and the norm of its gradient."""
+        self.step += 1
+        if math.isfinite(value) and math.isfinite(size):
+            self.losses.append(value)
+            self.skipped_in_a_row = 0
+        else:
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+            too_many = self.step >= 100 and self.skipped > MAX_SHARE_SKIPPED * self.step
+            if too_many or self.skipped_in_a_row > MAX_SKIPPED:
+                self._give_up(args, kwargs)
+        if self.early_stop and self.step < self.falls_at and self._has_settled():
+            self.falls_at = self.step
+            self.end = min(self.num_steps, math.ceil(self.step / (1 - FALL)))
+
+    def _give_up(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        fault = at_fault(self.model, self.guide, args, kwargs, self.params)
+        raise FloatingPointError(
+            f"{self.skipped} of {self.step} steps, the last {self.skipped_in_a_row} of them in a "
+            f"row, had a loss or a gradient that is not finite. At fault: {fault}. Look at the "
+            "scales there and at the precision (torch.float64 reaches farther), or take a smaller "
+            "lr."
+        )
+
+    def _numbers(self, step: int) -> tuple[float, float, float, float]:
+        """A step's rate, weight of the KL divergence, whether to cover, and largest norm."""
+        covers = step >= self.falls_at and not self.batches.change
+        return self.lr * self._rate(step), self._weight(step), float(covers), self.clip_norm
+
+    def _rate(self, step: int) -> float:
+        """The share of the rate at a step."""
+        rise = min(1.0, (step + 1) / min(WARM_UP, max(1, self.num_steps // 10)))
+        if step < self.falls_at:
+            return rise
+        fallen = (step - self.falls_at) / max(1, self.end - self.falls_at)
+        return rise * (FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * fallen)) / 2)
+
+    def _weight(self, step: int) -> float:
+        """Of the KL divergence at a step."""
+        if self.annealing is None:
+            return 1.0
+        if callable(self.annealing):
+            return float(self.annealing(step))
+        return min(1.0, (step + 1) / self.annealing)
+
+    @property
+    def _stretch(self) -> int:
+        """How many steps are compared with as many before them, to see whether they gain."""
+        return max(100, self.num_steps // 10)
+
+    def _has_settled(self) -> bool:
+        """Whether the loss fell by no more than its standard error from one stretch to the next."""
+        size = self._stretch
+        if self.step % size or len(self.losses) < 2 * size + WARM_UP:
+            return False
+        if self._weight(self.step) != 1:
+            return False
+        before, after = torch.tensor(self.losses[-2 * size :], dtype=torch.float64).split(size)
+        error = ((before.var() + after.var()) / size).sqrt()
+        return bool(before.mean() - after.mean() < error)
+
+    def _average_in(self, done: int, params: Mapping[str, Tensor]) -> None:
+        """Takes the parameters after so many steps into the averages, if these are the last."""
+        taken = done - (self.end - int(AVERAGED * self.end))
+        if taken <= 0:
+            return
+        for name, param in params.items():
+            value = param.detach()
+            if name in self.averages:
+                self.averages[name].lerp_(value, 1 / taken)
+            else:
+                self.averages[name] = value.clone()
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        for name, average in self.averages.items():
+            self.params[name].copy_(average)
+
+    @torch.no_grad()
+    def _see_to_tails(self) -> None:
+        """Makes the guide's tails a shade heavier if weights have heavy ones, and it costs little.
+
+        Training hardly sees the tails, and importance weights are about nothing else.
+        """
+        if not isinstance(self.loss, LatentLoss) or self.batches.change:
+            return
+        joint = self.loss.joint
+        if joint.subsampled or not joint.at_once or joint.num_at_once < NUM_TAIL / 100:
+            return
+        weights = self.loss.log_weights(*self.batches.next(), NUM_TAIL)
+        if pareto_k(weights) < GOOD_K:
+            return
+        log_tail = self.loss.log_tail
+        before = log_tail.clone()
+        state = torch.get_rng_state()
+        for more in TAILS:
+            torch.set_rng_state(state)
+            log_tail.copy_(before + more)
+            wider = self.loss.log_weights(*self.batches.next(), NUM_TAIL)
+            if weights.mean() - wider.mean() > TAIL_COST:
+                break
+            if pareto_k(wider) < GOOD_K:
+                return
+        log_tail.copy_(before)
+
+    def _show(self, bar: tqdm[Any]) -> None:
+        bar.update(self.step - bar.n)
+        if self.step % 50 == 0 and self.losses:
+            last, before = self.losses[-100:], self.losses[-200:-100]
+            shown = {"ELBO": f"{-_mean(last):.2f}"}
+            if before:
+                shown["trend"] = f"{_mean(before) - _mean(last):+.2f}/100 steps"
+            if self.skipped:
+                shown["skipped"] = str(self.skipped)
+            bar.set_postfix(shown, refresh=False)
+
+    # Checkpoints
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "num_steps": self.num_steps,
+            "num_particles": self.num_particles,
+            "lr": self.lr,
+            "clip_norm": self.clip_norm,
+            "early_stop": self.early_stop,
+            "annealing": "a function" if callable(self.annealing) else self.annealing,
+            "loss": [type(self.elbo).__name__, getattr(self.elbo, "num_particles", None)],
+            "simulate": self.batches.simulate,
+        }
+
+    def _save(self) -> None:
+        modules = {
+            name: module.state_dict()
+            for name, module in (("model", self.model), ("guide", self.guide))
+            if isinstance(module, nn.Module)
+        }
+        assert self.checkpoint is not None
+        self.steps.stop()
+        state = {
+            **modules,
+            "settings": self._settings,
+            "params": {name: param.detach() for name, param in self.params.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "averages": self.averages,
+            "losses": torch.tensor(self.losses, dtype=torch.float64),
+            "health": self.loss.health.item(),
+            "backend": self.backend,
+            "progress": [self.step, self.end, self.falls_at, self.skipped, self.skipped_in_a_row],
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "batches": self.batches.state(),
+        }
+        checkpoints.save(self.checkpoint, state)
+
+    def _check_saved(self, saved: dict[str, Any]) -> None:
+        theirs, ours = saved["settings"], self._settings
+        differing = [name for name, value in ours.items() if theirs.get(name) != value]
+        if differing:
+            name = differing[0]
+            raise ValueError(
+                f"{self.checkpoint} is of a run with {name}={theirs.get(name)!r}; this one has "
+                f"{ours[name]!r}. Give the same settings to go on, or another path to begin anew."
+            )
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        theirs = {name: tuple(value.shape) for name, value in saved["params"].items()}
+        ours = {name: tuple(value.shape) for name, value in self.params.items()}
+        if theirs != ours:
+            name = min(dict(theirs.items() ^ ours.items()))
+            raise ValueError(
+                f"{self.checkpoint} is of another guide or model: parameter {name} has shape "
+                f"{theirs.get(name, 'missing')} there and {ours.get(name, 'missing')} here. Give "
+                "another path to begin anew."
+            )
+        for name in ("model", "guide"):
+            if name in saved:
+                getattr(self, name).load_state_dict(saved[name])
+        with torch.no_grad():
+            for name, value in saved["params"].items():
+                self.params[name].copy_(value)
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.averages = {n: v.to(self.params[n]) for n, v in saved["averages"].items()}
+        self.losses = saved["losses"].tolist()
+        self.step, self.end, self.falls_at, self.skipped, self.skipped_in_a_row = saved["progress"]
+        self.loss.health = self.loss.health.new_tensor(saved["health"])
+        self.backend_before = saved["backend"]
+        self.batches.restore(saved["batches"])
+        torch.set_rng_state(saved["rng"])
+        if saved["cuda_rng"]:
+            torch.cuda.set_rng_state_all(saved["cuda_rng"])
+
+
+def _params_of(trace: poutine.Trace) -> dict[str, Tensor]:
+    """The unconstrained parameters that a run stated."""
+    sites: dict[str, Any] = dict(trace.nodes)
+    return {name: site["value"].unconstrained() for name, site in sites.items()}
+
+
+def _next_multiple(step: int, size: int) -> int:
+    return (step // size + 1) * size
+
+
+def _mean(numbers: list[float]) -> float:
+    return math.fsum(numbers) / len(numbers)
