@@ -56,8 +56,9 @@ NETWORK_RATE = 4.0
 # Steps that may fail in a row, and the share of all that may.
 MAX_SKIPPED, MAX_SHARE_SKIPPED = 25, 0.2
 
-# Compiled steps between two looks at the clock, the losses and the parameters.
-CHUNK = 20
+# Compiled steps between two looks at the losses and the parameters; and how often arguments of a
+# further kind have to come to be worth compiling for.
+CHUNK, RARE = 50, 20
 
 # Runs of fewer steps are not worth a graph. For each of its operations a replay saves so many
 # seconds a step and a compiled graph twice that, which takes so many seconds to compile.
@@ -145,7 +146,7 @@ class Run:
         self.averages: dict[str, Tensor] = {}
         self.backend = "eager"
         self.backend_before = ""
-        self.num_found = 0
+        self.num_found, self.next_check = 0, 1
         self.live: list[str] = []
         self.kinds: Counter[Any] = Counter()
         self.builds: Counter[Any] = Counter()
@@ -330,8 +331,9 @@ class Run:
             built = self.steps.find(args, kwargs, wanted)
             if built is not None:
                 self.num_found += 1
-                # What nobody can watch is looked at the first time, and after 1, 2, 4, ... chunks.
-                if self.num_found & (self.num_found - 1) == 0:
+                # What nobody can watch is looked at the first time, and ever more rarely.
+                if self.num_found == self.next_check:
+                    self.next_check *= 4
                     self.steps.check(built, args, kwargs)
                 return built
             return self._build(args, kwargs, best, bar)
@@ -351,7 +353,7 @@ class Run:
         kind = kind_of(None, None, args, kwargs)
         self.kinds[kind] += 1
         # The last minibatch of a walk may be smaller: not worth compiling if it comes rarely.
-        is_rare = len(self.kinds) > 1 and self.kinds[kind] < CHUNK
+        is_rare = len(self.kinds) > 1 and self.kinds[kind] < RARE
         if is_rare or len(self.kinds) > MAX_GRAPHS or kind in self.left_out:
             return None
         self.builds[kind] += 1

@@ -111,6 +111,21 @@ def test_the_step_table_is_what_was_measured():
         assert cells == [f"{time:.2f} ms" for time in times]
 
 
+def test_the_table_of_compiled_steps_is_what_was_measured():
+    rows = {(r["model"], r["particles"], r["contender"]): r for r in results("svi_step")}
+    contenders = ["fit, eager", "fit, graph", "fit, compiled", "Pyro", "NumPyro"]
+    shown = table("| Model | Particles | " + " | ".join(contenders))
+    assert {(m, int(k)) for m, k, *_ in shown} == {(m, k) for m, k, _ in rows}
+    for model, particles, *cells in shown:
+        own = [rows[model, int(particles), who]["microseconds"] for who in contenders]
+        assert cells == [f"{time:.0f}" for time in own]
+    compiled = [r for r in rows.values() if r["contender"] == "fit, compiled"]
+    first = [r["first steps, s"] for r in compiled][1:]
+    cached = [r["cached, s"] for r in compiled]
+    assert f"takes {min(first):.0f} to {max(first):.0f} seconds the first time" in README
+    assert f"{min(cached):.0f} to {max(cached):.0f} once it is on disk" in README
+
+
 def test_the_poisson_table_is_what_was_measured():
     measured = {
         (f"{row['weights_sd']}, {row['lr']}", row["guide"]): row for row in results("guide_poisson")
