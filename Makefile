@@ -24,7 +24,8 @@ wheel: $(VENV)/dev.stamp
 	PIP_CONSTRAINT= $(BIN)/python -m build --wheel --outdir dist .
 	$(INSTALL) --no-deps --target dist/alone dist/*.whl
 	cd dist && PYTHONPATH=alone ../$(BIN)/python -c \
-	  "import pyro_iaf; print(pyro_iaf.__version__, pyro_iaf.__file__); assert 'alone' in pyro_iaf.__file__"
+	  "import pyro_iaf; print(pyro_iaf.__version__, pyro_iaf.__file__); assert 'alone' in pyro_iaf.__file__; \
+	  from importlib.resources import files; assert (files('pyro_iaf') / 'carry.cpp').is_file()"
 
 bench: $(VENV)/bench.stamp
 	$(BIN)/python -m benchmarks.distributions

@@ -27,6 +27,7 @@ from . import checkpoints
 from .backends import has_compiler, warm_up
 from .batches import Batches
 from .calls import kind_of
+from .carry import MAX_WRITTEN_OUT
 from .elbo import MAX_BUILDS, MAX_GRAPHS
 from .faults import at_fault
 from .graphs import Refused
@@ -370,9 +371,18 @@ class Run:
             return None
         if self.compile == "auto" and not self.backend_before:
             best = self._best_backend(len(graph.module.graph.nodes), best)
+            if best == "graph" and self._is_slow_without_kernel:
+                self.compile = False
+                return None
         if best == "inductor":
             bar.set_postfix_str("compiling the step, once")
         return self.steps.build(args, kwargs, graph, live, best)
+
+    @property
+    def _is_slow_without_kernel(self) -> bool:
+        """Whether a replayed step takes longer than the code: it has no kernel for scores."""
+        loss = self.loss
+        return isinstance(loss, LatentLoss) and loss.guide.latent_dim > MAX_WRITTEN_OUT
 
     def _best_backend(self, num_operations: int, best: str) -> str:
         """What the steps that are left repay."""

@@ -232,6 +232,16 @@ def test_auto_compiles_what_repays_it(monkeypatch):
     assert training.Run._best_backend.__doc__
 
 
+def test_auto_does_not_replay_what_is_slower_replayed(monkeypatch):
+    def many():
+        z = pyro.sample("z", dist.Normal(torch.zeros(70), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(z.sum(-1), 1.0), obs=torch.tensor(1.0))
+
+    monkeypatch.setattr(training, "FEWEST_STEPS", 10)
+    monkeypatch.setattr(training, "has_compiler", lambda _: False)
+    assert run(many, compile="auto")[0].backend == "eager"
+
+
 @pytest.mark.parametrize("num_operations", [100, 600, 5000])
 def test_long_runs_are_compiled_and_short_ones_replayed(num_operations):
     class Run:
