@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .networks import MaskedAutoregressiveNetwork
@@ -47,6 +46,8 @@ def load_kernel() -> None:
     """Compiles the kernel, or loads it where that was done; raises what the compiler raises."""
     if _kernel:
         return
+    from torch._inductor.runtime.cache_dir_utils import cache_dir  # which changes warnings' filters
+
     source = Path(__file__).with_suffix(".cpp")
     command = [os.environ.get("CXX", "g++"), *FLAGS, str(source)]
     made_for = [source.read_text(), command[0], *FLAGS, platform.platform(), _processor()]
