@@ -289,8 +289,7 @@ class CompiledTrace_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
                 graph = record(run, [tensor.detach() for tensor in tensors])
             if any(other != structure for other in self._structures):
                 raise _changes("its sites are not the same in two runs")
-        stated: Any = capture.trace.nodes
-        names = {name: _unconstrained(site["value"]) for name, site in stated.items()}
+        names = store.stated(capture.trace)
         step = _Step(graph, leaves, names, positions, self.backend, tensors)
         try:
             self._compare(step, args, kwargs, [loss, *gradients])
@@ -477,12 +476,6 @@ def recordable_loss(
             )
         total = total + _trace_loss(model_trace, guide_trace) / elbo.num_particles
     return torch.as_tensor(total)
-
-
-def _unconstrained(value: Any) -> Tensor:
-    """The tensor behind the statement of a parameter; a module's own states itself."""
-    found: Tensor = value.unconstrained() if hasattr(value, "unconstrained") else value
-    return found
 
 
 def _leaves_of(loss: Tensor) -> list[Tensor]:

@@ -155,8 +155,9 @@ class CompiledSteps:
         self, args: tuple[Any, ...], kwargs: dict[str, Any], backends: Sequence[str]
     ) -> Built | None:
         """The step for such arguments by one of these backends, if it was built."""
+        key = self._key(args, kwargs)
         for backend in backends:
-            built = self._known.get(self._key(args, kwargs, backend))
+            built = self._known.get((key, backend))
             if built is not None and built.graph.is_current:
                 held = {id(tensor) for tensor in built.graph.tensors}
                 if all(id(self.params.get(name)) in held for name in built.live):
@@ -217,7 +218,7 @@ class CompiledSteps:
                 kernel.join()
         built = Built(graph, live, backend, wanted, run)
         self.check(built, args, kwargs)
-        self._known[self._key(args, kwargs, wanted)] = built
+        self._known[self._key(args, kwargs), wanted] = built
         return built
 
     def start(self, built: Built) -> None:
@@ -314,10 +315,10 @@ class CompiledSteps:
         for param in self.params.values():
             param.grad = None
 
-    def _key(self, args: tuple[Any, ...], kwargs: dict[str, Any], backend: str) -> Any:
+    def _key(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kind = kind_of(self.loss.model, self.loss.guide, args, kwargs)
         settings = type(self.loss), self._settings, self._weighted, tuple(self.params)
-        return by_hash(self.loss.model), settings, kind, backend
+        return by_hash(self.loss.model), settings, kind
 
 
 def _disagreement(how: str) -> Refused:

@@ -13,13 +13,14 @@ from typing import Any
 
 import pyro
 import torch
+from pyro import poutine
 from pyro.distributions import constraints
 from pyro.nn import PyroModule
 from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["adopt", "declare", "has_from_file", "parameters_of", "state"]
+__all__ = ["adopt", "declare", "has_from_file", "parameters_of", "state", "stated"]
 
 _makers = WeakIdKeyDictionary()  # a parameter in the store: the guide that put it there, weakly
 _warned: weakref.WeakSet[PyroModule] = weakref.WeakSet()
@@ -84,6 +85,13 @@ def state(name: str, value: Tensor) -> None:
     """Makes Pyro's statement of a parameter that is not in the store: handlers hear of it."""
     value.unconstrained = weakref.ref(value)  # type: ignore[attr-defined]
     _statement(name, value, constraint=constraints.real, name=name)
+
+
+def stated(trace: poutine.Trace) -> dict[str, Tensor]:
+    """The unconstrained parameters that a run stated; a module's own stand for themselves."""
+    sites: dict[str, Any] = dict(trace.nodes)
+    values = {name: site["value"] for name, site in sites.items()}
+    return {n: v.unconstrained() if hasattr(v, "unconstrained") else v for n, v in values.items()}
 
 
 @effectful(type="param")

@@ -36,6 +36,7 @@ from .joint import LogJoint, quietly
 from .losses import LatentLoss, Loss, TraceLoss
 from .networks import MaskedAutoregressiveNetwork
 from .steps import Built, CompiledSteps
+from .store import stated
 from .weights import Particles, pareto_k
 
 __all__ = ["FitResult", "Run"]
@@ -52,7 +53,7 @@ TAILS, TAIL_COST, GOOD_K, NUM_TAIL = (0.01, 0.02, 0.04), 0.02, 0.5, 10_000
 
 # A weight of our networks counts one over the square root of its unit's inputs, so it may move by
 # more than a loc or a scale.
-NETWORK_RATE = 4.0
+RATES = (1.0, 4.0)
 
 # Steps that may fail in a row, and the share of all that may.
 MAX_SKIPPED, MAX_SHARE_SKIPPED = 25, 0.2
@@ -132,12 +133,8 @@ class Run:
         self.model, self.guide, self.batches = model, guide, batches
         self.num_steps, self.num_particles = num_steps, num_particles
         self.lr, self.clip_norm = lr, clip_norm
-        self.elbo, self.annealing, self.early_stop, self.compile = (
-            elbo,
-            annealing,
-            early_stop,
-            compile,
-        )
+        self.elbo, self.annealing = elbo, annealing
+        self.early_stop, self.compile = early_stop, compile
         self.checkpoint, self.checkpoint_every = checkpoint, checkpoint_every
         self.step, self.end = 0, num_steps
         self.falls_at = math.ceil((1 - FALL) * num_steps)
@@ -164,10 +161,13 @@ class Run:
             self.loss,
             self.params,
             self.optimizer,
-            factors=(1, NETWORK_RATE),
+            factors=RATES,
             weighted=self.annealing is not None,
             settings=(self.num_particles, *self._settings["loss"]),
         )
+        device = next(iter(self.params.values()), torch.zeros(())).device
+        replays = self.compile == "graph" or not has_compiler(device)
+        self.best = "graph" if replays else "inductor"
         waiting = [first] if saved is None else []  # else the run goes on with what follows
         if saved is not None:
             self._restore(saved)
@@ -244,7 +244,7 @@ class Run:
 
     def _make_optimizer(self, seen: poutine.Trace) -> None:
         self.params = {}
-        params = _params_of(seen).values()
+        params = stated(seen).values()
         fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in params)
         self.optimizer = torch.optim.Adam([{"params": []}, {"params": []}], lr=self.lr, fused=fused)
         self._add(seen)
@@ -254,7 +254,7 @@ class Run:
         modules = self.guide.modules() if isinstance(self.guide, nn.Module) else ()
         networks = [m for m in modules if isinstance(m, MaskedAutoregressiveNetwork)]
         of_networks = {id(p) for network in networks for p in network.parameters()}
-        for name, param in _params_of(seen).items():
+        for name, param in stated(seen).items():
             if self.params.get(name) is not param and param.requires_grad:
                 self.params[name] = param
                 group = self.optimizer.param_groups[id(param) in of_networks]
@@ -266,7 +266,7 @@ class Run:
         self.backend = "eager"
         self.steps.stop()
         rate, weight, covers, _ = self._numbers(self.step)
-        for group, factor in zip(self.optimizer.param_groups, (1, NETWORK_RATE), strict=True):
+        for group, factor in zip(self.optimizer.param_groups, RATES, strict=True):
             group["lr"] = rate * factor
         self.optimizer.zero_grad()
         self.loss.covers = bool(covers)
@@ -323,8 +323,7 @@ class Run:
         """The compiled step for these arguments, built if need be; None if there is to be none."""
         if self.compile is False:
             return None
-        device = next(iter(self.params.values()), torch.zeros(())).device
-        best = "graph" if self.compile == "graph" or not has_compiler(device) else "inductor"
+        best = self.best
         wanted = (best,) if self.compile != "auto" else ("inductor", "graph")
         if self.backend_before in wanted:  # this run goes on as it was
             best, wanted = self.backend_before, (self.backend_before,)
@@ -584,12 +583,6 @@ class Run:
         torch.set_rng_state(saved["rng"])
         if saved["cuda_rng"]:
             torch.cuda.set_rng_state_all(saved["cuda_rng"])
-
-
-def _params_of(trace: poutine.Trace) -> dict[str, Tensor]:
-    """The unconstrained parameters that a run stated."""
-    sites: dict[str, Any] = dict(trace.nodes)
-    return {name: site["value"].unconstrained() for name, site in sites.items()}
 
 
 def _next_multiple(step: int, size: int) -> int:
