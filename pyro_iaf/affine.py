@@ -61,16 +61,19 @@ class LocScale(SinglePass):
         return (self.coefficients, self.frame)
 
     def _compute(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        shift, log_scale, skew, log_tail = self.coefficients[:4].unbind()
+        # Parted once, as the gradient of each part for itself is as large as that of the whole.
+        rows, below = self.coefficients.tensor_split([4])
+        shift, log_scale, skew, log_tail = rows.unbind()
         inner = log_tail.exp() * x.asinh() + skew
         bent = inner.sinh()
         y = torch.addcmul(shift, log_scale.exp(), bent)
-        if len(self.coefficients) > 4:
-            y = y + bent @ self._below_diagonal().mT
-        return self.frame[0] + self._from_frame(y), self._log_scale() + self._log_slope(x, bent)
+        if len(below):
+            y = y + bent @ self._below_diagonal(below).mT
+        log_scale = self._log_scale(log_scale) + self._log_slope(x, bent, log_tail)
+        return self.frame[0] + self._from_frame(y), log_scale
 
-    def _log_slope(self, x: Tensor, bent: Tensor) -> Tensor:
-        return self.coefficients[3] + ((1 + bent.square()).log() - (1 + x.square()).log()) / 2
+    def _log_slope(self, x: Tensor, bent: Tensor, log_tail: Tensor) -> Tensor:
+        return log_tail + ((1 + bent.square()).log() - (1 + x.square()).log()) / 2
 
     def _undo(self, y: Tensor, method: str = "auto") -> tuple[Tensor, Tensor]:
         y = y - self.frame[0]
@@ -82,7 +85,8 @@ class LocScale(SinglePass):
         else:
             bent = y / self.coefficients[1].exp()
         x = ((bent.asinh() - self.coefficients[2]) / self.coefficients[3].exp()).sinh()
-        return x, self._log_scale() + self._log_slope(x, bent)
+        log_slope = self._log_slope(x, bent, self.coefficients[3])
+        return x, self._log_scale(self.coefficients[1]) + log_slope
 
     def _undo_known(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         return self._undo(y)
@@ -107,21 +111,21 @@ class LocScale(SinglePass):
         bent = torch.addcmul(self.coefficients[2], tail, x.asinh())
         return bent.tanh() * tail * wide.rsqrt() - x / wide
 
-    def _log_scale(self) -> Tensor:
+    def _log_scale(self, learned: Tensor) -> Tensor:
         frame = self.frame[1:]
         diagonal = frame.diagonal() if len(frame) > 1 else frame[0]
-        return self.coefficients[1] + diagonal.log()
+        return learned + diagonal.log()
 
     def _from_frame(self, y: Tensor) -> Tensor:
         frame = self.frame[1:]
         return y @ frame.mT if len(frame) > 1 else y * frame[0]
 
-    def _below_diagonal(self) -> Tensor:
+    def _below_diagonal(self, below: Tensor) -> Tensor:
         # An optimiser moves all its numbers at once, so each counts the less, the more there are.
-        return self.coefficients[4:].tril(-1) / math.sqrt(self.input_dim)
+        return below.tril(-1) / math.sqrt(self.input_dim)
 
     def _learned(self) -> Tensor:
-        return self._below_diagonal() + self.coefficients[1].exp().diag()
+        return self._below_diagonal(self.coefficients[4:]) + self.coefficients[1].exp().diag()
 
     def __getstate__(self) -> dict[str, Any]:
         # Pyro's store leaves a weak reference on what it holds.

@@ -22,6 +22,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from .graphs import tidy
+from .kept import kept_buffers
 
 __all__ = ["BACKENDS", "Lowered", "choose_backend", "has_compiler", "lower", "warm_up"]
 
@@ -147,6 +148,7 @@ def _compiled(fn: Callable[..., Any], example: list[Tensor]) -> Lowered:
     if any(tensor.is_cuda for tensor in example):
         return _on_cuda(fn)
     # Not torch.compile: it would trace once more, and guard at each call what is known here.
+    from torch._decomp import get_decompositions
     from torch._guards import TracingContext, tracing
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner
@@ -154,13 +156,15 @@ def _compiled(fn: Callable[..., Any], example: list[Tensor]) -> Lowered:
     from torch._inductor.virtualized import V
 
     functional = torch.func.functionalize(fn, remove="mutations")
-    module = make_fx(functional, select_decomp_table(), tracing_mode="fake")(*example)
+    decompositions = {**select_decomp_table(), **get_decompositions([torch.ops.aten.addmm])}
+    module = make_fx(functional, decompositions, tracing_mode="fake")(*example)
     _use_known_solver(module)
     values = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
     mode = values[0].fake_mode
     settings = {
         "cpp.min_chunk_size": NUMBERS_PER_THREAD,
         "size_asserts": False,  # whoever calls has compared shapes and strides
+        "use_post_grad_passes": False,  # on small matrices addmm is slower than what it is made of
     }
     settings = {name: value for name, value in settings.items() if name in config.get_config_copy()}
     with (
@@ -168,6 +172,7 @@ def _compiled(fn: Callable[..., Any], example: list[Tensor]) -> Lowered:
         tracing(TracingContext(mode)),
         V.set_fake_mode(mode),
         _without_remarks(),
+        kept_buffers(),
     ):
         compiled: Any = compile_fx_inner(module, values, cpp_wrapper=True, is_inference=True)
     return compiled.current_callable  # type: ignore[no-any-return]

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <stdexcept>
 #include <thread>
 #include <vector>
 
@@ -90,14 +91,97 @@ static void carry_all(int64_t K, int64_t num_threads, int64_t num_flows, int64_t
   for (auto& thread : others) thread.join();
 }
 
-extern "C" void carry_float(int64_t K, int64_t num_threads, int64_t num_flows, int64_t D, int64_t L,
-                            const int64_t* widths, const void** tensors, const float* score,
-                            float* u) {
-  carry_all(K, num_threads, num_flows, D, L, widths, tensors, score, u);
+// PyTorch's stable interface, as far as it is used here (torch/csrc/inductor/aoti_torch/c/shim.h).
+using Handle = void*;  // of a tensor, owned
+extern "C" {
+int32_t aoti_torch_get_data_ptr(Handle, void**);
+int32_t aoti_torch_get_sizes(Handle, int64_t**);
+int32_t aoti_torch_get_dtype(Handle, int32_t*);
+int32_t aoti_torch_is_contiguous(Handle, bool*);
+int32_t aoti_torch_empty_strided(int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t,
+                                 Handle*);
+int32_t aoti_torch_copy_(Handle, Handle, int32_t);
+int32_t aoti_torch_delete_tensor_object(Handle);
+int32_t aoti_torch_dtype_float32();
+int32_t aoti_torch_device_type_cpu();
+int32_t aoti_torch_library_init_impl(const char*, const char*, const char*, uint32_t, void**);
+int32_t aoti_torch_library_impl(void*, const char*, void (*)(uint64_t*, uint64_t, uint64_t));
 }
 
-extern "C" void carry_double(int64_t K, int64_t num_threads, int64_t num_flows, int64_t D,
-                             int64_t L, const int64_t* widths, const void** tensors,
-                             const double* score, double* u) {
-  carry_all(K, num_threads, num_flows, D, L, widths, tensors, score, u);
+static void check(int32_t error) {
+  if (error) throw std::runtime_error("PyTorch refused a call of pyro_iaf::carry");
+}
+
+static Handle new_matrix(const int64_t* sizes, int32_t dtype) {
+  const int64_t strides[] = {sizes[1], 1};
+  Handle made;
+  check(aoti_torch_empty_strided(2, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &made));
+  return made;
+}
+
+static const int64_t* sizes_of(Handle tensor) {
+  int64_t* sizes;
+  check(aoti_torch_get_sizes(tensor, &sizes));
+  return sizes;
+}
+
+static int32_t dtype_of(Handle tensor) {
+  int32_t dtype;
+  check(aoti_torch_get_dtype(tensor, &dtype));
+  return dtype;
+}
+
+static void* data_of(Handle tensor) {
+  void* data;
+  check(aoti_torch_get_data_ptr(tensor, &data));
+  return data;
+}
+
+// The operation: the score, the tensors of the flows, the number of flows and that of threads lie
+// on a stack, where the tensors are ours to delete and the first place takes what is returned.
+static void carry_operation(uint64_t* stack, uint64_t num_arguments, uint64_t) {
+  const int64_t count = num_arguments - 3;
+  const int64_t num_flows = stack[count + 1], num_threads = stack[count + 2];
+  const int64_t each = count / num_flows, L = (each - 7) / 2;
+  std::vector<const void*> data;
+  std::vector<int64_t> widths;
+  for (int64_t k = 0; k <= count; ++k) {
+    Handle tensor = reinterpret_cast<Handle>(stack[k]);
+    bool is_contiguous;
+    check(aoti_torch_is_contiguous(tensor, &is_contiguous));
+    if (!is_contiguous) {
+      Handle copy = new_matrix(sizes_of(tensor), dtype_of(tensor));
+      check(aoti_torch_copy_(copy, tensor, 0));
+      check(aoti_torch_delete_tensor_object(tensor));
+      stack[k] = reinterpret_cast<uint64_t>(tensor = copy);
+    }
+    data.push_back(data_of(tensor));
+    const int64_t place = (k - 1) % each;
+    if (k && place >= 4 && place < 4 + L) widths.push_back(sizes_of(tensor)[1]);
+  }
+  Handle score = reinterpret_cast<Handle>(stack[0]);
+  const int64_t K = sizes_of(score)[0], D = sizes_of(score)[1];
+  const int32_t dtype = dtype_of(score);
+  Handle found = new_matrix(sizes_of(score), dtype);
+  auto run = [&](auto zero) {
+    using T = decltype(zero);
+    carry_all(K, num_threads, num_flows, D, L, widths.data(), data.data() + 1,
+              static_cast<const T*>(data[0]), static_cast<T*>(data_of(found)));
+  };
+  if (dtype == aoti_torch_dtype_float32()) {
+    run(0.0f);
+  } else {
+    run(0.0);
+  }
+  for (int64_t k = 0; k <= count; ++k) {
+    check(aoti_torch_delete_tensor_object(reinterpret_cast<Handle>(stack[k])));
+  }
+  stack[0] = reinterpret_cast<uint64_t>(found);
+}
+
+// Makes it the kernel of an operation that was defined, from now on.
+extern "C" void register_carry(const char* name) {
+  void* library;
+  check(aoti_torch_library_init_impl("pyro_iaf", "CPU", __FILE__, __LINE__, &library));
+  check(aoti_torch_library_impl(library, name, carry_operation));
 }

@@ -40,6 +40,7 @@ FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-pthread"]
 
 _kernel: list[ctypes.CDLL] = []
 _libraries: list[torch.library.Library] = []
+_defined: list[str] = []
 
 
 def load_kernel() -> None:
@@ -49,8 +50,10 @@ def load_kernel() -> None:
     from torch._inductor.runtime.cache_dir_utils import cache_dir  # which changes warnings' filters
 
     source = Path(__file__).with_suffix(".cpp")
+    libraries = Path(torch.__file__).parent / "lib"
     command = [os.environ.get("CXX", "g++"), *FLAGS, str(source)]
-    made_for = [source.read_text(), command[0], *FLAGS, platform.platform(), _processor()]
+    command += [f"-L{libraries}", "-ltorch_cpu", f"-Wl,-rpath,{libraries}"]
+    made_for = [source.read_text(), *command, torch.__version__, platform.platform(), _processor()]
     name = f"pyro_iaf_carry_{hashlib.sha256(repr(made_for).encode()).hexdigest()[:16]}.so"
     library = Path(cache_dir()) / name
     if not library.exists():
@@ -59,11 +62,9 @@ def load_kernel() -> None:
             fresh = Path(folder) / name
             subprocess.run([*command, "-o", str(fresh)], check=True, capture_output=True)
             fresh.replace(library)
-    kernel = ctypes.CDLL(str(library))
-    for run in (kernel.carry_float, kernel.carry_double):
-        run.argtypes = [*5 * [ctypes.c_int64], *4 * [ctypes.c_void_p]]
-        run.restype = None
-    _kernel.append(kernel)
+    _kernel.append(ctypes.CDLL(str(library)))
+    for name in _defined:
+        _kernel[0].register_carry(name.encode())
 
 
 def _processor() -> str:
@@ -108,7 +109,10 @@ def carried(score: Tensor, flows: Sequence[Carrier]) -> Tensor:
             bounds = torch.arange(D + 1, device=score.device)
             starts = torch.stack([torch.searchsorted(d, bounds) for d in network.hidden_degrees()])
         tensors += [*weights, network.order, starts]
-    found: Tensor = _operation(len(tensors))(score.reshape(K, D), *tensors, len(flows))
+    numbers = K * sum(weight.numel() for _, _, weights, _ in flows for weight in weights)
+    num_threads = max(1, min(torch.get_num_threads(), K, numbers // WORK_PER_THREAD))
+    run = _operation(len(tensors)) if score.dtype in (torch.float32, torch.float64) else _in_slow
+    found: Tensor = run(score.reshape(K, D), *tensors, len(flows), num_threads)
     return found.reshape(score.shape)
 
 
@@ -119,39 +123,23 @@ def _operation(count: int) -> Any:
     name = f"carry_{count}"
     arguments = ", ".join(["Tensor score", *(f"Tensor t{k}" for k in range(count))])
     library = torch.library.Library("pyro_iaf", "FRAGMENT")
-    library.define(f"{name}({arguments}, int num_flows) -> Tensor")
-    library.impl(name, _on_cpu, "CPU")
+    library.define(f"{name}({arguments}, int num_flows, int num_threads) -> Tensor")
+    library.impl(name, _in_slow, "CompositeExplicitAutograd")  # where no kernel is registered
     library.impl(name, lambda score, *_: torch.empty_like(score), "Meta")
     _libraries.append(library)  # an operation lasts as long as its library
+    _defined.append(name)
+    if _kernel:
+        _kernel[0].register_carry(name.encode())
     return getattr(torch.ops.pyro_iaf, name).default
-
-
-def _on_cpu(score: Tensor, *arguments: Any) -> Tensor:
-    *tensors, num_flows = arguments
-    if not _kernel or score.dtype not in (torch.float32, torch.float64):
-        return _in_slow(score, tensors, num_flows)
-    (K, D), L = score.shape, _num_layers(tensors, num_flows)
-    score = score.contiguous()
-    tensors = [part if part.is_contiguous() else part.contiguous() for part in tensors]
-    pointers = (ctypes.c_void_p * len(tensors))(*[part.data_ptr() for part in tensors])
-    of_each = range(0, len(tensors), 2 * L + 7)
-    sizes = [bend.shape[1] for k in of_each for bend in tensors[k + 4 : k + 4 + L]]
-    widths = (ctypes.c_int64 * len(sizes))(*sizes)
-    work = K * (sum(sizes) * D + sum(size * size for size in sizes))
-    threads = max(1, min(torch.get_num_threads(), K, work // WORK_PER_THREAD))
-    (kernel,) = _kernel
-    run = kernel.carry_float if score.dtype == torch.float32 else kernel.carry_double
-    out = torch.empty_like(score)
-    run(K, threads, num_flows, D, L, widths, pointers, score.data_ptr(), out.data_ptr())
-    return out
 
 
 def _num_layers(tensors: list[Tensor], num_flows: int) -> int:
     return (len(tensors) // num_flows - 7) // 2
 
 
-def _in_slow(score: Tensor, tensors: list[Tensor], num_flows: int) -> Tensor:
+def _in_slow(score: Tensor, *arguments: Any) -> Tensor:
     """The same without the kernel."""
+    *tensors, num_flows, _ = arguments
     L = _num_layers(tensors, num_flows)
     for k in range(0, len(tensors), 2 * L + 7):
         slopes, bends, weights, (order, starts) = (

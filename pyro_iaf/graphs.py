@@ -30,6 +30,9 @@ __all__ = ["Graph", "Refused", "kind_of_tensor", "record", "tidy"]
 # Code of these is not where a user's mistake is.
 LIBRARIES = [Path(torch.__file__).parent, Path(pyro.__file__).parent, Path(__file__).parent]
 
+# The same calls read by other code, in a quarter of the time.
+QUICKER = {torch.ops.aten.randn.default: torch.randn, torch.ops.aten.rand.default: torch.rand}
+
 
 class Refused(ValueError):  # noqa: N818
     """Why code can't be run as a graph, and what to do."""
@@ -357,6 +360,9 @@ def _draw_ahead(module: fx.GraphModule) -> fx.GraphModule:
         if node in random or node in drawn:
             module.graph.erase_node(node)
     tidy(module)
+    for node in ahead.graph.nodes:
+        node.target = QUICKER.get(node.target, node.target)
+    ahead.recompile()
     return ahead
 
 

@@ -295,16 +295,17 @@ class Run:
         take = self.steps.bind(built, args, kwargs)
         pairs: list[Tensor] = []
         left: list[Any] = []
-        for step, numbers in zip(steps, rows.unbind(), strict=True):
-            if pairs and self.batches.change:
-                batch = self.batches.next()
-                if self.steps.find(*batch, (built.wanted,)) is not built:
-                    left.append(batch)
-                    break
-                take = self.steps.bind(built, *batch)
-            with torch.no_grad():
+        with torch.no_grad():
+            for step, numbers in zip(steps, rows.unbind(), strict=True):
+                if pairs and self.batches.change:
+                    with torch.enable_grad():  # it is the user's code
+                        batch = self.batches.next()
+                    if self.steps.find(*batch, (built.wanted,)) is not built:
+                        left.append(batch)
+                        break
+                    take = self.steps.bind(built, *batch)
                 pairs.append(take(numbers))
-            self._average_in(step + 1, params)
+                self._average_in(step + 1, params)
         self.steps.write()
         for value, size in torch.stack(pairs).tolist():
             self._account(value, size, args, kwargs)

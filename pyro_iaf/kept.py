@@ -1,0 +1,139 @@
+r"""Compiled code that keeps its buffers from one call to the next.
+
+A small step writes some sixty buffers and looks at them in some sixty views. PyTorch's compiler
+makes each of them anew at each call, which takes longer than to fill them. Here a buffer is made at
+the first call and stays, and so do views of it. What is returned is copied.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+__all__ = ["kept_buffers"]
+
+# Buffers of more numbers are made anew: they would hold much memory, and take longer to fill.
+MOST_NUMBERS = 2**18
+
+# Stands where the compiler's own code has RAIIAtenTensorHandle, with whose methods it is used.
+KEPT = r"""
+#include <initializer_list>
+#include <mutex>
+#include <type_traits>
+
+struct Kept {
+  AtenTensorHandle handle;
+  void* data = nullptr;
+  explicit Kept(AtenTensorHandle made) : handle(made) {
+    AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(made, &data));
+  }
+  operator AtenTensorHandle() const { return handle; }
+  AtenTensorHandle get() const { return handle; }
+  void* data_ptr() const { return data; }
+  void reset() const {}
+  AtenTensorHandle release() const {
+    AtenTensorHandle copy;
+    AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_clone(handle, &copy));
+    return copy;
+  }
+};
+
+static AtenTensorHandle new_buffer(std::initializer_list<int64_t> sizes,
+                                   std::initializer_list<int64_t> strides, int32_t dtype) {
+  AtenTensorHandle made;
+  AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      sizes.size(), sizes.begin(), strides.begin(), dtype, aoti_torch_device_type_cpu(), 0, &made));
+  return made;
+}
+
+#define VIEW_OF(base, made)                                \
+  ([&] {                                                   \
+    if constexpr (std::is_same_v<decltype(base), Kept>) {  \
+      static Kept view(made);                              \
+      return view;                                         \
+    } else {                                               \
+      return RAIIAtenTensorHandle(made);                   \
+    }                                                      \
+  }())
+"""
+
+# One thread at a time, as they would write into the same buffers.
+ALONE = "static std::mutex busy; std::lock_guard<std::mutex> alone(busy);"
+
+FRESH_VIEW = "wrap_with_raii_handle_if_needed(reinterpret_tensor_wrapper("
+
+
+@contextmanager
+def kept_buffers() -> Iterator[None]:
+    """Within it, what is compiled for the CPU with the C++ wrapper keeps its buffers."""
+    from torch._inductor.codegen import common
+
+    common.init_backend_registration()
+    usual = common.device_codegens["cpu"]
+    common.device_codegens["cpu"] = dataclasses.replace(usual, cpp_wrapper_codegen=_wrapper_class())
+    try:
+        yield
+    finally:
+        common.device_codegens["cpu"] = usual
+
+
+def _wrapper_class() -> Any:
+    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
+
+    class KeepsBuffers(CppWrapperCpu):  # type: ignore[misc]
+        """Writes the code around the kernels, which makes buffers and calls one after the other."""
+
+        @staticmethod
+        def create(*_: Any, **__: Any) -> KeepsBuffers:
+            return KeepsBuffers()
+
+        def write_prefix(self) -> None:
+            super().write_prefix()
+            self.prefix.splice(KEPT)
+
+        def generate_start_graph(self) -> None:
+            self.wrapper_call.writeline(ALONE)
+
+        def make_allocation(
+            self,
+            name: str,
+            device: Any,
+            dtype: Any,
+            shape: Sequence[Any],
+            stride: Sequence[Any],
+            allocation_shape: Sequence[Any] | None = None,
+            is_pinned: bool = False,
+        ) -> str:
+            is_plain = allocation_shape is None or list(allocation_shape) == list(shape)
+            if not is_plain or is_pinned or math.prod(map(int, shape)) > MOST_NUMBERS:
+                made: str = super().make_allocation(
+                    name, device, dtype, shape, stride, allocation_shape, is_pinned
+                )
+                return made
+            sizes, strides = (
+                "{" + ", ".join(f"{int(k)}L" for k in numbers) + "}" for numbers in (shape, stride)
+            )
+            return (
+                f"static Kept {name}(new_buffer({sizes}, {strides}, {self.codegen_dtype(dtype)}));"
+            )
+
+        def codegen_reinterpret_view(self, data: Any, *arguments: Any, **others: Any) -> str:
+            code: str = super().codegen_reinterpret_view(data, *arguments, **others)
+            if not code.startswith(FRESH_VIEW):
+                return code
+            return f"VIEW_OF({data.get_name()}, {code.split('(', 1)[1]}"
+
+        def generate_return(self, output_refs: list[str]) -> None:
+            # All views are taken before the first buffer is given away.
+            for k, ref in enumerate(output_refs):
+                if ref.startswith("VIEW_OF("):
+                    self.wrapper_call.writeline(f"auto output_{k} = {ref};")
+            named = [
+                f"output_{k}" if r.startswith("VIEW_OF(") else r for k, r in enumerate(output_refs)
+            ]
+            super().generate_return(named)
+
+    return KeepsBuffers
