@@ -58,9 +58,10 @@ RATES = (1.0, 4.0)
 # Steps that may fail in a row, and the share of all that may.
 MAX_SKIPPED, MAX_SHARE_SKIPPED = 25, 0.2
 
-# Compiled steps between two looks at the losses and the parameters; and how often arguments of a
-# further kind have to come to be worth compiling for.
-CHUNK, RARE = 50, 20
+# Compiled steps between two looks at the losses and the parameters: the first time, and the most;
+# it should not take more seconds. How often arguments of a further kind have to come to be worth
+# compiling for.
+FIRST_CHUNK, LARGEST_CHUNK, SECONDS_A_CHUNK, RARE = 50, 500, 0.2, 20
 
 # Runs of fewer steps are not worth a graph. For each of its operations a replay saves so many
 # seconds a step and a compiled graph twice that, which takes so many seconds to compile.
@@ -145,6 +146,7 @@ class Run:
         self.backend = "eager"
         self.backend_before = ""
         self.num_found, self.next_check = 0, 1
+        self.chunk = FIRST_CHUNK
         self.live: list[str] = []
         self.kinds: Counter[Any] = Counter()
         self.builds: Counter[Any] = Counter()
@@ -286,6 +288,7 @@ class Run:
 
     def _replay(self, built: Built, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """Takes compiled steps until there is something to see to; returns a batch left over."""
+        began = time.perf_counter()
         self.backend = built.backend
         self.steps.start(built)
         params = dict(zip(built.live, self.steps.views, strict=True))
@@ -307,13 +310,15 @@ class Run:
                 pairs.append(take(numbers))
                 self._average_in(step + 1, params)
         self.steps.write()
+        affordable = SECONDS_A_CHUNK * len(pairs) / (time.perf_counter() - began)
+        self.chunk = max(1, min(int(affordable), 2 * self.chunk, LARGEST_CHUNK))
         for value, size in torch.stack(pairs).tolist():
             self._account(value, size, args, kwargs)
         return left
 
     def _num_undisturbed(self) -> int:
         """How many steps there are to the next that something hangs on."""
-        ends = [self.step + CHUNK, self.end, _next_multiple(self.step, self._stretch)]
+        ends = [self.step + self.chunk, self.end, _next_multiple(self.step, self._stretch)]
         if self.checkpoint:
             ends.append(_next_multiple(self.step, self.checkpoint_every))
         return min(ends) - self.step
