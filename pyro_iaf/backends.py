@@ -34,6 +34,12 @@ Lowered = Callable[[list[Tensor]], Sequence[Tensor]]
 # Loops over fewer numbers than this stay in one thread: it takes microseconds to wake another.
 NUMBERS_PER_THREAD = 16384
 
+# A program that compiles to nothing, with all headers.
+NOTHING = """
+#include <torch/csrc/inductor/cpp_wrapper/cpu.h>
+void inductor_entry_impl(AtenTensorHandle*, AtenTensorHandle*) {}
+"""
+
 
 def has_compiler(device: torch.device) -> bool:
     """Whether steps on this device can be compiled."""
@@ -61,14 +67,54 @@ def choose_backend(backend: str, device: torch.device) -> str:
 
 
 def warm_up() -> None:
-    """Begins what compiling needs first: trying what the processor can, in other processes."""
+    """Begins what compiling needs first on a machine, in other processes.
 
-    def probe() -> None:
+    That is what the compiler can make for the processor, and PyTorch's headers in its own form.
+    """
+    if not _warming:
+        _warming.append(threading.Thread(target=_warm_up, daemon=True))
+        _warming[0].start()
+
+
+_warming: list[threading.Thread] = []
+_processor_is_known = threading.Event()
+
+
+def _warm_up() -> None:
+    from torch._inductor import config
+
+    try:
         from torch._inductor import cpu_vec_isa
+        from torch._inductor.codecache import CppWrapperCodeCache
 
-        cpu_vec_isa.pick_vec_isa()
+        with config.patch(_settings()):
+            cpu_vec_isa.pick_vec_isa()
+        _processor_is_known.set()
+        CppWrapperCodeCache.load_pybinding(
+            argtypes=["std::vector<AtenTensorHandle>"],
+            main_code=NOTHING,
+            device_type="cpu",
+            needs_vec_isa=True,
+            num_outputs=0,
+        )
+    except Exception as error:  # whoever compiles next meets it again, and says so
+        logging.getLogger(__name__).debug("not warmed up: %s", error)
+    finally:
+        _processor_is_known.set()
 
-    threading.Thread(target=probe, daemon=True).start()
+
+def _settings() -> dict[str, Any]:
+    """What differs from the compiler's defaults, as far as its version knows it."""
+    from torch._inductor import config
+
+    settings: dict[str, Any] = {
+        "cpp.min_chunk_size": NUMBERS_PER_THREAD,
+        "size_asserts": False,  # whoever calls has compared shapes and strides
+        "use_post_grad_passes": False,  # on small matrices addmm is slower than what it is made of
+    }
+    if torch.backends.cpu.get_cpu_capability() == "AVX512":
+        settings["cpp.vec_isa_ok"] = True  # PyTorch's own kernels are of that kind: don't try again
+    return {name: value for name, value in settings.items() if name in config.get_config_copy()}
 
 
 def lower(fn: Callable[..., Any], example: Sequence[Tensor], backend: str) -> tuple[Lowered, str]:
@@ -147,6 +193,7 @@ def _leave_out_views(module: fx.GraphModule) -> None:
 def _compiled(fn: Callable[..., Any], example: list[Tensor]) -> Lowered:
     if any(tensor.is_cuda for tensor in example):
         return _on_cuda(fn)
+    warm_up()
     # Not torch.compile: it would trace once more, and guard at each call what is known here.
     from torch._decomp import get_decompositions
     from torch._guards import TracingContext, tracing
@@ -161,14 +208,9 @@ def _compiled(fn: Callable[..., Any], example: list[Tensor]) -> Lowered:
     _use_known_solver(module)
     values = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
     mode = values[0].fake_mode
-    settings = {
-        "cpp.min_chunk_size": NUMBERS_PER_THREAD,
-        "size_asserts": False,  # whoever calls has compared shapes and strides
-        "use_post_grad_passes": False,  # on small matrices addmm is slower than what it is made of
-    }
-    settings = {name: value for name, value in settings.items() if name in config.get_config_copy()}
+    _processor_is_known.wait()
     with (
-        config.patch(settings),
+        config.patch(_settings()),
         tracing(TracingContext(mode)),
         V.set_fake_mode(mode),
         _without_remarks(),

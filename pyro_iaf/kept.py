@@ -94,8 +94,9 @@ def _wrapper_class() -> Any:
             super().write_prefix()
             self.prefix.splice(KEPT)
 
-        def generate_start_graph(self) -> None:
-            self.wrapper_call.writeline(ALONE)
+        def write_wrapper_decl(self) -> None:
+            super().write_wrapper_decl()
+            self.prefix.writeline(ALONE)
 
         def make_allocation(
             self,

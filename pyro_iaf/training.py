@@ -367,7 +367,7 @@ class Run:
             raise Refused(
                 "A number, a module or a parameter that the compiled step relies on keeps changing."
             )
-        if best == "inductor":
+        if best == "inductor" and self.compile != "auto":
             warm_up()
         graph, live = self.steps.record(args, kwargs)
         self.live = self.live or live

@@ -1,0 +1,89 @@
+import threading
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from pyro_iaf import backends, kept
+from pyro_iaf.backends import lower
+
+pytestmark = pytest.mark.skipif(
+    not backends.has_compiler(torch.device("cpu")), reason="there is no C++ compiler"
+)
+
+FUNCTIONS = {
+    "a buffer": lambda x: (torch.cumsum(x, 0) @ x,),
+    "a buffer and views of it": lambda x: ((y := x @ x.T), y[1:], y.reshape(-1), y.T),
+    "one buffer twice": lambda x: ((y := x @ x), y),
+    "an argument": lambda x: (x, x[0], (x @ x).exp()),
+    "what a library made": lambda x: torch.linalg.qr(x),
+    "views of what a library made": lambda x: ((q := torch.linalg.qr(x)[0]), q.T, q[2:]),
+    "chains of products": lambda x: (((x @ x).tanh() @ x.T).exp().sum(0), (x @ x @ x).sum()),
+    "a buffer too large to keep": lambda x: (
+        (y := x.repeat(200, 200)).sum(0),
+        (y * 2).tanh() @ y.T[:, :3],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_compiled_code_gives_the_same_at_every_call_and_nothing_it_gave_changes(name):
+    function = FUNCTIONS[name]
+    inputs = [torch.randn(4, 4) for _ in range(3)]
+    run, backend = lower(function, inputs[:1], "inductor")
+    assert backend == "inductor"
+    found = [run([x]) for x in inputs]  # compared when all is done
+    for x, outputs in zip(inputs, found, strict=True):
+        assert_close(list(outputs), list(function(x)))
+
+
+def test_what_it_writes_into_is_the_argument():
+    def count(state, x):
+        state.add_(x @ x)
+        return (state.sum(),)
+
+    x, state = torch.randn(4, 4), torch.zeros(4, 4)
+    run, _ = lower(count, [state, x], "inductor")
+    for k in range(1, 4):
+        (total,) = run([state, x])
+        assert_close(state, k * (x @ x))
+        assert_close(total, state.sum())
+
+
+def test_buffers_stay_where_they_are():
+    run, _ = lower(lambda x: ((x @ x).exp() @ x,), [torch.randn(8, 8)], "inductor")
+    x = torch.randn(8, 8)
+    run([x])
+    with torch.profiler.profile(profile_memory=True) as profile:
+        run([x])
+    made = [event for event in profile.events() if event.name == "[memory]"]
+    taken = sum(event.cpu_memory_usage > 0 for event in made)
+    assert taken <= 1  # the copy that is returned
+
+
+def test_threads_do_not_write_into_each_others_buffers():
+    run, _ = lower(lambda x: ((x @ x).tanh() @ x,), [torch.randn(64, 64)], "inductor")
+    inputs = [torch.randn(64, 64) for _ in range(4)]
+    found = [[] for _ in inputs]
+
+    def work(k):
+        found[k] += [run([inputs[k]])[0] for _ in range(200)]
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for x, outputs in zip(inputs, found, strict=True):
+        assert_close(outputs, [run([x])[0]] * len(outputs))
+
+
+def test_others_that_compile_are_left_alone():
+    from torch._inductor.codegen import common
+
+    common.init_backend_registration()
+    usual = common.device_codegens["cpu"]
+    with pytest.raises(ZeroDivisionError), kept.kept_buffers():
+        assert common.device_codegens["cpu"] is not usual
+        1 / 0
+    assert common.device_codegens["cpu"] is usual
