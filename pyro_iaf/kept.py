@@ -8,9 +8,11 @@ the first call and stays, and so do views of it. What is returned is copied.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 __all__ = ["kept_buffers"]
@@ -70,12 +72,16 @@ FRESH_VIEW = "wrap_with_raii_handle_if_needed(reinterpret_tensor_wrapper("
 def kept_buffers() -> Iterator[None]:
     """Within it, what is compiled for the CPU with the C++ wrapper keeps its buffers."""
     from torch._inductor.codegen import common
+    from torch.compiler import config
 
     common.init_backend_registration()
     usual = common.device_codegens["cpu"]
     common.device_codegens["cpu"] = dataclasses.replace(usual, cpp_wrapper_codegen=_wrapper_class())
+    # Code that other wrappers wrote, or other versions of this one, lies in the same cache.
+    own = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     try:
-        yield
+        with config.patch(cache_key_tag=config.cache_key_tag + own):
+            yield
     finally:
         common.device_codegens["cpu"] = usual
 
@@ -83,7 +89,7 @@ def kept_buffers() -> Iterator[None]:
 def _wrapper_class() -> Any:
     from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
 
-    class KeepsBuffers(CppWrapperCpu):  # type: ignore[misc]
+    class KeepsBuffers(CppWrapperCpu):
         """Writes the code around the kernels, which makes buffers and calls one after the other."""
 
         @staticmethod

