@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 __all__ = ["kept_buffers"]
 
 # Buffers of more numbers are made anew: they would hold much memory, and take longer to fill.
@@ -72,12 +74,12 @@ FRESH_VIEW = "wrap_with_raii_handle_if_needed(reinterpret_tensor_wrapper("
 def kept_buffers() -> Iterator[None]:
     """Within it, what is compiled for the CPU with the C++ wrapper keeps its buffers."""
     from torch._inductor.codegen import common
-    from torch.compiler import config
 
     common.init_backend_registration()
     usual = common.device_codegens["cpu"]
     common.device_codegens["cpu"] = dataclasses.replace(usual, cpp_wrapper_codegen=_wrapper_class())
     # Code that other wrappers wrote, or other versions of this one, lies in the same cache.
+    config: Any = torch.compiler.config
     own = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     try:
         with config.patch(cache_key_tag=config.cache_key_tag + own):

@@ -210,12 +210,10 @@ class CompiledSteps:
             numbers = torch.ones(4, dtype=torch.float64, device=adam.values.device)
             example = _arguments(adam, graph, args, kwargs)(numbers)
             whole = _whole_step(graph, adam, len(opened(args, kwargs)[0]))
-            kernel = Thread(target=load_kernel) if backend == "inductor" else None
-            if kernel:
-                kernel.start()
+            kernel = Thread(target=load_kernel)
+            kernel.start()
             run, backend = lower(whole, example, backend)
-            if kernel:
-                kernel.join()
+            kernel.join()
         built = Built(graph, live, backend, wanted, run)
         self.check(built, args, kwargs)
         self._known[self._key(args, kwargs), wanted] = built

@@ -376,7 +376,7 @@ class Run:
             return None
         if self.compile == "auto" and not self.backend_before:
             best = self._best_backend(len(graph.module.graph.nodes), best)
-            if best == "graph" and self._is_slow_without_kernel:
+            if best == "graph" and self._is_slower_replayed:
                 self.compile = False
                 return None
         if best == "inductor":
@@ -384,8 +384,8 @@ class Run:
         return self.steps.build(args, kwargs, graph, live, best)
 
     @property
-    def _is_slow_without_kernel(self) -> bool:
-        """Whether a replayed step takes longer than the code: it has no kernel for scores."""
+    def _is_slower_replayed(self) -> bool:
+        """Whether a replay, which writes Adam out, takes longer than the code: its flows are wide."""
         loss = self.loss
         return isinstance(loss, LatentLoss) and loss.guide.latent_dim > MAX_WRITTEN_OUT
 
