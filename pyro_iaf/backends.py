@@ -58,8 +58,8 @@ def choose_backend(backend: str, device: torch.device) -> str:
         return "inductor"
     warnings.warn(
         "There is no C++ compiler here, so steps are replayed operation by operation, "
-        'backend="graph": up to twice as fast as Pyro, where compiled ones are up to fifty times as '
-        "fast. Install g++, or name a compiler in CXX.",
+        'backend="graph": up to twice as fast as Pyro, where compiled ones are up to fifty times '
+        "as fast. Install g++, or name a compiler in CXX.",
         UserWarning,
         stacklevel=3,
     )

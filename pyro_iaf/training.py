@@ -385,7 +385,7 @@ class Run:
 
     @property
     def _is_slower_replayed(self) -> bool:
-        """Whether a replay, which writes Adam out, takes longer than the code: its flows are wide."""
+        """Whether a replay, which writes Adam out, takes longer than the code: flows are wide."""
         loss = self.loss
         return isinstance(loss, LatentLoss) and loss.guide.latent_dim > MAX_WRITTEN_OUT
 
