@@ -286,9 +286,10 @@ def plot(rows):
             panel.plot(x, [row["microseconds"] for row in own], "o-", label=who)
         panel.set(title=name, yscale="log", xlabel="particles")
     panels[0, 0].set_ylabel("microseconds a step")
-    panels[0, 0].legend(frameon=False, fontsize=8)
     figure.tight_layout()
-    figure.savefig(RESULTS / "svi_step.png", dpi=150)
+    lines, names = panels[0, 0].get_legend_handles_labels()
+    figure.legend(lines, names, frameon=False, ncol=5, loc="lower center", bbox_to_anchor=(0.5, 1))
+    figure.savefig(RESULTS / "svi_step.png", dpi=150, bbox_inches="tight")
 
 
 def main():

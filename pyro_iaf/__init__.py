@@ -16,6 +16,7 @@ from .distributions import DiagonalNormal
 from .elbo import CompiledTrace_ELBO
 from .fitting import FitResult, fit
 from .guides import AutoIAF
+from .hierarchical import AutoHierarchicalIAF
 from .inversion import invert, solve_transposed
 from .networks import MaskedAutoregressiveNetwork
 from .plots import plot_loss, plot_pairs
@@ -29,6 +30,7 @@ from .transforms import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "AutoHierarchicalIAF",
     "AutoIAF",
     "CompiledTrace_ELBO",
     "ConditionalInverseAutoregressiveFlow",

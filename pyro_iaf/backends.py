@@ -58,7 +58,7 @@ def choose_backend(backend: str, device: torch.device) -> str:
         return "inductor"
     warnings.warn(
         "There is no C++ compiler here, so steps are replayed operation by operation, "
-        'backend="graph": up to twice as fast as Pyro, where compiled ones are up to fifty times '
+        'backend="graph": up to twice as fast as Pyro, where compiled ones are up to sixty times '
         "as fast. Install g++, or name a compiler in CXX.",
         UserWarning,
         stacklevel=3,

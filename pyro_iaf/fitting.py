@@ -80,7 +80,7 @@ def fit(
         early_stop: Whether to start the fall of the rate once the ELBO has settled.
         compile: ``True`` compiles the step, or replays it operation by operation where there is
             no C++ compiler; ``"graph"`` does the latter in any case, which for an ``AutoIAF`` of
-            more than 64 latents takes longer than the code itself; ``"auto"`` does what
+            more than 200 latents takes longer than the code itself; ``"auto"`` does what
             ``num_steps`` repay, and warns where it can't; ``False`` runs model and guide at each
             step, as they must be where they change from step to step, or branch on numbers.
         seed: Seeds PyTorch's generator first.

@@ -14,7 +14,7 @@ import pyro.infer.autoguide
 from torch.distributions.kl import register_kl
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from . import conditional, distributions, guides, memory, sites, transforms
+from . import conditional, distributions, guides, hierarchical, memory, sites, transforms
 
 __all__ = ["register"]
 
@@ -26,6 +26,7 @@ NAMES = [
         for name in module.__all__
     ),
     (pyro.infer.autoguide, guides.AutoIAF),
+    (pyro.infer.autoguide, hierarchical.AutoHierarchicalIAF),
 ]
 
 _counts_steps = False

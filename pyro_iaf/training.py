@@ -32,9 +32,11 @@ from .elbo import MAX_BUILDS, MAX_GRAPHS
 from .faults import at_fault
 from .graphs import Refused
 from .guides import AutoIAF
+from .hierarchical import row_gradients, tables_of
 from .joint import LogJoint, quietly
 from .losses import LatentLoss, Loss, TraceLoss
 from .networks import MaskedAutoregressiveNetwork
+from .rows import RowAdam
 from .steps import Built, CompiledSteps
 from .store import stated
 from .weights import Particles, pareto_k
@@ -54,6 +56,8 @@ TAILS, TAIL_COST, GOOD_K, NUM_TAIL = (0.01, 0.02, 0.04), 0.02, 0.5, 10_000
 # A weight of our networks counts one over the square root of its unit's inputs, so it may move by
 # more than a loc or a scale.
 RATES = (1.0, 4.0)
+# That of a table's rows, which steps come by rarely.
+RATE_OF_ROWS = 10.0
 
 # Steps that may fail in a row, and the share of all that may.
 MAX_SKIPPED, MAX_SHARE_SKIPPED = 25, 0.2
@@ -62,6 +66,9 @@ MAX_SKIPPED, MAX_SHARE_SKIPPED = 25, 0.2
 # it should not take more seconds. How often arguments of a further kind have to come to be worth
 # compiling for.
 FIRST_CHUNK, LARGEST_CHUNK, SECONDS_A_CHUNK, RARE = 50, 500, 0.2, 20
+
+# More latents than this are not replayed.
+MAX_REPLAYED = 200
 
 # Runs of fewer steps are not worth a graph. For each of its operations a replay saves so many
 # seconds a step and a compiled graph twice that, which takes so many seconds to compile.
@@ -153,12 +160,24 @@ class Run:
         self.left_out: set[Any] = set()
 
     def to_the_end(self, progress: bool) -> FitResult:
+        """Takes all steps."""
+        with row_gradients(self.guide):
+            return self._take_all(progress)
+
+    def _take_all(self, progress: bool) -> FitResult:
         began = time.perf_counter()
         saved = None if self.checkpoint is None else checkpoints.load(self.checkpoint)
         if saved is not None:
             self._check_saved(saved)
         first = self.batches.next()
         self.loss = self._first_look(*first)
+        if self.rows.tables and self.compile is not False:
+            if self.compile != "auto":
+                raise Refused(
+                    "A guide that learns a table of contexts takes its steps uncompiled, since "
+                    "each has its own rows. Give compile=False, or an encoder."
+                )
+            self.compile = False
         self.steps = CompiledSteps(
             self.loss,
             self.params,
@@ -249,6 +268,7 @@ class Run:
         params = stated(seen).values()
         fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in params)
         self.optimizer = torch.optim.Adam([{"params": []}, {"params": []}], lr=self.lr, fused=fused)
+        self.rows = RowAdam(tables_of(self.guide))
         self._add(seen)
 
     def _add(self, seen: poutine.Trace) -> None:
@@ -256,8 +276,10 @@ class Run:
         modules = self.guide.modules() if isinstance(self.guide, nn.Module) else ()
         networks = [m for m in modules if isinstance(m, MaskedAutoregressiveNetwork)]
         of_networks = {id(p) for network in networks for p in network.parameters()}
+        tables = {id(table) for table in self.rows.tables}
         for name, param in stated(seen).items():
-            if self.params.get(name) is not param and param.requires_grad:
+            is_known = self.params.get(name) is param or id(param) in tables
+            if param.requires_grad and not is_known:
                 self.params[name] = param
                 group = self.optimizer.param_groups[id(param) in of_networks]
                 group["params"].append(param)
@@ -279,10 +301,12 @@ class Run:
                 self._add(capture.trace)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # of a matrix that is not finite, say
             loss = torch.tensor(math.nan)
-        norm = nn.utils.clip_grad_norm_(self.params.values(), self.clip_norm)
+        trained = [*self.params.values(), *self.rows.gradients()]
+        norm = nn.utils.clip_grad_norm_(trained, self.clip_norm)
         value, size = torch.stack([loss.detach(), norm.to(loss)]).tolist()
         if math.isfinite(value) and math.isfinite(size):
             self.optimizer.step()
+            self.rows.step(rate * RATE_OF_ROWS)
         self._average_in(self.step + 1, self.params)
         self._account(value, size, args, kwargs)
 
@@ -387,7 +411,8 @@ class Run:
     def _is_slower_replayed(self) -> bool:
         """Whether a replay, which writes Adam out, takes longer than the code: flows are wide."""
         loss = self.loss
-        return isinstance(loss, LatentLoss) and loss.guide.latent_dim > MAX_WRITTEN_OUT
+        most = MAX_REPLAYED if has_compiler(torch.device("cpu")) else MAX_WRITTEN_OUT
+        return isinstance(loss, LatentLoss) and loss.guide.latent_dim > most
 
     def _best_backend(self, num_operations: int, best: str) -> str:
         """What the steps that are left repay."""
@@ -542,6 +567,7 @@ class Run:
             "settings": self._settings,
             "params": {name: param.detach() for name, param in self.params.items()},
             "optimizer": self.optimizer.state_dict(),
+            "rows": self.rows.state(),
             "averages": self.averages,
             "losses": torch.tensor(self.losses, dtype=torch.float64),
             "health": self.loss.health.item(),
@@ -580,6 +606,7 @@ class Run:
             for name, value in saved["params"].items():
                 self.params[name].copy_(value)
         self.optimizer.load_state_dict(saved["optimizer"])
+        self.rows.restore(saved["rows"])
         self.averages = {n: v.to(self.params[n]) for n, v in saved["averages"].items()}
         self.losses = saved["losses"].tolist()
         self.step, self.end, self.falls_at, self.skipped, self.skipped_in_a_row = saved["progress"]

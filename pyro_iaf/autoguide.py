@@ -1,0 +1,338 @@
+"""What guides made of flows have in common: when they are built, their parameters, and copies."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.infer.autoguide.guides import AutoGuide
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
+from torch import Tensor, nn
+
+from . import memory, store
+from .affine import LocScale
+from .conditional import (
+    ConditionalInverseAutoregressiveFlowStack,
+    conditional_inverse_autoregressive_flow,
+)
+from .initialization import Start, or_draw
+from .networks import check_size, check_widths
+from .sites import each_tensor, without_graph
+from .transforms import InverseAutoregressiveFlowStack, inverse_autoregressive_flow
+from .weights import Particles, pareto_k, resampled
+
+__all__ = [
+    "FlowGuide",
+    "Posterior",
+    "Transform",
+    "check_callable",
+    "check_levels",
+    "quantiles_of",
+]
+
+GATE_BIAS = 2.0
+
+Transform = InverseAutoregressiveFlowStack | ConditionalInverseAutoregressiveFlowStack
+
+# More latents than this have a scale for each by default, and not a matrix.
+MAX_DENSE = 400
+
+
+class FlowGuide(AutoGuide):
+    """A guide that builds its flows when it first meets its model, and owns their parameters.
+
+    Subclasses say in ``_build`` what is built, and in ``_own_modules`` what has parameters. The
+    arguments are those of :class:`~pyro_iaf.AutoIAF`.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        num_flows: int,
+        hidden_dims: int | Sequence[int] | None,
+        gated: bool,
+        init_loc_fn: Callable[..., Any] | None,
+        init_scale: float | None,
+        scale: str,
+        create_plates: Callable[..., Any] | None,
+        name: str | None,
+    ) -> None:
+        given = {"model": model, "init_loc_fn": init_loc_fn, "create_plates": create_plates}
+        for word, thing in given.items():
+            check_callable(word, thing, word != "model")
+        AutoGuide.__init__(self, model, create_plates=create_plates)
+        self.num_flows = check_size("num_flows", num_flows)
+        self.hidden_dims = None if hidden_dims is None else check_widths(hidden_dims, 1)
+        self.gated = bool(gated)
+        if scale not in ("auto", "dense", "diagonal"):
+            raise ValueError(f'scale should be "auto", "dense" or "diagonal"; got {scale!r}.')
+        self.scale = scale
+        self._init_loc_fn = or_draw(init_to_median if init_loc_fn is None else init_loc_fn)
+        if not (init_scale is None or (isinstance(init_scale, Real) and 0 < init_scale < math.inf)):
+            raise ValueError(f"init_scale should be a positive number; got {init_scale!r}.")
+        self._init_scale = 0.1 if init_scale is None else float(init_scale)
+        if name is not None:
+            if not isinstance(name, str) or not name or "$" in name:
+                raise ValueError(
+                    f"name should be a string, not empty and without '$'; got {name!r}."
+                )
+            self._pyro_name = name
+        self._conversions: list[Callable[[Tensor], Tensor]] = []  # asked for before the setup
+        self._state_was_loaded = False
+
+    # Building
+
+    def setup(self, *args: Any, **kwargs: Any) -> None:
+        """Builds the guide for a model with these arguments; does nothing if that was done.
+
+        After it the parameters are there, for an optimiser of PyTorch. The model runs away from the
+        caller's handlers, some hundred times where a start is looked for and once where not, on
+        the subsample of its first run. Nothing is drawn from the guide.
+        """
+        if self.prototype_trace is not None:
+            return
+        if self._model is None:
+            raise RuntimeError(
+                "This guide was pickled before its first call, and pickling leaves the model "
+                f"behind. Make a new one, {type(self).__name__}(model), and give it the state with "
+                "load_state_dict."
+            )
+        master = None if self.master is None else self.master()
+        with poutine.block(), torch.inference_mode(False):
+            if master is not None and master.prototype_trace is None:
+                master._setup_prototype(*args, **kwargs)
+            self._setup_prototype(*args, **kwargs)
+            if master is None:
+                self._create_plates(*args, **kwargs)
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        model = self._model
+        self._model = (InitMessenger(self._init_loc_fn)(self.model),)
+        try:
+            super()._setup_prototype(*args, **kwargs)
+            self._build(model[0], args, kwargs)
+        except BaseException:
+            self.prototype_trace = None  # so that the next call tries again
+            raise
+        finally:
+            self._model = model
+        self.prototype_trace = without_graph(self._latent_sites())
+        conversions, self._conversions = self._conversions, []
+        for convert in conversions:
+            self._apply(convert)
+
+    def _build(
+        self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Builds what has parameters; the model's first run is in ``prototype_trace``."""
+        raise NotImplementedError
+
+    def _own_modules(self) -> Mapping[str, nn.Module]:
+        """What has parameters, by name; built if need be."""
+        raise NotImplementedError
+
+    def _latent_sites(self) -> dict[str, Any]:
+        """The model's latents, in its order, as they were when the guide was set up."""
+        assert self.prototype_trace is not None
+        return dict(self.prototype_trace.iter_stochastic_nodes())
+
+    def _is_dense(self, size: int) -> bool:
+        return self.scale == "dense" or (self.scale == "auto" and size <= MAX_DENSE)
+
+    def _fresh_transform(self, start: Start, log_scale: float, context_dim: int = 0) -> Transform:
+        """The flows, nearly the identity, and the final affine."""
+        D = len(start.loc)
+        settings: dict[str, Any] = {
+            "hidden_dims": 2 * [max(64, D)] if self.hidden_dims is None else self.hidden_dims,
+            "num_flows": self.num_flows,
+            "gated": self.gated,
+            "gate_bias": GATE_BIAS,
+            # The last flow takes the latents as the model draws them: causes before effects.
+            "order": torch.arange(D) if self.num_flows % 2 else torch.arange(D).flip(0),
+        }
+        if self.gated:  # each flow contracts
+            log_scale += self.num_flows * math.log1p(math.exp(-GATE_BIAS))
+        flows: Any
+        if context_dim:
+            flows = conditional_inverse_autoregressive_flow(D, context_dim, **settings)
+            kind: Any = ConditionalInverseAutoregressiveFlowStack
+        else:
+            flows = inverse_autoregressive_flow(D, **settings)
+            kind = InverseAutoregressiveFlowStack
+        transform: Transform = kind([flows]) if self.num_flows == 1 else flows
+        # In the model's own precision, whatever the default is.
+        affine = LocScale(start.loc, start.scale, log_scale, self._is_dense(D))
+        transform.to(start.loc).parts.append(affine)  # type: ignore[union-attr]  # a ModuleList
+        return transform
+
+    def _rebuilt(self, state: dict[str, Tensor], gated: bool) -> Transform | None:
+        """A transform of the make that a state is of; None if it is of none."""
+        sizes = [v for k, v in state.items() if k.endswith(".network._extra_state")]
+        affine = f"parts.{len(sizes)}"
+        learned, frame = state.get(f"{affine}.coefficients"), state.get(f"{affine}.frame")
+        if not sizes or learned is None or frame is None:
+            return None
+        self.num_flows, self.gated = len(sizes), gated
+        _, context_dim, _, *self.hidden_dims = sizes[0].tolist()
+        self.scale = "dense" if len(learned) > 4 else "diagonal"
+        with torch.inference_mode(False):
+            start = Start(frame[0].clone(), frame[1:].clone().squeeze(0))
+            return self._fresh_transform(start, 0.0, context_dim)
+
+    @property
+    def model(self) -> Callable[..., Any]:
+        if self._model is None:
+            raise RuntimeError("This guide has no model: pickling leaves it behind.")
+        model: Callable[..., Any] = self._model[0]
+        return model
+
+    def _setup_on_demand(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            self.setup(*args, **kwargs)
+        except TypeError as error:
+            if args or kwargs or not _wants_arguments(self.model):
+                raise
+            raise RuntimeError(
+                f"{type(self).__name__} is not set up yet, and its model takes arguments: call "
+                "guide.setup(*args, **kwargs) with them first."
+            ) from error
+
+    def _adopt_parameters(self) -> dict[str, Tensor]:
+        """Takes what a loaded store holds, unless a state was loaded since the last call."""
+        own: dict[str, Tensor] = {}
+        for name, module in self._own_modules().items():
+            own.update(store.parameters_of(module, f"{self._pyro_name}.{name}"))
+        if not self._state_was_loaded:
+            store.adopt(self, own)
+        return own
+
+    def _state_parameters(self) -> None:
+        """Makes Pyro's statements of all parameters."""
+        store.declare(self, self._adopt_parameters())
+        self._state_was_loaded = False
+
+    # Drawing
+
+    def _encode(
+        self, encoder: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """What an encoder makes of the model's arguments."""
+        try:
+            return encoder(*args, **kwargs)
+        except Exception as error:
+            if args or kwargs:
+                raise
+            raise ValueError(
+                "This guide has an encoder, so it wants the model's arguments wherever it draws: "
+                "guide.sample_posterior(1000, *args), guide.median(*args), fit(model, guide, args) "
+                "or fit(..., simulate=[...])."
+            ) from error
+
+    def _resampled(
+        self, num_samples: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        """Draws chosen by their importance weights from four times as many."""
+        particles = Particles(self.model, self, args, kwargs)
+        log_weights, sites = particles.weighted(max(4 * num_samples, 1000))
+        if (khat := pareto_k(log_weights)) > 0.7:
+            warnings.warn(
+                f"The guide's importance weights have k-hat {khat:.2f}: above 0.7, resampled draws "
+                "are no draws from the posterior. Train the guide further, or make it wider.",
+                UserWarning,
+                stacklevel=3,
+            )
+        index = resampled(log_weights, num_samples)
+        return {name: draws[index] for name, draws in sites.items()}
+
+    # Copies
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FlowGuide:
+        if self.prototype_trace is None:
+            self._conversions.append(fn)
+        else:
+            self._convert_supports(fn)
+        super()._apply(fn, recurse)
+        return self
+
+    def _convert_supports(self, fn: Callable[[Tensor], Tensor]) -> None:
+        for site in self._latent_sites().values():
+            site["fn"]._support = each_tensor(site["fn"].support, fn)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Not AutoGuide's, which takes the model from the original too.
+        state = dict(super(AutoGuide, self).__getstate__())
+        left_behind = ("_model", "create_plates", "_init_loc_fn", "master")
+        return {**state, **dict.fromkeys(left_behind), "_conversions": []}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FlowGuide:
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        # The copy is of the guide. Its model is the same, or the copy of it made alongside.
+        if self._model is not None:
+            twin._model = (memo.get(id(self.model), self.model),)
+        twin.create_plates, twin._init_loc_fn = self.create_plates, self._init_loc_fn
+        twin._conversions = list(self._conversions)
+        return twin
+
+
+class Posterior(dist.TransformedDistribution):  # type: ignore[misc]
+    """A guide's distribution, which knows its last draw again without its graph."""
+
+    _drawn: Tensor | None = None
+
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        self._drawn = super().rsample(sample_shape)
+        return self._drawn
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._drawn is not None:  # reweighted wake-sleep scores its draws after detach()
+            memory.recognise(value, self._drawn)
+        (transform,) = self.transforms
+        x, log_det = transform._noise_and_log_det(value)
+        log_prob: Tensor = self.base_dist.log_prob(x) - log_det
+        return log_prob
+
+
+def check_callable(word: str, thing: Any, may_be_missing: bool) -> None:
+    """Raises a ValueError unless this argument is a callable."""
+    if not callable(thing) and not (thing is None and may_be_missing):
+        raise ValueError(f"{word} should be a callable; got {thing!r}.")
+
+
+def check_levels(quantiles: Sequence[float] | Tensor | float) -> Tensor:
+    """Levels of quantiles, of shape ``(n,)``; raises a ValueError for others."""
+    levels = torch.as_tensor(quantiles, dtype=torch.float64).reshape(-1)
+    if not ((levels >= 0) & (levels <= 1)).all():
+        raise ValueError(f"quantiles should be levels between 0 and 1; got {quantiles}.")
+    return levels
+
+
+def quantiles_of(draws: Tensor, levels: Tensor) -> Tensor:
+    """Quantiles along the first axis, of tensors of any size and precision."""
+    draws = draws if draws.dtype == torch.float64 else draws.float()  # no half quantiles
+    flat = draws.reshape(len(draws), -1)
+    at_once = max(1, 2**24 // len(draws))  # torch.quantile takes no more numbers
+    levels = levels.to(flat)
+    parts = [part.quantile(levels, dim=0) for part in flat.split(at_once, 1)]
+    return torch.cat(parts, 1).reshape(len(levels), *draws.shape[1:])
+
+
+def _wants_arguments(model: Callable[..., Any]) -> bool:
+    fn = poutine.unwrap(model)
+    try:
+        inspect.signature(fn.forward if isinstance(fn, nn.Module) else fn).bind()
+    except TypeError:
+        return True
+    except ValueError:
+        pass  # a builtin, which tells nothing
+    return False

@@ -1,0 +1,755 @@
+r"""A guide for hierarchical models: one flow for what all data share, and one for each plate.
+
+.. math::
+    q(z, w_1, \dots, w_N) = q(z) \prod_i q(w_i \mid z, c_i)
+
+The latents :math:`w_i` of a plate's rows come from one conditional flow that listens to the
+globals :math:`z` and to a context :math:`c_i`: what an encoder makes of row i, or a learned row of
+a table. So a minibatch of rows is drawn and scored without the others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions.util import sum_rightmost
+from torch import Tensor, nn
+from torch.distributions import biject_to
+from torch.nn import functional
+from torch.utils.hooks import unserializable_hook
+
+from .autoguide import FlowGuide, Posterior, check_callable, check_levels, quantiles_of
+from .distributions import DiagonalNormal
+from .initialization import Start
+from .networks import check_size
+from .sites import SiteDelta, each_tensor
+
+__all__ = ["AutoHierarchicalIAF", "row_gradients", "tables_of"]
+
+# Medians and quantiles are read off so many draws, or fewer if these would hold more numbers.
+NUM_DRAWS, MOST_NUMBERS = 4001, 50_000_000
+
+
+class Group(NamedTuple):
+    """The latents that stand in the same plates.
+
+    Attributes:
+        plates: Names of the plates, the outermost first.
+        sites: Names of the sites.
+        size: How many numbers a row has in unconstrained space.
+        parents: The groups that this one listens to: those in some of its plates.
+        table: Which table its contexts are in, if it has no encoder.
+    """
+
+    plates: tuple[str, ...]
+    sites: tuple[str, ...]
+    size: int
+    parents: tuple[int, ...]
+    table: int | None
+
+    @property
+    def name(self) -> str:
+        """What users call it by: its plates."""
+        return "/".join(self.plates)
+
+
+class AutoHierarchicalIAF(FlowGuide):
+    r"""A guide for models with local latents, by flows: for large data, and for new data.
+
+    The global latents come from one inverse autoregressive flow, those of each plate's rows from a
+    conditional one that all rows share. It listens to the globals, to the latents of the plates
+    around, and to a context of the row: what an ``encoder`` makes of the data, or a row of a
+    learned table, of ``context_dim`` numbers. Plates may be subsampled, nested, and several.
+
+    A step costs as much as the minibatch it draws, whatever the data's size. A table of N rows
+    holds ``N * context_dim`` numbers: :func:`~pyro_iaf.fit` updates the rows that a step has drawn
+    and leaves the others. Under ``pyro.infer.SVI``, any optimiser but ``SparseAdam`` fills a
+    gradient for all N rows at each step, which is slow from some 100,000 rows on; give
+    ``embedding_grad="sparse"`` and ``pyro.optim.SparseAdam`` there.
+
+    A guide starts around what ``init_loc_fn`` says, as :class:`~pyro_iaf.AutoIAF` does with
+    ``start="init"``.
+
+    Args:
+        model: A Pyro model.
+        encoder: What makes contexts of the model's arguments: a module or a function that takes
+            them and returns a tensor of shape ``plate_shape + (context_dim,)``, a row for each row
+            of the plate. It runs inside the plate, so that ``pyro.subsample(data, event_dim=...)``
+            is the minibatch there; what it returns for all rows is cut to the subsample. For a
+            model with several plates, a dictionary from the names of plates to encoders; of nested
+            ones ``"outer/inner"``. Plates without an encoder have a table.
+        context_dim: Size of a row of the tables, by default 8; with an encoder, what it returns.
+        num_flows: How many flows for each group of latents.
+        hidden_dims: Widths of each network's hidden layers; by default two layers of
+            ``max(64, D)`` for the D numbers of a row.
+        gated: Whether the flows gate instead of shift and scale.
+        init_loc_fn: As for :class:`~pyro_iaf.AutoIAF`.
+        init_scale: Standard deviation of a fresh guide in unconstrained space.
+        scale: As for :class:`~pyro_iaf.AutoIAF`, for each group.
+        embedding_grad: ``"dense"``, or ``"sparse"`` for ``pyro.optim.SparseAdam``: the gradients
+            of tables have the rows drawn alone, and those of all other parameters the form that
+            this optimiser wants. :func:`~pyro_iaf.fit` needs neither.
+        create_plates: A function of the model's arguments that returns plates for the guide to
+            use, as when indices of a minibatch are an argument.
+        name: What the guide's parameters are called in the store, by default
+            ``"AutoHierarchicalIAF"``.
+
+    Raises:
+        ValueError: If an argument is out of range; at the first call, if plates and encoders don't
+            go together, a latent is discrete, or a context has another shape than its plate.
+        NotImplementedError: At the first call, if a plate is sequential, or the support of a
+            latent in a subsampled plate changes from row to row.
+        RuntimeError: At the first call, if the model has no latents.
+
+    References:
+        Kingma et al. (2016), https://arxiv.org/abs/1606.04934;
+        Agrawal and Domke (2021), https://arxiv.org/abs/2111.03144
+
+    Example:
+        >>> data = torch.randn(1000)
+        >>> def model():
+        ...     mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("rows", 1000, subsample_size=10) as rows:
+        ...         effect = pyro.sample("effect", dist.Normal(mean, 1.0))
+        ...         pyro.sample("y", dist.Normal(effect, 1.0), obs=data[rows])
+        >>> guide = AutoHierarchicalIAF(model)
+        >>> result = fit(model, guide, num_steps=20, progress=False)
+        >>> guide.sample_posterior(100)["effect"].shape
+        torch.Size([100, 1000])
+        >>> rows = {"rows": torch.tensor([3, 4])}
+        >>> guide.sample_posterior(100, rows=rows)["effect"].shape
+        torch.Size([100, 2])
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        encoder: Callable[..., Tensor] | Mapping[str, Callable[..., Tensor]] | None = None,
+        context_dim: int | None = None,
+        num_flows: int = 2,
+        hidden_dims: int | Sequence[int] | None = None,
+        gated: bool = False,
+        init_loc_fn: Callable[..., Any] | None = None,
+        init_scale: float | None = None,
+        scale: str = "auto",
+        embedding_grad: str = "dense",
+        create_plates: Callable[..., Any] | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            num_flows=num_flows,
+            hidden_dims=hidden_dims,
+            gated=gated,
+            init_loc_fn=init_loc_fn,
+            init_scale=init_scale,
+            scale=scale,
+            create_plates=create_plates,
+            name=name,
+        )
+        if isinstance(encoder, Mapping):
+            for plate, one in encoder.items():
+                check_callable(f"encoder[{plate!r}]", one, may_be_missing=False)
+            if all(isinstance(one, nn.Module) for one in encoder.values()):
+                encoder = nn.ModuleDict(encoder)  # type: ignore[arg-type]
+        else:
+            check_callable("encoder", encoder, may_be_missing=True)
+        self.encoder = encoder
+        self.context_dim = None if context_dim is None else check_size("context_dim", context_dim)
+        if embedding_grad not in ("dense", "sparse"):
+            raise ValueError(
+                f'embedding_grad should be "dense" or "sparse"; got {embedding_grad!r}.'
+            )
+        self.embedding_grad = embedding_grad
+        self.rows_alone = False  # whether gradients of tables have the rows drawn alone
+        self.groups: list[Group] = []
+        self.transforms = nn.ModuleList()
+        self.tables = nn.ParameterList()
+
+    # Building
+
+    def _build(
+        self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self.groups = self._grouped()
+        starts = [self._init_loc(group) for group in self.groups]
+        ahead = self._contexts_ahead(args, kwargs)
+        plates = self._plates_of(ahead, args, kwargs)
+        contexts = []
+        for k, group in enumerate(self.groups):
+            own = 0
+            if group.table is not None:
+                own = self.context_dim or 8
+            elif group.plates:
+                with ExitStack() as stack:
+                    rows = {name: stack.enter_context(plates[name]) for name in group.plates}
+                    context = ahead.get(group.plates)
+                    if context is None:
+                        context = self._encode(self._encoder_of(group), args, kwargs)
+                    own = self._rows_of(context, k, plates, rows).shape[-1]
+            contexts.append(own + sum(self.groups[j].size for j in group.parents))
+        sizes = [self._num_rows(group) for group in self.groups if group.table is not None]
+        transforms, tables = self._modules["transforms"], self._modules["tables"]
+        assert isinstance(transforms, nn.ModuleList)
+        assert isinstance(tables, nn.ParameterList)
+        if not len(transforms):
+            for loc, context_dim in zip(starts, contexts, strict=True):
+                start = Start(loc, torch.ones_like(loc))
+                log_scale = math.log(self._init_scale)
+                transforms.append(self._fresh_transform(start, log_scale, context_dim))
+            for size in sizes:
+                tables.append(nn.Parameter(starts[0].new_zeros(size, self.context_dim or 8)))
+        loaded = [[_sizes_of(transform) for transform in transforms], [len(t) for t in tables]]
+        wanted = [[(len(s), c) for s, c in zip(starts, contexts, strict=True)], sizes]
+        if loaded != wanted:
+            raise ValueError(
+                "The state that was loaded is of a guide for another model: its groups have "
+                f"(latents, context_dim) {loaded[0]} and tables of {loaded[1]} rows; this model "
+                f"wants {wanted[0]} and {wanted[1]}."
+            )
+        for module in (transforms, tables):
+            module.to(starts[0])
+
+    def _grouped(self) -> list[Group]:
+        """The latents by their plates: those in fewer plates first, else in the model's order."""
+        by_plates: dict[tuple[str, ...], list[str]] = {}
+        dims = {name: frame.dim for name, frame in self._frames().items()}
+        for name, site in self._latent_sites().items():
+            plates = tuple(sorted((f.name for f in site["cond_indep_stack"]), key=dims.__getitem__))
+            by_plates.setdefault(plates, []).append(name)
+            if plates:
+                self._check_local(name, site)
+        ordered = sorted(by_plates, key=len)
+        names = {"/".join(plates) for plates in ordered if plates}
+        encoder = self._encoder
+        if isinstance(encoder, Mapping | nn.ModuleDict):
+            with_encoder = set(encoder)
+            if strange := with_encoder - names:
+                raise ValueError(
+                    f"There is an encoder for plate '{min(strange)}', but no latents are in a "
+                    f"plate of that name; there are some in {_quoted(names)}."
+                )
+        elif encoder is not None:
+            if len(names) != 1:
+                raise ValueError(
+                    f"The model has latents in the plates {_quoted(names)}, and one encoder can't "
+                    "tell them apart. Give a dictionary from names of plates to encoders; of "
+                    'nested plates "outer/inner".'
+                    if names
+                    else "There is an encoder, but no latent of this model is in a plate. For "
+                    "global latents that listen to the data use AutoIAF(model, encoder=...)."
+                )
+            with_encoder = names
+        else:
+            with_encoder = set()
+        groups: list[Group] = []
+        num_tables = 0
+        for plates in ordered:
+            has_table = bool(plates) and "/".join(plates) not in with_encoder
+            parents = [k for k, group in enumerate(groups) if set(group.plates) < set(plates)]
+            size = sum(self._row_shape(name).numel() for name in by_plates[plates])
+            table = num_tables if has_table else None
+            num_tables += has_table
+            groups.append(Group(plates, tuple(by_plates[plates]), size, tuple(parents), table))
+        return groups
+
+    def _frames(self) -> dict[str, Any]:
+        """The model's plates as they were in its first run, by name."""
+        frames: dict[str, Any] = {}
+        for name, site in self._latent_sites().items():
+            for frame in site["cond_indep_stack"]:
+                known = frames.setdefault(frame.name, frame)
+                if (known.dim, known.size) != (frame.dim, frame.size):
+                    raise ValueError(
+                        f"Site '{name}' is in a plate '{frame.name}' of size {frame.size} at dim "
+                        f"{frame.dim}, and there is another of that name, of size {known.size} at "
+                        f"dim {known.dim}. Give each plate a name of its own."
+                    )
+        return frames
+
+    def _check_local(self, name: str, site: dict[str, Any]) -> None:
+        """Raises an error unless rows of this site can be drawn by themselves."""
+        frames = site["cond_indep_stack"]
+        batch_shape = site["fn"].batch_shape
+        dims = {frame.dim for frame in frames}
+        loose = [size for d, size in enumerate(batch_shape, -len(batch_shape)) if d not in dims]
+        if any(size > 1 for size in loose):
+            raise ValueError(
+                f"Site '{name}' has batch_shape {tuple(batch_shape)}, of which the dimensions "
+                f"{sorted(dims)} are plates. Declare the others by a plate, or as part of the "
+                "event: dist.Normal(...).to_event(1)."
+            )
+        support, event_dim = site["fn"].support, site["fn"].event_dim
+        bounds: list[Tensor] = []
+        each_tensor(support, lambda tensor: bounds.append(tensor) or tensor)  # type: ignore[func-returns-value]
+        if any(bound.dim() > event_dim and bound.numel() > 1 for bound in bounds):
+            raise NotImplementedError(
+                f"The support of site '{name}' is another for each row of its plate, so that a "
+                "guide that knows one minibatch doesn't know the others'. Draw it on a fixed "
+                "support, and shift or scale it in the model."
+            )
+
+    def _row_shape(self, name: str) -> torch.Size:
+        """The shape of a site in unconstrained space, without what is batch of a plate."""
+        site = self._latent_sites()[name]
+        fn, value = site["fn"], biject_to(site["fn"].support).inv(site["value"])
+        num_batch = len(fn.batch_shape) if site["cond_indep_stack"] else 0
+        return value.shape[num_batch:]
+
+    def _init_loc(self, group: Group) -> Tensor:
+        """Where a group starts: for rows of a plate, in the middle of where they do."""
+        parts = []
+        for name in group.sites:
+            site = self._latent_sites()[name]
+            value = biject_to(site["fn"].support).inv(site["value"].detach())
+            parts.append(value.reshape(-1, self._row_shape(name).numel()).mean(0))
+        device = next((part.device for part in parts if part.device.type != "cpu"), None)
+        loc = torch.cat([part.to(device) for part in parts])
+        return loc if loc.is_floating_point() else loc.to(torch.get_default_dtype())
+
+    def _num_rows(self, group: Group) -> int:
+        frames = self._frames()
+        return math.prod(_full_size(frames[name]) for name in group.plates)
+
+    # Drawing
+
+    @property
+    def _encoder(self) -> Any:
+        """Without telling Pyro, which makes statements of all parameters if asked by attribute."""
+        return self._modules.get("encoder") or self.__dict__.get("encoder")
+
+    def _encoder_of(self, group: Group) -> Any:
+        encoder = self._encoder
+        if isinstance(encoder, Mapping | nn.ModuleDict):
+            return dict(encoder.items()).get(group.name)
+        return encoder if group.plates else None
+
+    def _own_modules(self) -> dict[str, nn.Module]:
+        own = {name: self._modules[name] for name in ("transforms", "tables")}
+        if isinstance(self._encoder, nn.Module):
+            own["encoder"] = self._encoder
+        return own
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Draws every site of the model; returns them by name."""
+        self.setup(*args, **kwargs)
+        self._state_parameters()
+        self._make_gradients_sparse()
+        contexts = self._contexts_ahead(args, kwargs)
+        if self.master is None:
+            plates = self.plates = self._plates_of(contexts, args, kwargs)
+        else:
+            plates = super()._create_plates(*args, **kwargs)
+        drawn = self._draw(plates, contexts, args, kwargs)
+        return {name: value for name, (value, _) in drawn.items()}
+
+    def _create_plates(self, *args: Any, **kwargs: Any) -> dict[str, pyro.plate]:
+        if self.master is not None:
+            return super()._create_plates(*args, **kwargs)  # type: ignore[no-any-return]
+        contexts = self._contexts_ahead(args, kwargs)
+        self.plates: dict[str, pyro.plate] = self._plates_of(contexts, args, kwargs)
+        return self.plates
+
+    def _contexts_ahead(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[tuple[str, ...], Tensor]:
+        """Contexts for plates that are not subsampled: they say how many rows there are."""
+        contexts = {}
+        for group in self.groups:
+            encoder = self._encoder_of(group)
+            if encoder is not None and all(self._is_whole(name) for name in group.plates):
+                contexts[group.plates] = self._encode(encoder, args, kwargs)
+        return contexts
+
+    def _is_whole(self, plate: str) -> bool:
+        frame = self._frames()[plate]
+        return bool(frame.size == _full_size(frame))
+
+    def _plates_of(
+        self,
+        contexts: Mapping[tuple[str, ...], Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        rows: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, pyro.plate]:
+        """The plates of a call: the user's own, or as in the model's first run.
+
+        One whose contexts are there already has as many rows as these. With ``rows``, plates have
+        those, or all.
+        """
+        plates: dict[str, pyro.plate] = {}
+        if self.create_plates is not None and rows is None:
+            made = self.create_plates(*args, **kwargs)
+            plates = {p.name: p for p in ([made] if isinstance(made, pyro.plate) else made)}
+        for name, frame in self._frames().items():
+            if name in plates:
+                self._check_plate(plates[name], frame)
+                continue
+            full_size = _full_size(frame)
+            for group, context in contexts.items():
+                if name in group and isinstance(context, Tensor) and context.dim() > -frame.dim:
+                    full_size = context.shape[frame.dim - 1]
+            chosen: dict[str, Any] = {"subsample": (rows or {}).get(name)}
+            if rows is None:
+                chosen = {"subsample_size": full_size if self._is_whole(name) else frame.size}
+            plates[name] = pyro.plate(name, full_size, dim=frame.dim, **chosen)
+        return plates
+
+    def _check_plate(self, plate: pyro.plate, frame: Any) -> None:
+        has_table = any(g.table is not None and frame.name in g.plates for g in self.groups)
+        if has_table and plate.size != _full_size(frame):
+            raise ValueError(
+                f"create_plates returned a plate '{plate.name}' of {plate.size} rows; the guide "
+                f"has a table of {_full_size(frame)}, as the model's first run had. For data of "
+                "several sizes give an encoder."
+            )
+
+    def _draw(
+        self,
+        plates: Mapping[str, pyro.plate],
+        contexts: Mapping[tuple[str, ...], Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Pyro's statements of all latents; the sites, and what they are in unconstrained space."""
+        drawn: dict[str, tuple[Tensor, Tensor]] = {}
+        noises: list[Tensor] = []
+        for k, group in enumerate(self.groups):
+            with ExitStack() as stack:
+                rows = {name: stack.enter_context(plates[name]) for name in group.plates}
+                parts = [noises[parent] for parent in group.parents]
+                if group.table is not None:
+                    parts.append(self._looked_up(group, plates, rows))
+                elif group.plates:
+                    context = contexts.get(group.plates)
+                    if context is None:
+                        context = self._encode(self._encoder_of(group), args, kwargs)
+                    parts.append(self._rows_of(context, k, plates, rows))
+                transform = self._transform_at(k, parts)
+                loc = torch.zeros_like(transform.parts[-1].frame[0])  # type: ignore[arg-type]
+                base = DiagonalNormal(loc, torch.ones_like(loc), validate_args=False)
+                name = "_".join(filter(None, ("", self._pyro_name, *group.plates, "latent")))
+                latent = pyro.sample(
+                    f"_{name}",
+                    Posterior(base, [transform], validate_args=False),
+                    infer={"is_auxiliary": True},
+                )
+                # As the noise that made them, latents have size one, wherever the guide moves.
+                noises.append(transform._noise_and_log_det(latent)[0])
+                for site, fn, value in self._split(group, latent):
+                    drawn[site] = pyro.sample(site, fn), value
+        return drawn
+
+    def _transform_at(self, k: int, contexts: Sequence[Tensor]) -> Any:
+        """The flow of a group, at what it listens to."""
+        transform: Any = self._modules["transforms"][k]  # type: ignore[index]
+        if not contexts:
+            return transform
+        shape = torch.broadcast_shapes(*(context.shape[:-1] for context in contexts))
+        return transform.condition(torch.cat([c.expand(*shape, -1) for c in contexts], -1))
+
+    def _split(self, group: Group, latent: Tensor) -> Iterator[tuple[str, SiteDelta, Tensor]]:
+        """The sites of a vector of latents: their points, and these in unconstrained space."""
+        start = 0
+        for name in group.sites:
+            site, shape = self._latent_sites()[name], self._row_shape(name)
+            num_batch = 0 if group.plates else len(site["fn"].batch_shape)
+            batch_shape = latent.shape[:-1] + (1,) * (len(shape) - num_batch)
+            part = latent[..., start : start + shape.numel()]
+            start += shape.numel()
+            part = part.reshape(torch.broadcast_shapes(batch_shape, shape))
+            constrain, event_dim = biject_to(site["fn"].support), site["fn"].event_dim
+            value = constrain(part)
+            log_density = constrain.inv.log_abs_det_jacobian(value, part)
+            log_density = sum_rightmost(log_density, log_density.dim() - value.dim() + event_dim)
+            yield name, SiteDelta(value, log_density=log_density, event_dim=event_dim), part
+
+    def _looked_up(
+        self, group: Group, plates: Mapping[str, Any], rows: Mapping[str, Any]
+    ) -> Tensor:
+        """The rows of a table."""
+        table = self._modules["tables"][group.table]  # type: ignore[index]
+        index: Any = 0
+        for name in group.plates:
+            own = rows[name].reshape(-1, *[1] * (-plates[name].dim - 1))
+            index = index * plates[name].size + own.to(table.device)
+        sparse = self.rows_alone or self.embedding_grad == "sparse"
+        return functional.embedding(index, table, sparse=sparse)
+
+    def _rows_of(
+        self, context: Any, k: int, plates: Mapping[str, Any], rows: Mapping[str, Any]
+    ) -> Tensor:
+        """What an encoder made, for the rows of this call.
+
+        Raises:
+            ValueError: If it doesn't fit the plates.
+        """
+        group = self.groups[k]
+        depth = max(-plates[name].dim for name in group.plates)
+        shape = [1] * depth
+        for name in group.plates:
+            shape[plates[name].dim] = len(rows[name])
+        own: Any = self.context_dim
+        if len(transforms := self._modules["transforms"]):  # type: ignore[arg-type]
+            network: Any = transforms[k].parts[0].network  # type: ignore[index]
+            own = network.context_dim - sum(self.groups[j].size for j in group.parents)
+        fits = isinstance(context, Tensor) and context.dim() == depth + 1
+        if fits:
+            for name in group.plates:
+                if context.shape[plates[name].dim - 1] == plates[name].size != len(rows[name]):
+                    context = context.index_select(plates[name].dim - 1, rows[name])
+            fits = list(context.shape[:-1]) == shape and own in (None, context.shape[-1])
+        if not fits:
+            got = tuple(context.shape) if isinstance(context, Tensor) else type(context).__name__
+            raise ValueError(
+                f"The encoder for plate '{group.name}' should return a context for each of its "
+                f"rows, of shape {(*shape, 'context_dim' if own is None else own)}; got {got}. "
+                "Inside it pyro.subsample(data, event_dim=...) is the minibatch."
+            )
+        return context  # type: ignore[no-any-return]
+
+    # Gradients of tables
+
+    def _make_gradients_sparse(self) -> None:
+        """For SparseAdam, which takes no others, that of each parameter."""
+        if self.embedding_grad != "sparse":
+            return
+        tables = set(self._modules["tables"].parameters())  # type: ignore[union-attr]
+        for param in self.parameters():
+            if param not in tables and param.requires_grad and not param._backward_hooks:
+                param.register_hook(_as_sparse)
+
+    # Posterior
+
+    @torch.no_grad()
+    def sample_posterior(
+        self,
+        num_samples: int,
+        *args: Any,
+        rows: Mapping[str, Sequence[int] | Tensor] | None = None,
+        resample: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """Draws from the guide, all at once, in the units of the model.
+
+        Args:
+            num_samples: How many draws.
+            args: What the model takes; needed only if the guide was never called or set up, if it
+                has an encoder, and to resample. An encoder may see data that it was not trained on.
+            rows: For plates by name which rows to draw, by default all.
+            resample: As for :class:`~pyro_iaf.AutoIAF`; for models that don't subsample.
+            kwargs: As ``args``.
+
+        Returns:
+            For each site a tensor of shape ``(num_samples,) + shape`` of its value in the model,
+            with all rows of its plates or those chosen.
+
+        Raises:
+            ValueError: If there is no such plate, or no such row, or a model that subsamples is to
+                be resampled.
+
+        Warns:
+            UserWarning: If the weights say that resampling can't repair the guide.
+        """
+        check_size("num_samples", num_samples)
+        if resample:
+            self._setup_on_demand(*args, **kwargs)
+            if rows is not None or not all(map(self._is_whole, self._frames())):
+                raise ValueError(
+                    "Draws are resampled by the weight of all that they hold, so all rows have to "
+                    "be there: leave out rows, and give a model that does not subsample."
+                )
+            return self._resampled(num_samples, args, kwargs)
+        drawn = self._draws(num_samples, args, kwargs, rows)
+        return {name: value for name, (value, _) in drawn.items()}
+
+    @torch.no_grad()
+    def median(
+        self,
+        *args: Any,
+        rows: Mapping[str, Sequence[int] | Tensor] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """The median of each latent: coordinate by coordinate in unconstrained space.
+
+        Read off 4001 draws, the same at every call, or fewer where these would fill the memory.
+
+        Args:
+            args: As for :meth:`sample_posterior`.
+            rows: Likewise.
+            kwargs: Likewise.
+        """
+        found = {}
+        for name, (_, draws) in self._settled_draws(args, kwargs, rows).items():
+            constrain = biject_to(self._latent_sites()[name]["fn"].support)
+            found[name] = constrain(quantiles_of(draws, draws.new_tensor([0.5]))[0])
+        return found
+
+    @torch.no_grad()
+    def quantiles(
+        self,
+        quantiles: Sequence[float] | Tensor | float,
+        *args: Any,
+        rows: Mapping[str, Sequence[int] | Tensor] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """Quantiles of each number of each site, in the units of the model.
+
+        Read off the draws that :meth:`median` takes.
+
+        Args:
+            quantiles: Levels between 0 and 1.
+            args: As for :meth:`sample_posterior`.
+            rows: Likewise.
+            kwargs: Likewise.
+
+        Returns:
+            For each site a tensor of shape ``(len(quantiles),) + shape``, increasing where the
+            levels are.
+        """
+        levels = check_levels(quantiles)
+        draws = self._settled_draws(args, kwargs, rows)
+        return {name: quantiles_of(value, levels) for name, (value, _) in draws.items()}
+
+    def _settled_draws(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Any
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Draws that are the same at every call."""
+        self._setup_on_demand(*args, **kwargs)
+        device = self._modules["transforms"][0].parts[-1].frame.device  # type: ignore[index, union-attr]
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(0)
+            one = self._draws(1, args, kwargs, rows)
+            numbers = sum(value.numel() for value, _ in one.values())
+            num_draws = max(101, min(NUM_DRAWS, MOST_NUMBERS // numbers))
+            return self._draws(num_draws, args, kwargs, rows)
+
+    def _draws(
+        self,
+        num_draws: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        rows: Mapping[str, Sequence[int] | Tensor] | None,
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Sites and their unconstrained values, with the draws in front."""
+        self._setup_on_demand(*args, **kwargs)
+        self._adopt_parameters()
+        contexts = self._contexts_ahead(args, kwargs)
+        whole = self._plates_of(contexts, args, kwargs, rows={})
+        plates = self._plates_of(contexts, args, kwargs, rows=_checked_rows(rows or {}, whole))
+        nesting = max((-plate.dim for plate in plates.values()), default=0)
+        draws = pyro.plate("num_particles_vectorized", num_draws, dim=-nesting - 1)
+        with poutine.block(), draws:
+            drawn = self._draw(plates, contexts, args, kwargs)
+        return {
+            name: tuple(self._freed(name, value, num_draws) for value in pair)  # type: ignore[misc]
+            for name, pair in drawn.items()
+        }
+
+    def _freed(self, name: str, value: Tensor, num_draws: int) -> Tensor:
+        """A value without the dimensions between the draws and what the site has in the model."""
+        fn = self._latent_sites()[name]["fn"]
+        shape = value.shape[value.dim() - len(fn.batch_shape) - fn.event_dim :]
+        return value.reshape(num_draws, *shape)
+
+    # State
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        transforms, tables = self._modules["transforms"], self._modules["tables"]
+        assert isinstance(transforms, nn.ModuleList)
+        assert isinstance(tables, nn.ParameterList)
+        gated = state_dict.get(f"{prefix}_extra_state", torch.tensor(self.gated)).item()
+        if self.prototype_trace is None and not len(transforms):
+            # Never set up, so the state says what to build.
+            hidden_dims, scale = self.hidden_dims, self.scale
+            while True:
+                start = f"{prefix}transforms.{len(transforms)}."
+                part = {
+                    k.removeprefix(start): v for k, v in state_dict.items() if k.startswith(start)
+                }
+                transform = self._rebuilt(part, bool(gated))
+                if transform is None:
+                    break
+                transforms.append(transform)
+            while (table := state_dict.get(f"{prefix}tables.{len(tables)}")) is not None:
+                tables.append(nn.Parameter(torch.empty_like(table)))
+            self.hidden_dims, self.scale = hidden_dims, scale
+        if self.gated != gated:
+            error_messages: list[str] = args[4]
+            error_messages.append(f"The state is of a guide with {gated=}; this one is not.")
+        self._state_was_loaded = True
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def get_extra_state(self) -> Tensor:
+        """Whether the flows gate, for the state: no shape tells that."""
+        return torch.tensor(self.gated)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing to set: loading has seen to it."""
+
+
+def tables_of(guide: Any) -> list[nn.Parameter]:
+    """The tables of contexts that a guide learns."""
+    if not isinstance(guide, AutoHierarchicalIAF):
+        return []
+    return list(guide._modules["tables"].parameters())  # type: ignore[union-attr]
+
+
+@contextmanager
+def row_gradients(guide: Any) -> Iterator[None]:
+    """Within it, gradients of tables have the rows drawn alone."""
+    before = getattr(guide, "rows_alone", None)
+    if before is not None:
+        guide.rows_alone = True
+    try:
+        yield
+    finally:
+        if before is not None:
+            guide.rows_alone = before
+
+
+@unserializable_hook
+def _as_sparse(gradient: Tensor) -> Tensor:
+    return gradient if gradient.is_sparse else gradient.to_sparse()
+
+
+def _full_size(frame: Any) -> int:
+    return int(frame.full_size or frame.size)
+
+
+def _sizes_of(transform: Any) -> tuple[int, int]:
+    return transform.parts[-1].input_dim, transform.parts[0].network.context_dim
+
+
+def _quoted(names: set[str]) -> str:
+    return ", ".join(f"'{name}'" for name in sorted(names))
+
+
+def _checked_rows(
+    rows: Mapping[str, Sequence[int] | Tensor], plates: Mapping[str, pyro.plate]
+) -> dict[str, Tensor]:
+    checked = {}
+    for name, chosen in rows.items():
+        if name not in plates:
+            raise ValueError(
+                f"There is no plate '{name}' to choose rows of; latents are in "
+                f"{_quoted({*plates})}."
+            )
+        index, size = torch.as_tensor(chosen), plates[name].size
+        if index.dim() != 1 or index.dtype.is_floating_point or index.dtype == torch.bool:
+            raise ValueError(
+                f"rows[{name!r}] should be indices of rows, of shape (n,); got {chosen!r}."
+            )
+        if len(index) and not 0 <= int(index.min()) <= int(index.max()) < size:
+            raise ValueError(f"rows[{name!r}] should be between 0 and {size - 1}; got {chosen!r}.")
+        checked[name] = index
+    return checked
