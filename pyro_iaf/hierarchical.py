@@ -19,10 +19,12 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.distributions.util import sum_rightmost
+from pyro.poutine import subsample_messenger
+from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.distributions import biject_to
 from torch.nn import functional
-from torch.utils.hooks import unserializable_hook
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .autoguide import FlowGuide, Posterior, check_callable, check_levels, quantiles_of
 from .distributions import DiagonalNormal
@@ -34,6 +36,9 @@ __all__ = ["AutoHierarchicalIAF", "row_gradients", "tables_of"]
 
 # Medians and quantiles are read off so many draws, or fewer if these would hold more numbers.
 NUM_DRAWS, MOST_NUMBERS = 4001, 50_000_000
+
+# Plates of so many rows are subsampled without putting all in random order.
+LARGE = 10_000
 
 
 class Group(NamedTuple):
@@ -186,7 +191,7 @@ class AutoHierarchicalIAF(FlowGuide):
         for k, group in enumerate(self.groups):
             own = 0
             if group.table is not None:
-                own = self.context_dim or 8
+                own = self._table_width(group)
             elif group.plates:
                 with ExitStack() as stack:
                     rows = {name: stack.enter_context(plates[name]) for name in group.plates}
@@ -314,6 +319,11 @@ class AutoHierarchicalIAF(FlowGuide):
         loc = torch.cat([part.to(device) for part in parts])
         return loc if loc.is_floating_point() else loc.to(torch.get_default_dtype())
 
+    def _table_width(self, group: Group) -> int:
+        tables: Any = self._modules["tables"]
+        is_loaded = group.table is not None and group.table < len(tables)
+        return tables[group.table].shape[1] if is_loaded else self.context_dim or 8
+
     def _num_rows(self, group: Group) -> int:
         frames = self._frames()
         return math.prod(_full_size(frames[name]) for name in group.plates)
@@ -358,13 +368,14 @@ class AutoHierarchicalIAF(FlowGuide):
         return self.plates
 
     def _contexts_ahead(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], of_all: bool = False
     ) -> dict[tuple[str, ...], Tensor]:
-        """Contexts for plates that are not subsampled: they say how many rows there are."""
+        """Contexts for plates that are not subsampled, or of all: how many rows they have."""
         contexts = {}
         for group in self.groups:
             encoder = self._encoder_of(group)
-            if encoder is not None and all(self._is_whole(name) for name in group.plates):
+            is_whole = of_all or all(map(self._is_whole, group.plates))
+            if encoder is not None and is_whole:
                 contexts[group.plates] = self._encode(encoder, args, kwargs)
         return contexts
 
@@ -399,7 +410,8 @@ class AutoHierarchicalIAF(FlowGuide):
             chosen: dict[str, Any] = {"subsample": (rows or {}).get(name)}
             if rows is None:
                 chosen = {"subsample_size": full_size if self._is_whole(name) else frame.size}
-            plates[name] = pyro.plate(name, full_size, dim=frame.dim, **chosen)
+            with QuickSubsamples():
+                plates[name] = pyro.plate(name, full_size, dim=frame.dim, **chosen)
         return plates
 
     def _check_plate(self, plate: pyro.plate, frame: Any) -> None:
@@ -523,8 +535,9 @@ class AutoHierarchicalIAF(FlowGuide):
             return
         tables = set(self._modules["tables"].parameters())  # type: ignore[union-attr]
         for param in self.parameters():
-            if param not in tables and param.requires_grad and not param._backward_hooks:
-                param.register_hook(_as_sparse)
+            if param not in tables and param not in _made_sparse:
+                param.register_post_accumulate_grad_hook(_make_sparse)
+                _made_sparse[param] = True
 
     # Posterior
 
@@ -641,23 +654,26 @@ class AutoHierarchicalIAF(FlowGuide):
         """Sites and their unconstrained values, with the draws in front."""
         self._setup_on_demand(*args, **kwargs)
         self._adopt_parameters()
-        contexts = self._contexts_ahead(args, kwargs)
+        contexts = self._contexts_ahead(args, kwargs, of_all=True)
         whole = self._plates_of(contexts, args, kwargs, rows={})
         plates = self._plates_of(contexts, args, kwargs, rows=_checked_rows(rows or {}, whole))
         nesting = max((-plate.dim for plate in plates.values()), default=0)
         draws = pyro.plate("num_particles_vectorized", num_draws, dim=-nesting - 1)
         with poutine.block(), draws:
             drawn = self._draw(plates, contexts, args, kwargs)
-        return {
-            name: tuple(self._freed(name, value, num_draws) for value in pair)  # type: ignore[misc]
-            for name, pair in drawn.items()
-        }
-
-    def _freed(self, name: str, value: Tensor, num_draws: int) -> Tensor:
-        """A value without the dimensions between the draws and what the site has in the model."""
-        fn = self._latent_sites()[name]["fn"]
-        shape = value.shape[value.dim() - len(fn.batch_shape) - fn.event_dim :]
-        return value.reshape(num_draws, *shape)
+        found = {}
+        for name, (value, unconstrained) in drawn.items():
+            fn = self._latent_sites()[name]["fn"]
+            num_batch = len(fn.batch_shape)
+            # Between the draws and these stand the plates that the site is in none of.
+            own = value.shape[value.dim() - num_batch - fn.event_dim :]
+            inner = unconstrained.shape[value.dim() - fn.event_dim :]
+            pair = (
+                value.reshape(num_draws, *own),
+                unconstrained.reshape(num_draws, *own[:num_batch], *inner),
+            )
+            found[name] = pair
+        return found
 
     # State
 
@@ -697,6 +713,29 @@ class AutoHierarchicalIAF(FlowGuide):
         """Nothing to set: loading has seen to it."""
 
 
+class QuickSubsamples(Messenger):
+    """Makes subsamples of many rows in the time of those that are drawn."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        fn = msg["fn"]
+        is_subsample = type(fn) is subsample_messenger._Subsample
+        if is_subsample and LARGE <= fn.size > (fn.subsample_size or fn.size):
+            msg["fn"] = _Subsample(fn.size, fn.subsample_size, device=fn.device)
+
+
+class _Subsample(subsample_messenger._Subsample):  # Pyro knows subsamples by this name
+    """A subsample with a row from each of as many stretches of equal length.
+
+    Each row is as likely as any other. Pyro's own way puts all rows in random order first.
+    """
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        points = torch.rand(self.subsample_size, dtype=torch.float64, device=self.device)
+        points = points + torch.arange(self.subsample_size, device=self.device)
+        rows = (points * (self.size / self.subsample_size)).long()
+        return rows.clamp(max=self.size - 1)
+
+
 def tables_of(guide: Any) -> list[nn.Parameter]:
     """The tables of contexts that a guide learns."""
     if not isinstance(guide, AutoHierarchicalIAF):
@@ -717,9 +756,12 @@ def row_gradients(guide: Any) -> Iterator[None]:
             guide.rows_alone = before
 
 
-@unserializable_hook
-def _as_sparse(gradient: Tensor) -> Tensor:
-    return gradient if gradient.is_sparse else gradient.to_sparse()
+_made_sparse: Any = WeakIdKeyDictionary()  # parameters whose gradients become sparse
+
+
+def _make_sparse(param: Tensor) -> None:
+    if param.grad is not None and not param.grad.is_sparse:
+        param.grad = param.grad.to_sparse()
 
 
 def _full_size(frame: Any) -> int:
