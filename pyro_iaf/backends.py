@@ -14,7 +14,7 @@ import shutil
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -71,6 +71,9 @@ def warm_up() -> None:
 
     That is what the compiler can make for the processor, and PyTorch's headers in its own form.
     """
+    # Imported here, as a thread that imports when the process forks leaves a lock behind.
+    from torch._inductor import codecache, cpu_vec_isa  # noqa: F401
+
     if not _warming:
         _warming.append(threading.Thread(target=_warm_up, daemon=True))
         _warming[0].start()
@@ -81,10 +84,8 @@ _processor_is_known = threading.Event()
 
 
 def _warm_up() -> None:
-    from torch._inductor import config
-
     try:
-        from torch._inductor import cpu_vec_isa
+        from torch._inductor import config, cpu_vec_isa
         from torch._inductor.codecache import CppWrapperCodeCache
 
         with config.patch(_settings()):
@@ -101,6 +102,17 @@ def _warm_up() -> None:
         logging.getLogger(__name__).debug("not warmed up: %s", error)
     finally:
         _processor_is_known.set()
+
+
+def _forget_threads() -> None:
+    """A forked process has none of the threads that its parent started."""
+    global _processor_is_known
+    _warming.clear()
+    _processor_is_known = threading.Event()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_threads)
 
 
 def _settings() -> dict[str, Any]:
@@ -135,7 +147,10 @@ def lower(fn: Callable[..., Any], example: Sequence[Tensor], backend: str) -> tu
     example = [tensor.detach() for tensor in example]
     if backend == "inductor":
         try:
-            return _compiled(fn, example), backend
+            try:
+                return _compiled(fn, example, kept_buffers), backend
+            except Exception:  # of a PyTorch that writes its code in other ways, perhaps
+                return _compiled(fn, example, nullcontext), backend
         except Exception as error:  # whatever goes wrong in a compiler, or for want of headers
             first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
             warnings.warn(
@@ -190,7 +205,7 @@ def _leave_out_views(module: fx.GraphModule) -> None:
     tidy(module)
 
 
-def _compiled(fn: Callable[..., Any], example: list[Tensor]) -> Lowered:
+def _compiled(fn: Callable[..., Any], example: list[Tensor], keeping: Callable[[], Any]) -> Lowered:
     if any(tensor.is_cuda for tensor in example):
         return _on_cuda(fn)
     warm_up()
@@ -214,7 +229,7 @@ def _compiled(fn: Callable[..., Any], example: list[Tensor]) -> Lowered:
         tracing(TracingContext(mode)),
         V.set_fake_mode(mode),
         _without_remarks(),
-        kept_buffers(),
+        keeping(),
     ):
         compiled: Any = compile_fx_inner(module, values, cpp_wrapper=True, is_inference=True)
     return compiled.current_callable  # type: ignore[no-any-return]

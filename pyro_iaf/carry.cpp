@@ -112,13 +112,6 @@ static void check(int32_t error) {
   if (error) throw std::runtime_error("PyTorch refused a call of pyro_iaf::carry");
 }
 
-static Handle new_matrix(const int64_t* sizes, int32_t dtype) {
-  const int64_t strides[] = {sizes[1], 1};
-  Handle made;
-  check(aoti_torch_empty_strided(2, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &made));
-  return made;
-}
-
 static const int64_t* sizes_of(Handle tensor) {
   int64_t* sizes;
   check(aoti_torch_get_sizes(tensor, &sizes));
@@ -137,51 +130,75 @@ static void* data_of(Handle tensor) {
   return data;
 }
 
+// A tensor that is ours to delete.
+struct Owned {
+  Handle tensor;
+  explicit Owned(Handle owned) : tensor(owned) {}
+  Owned(Owned&& other) : tensor(other.release()) {}
+  ~Owned() {
+    if (tensor) aoti_torch_delete_tensor_object(tensor);
+  }
+  Handle release() {
+    Handle released = tensor;
+    tensor = nullptr;
+    return released;
+  }
+};
+
+static Owned new_matrix(const int64_t* sizes, int32_t dtype) {
+  const int64_t strides[] = {sizes[1], 1};
+  Handle made;
+  check(aoti_torch_empty_strided(2, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &made));
+  return Owned(made);
+}
+
+static Owned in_rows(Owned matrix) {
+  bool is_contiguous;
+  check(aoti_torch_is_contiguous(matrix.tensor, &is_contiguous));
+  if (is_contiguous) return matrix;
+  Owned copy = new_matrix(sizes_of(matrix.tensor), dtype_of(matrix.tensor));
+  check(aoti_torch_copy_(copy.tensor, matrix.tensor, 0));
+  return copy;
+}
+
 // The operation: the score, the tensors of the flows, the number of flows and that of threads lie
 // on a stack, where the tensors are ours to delete and the first place takes what is returned.
 static void carry_operation(uint64_t* stack, uint64_t num_arguments, uint64_t) {
   const int64_t count = num_arguments - 3;
   const int64_t num_flows = stack[count + 1], num_threads = stack[count + 2];
   const int64_t each = count / num_flows, L = (each - 7) / 2;
+  std::vector<Owned> tensors;
+  for (int64_t k = 0; k <= count; ++k) tensors.emplace_back(reinterpret_cast<Handle>(stack[k]));
   std::vector<const void*> data;
   std::vector<int64_t> widths;
   for (int64_t k = 0; k <= count; ++k) {
-    Handle tensor = reinterpret_cast<Handle>(stack[k]);
-    bool is_contiguous;
-    check(aoti_torch_is_contiguous(tensor, &is_contiguous));
-    if (!is_contiguous) {
-      Handle copy = new_matrix(sizes_of(tensor), dtype_of(tensor));
-      check(aoti_torch_copy_(copy, tensor, 0));
-      check(aoti_torch_delete_tensor_object(tensor));
-      stack[k] = reinterpret_cast<uint64_t>(tensor = copy);
+    const int64_t place = (k + each - 1) % each;
+    if (!k || place < 5 + 2 * L) {  // orders and starts are in rows anyway
+      Owned matrix = in_rows(std::move(tensors[k]));
+      tensors[k].tensor = matrix.release();
     }
-    data.push_back(data_of(tensor));
-    const int64_t place = (k - 1) % each;
-    if (k && place >= 4 && place < 4 + L) widths.push_back(sizes_of(tensor)[1]);
+    data.push_back(data_of(tensors[k].tensor));
+    if (k && place >= 4 && place < 4 + L) widths.push_back(sizes_of(tensors[k].tensor)[1]);
   }
-  Handle score = reinterpret_cast<Handle>(stack[0]);
-  const int64_t K = sizes_of(score)[0], D = sizes_of(score)[1];
-  const int32_t dtype = dtype_of(score);
-  Handle found = new_matrix(sizes_of(score), dtype);
+  const int64_t K = sizes_of(tensors[0].tensor)[0], D = sizes_of(tensors[0].tensor)[1];
+  const int32_t dtype = dtype_of(tensors[0].tensor);
+  Owned found = new_matrix(sizes_of(tensors[0].tensor), dtype);
   auto run = [&](auto zero) {
     using T = decltype(zero);
     carry_all(K, num_threads, num_flows, D, L, widths.data(), data.data() + 1,
-              static_cast<const T*>(data[0]), static_cast<T*>(data_of(found)));
+              static_cast<const T*>(data[0]), static_cast<T*>(data_of(found.tensor)));
   };
   if (dtype == aoti_torch_dtype_float32()) {
     run(0.0f);
   } else {
     run(0.0);
   }
-  for (int64_t k = 0; k <= count; ++k) {
-    check(aoti_torch_delete_tensor_object(reinterpret_cast<Handle>(stack[k])));
-  }
-  stack[0] = reinterpret_cast<uint64_t>(found);
+  stack[0] = reinterpret_cast<uint64_t>(found.release());
 }
 
-// Makes it the kernel of an operation that was defined, from now on.
-extern "C" void register_carry(const char* name) {
+// Makes it the kernel of an operation that was defined, from now on; says whether that failed.
+extern "C" int32_t register_carry(const char* name) {
   void* library;
-  check(aoti_torch_library_init_impl("pyro_iaf", "CPU", __FILE__, __LINE__, &library));
-  check(aoti_torch_library_impl(library, name, carry_operation));
+  return aoti_torch_library_init_impl("pyro_iaf", "CPU", __FILE__, __LINE__, &library) ||
+         aoti_torch_library_impl(library, name, carry_operation);
 }

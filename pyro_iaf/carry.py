@@ -20,6 +20,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,18 +44,28 @@ FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-pthread"]
 _kernel: list[ctypes.CDLL] = []
 _libraries: list[torch.library.Library] = []
 _defined: list[str] = []
+_loading = threading.Lock()
 
 
 def load_kernel() -> None:
     """Compiles the kernel, or loads it where that was done; leaves it out where neither works."""
-    compiler = os.environ.get("CXX", "g++")
-    if _kernel or shutil.which(compiler) is None:
-        return
+    with _loading:
+        try:
+            if not _kernel and shutil.which(os.environ.get("CXX", "g++")):
+                _kernel.append(ctypes.CDLL(str(_compiled_kernel())))
+                for name in _defined:
+                    _register(name)
+        except (OSError, subprocess.CalledProcessError) as error:
+            why = getattr(error, "stderr", None) or error
+            logging.getLogger(__name__).warning("no kernel for scores: %s", why)
+
+
+def _compiled_kernel() -> Path:
     from torch._inductor.runtime.cache_dir_utils import cache_dir  # which changes warnings' filters
 
     source = Path(__file__).with_suffix(".cpp")
     libraries = Path(torch.__file__).parent / "lib"
-    command = [compiler, *FLAGS, str(source)]
+    command = [os.environ.get("CXX", "g++"), *FLAGS, str(source)]
     command += [f"-L{libraries}", "-ltorch_cpu", f"-Wl,-rpath,{libraries}"]
     made_for = [source.read_text(), *command, torch.__version__, platform.platform(), _processor()]
     name = f"pyro_iaf_carry_{hashlib.sha256(repr(made_for).encode()).hexdigest()[:16]}.so"
@@ -63,14 +74,15 @@ def load_kernel() -> None:
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:  # whole or not at all
             fresh = Path(folder) / name
-            done = subprocess.run([*command, "-o", str(fresh)], capture_output=True, text=True)
-            if done.returncode:
-                logging.getLogger(__name__).warning("no kernel for scores: %s", done.stderr)
-                return
+            command += ["-o", str(fresh)]
+            subprocess.run(command, check=True, capture_output=True, text=True)
             fresh.replace(library)
-    _kernel.append(ctypes.CDLL(str(library)))
-    for name in _defined:
-        _kernel[0].register_carry(name.encode())
+    return library
+
+
+def _register(name: str) -> None:
+    if _kernel[0].register_carry(name.encode()):
+        raise OSError(f"PyTorch does not take the kernel of {name}")
 
 
 def _processor() -> str:
@@ -114,7 +126,7 @@ def carried(score: Tensor, flows: Sequence[Carrier]) -> Tensor:
         with _disable_current_modes():  # it follows from the sizes, so it is not part of a graph
             bounds = torch.arange(D + 1, device=score.device)
             starts = torch.stack([torch.searchsorted(d, bounds) for d in network.hidden_degrees()])
-        tensors += [*weights, network.order, starts]
+        tensors += [*weights, network.order.contiguous(), starts]
     numbers = K * sum(weight.numel() for _, _, weights, _ in flows for weight in weights)
     num_threads = max(1, min(torch.get_num_threads(), K, numbers // WORK_PER_THREAD))
     run = _operation(len(tensors)) if score.dtype in (torch.float32, torch.float64) else _in_slow
@@ -131,11 +143,11 @@ def _operation(count: int) -> Any:
     library = torch.library.Library("pyro_iaf", "FRAGMENT")
     library.define(f"{name}({arguments}, int num_flows, int num_threads) -> Tensor")
     library.impl(name, _in_slow, "CompositeExplicitAutograd")  # where no kernel is registered
-    library.impl(name, lambda score, *_: torch.empty_like(score), "Meta")
+    library.impl(name, lambda score, *_: score.new_empty(score.shape), "Meta")
     _libraries.append(library)  # an operation lasts as long as its library
     _defined.append(name)
     if _kernel:
-        _kernel[0].register_carry(name.encode())
+        _register(name)
     return getattr(torch.ops.pyro_iaf, name).default
 
 
@@ -153,7 +165,7 @@ def _in_slow(score: Tensor, *arguments: Any) -> Tensor:
             for a, b in ((0, 4), (4, 4 + L), (4 + L, 5 + 2 * L), (5 + 2 * L, 7 + 2 * L))
         )
         score = _through_one(score, slopes, bends, weights, order, starts)
-    return score
+    return score.contiguous()
 
 
 def _through_one(

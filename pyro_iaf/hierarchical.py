@@ -304,7 +304,8 @@ class AutoHierarchicalIAF(FlowGuide):
     def _row_shape(self, name: str) -> torch.Size:
         """The shape of a site in unconstrained space, without what is batch of a plate."""
         site = self._latent_sites()[name]
-        fn, value = site["fn"], biject_to(site["fn"].support).inv(site["value"])
+        fn = site["fn"]
+        value: Tensor = biject_to(fn.support).inv(site["value"])
         num_batch = len(fn.batch_shape) if site["cond_indep_stack"] else 0
         return value.shape[num_batch:]
 
@@ -342,7 +343,7 @@ class AutoHierarchicalIAF(FlowGuide):
         return encoder if group.plates else None
 
     def _own_modules(self) -> dict[str, nn.Module]:
-        own = {name: self._modules[name] for name in ("transforms", "tables")}
+        own: dict[str, Any] = {name: self._modules[name] for name in ("transforms", "tables")}
         if isinstance(self._encoder, nn.Module):
             own["encoder"] = self._encoder
         return own
@@ -445,7 +446,7 @@ class AutoHierarchicalIAF(FlowGuide):
                         context = self._encode(self._encoder_of(group), args, kwargs)
                     parts.append(self._rows_of(context, k, plates, rows))
                 transform = self._transform_at(k, parts)
-                loc = torch.zeros_like(transform.parts[-1].frame[0])  # type: ignore[arg-type]
+                loc = torch.zeros_like(transform.parts[-1].frame[0])
                 base = DiagonalNormal(loc, torch.ones_like(loc), validate_args=False)
                 name = "_".join(filter(None, ("", self._pyro_name, *group.plates, "latent")))
                 latent = pyro.sample(
@@ -636,7 +637,7 @@ class AutoHierarchicalIAF(FlowGuide):
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """Draws that are the same at every call."""
         self._setup_on_demand(*args, **kwargs)
-        device = self._modules["transforms"][0].parts[-1].frame.device  # type: ignore[index, union-attr]
+        device = self._modules["transforms"][0].parts[-1].frame.device  # type: ignore[index]
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(0)
             one = self._draws(1, args, kwargs, rows)
@@ -657,7 +658,7 @@ class AutoHierarchicalIAF(FlowGuide):
         contexts = self._contexts_ahead(args, kwargs, of_all=True)
         whole = self._plates_of(contexts, args, kwargs, rows={})
         plates = self._plates_of(contexts, args, kwargs, rows=_checked_rows(rows or {}, whole))
-        nesting = max((-plate.dim for plate in plates.values()), default=0)
+        nesting = max((-frame.dim for frame in self._frames().values()), default=0)
         draws = pyro.plate("num_particles_vectorized", num_draws, dim=-nesting - 1)
         with poutine.block(), draws:
             drawn = self._draw(plates, contexts, args, kwargs)
@@ -730,10 +731,11 @@ class _Subsample(subsample_messenger._Subsample):  # Pyro knows subsamples by th
     """
 
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
-        points = torch.rand(self.subsample_size, dtype=torch.float64, device=self.device)
-        points = points + torch.arange(self.subsample_size, device=self.device)
-        rows = (points * (self.size / self.subsample_size)).long()
-        return rows.clamp(max=self.size - 1)
+        count: Any = self.subsample_size
+        points = torch.rand(count, dtype=torch.float64, device=self.device)
+        points = points + torch.arange(count, device=self.device)
+        rows: Tensor = (points * (self.size / count)).long().clamp(max=self.size - 1)
+        return rows
 
 
 def tables_of(guide: Any) -> list[nn.Parameter]:

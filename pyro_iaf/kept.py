@@ -2,7 +2,7 @@ r"""Compiled code that keeps its buffers from one call to the next.
 
 A small step writes some sixty buffers and looks at them in some sixty views. PyTorch's compiler
 makes each of them anew at each call, which takes longer than to fill them. Here a buffer is made at
-the first call and stays, and so do views of it. What is returned is copied.
+the first call and stays as long as the process, and so do views of it. What is returned is copied.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,10 +20,14 @@ import torch
 
 __all__ = ["kept_buffers"]
 
-# Buffers of more numbers are made anew: they would hold much memory, and take longer to fill.
-MOST_NUMBERS = 2**18
+# A program keeps so many numbers at most, and makes other buffers anew: large ones take longer to
+# fill than to make, and would hold memory that others need.
+MOST_NUMBERS = 2**20
 
-# Stands where the compiler's own code has RAIIAtenTensorHandle, with whose methods it is used.
+_alone = threading.RLock()
+
+# Stands where the compiler's own code has RAIIAtenTensorHandle, with those of its methods that
+# buffers are used by.
 KEPT = r"""
 #include <initializer_list>
 #include <mutex>
@@ -38,12 +43,13 @@ struct Kept {
   AtenTensorHandle get() const { return handle; }
   void* data_ptr() const { return data; }
   void reset() const {}
-  AtenTensorHandle release() const {
-    AtenTensorHandle copy;
-    AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_clone(handle, &copy));
-    return copy;
-  }
 };
+
+static AtenTensorHandle copy_of(AtenTensorHandle tensor) {
+  AtenTensorHandle copy;
+  AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_clone(tensor, &copy));
+  return copy;
+}
 
 static AtenTensorHandle new_buffer(std::initializer_list<int64_t> sizes,
                                    std::initializer_list<int64_t> strides, int32_t dtype) {
@@ -76,23 +82,29 @@ def kept_buffers() -> Iterator[None]:
     from torch._inductor.codegen import common
 
     common.init_backend_registration()
-    usual = common.device_codegens["cpu"]
-    common.device_codegens["cpu"] = dataclasses.replace(usual, cpp_wrapper_codegen=_wrapper_class())
-    # Code that other wrappers wrote, or other versions of this one, lies in the same cache.
     config: Any = torch.compiler.config
+    # Code that other wrappers wrote, or other versions of this one, lies in the same cache.
     own = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    try:
-        with config.patch(cache_key_tag=config.cache_key_tag + own):
-            yield
-    finally:
-        common.device_codegens["cpu"] = usual
+    with _alone:
+        usual = common.device_codegens["cpu"]
+        ours = dataclasses.replace(usual, cpp_wrapper_codegen=_wrapper_class())
+        common.device_codegens["cpu"] = ours
+        try:
+            with config.patch(cache_key_tag=config.cache_key_tag + own):
+                yield
+        finally:
+            common.device_codegens["cpu"] = usual
 
 
 def _wrapper_class() -> Any:
+    from torch._inductor import ir
     from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
+    from torch._inductor.virtualized import V
 
     class KeepsBuffers(CppWrapperCpu):
         """Writes the code around the kernels, which makes buffers and calls one after the other."""
+
+        num_kept = 0
 
         @staticmethod
         def create(*_: Any, **__: Any) -> KeepsBuffers:
@@ -117,11 +129,13 @@ def _wrapper_class() -> Any:
             is_pinned: bool = False,
         ) -> str:
             is_plain = allocation_shape is None or list(allocation_shape) == list(shape)
-            if not is_plain or is_pinned or math.prod(map(int, shape)) > MOST_NUMBERS:
+            num_kept = self.num_kept + math.prod(map(int, shape))
+            if not is_plain or is_pinned or num_kept > MOST_NUMBERS:
                 made: str = super().make_allocation(
                     name, device, dtype, shape, stride, allocation_shape, is_pinned
                 )
                 return made
+            self.num_kept = num_kept
             sizes, strides = (
                 "{" + ", ".join(f"{int(k)}L" for k in numbers) + "}" for numbers in (shape, stride)
             )
@@ -136,13 +150,14 @@ def _wrapper_class() -> Any:
             return f"VIEW_OF({data.get_name()}, {code.split('(', 1)[1]}"
 
         def generate_return(self, output_refs: list[str]) -> None:
-            # All views are taken before the first buffer is given away.
+            # Whatever is no argument may lie in a buffer that the next call writes into.
+            named = []
             for k, ref in enumerate(output_refs):
-                if ref.startswith("VIEW_OF("):
-                    self.wrapper_call.writeline(f"auto output_{k} = {ref};")
-            named = [
-                f"output_{k}" if r.startswith("VIEW_OF(") else r for k, r in enumerate(output_refs)
-            ]
+                is_tensor = not isinstance(V.graph.graph_outputs[k], ir.ShapeAsConstantBuffer)
+                if is_tensor and ref != "nullptr" and ref not in V.graph.graph_inputs:
+                    self.wrapper_call.writeline(f"RAIIAtenTensorHandle output_{k}(copy_of({ref}));")
+                    ref = f"output_{k}"
+                named.append(ref)
             super().generate_return(named)
 
     return KeepsBuffers

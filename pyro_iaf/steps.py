@@ -365,7 +365,6 @@ def _whole_step(graph: Graph, adam: Adam, num_inputs: int) -> Callable[..., tupl
         lead = [weight.to(dtype), covers.to(dtype), state[0]]
         value, health, *slopes = graph.module(*lead, *inputs, *tensors, *noise)
         slope = torch.cat([part.reshape(-1) for part in slopes])
-        # As a product of matrices, since the compiler's own sum of so many numbers takes longer.
         norm = slope.norm().to(state.dtype)
         fine = value.isfinite() & norm.isfinite()
         # A step that is not finite changes nothing. Numbers that are the same for all parameters

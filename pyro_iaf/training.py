@@ -154,6 +154,7 @@ class Run:
         self.backend_before = ""
         self.num_found, self.next_check = 0, 1
         self.chunk = FIRST_CHUNK
+        self.next_shown = 50
         self.live: list[str] = []
         self.kinds: Counter[Any] = Counter()
         self.builds: Counter[Any] = Counter()
@@ -325,18 +326,20 @@ class Run:
         with torch.no_grad():
             for step, numbers in zip(steps, rows.unbind(), strict=True):
                 if pairs and self.batches.change:
-                    with torch.enable_grad():  # it is the user's code
+                    with torch.enable_grad():  # as it was when the step was built
                         batch = self.batches.next()
-                    if self.steps.find(*batch, (built.wanted,)) is not built:
+                        is_same = self.steps.find(*batch, (built.wanted,)) is built
+                    if not is_same:
                         left.append(batch)
                         break
                     take = self.steps.bind(built, *batch)
                 pairs.append(take(numbers))
                 self._average_in(step + 1, params)
         self.steps.write()
+        results = torch.stack(pairs).tolist()
         affordable = SECONDS_A_CHUNK * len(pairs) / (time.perf_counter() - began)
         self.chunk = max(1, min(int(affordable), 2 * self.chunk, LARGEST_CHUNK))
-        for value, size in torch.stack(pairs).tolist():
+        for value, size in results:
             self._account(value, size, args, kwargs)
         return left
 
@@ -409,7 +412,7 @@ class Run:
 
     @property
     def _is_slower_replayed(self) -> bool:
-        """Whether a replay, which writes Adam out, takes longer than the code: flows are wide."""
+        """Whether flows are so wide that a replay, which writes Adam out, is slower than code."""
         loss = self.loss
         most = MAX_REPLAYED if has_compiler(torch.device("cpu")) else MAX_WRITTEN_OUT
         return isinstance(loss, LatentLoss) and loss.guide.latent_dim > most
@@ -530,7 +533,8 @@ class Run:
 
     def _show(self, bar: tqdm[Any]) -> None:
         bar.update(self.step - bar.n)
-        if self.step % 50 == 0 and self.losses:
+        if self.step >= self.next_shown and self.losses:
+            self.next_shown = self.step + 50
             last, before = self.losses[-100:], self.losses[-200:-100]
             shown = {"ELBO": f"{-_mean(last):.2f}"}
             if before:

@@ -60,3 +60,14 @@ def test_single_precision_and_several_threads(kernel, monkeypatch):
     monkeypatch.setattr(carry, "WORK_PER_THREAD", 1)
     monkeypatch.setattr(scores, "_is_recorded_on_cpu", lambda _: True)
     assert_close(draw_with_score(flow.parts, x)[2], plain, rtol=1e-3, atol=1e-3)
+
+
+def test_the_score_lies_in_memory_as_compiled_code_takes_it(kernel, monkeypatch):
+    flow = rough(inverse_autoregressive_flow(4, [8]), 0.3)
+    monkeypatch.setattr(scores, "_is_recorded_on_cpu", lambda _: True)
+    x = torch.randn(4, 3).T
+    assert draw_with_score([flow], x)[2].is_contiguous()
+    operation = carry._operation(1)
+    if operation is not carry._in_slow:
+        meta = x.to("meta")
+        assert operation(meta, meta, 1, 1).is_contiguous()

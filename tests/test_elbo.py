@@ -10,6 +10,7 @@ from models import MODELS, Regression, arguments, data, one_latent, plates, subs
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoDelta, AutoGuideList, AutoMultivariateNormal, AutoNormal
+from pyro.nn import PyroModule
 from pyro.optim import Adam, ClippedAdam
 from torch import nn
 from torch.testing import assert_close
@@ -485,7 +486,7 @@ def test_a_compiler_that_fails_is_done_without(monkeypatch):
 
 
 def test_a_compiled_step_that_is_wrong_is_not_used(monkeypatch):
-    def wrong(fn, example):
+    def wrong(fn, *_):
         return lambda tensors: [2 * out for out in fn(*tensors)]
 
     monkeypatch.setattr(backends, "_compiled", wrong)
@@ -533,3 +534,34 @@ def test_it_warns_of_no_more_than_it_should():
         warnings.simplefilter("error")
         for _ in range(3):
             loss.loss_and_grads(plates, guide)
+
+
+@needs_compiler
+@pytest.mark.parametrize("num_particles", [1, 3])
+def test_gradients_of_several_calls_add_up(num_particles):
+    class Guide(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(2, 4), nn.Linear(4, 1)
+
+        def forward(self, x):
+            loc = self.last(self.first(x).tanh()).squeeze(-1)
+            with pyro.plate("rows", len(x)):
+                pyro.sample("z", dist.Normal(loc, 0.5))
+
+    def model(x):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=x.sum(-1))
+
+    guide, x = Guide(), torch.randn(5, 2)
+    found = []
+    for loss in (Trace_ELBO(num_particles), CompiledTrace_ELBO(num_particles, backend="inductor")):
+        pyro.set_rng_seed(0)
+        guide.zero_grad()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            elbo = loss(model, guide)
+            (elbo(x) + elbo(2 * x)).backward()
+        found.append([p.grad.clone() for p in guide.parameters()])
+    assert_close(found[1], found[0])

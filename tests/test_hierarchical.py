@@ -132,10 +132,10 @@ def test_particles_at_once_are_as_good_as_one_after_the_other(name):
     guide = small(model)
     guide.setup()
     for vectorize in (False, True):
-        elbo = Trace_ELBO(2000, vectorize_particles=vectorize, max_plate_nesting=2)
+        elbo = Trace_ELBO(200, vectorize_particles=vectorize, max_plate_nesting=2)
         with torch.no_grad():
             losses.append(elbo.loss(model, guide))
-    assert losses[0] == pytest.approx(losses[1], rel=0.05)  # a fresh guide is narrow
+    assert losses[0] == pytest.approx(losses[1], rel=0.1)  # a fresh guide is narrow
 
 
 def test_the_density_of_a_draw_is_that_of_its_flows(model):
@@ -249,7 +249,7 @@ def exact(y):
 def test_it_finds_the_posterior_of_a_hierarchical_gaussian(batch_size):
     y = 1.5 + 2.1 * torch.randn(40)
     guide = AutoHierarchicalIAF(gaussian(40, batch_size, y), hidden_dims=[32])
-    settings = {"num_steps": 4000, "num_particles": 4, "early_stop": False, "progress": False}
+    settings = {"num_steps": 3000, "num_particles": 4, "early_stop": False, "progress": False}
     fit(gaussian(40, batch_size, y), guide, **settings)
     draws = guide.sample_posterior(10_000)
     (mean, sd), (effects, sds) = exact(y)
@@ -284,7 +284,7 @@ def test_it_agrees_with_a_guide_over_all_latents():
             with pyro.plate("measured", 5, dim=-1):
                 pyro.sample("y", dist.Normal(effect + slope * x, 0.3), obs=y)
 
-    settings = {"num_steps": 4000, "progress": False, "early_stop": False}
+    settings = {"num_steps": 2500, "progress": False, "early_stop": False}
     guide, other = AutoHierarchicalIAF(model), AutoIAF(model)
     fit(model, guide, **settings)
     fit(model, other, **settings)

@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -15,6 +18,13 @@ FUNCTIONS = {
     "a buffer": lambda x: (torch.cumsum(x, 0) @ x,),
     "a buffer and views of it": lambda x: ((y := x @ x.T), y[1:], y.reshape(-1), y.T),
     "one buffer twice": lambda x: ((y := x @ x), y),
+    "views that look like their buffers": lambda x: (
+        (y := x @ x).t().t(),
+        (x @ x.T).reshape(-1).reshape(4, 4),
+        (y @ x).unsqueeze(0).squeeze(0),
+        (y + x).as_strided((4, 4), (4, 1)),
+    ),
+    "the same bits": lambda x: ((x @ x).view(torch.int64), (x @ x.T).tril().T.T),
     "an argument": lambda x: (x, x[0], (x @ x).exp()),
     "what a library made": lambda x: torch.linalg.qr(x),
     "views of what a library made": lambda x: ((q := torch.linalg.qr(x)[0]), q.T, q[2:]),
@@ -76,6 +86,76 @@ def test_threads_do_not_write_into_each_others_buffers():
         thread.join()
     for x, outputs in zip(inputs, found, strict=True):
         assert_close(outputs, [run([x])[0]] * len(outputs))
+
+
+def test_a_program_keeps_so_much_and_no_more(monkeypatch):
+    def run(x):
+        for _ in range(6):
+            x = (x @ x).tanh()
+        return (x.sum(),)
+
+    kept_numbers = []
+    usual = kept._wrapper_class
+
+    def spy():
+        class Spied(usual()):
+            @staticmethod
+            def create(*_, **__):
+                return Spied()
+
+            def generate_return(self, refs):
+                kept_numbers.append(self.num_kept)
+                super().generate_return(refs)
+
+        return Spied
+
+    monkeypatch.setattr(kept, "_wrapper_class", spy)
+    monkeypatch.setattr(kept, "MOST_NUMBERS", 300)
+    x = torch.randn(11, 11)
+    compiled, backend = lower(run, [x], "inductor")
+    assert backend == "inductor"
+    assert_close(compiled([x])[0], run(x)[0])
+    assert 0 < kept_numbers[-1] <= 300
+
+
+def test_a_forked_process_compiles_by_itself(tmp_path):
+    program = """
+import os, torch
+from pyro_iaf.backends import lower, warm_up
+warm_up()
+child = os.fork()
+run, backend = lower(lambda x: ((x @ x).exp(),), [torch.ones(3, 3)], "inductor")
+assert backend == "inductor"
+if not child:
+    os._exit(0)
+raise SystemExit(os.waitpid(child, 0)[1])
+"""
+    settings = {"capture_output": True, "text": True, "timeout": 120}
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, **settings)
+    assert done.returncode == 0, done.stderr
+
+
+def test_two_threads_that_compile_leave_nothing_behind():
+    from torch._inductor.codegen import common
+
+    common.init_backend_registration()
+    usual = common.device_codegens["cpu"]
+    inside = threading.Event()
+
+    def other():
+        inside.wait()
+        with kept.kept_buffers():
+            pass
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with kept.kept_buffers():
+        inside.set()
+        thread.join(0.2)
+        assert thread.is_alive()  # it waits
+    thread.join()
+    assert common.device_codegens["cpu"] is usual
 
 
 def test_others_that_compile_are_left_alone():

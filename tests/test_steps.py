@@ -287,7 +287,7 @@ def test_a_graph_that_is_wrong_is_not_used(monkeypatch):
 
 
 def test_the_bar_says_that_it_compiles(capsys, monkeypatch):
-    monkeypatch.setattr(backends, "_compiled", lambda fn, example: lambda tensors: fn(*tensors))
+    monkeypatch.setattr(backends, "_compiled", lambda fn, *_: lambda tensors: fn(*tensors))
     monkeypatch.setattr(training, "has_compiler", lambda _: True)
     run("plates", compile=True, progress=True)
     assert "compiling the step" in capsys.readouterr().err
@@ -305,3 +305,25 @@ def test_the_generator_stands_where_it_would():
     guide()
     fit(plates, guide, num_steps=20, compile=False, progress=False, seed=3)
     assert_close(torch.rand(3), after)
+
+
+def test_minibatches_of_one_kind_are_taken_in_chunks(monkeypatch):
+    chunks = []
+    replay = training.Run._replay
+
+    def spy(self, *args):
+        before = self.step
+        left = replay(self, *args)
+        chunks.append(self.step - before)
+        return left
+
+    monkeypatch.setattr(training.Run, "_replay", spy)
+
+    def model(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0).expand([len(x)]).to_event(1), obs=x)
+
+    data = DataLoader(TensorDataset(torch.randn(40)), batch_size=10)
+    run(model, data=lambda: data, compile="graph", num_steps=300, early_stop=False)
+    assert max(chunks) > 10
+    assert len(chunks) < 40
