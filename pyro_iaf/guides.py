@@ -179,10 +179,8 @@ class AutoIAF(FlowGuide, AutoContinuous):
                     raise NotImplementedError(
                         f"Site '{name}' is local to plate '{frame.name}', which is subsampled: "
                         f"{frame.size} of {full_size}. AutoIAF holds all latents in one vector, so "
-                        "it can't follow a subsample. Run it on all the data; or put AutoIAF on "
-                        "the other sites and a guide that subsamples, as AutoNormal, on this one, "
-                        "in an AutoGuideList with create_plates. (AutoHierarchicalIAF will do "
-                        "both; it is not there yet.)"
+                        "it can't follow a subsample. Take AutoHierarchicalIAF(model), which can; "
+                        "or run the model on all the data."
                     )
 
     def _init_loc(self) -> Tensor:

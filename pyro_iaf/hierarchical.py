@@ -13,14 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.distributions.util import sum_rightmost
-from pyro.poutine import subsample_messenger
-from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.distributions import biject_to
 from torch.nn import functional
@@ -28,40 +26,15 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .autoguide import FlowGuide, Posterior, check_callable, check_levels, quantiles_of
 from .distributions import DiagonalNormal
+from .groups import Group, QuickSubsamples, full_size, groups_of, plates_of, quoted, row_shape
 from .initialization import Start
 from .networks import check_size
-from .sites import SiteDelta, each_tensor
+from .sites import SiteDelta
 
 __all__ = ["AutoHierarchicalIAF", "row_gradients", "tables_of"]
 
 # Medians and quantiles are read off so many draws, or fewer if these would hold more numbers.
 NUM_DRAWS, MOST_NUMBERS = 4001, 50_000_000
-
-# Plates of so many rows are subsampled without putting all in random order.
-LARGE = 10_000
-
-
-class Group(NamedTuple):
-    """The latents that stand in the same plates.
-
-    Attributes:
-        plates: Names of the plates, the outermost first.
-        sites: Names of the sites.
-        size: How many numbers a row has in unconstrained space.
-        parents: The groups that this one listens to: those in some of its plates.
-        table: Which table its contexts are in, if it has no encoder.
-    """
-
-    plates: tuple[str, ...]
-    sites: tuple[str, ...]
-    size: int
-    parents: tuple[int, ...]
-    table: int | None
-
-    @property
-    def name(self) -> str:
-        """What users call it by: its plates."""
-        return "/".join(self.plates)
 
 
 class AutoHierarchicalIAF(FlowGuide):
@@ -183,7 +156,7 @@ class AutoHierarchicalIAF(FlowGuide):
     def _build(
         self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        self.groups = self._grouped()
+        self.groups = groups_of(self._latent_sites(), self._encoder)
         starts = [self._init_loc(group) for group in self.groups]
         ahead = self._contexts_ahead(args, kwargs)
         plates = self._plates_of(ahead, args, kwargs)
@@ -222,100 +195,13 @@ class AutoHierarchicalIAF(FlowGuide):
         for module in (transforms, tables):
             module.to(starts[0])
 
-    def _grouped(self) -> list[Group]:
-        """The latents by their plates: those in fewer plates first, else in the model's order."""
-        by_plates: dict[tuple[str, ...], list[str]] = {}
-        dims = {name: frame.dim for name, frame in self._frames().items()}
-        for name, site in self._latent_sites().items():
-            plates = tuple(sorted((f.name for f in site["cond_indep_stack"]), key=dims.__getitem__))
-            by_plates.setdefault(plates, []).append(name)
-            if plates:
-                self._check_local(name, site)
-        ordered = sorted(by_plates, key=len)
-        names = {"/".join(plates) for plates in ordered if plates}
-        encoder = self._encoder
-        if isinstance(encoder, Mapping | nn.ModuleDict):
-            with_encoder = set(encoder)
-            if strange := with_encoder - names:
-                raise ValueError(
-                    f"There is an encoder for plate '{min(strange)}', but no latents are in a "
-                    f"plate of that name; there are some in {_quoted(names)}."
-                )
-        elif encoder is not None:
-            if len(names) != 1:
-                raise ValueError(
-                    f"The model has latents in the plates {_quoted(names)}, and one encoder can't "
-                    "tell them apart. Give a dictionary from names of plates to encoders; of "
-                    'nested plates "outer/inner".'
-                    if names
-                    else "There is an encoder, but no latent of this model is in a plate. For "
-                    "global latents that listen to the data use AutoIAF(model, encoder=...)."
-                )
-            with_encoder = names
-        else:
-            with_encoder = set()
-        groups: list[Group] = []
-        num_tables = 0
-        for plates in ordered:
-            has_table = bool(plates) and "/".join(plates) not in with_encoder
-            parents = [k for k, group in enumerate(groups) if set(group.plates) < set(plates)]
-            size = sum(self._row_shape(name).numel() for name in by_plates[plates])
-            table = num_tables if has_table else None
-            num_tables += has_table
-            groups.append(Group(plates, tuple(by_plates[plates]), size, tuple(parents), table))
-        return groups
-
-    def _frames(self) -> dict[str, Any]:
-        """The model's plates as they were in its first run, by name."""
-        frames: dict[str, Any] = {}
-        for name, site in self._latent_sites().items():
-            for frame in site["cond_indep_stack"]:
-                known = frames.setdefault(frame.name, frame)
-                if (known.dim, known.size) != (frame.dim, frame.size):
-                    raise ValueError(
-                        f"Site '{name}' is in a plate '{frame.name}' of size {frame.size} at dim "
-                        f"{frame.dim}, and there is another of that name, of size {known.size} at "
-                        f"dim {known.dim}. Give each plate a name of its own."
-                    )
-        return frames
-
-    def _check_local(self, name: str, site: dict[str, Any]) -> None:
-        """Raises an error unless rows of this site can be drawn by themselves."""
-        frames = site["cond_indep_stack"]
-        batch_shape = site["fn"].batch_shape
-        dims = {frame.dim for frame in frames}
-        loose = [size for d, size in enumerate(batch_shape, -len(batch_shape)) if d not in dims]
-        if any(size > 1 for size in loose):
-            raise ValueError(
-                f"Site '{name}' has batch_shape {tuple(batch_shape)}, of which the dimensions "
-                f"{sorted(dims)} are plates. Declare the others by a plate, or as part of the "
-                "event: dist.Normal(...).to_event(1)."
-            )
-        support, event_dim = site["fn"].support, site["fn"].event_dim
-        bounds: list[Tensor] = []
-        each_tensor(support, lambda tensor: bounds.append(tensor) or tensor)  # type: ignore[func-returns-value]
-        if any(bound.dim() > event_dim and bound.numel() > 1 for bound in bounds):
-            raise NotImplementedError(
-                f"The support of site '{name}' is another for each row of its plate, so that a "
-                "guide that knows one minibatch doesn't know the others'. Draw it on a fixed "
-                "support, and shift or scale it in the model."
-            )
-
-    def _row_shape(self, name: str) -> torch.Size:
-        """The shape of a site in unconstrained space, without what is batch of a plate."""
-        site = self._latent_sites()[name]
-        fn = site["fn"]
-        value: Tensor = biject_to(fn.support).inv(site["value"])
-        num_batch = len(fn.batch_shape) if site["cond_indep_stack"] else 0
-        return value.shape[num_batch:]
-
     def _init_loc(self, group: Group) -> Tensor:
         """Where a group starts: for rows of a plate, in the middle of where they do."""
         parts = []
         for name in group.sites:
             site = self._latent_sites()[name]
             value = biject_to(site["fn"].support).inv(site["value"].detach())
-            parts.append(value.reshape(-1, self._row_shape(name).numel()).mean(0))
+            parts.append(value.reshape(-1, row_shape(self._latent_sites()[name]).numel()).mean(0))
         device = next((part.device for part in parts if part.device.type != "cpu"), None)
         loc = torch.cat([part.to(device) for part in parts])
         return loc if loc.is_floating_point() else loc.to(torch.get_default_dtype())
@@ -326,8 +212,8 @@ class AutoHierarchicalIAF(FlowGuide):
         return tables[group.table].shape[1] if is_loaded else self.context_dim or 8
 
     def _num_rows(self, group: Group) -> int:
-        frames = self._frames()
-        return math.prod(_full_size(frames[name]) for name in group.plates)
+        frames = plates_of(self._latent_sites())
+        return math.prod(full_size(frames[name]) for name in group.plates)
 
     # Drawing
 
@@ -381,8 +267,8 @@ class AutoHierarchicalIAF(FlowGuide):
         return contexts
 
     def _is_whole(self, plate: str) -> bool:
-        frame = self._frames()[plate]
-        return bool(frame.size == _full_size(frame))
+        frame = plates_of(self._latent_sites())[plate]
+        return bool(frame.size == full_size(frame))
 
     def _plates_of(
         self,
@@ -400,27 +286,27 @@ class AutoHierarchicalIAF(FlowGuide):
         if self.create_plates is not None and rows is None:
             made = self.create_plates(*args, **kwargs)
             plates = {p.name: p for p in ([made] if isinstance(made, pyro.plate) else made)}
-        for name, frame in self._frames().items():
+        for name, frame in plates_of(self._latent_sites()).items():
             if name in plates:
                 self._check_plate(plates[name], frame)
                 continue
-            full_size = _full_size(frame)
+            size = full_size(frame)
             for group, context in contexts.items():
                 if name in group and isinstance(context, Tensor) and context.dim() > -frame.dim:
-                    full_size = context.shape[frame.dim - 1]
+                    size = context.shape[frame.dim - 1]
             chosen: dict[str, Any] = {"subsample": (rows or {}).get(name)}
             if rows is None:
-                chosen = {"subsample_size": full_size if self._is_whole(name) else frame.size}
+                chosen = {"subsample_size": size if self._is_whole(name) else frame.size}
             with QuickSubsamples():
-                plates[name] = pyro.plate(name, full_size, dim=frame.dim, **chosen)
+                plates[name] = pyro.plate(name, size, dim=frame.dim, **chosen)
         return plates
 
     def _check_plate(self, plate: pyro.plate, frame: Any) -> None:
         has_table = any(g.table is not None and frame.name in g.plates for g in self.groups)
-        if has_table and plate.size != _full_size(frame):
+        if has_table and plate.size != full_size(frame):
             raise ValueError(
                 f"create_plates returned a plate '{plate.name}' of {plate.size} rows; the guide "
-                f"has a table of {_full_size(frame)}, as the model's first run had. For data of "
+                f"has a table of {full_size(frame)}, as the model's first run had. For data of "
                 "several sizes give an encoder."
             )
 
@@ -472,7 +358,7 @@ class AutoHierarchicalIAF(FlowGuide):
         """The sites of a vector of latents: their points, and these in unconstrained space."""
         start = 0
         for name in group.sites:
-            site, shape = self._latent_sites()[name], self._row_shape(name)
+            site, shape = self._latent_sites()[name], row_shape(self._latent_sites()[name])
             num_batch = 0 if group.plates else len(site["fn"].batch_shape)
             batch_shape = latent.shape[:-1] + (1,) * (len(shape) - num_batch)
             part = latent[..., start : start + shape.numel()]
@@ -575,7 +461,7 @@ class AutoHierarchicalIAF(FlowGuide):
         check_size("num_samples", num_samples)
         if resample:
             self._setup_on_demand(*args, **kwargs)
-            if rows is not None or not all(map(self._is_whole, self._frames())):
+            if rows is not None or not all(map(self._is_whole, plates_of(self._latent_sites()))):
                 raise ValueError(
                     "Draws are resampled by the weight of all that they hold, so all rows have to "
                     "be there: leave out rows, and give a model that does not subsample."
@@ -658,7 +544,7 @@ class AutoHierarchicalIAF(FlowGuide):
         contexts = self._contexts_ahead(args, kwargs, of_all=True)
         whole = self._plates_of(contexts, args, kwargs, rows={})
         plates = self._plates_of(contexts, args, kwargs, rows=_checked_rows(rows or {}, whole))
-        nesting = max((-frame.dim for frame in self._frames().values()), default=0)
+        nesting = max((-frame.dim for frame in plates_of(self._latent_sites()).values()), default=0)
         draws = pyro.plate("num_particles_vectorized", num_draws, dim=-nesting - 1)
         with poutine.block(), draws:
             drawn = self._draw(plates, contexts, args, kwargs)
@@ -714,30 +600,6 @@ class AutoHierarchicalIAF(FlowGuide):
         """Nothing to set: loading has seen to it."""
 
 
-class QuickSubsamples(Messenger):
-    """Makes subsamples of many rows in the time of those that are drawn."""
-
-    def _pyro_sample(self, msg: Any) -> None:
-        fn = msg["fn"]
-        is_subsample = type(fn) is subsample_messenger._Subsample
-        if is_subsample and LARGE <= fn.size > (fn.subsample_size or fn.size):
-            msg["fn"] = _Subsample(fn.size, fn.subsample_size, device=fn.device)
-
-
-class _Subsample(subsample_messenger._Subsample):  # Pyro knows subsamples by this name
-    """A subsample with a row from each of as many stretches of equal length.
-
-    Each row is as likely as any other. Pyro's own way puts all rows in random order first.
-    """
-
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
-        count: Any = self.subsample_size
-        points = torch.rand(count, dtype=torch.float64, device=self.device)
-        points = points + torch.arange(count, device=self.device)
-        rows: Tensor = (points * (self.size / count)).long().clamp(max=self.size - 1)
-        return rows
-
-
 def tables_of(guide: Any) -> list[nn.Parameter]:
     """The tables of contexts that a guide learns."""
     if not isinstance(guide, AutoHierarchicalIAF):
@@ -766,16 +628,8 @@ def _make_sparse(param: Tensor) -> None:
         param.grad = param.grad.to_sparse()
 
 
-def _full_size(frame: Any) -> int:
-    return int(frame.full_size or frame.size)
-
-
 def _sizes_of(transform: Any) -> tuple[int, int]:
     return transform.parts[-1].input_dim, transform.parts[0].network.context_dim
-
-
-def _quoted(names: set[str]) -> str:
-    return ", ".join(f"'{name}'" for name in sorted(names))
 
 
 def _checked_rows(
@@ -785,8 +639,7 @@ def _checked_rows(
     for name, chosen in rows.items():
         if name not in plates:
             raise ValueError(
-                f"There is no plate '{name}' to choose rows of; latents are in "
-                f"{_quoted({*plates})}."
+                f"There is no plate '{name}' to choose rows of; latents are in {quoted({*plates})}."
             )
         index, size = torch.as_tensor(chosen), plates[name].size
         if index.dim() != 1 or index.dtype.is_floating_point or index.dtype == torch.bool:

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from pyro_iaf import AutoHierarchicalIAF, AutoIAF, diagnose, fit
 from pyro_iaf.graphs import Refused
-from pyro_iaf.hierarchical import _Subsample
+from pyro_iaf.groups import _Subsample
 
 FAST = {"num_steps": 5, "progress": False}
 

@@ -1,0 +1,182 @@
+"""Which latents of a model stand in which plates, and how a guide goes over them row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from pyro.poutine import subsample_messenger
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
+from torch.distributions import biject_to
+
+from .sites import each_tensor
+
+__all__ = [
+    "Group",
+    "QuickSubsamples",
+    "full_size",
+    "groups_of",
+    "plates_of",
+    "quoted",
+    "row_shape",
+]
+
+# Plates of so many rows are subsampled without putting all in random order.
+LARGE = 10_000
+
+
+class Group(NamedTuple):
+    """The latents that stand in the same plates.
+
+    Attributes:
+        plates: Names of the plates, the outermost first.
+        sites: Names of the sites.
+        size: How many numbers a row has in unconstrained space.
+        parents: The groups that this one listens to: those in some of its plates.
+        table: Which table its contexts are in, if it has no encoder.
+    """
+
+    plates: tuple[str, ...]
+    sites: tuple[str, ...]
+    size: int
+    parents: tuple[int, ...]
+    table: int | None
+
+    @property
+    def name(self) -> str:
+        """What users call it by: its plates."""
+        return "/".join(self.plates)
+
+
+def groups_of(sites: Mapping[str, Any], encoder: Any) -> list[Group]:
+    """The latents by their plates: those in fewer plates first, else in the model's order.
+
+    Args:
+        sites: The latents as in the model's first run, by name.
+        encoder: One, several by names of plates, or none.
+
+    Raises:
+        ValueError: If it is not clear which encoder is for which plates, or a row of a plate can't
+            be drawn by itself.
+    """
+    by_plates: dict[tuple[str, ...], list[str]] = {}
+    dims = {name: frame.dim for name, frame in plates_of(sites).items()}
+    for name, site in sites.items():
+        plates = tuple(sorted((f.name for f in site["cond_indep_stack"]), key=dims.__getitem__))
+        by_plates.setdefault(plates, []).append(name)
+        if plates:
+            _check_local(name, site)
+    ordered = sorted(by_plates, key=len)
+    names = {"/".join(plates) for plates in ordered if plates}
+    if isinstance(encoder, Mapping | nn.ModuleDict):
+        with_encoder = set(encoder)
+        if strange := with_encoder - names:
+            raise ValueError(
+                f"There is an encoder for plate '{min(strange)}', but no latents are in a "
+                f"plate of that name; there are some in {quoted(names)}."
+            )
+    elif encoder is not None:
+        if len(names) != 1:
+            raise ValueError(
+                f"The model has latents in the plates {quoted(names)}, and one encoder can't "
+                "tell them apart. Give a dictionary from names of plates to encoders; of "
+                'nested plates "outer/inner".'
+                if names
+                else "There is an encoder, but no latent of this model is in a plate. For "
+                "global latents that listen to the data use AutoIAF(model, encoder=...)."
+            )
+        with_encoder = names
+    else:
+        with_encoder = set()
+    groups: list[Group] = []
+    num_tables = 0
+    for plates in ordered:
+        has_table = bool(plates) and "/".join(plates) not in with_encoder
+        parents = [k for k, group in enumerate(groups) if set(group.plates) < set(plates)]
+        size = sum(row_shape(sites[name]).numel() for name in by_plates[plates])
+        table = num_tables if has_table else None
+        num_tables += has_table
+        groups.append(Group(plates, tuple(by_plates[plates]), size, tuple(parents), table))
+    return groups
+
+
+def plates_of(sites: Mapping[str, Any]) -> dict[str, Any]:
+    """The plates that latents are in, by name."""
+    frames: dict[str, Any] = {}
+    for name, site in sites.items():
+        for frame in site["cond_indep_stack"]:
+            known = frames.setdefault(frame.name, frame)
+            if (known.dim, known.size) != (frame.dim, frame.size):
+                raise ValueError(
+                    f"Site '{name}' is in a plate '{frame.name}' of size {frame.size} at dim "
+                    f"{frame.dim}, and there is another of that name, of size {known.size} at "
+                    f"dim {known.dim}. Give each plate a name of its own."
+                )
+    return frames
+
+
+def _check_local(name: str, site: dict[str, Any]) -> None:
+    """Raises an error unless rows of this site can be drawn by themselves."""
+    frames = site["cond_indep_stack"]
+    batch_shape = site["fn"].batch_shape
+    dims = {frame.dim for frame in frames}
+    loose = [size for d, size in enumerate(batch_shape, -len(batch_shape)) if d not in dims]
+    if any(size > 1 for size in loose):
+        raise ValueError(
+            f"Site '{name}' has batch_shape {tuple(batch_shape)}, of which the dimensions "
+            f"{sorted(dims)} are plates. Declare the others by a plate, or as part of the "
+            "event: dist.Normal(...).to_event(1)."
+        )
+    support, event_dim = site["fn"].support, site["fn"].event_dim
+    bounds: list[Tensor] = []
+    each_tensor(support, lambda tensor: bounds.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    if any(bound.dim() > event_dim and bound.numel() > 1 for bound in bounds):
+        raise NotImplementedError(
+            f"The support of site '{name}' is another for each row of its plate, so that a "
+            "guide that knows one minibatch doesn't know the others'. Draw it on a fixed "
+            "support, and shift or scale it in the model."
+        )
+
+
+def row_shape(site: dict[str, Any]) -> torch.Size:
+    """The shape of a site in unconstrained space, without what is batch of a plate."""
+    fn = site["fn"]
+    value: Tensor = biject_to(fn.support).inv(site["value"])
+    num_batch = len(fn.batch_shape) if site["cond_indep_stack"] else 0
+    return value.shape[num_batch:]
+
+
+def full_size(frame: Any) -> int:
+    """How many rows a plate has, drawn or not."""
+    return int(frame.full_size or frame.size)
+
+
+class QuickSubsamples(Messenger):
+    """Makes subsamples of many rows in the time of those that are drawn."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        fn = msg["fn"]
+        is_subsample = type(fn) is subsample_messenger._Subsample
+        if is_subsample and LARGE <= fn.size > (fn.subsample_size or fn.size):
+            msg["fn"] = _Subsample(fn.size, fn.subsample_size, device=fn.device)
+
+
+class _Subsample(subsample_messenger._Subsample):  # Pyro knows subsamples by this name
+    """A subsample with a row from each of as many stretches of equal length.
+
+    Each row is as likely as any other. Pyro's own way puts all rows in random order first.
+    """
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        count: Any = self.subsample_size
+        points = torch.rand(count, dtype=torch.float64, device=self.device)
+        points = points + torch.arange(count, device=self.device)
+        rows: Tensor = (points * (self.size / count)).long().clamp(max=self.size - 1)
+        return rows
+
+
+def quoted(names: set[str]) -> str:
+    """Names for a message."""
+    return ", ".join(f"'{name}'" for name in sorted(names))
