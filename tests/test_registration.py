@@ -64,7 +64,7 @@ def test_importing_adds_and_never_changes():
     added = dict(line.split(" ", 1) for line in result.stdout.splitlines())
     assert added["pyro.distributions"] == "['DiagonalNormal']"
     assert added["torch.distributions"] == added["pyro.infer"] == "[]"
-    assert added["pyro.infer.autoguide"] == "['AutoIAF']"
+    assert added["pyro.infer.autoguide"] == "['AutoHierarchicalIAF', 'AutoIAF']"
     assert "conditional_inverse_autoregressive_flow" in added["pyro.distributions.transforms"]
 
 
