@@ -112,7 +112,9 @@ def test_a_program_keeps_so_much_and_no_more(monkeypatch):
     monkeypatch.setattr(kept, "_wrapper_class", spy)
     monkeypatch.setattr(kept, "MOST_NUMBERS", 300)
     x = torch.randn(11, 11)
-    with torch._inductor.config.patch(force_disable_caches=True):
+    from torch._inductor import config
+
+    with config.patch(force_disable_caches=True):
         compiled, backend = lower(run, [x], "inductor")
     assert backend == "inductor"
     assert_close(compiled([x])[0], run(x)[0])

@@ -7,7 +7,7 @@
 # look like that a diagonal normal can't follow?
 #
 # Images are scikit-learn's handwritten digits, 8 by 8; with `--mnist PATH`, those of MNIST in the
-# four idx files. It takes three minutes on two cores; `--smoke` runs every line in seconds, to no
+# four idx files. It takes two minutes on two cores; `--smoke` runs every line in seconds, to no
 # purpose but to show that it runs.
 
 # %%
@@ -36,8 +36,9 @@ parser = argparse.ArgumentParser(description="A VAE whose posterior is a flow.")
 parser.add_argument("--smoke", action="store_true", help="run every line in seconds")
 parser.add_argument("--mnist", type=pathlib.Path, help="folder of MNIST's four idx files")
 parser.add_argument("--images", type=int, help="how many images to train on, by default all")
-parser.add_argument("--steps", type=int, default=4000)
-parser.add_argument("--latents", type=int, default=16)
+parser.add_argument("--steps", type=int, default=12000)
+parser.add_argument("--lr", type=float, default=2e-3)
+parser.add_argument("--latents", type=int, default=8)
 parser.add_argument("--width", type=int, default=128, help="of encoder and decoder")
 parser.add_argument("--flows", type=int, default=2)
 parser.add_argument("--flow-width", type=int, default=64)
@@ -215,7 +216,7 @@ def trained(posterior, latents, seed, flow_prior=False):
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
     vae = Vae(posterior, latents, flow_prior)
-    settings = {"num_particles": 1, "lr": 1e-3, "early_stop": False}
+    settings = {"num_particles": 1, "lr": args.lr, "early_stop": False}
     if args.free_bits:
         settings["loss"] = FreeBits_ELBO(args.free_bits)
     elif args.warm_up:
