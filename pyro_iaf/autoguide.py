@@ -253,7 +253,14 @@ class FlowGuide(AutoGuide):
         index = resampled(log_weights, num_samples)
         return {name: draws[index] for name, draws in sites.items()}
 
-    # Copies
+    # State and copies
+
+    def get_extra_state(self) -> Tensor:
+        """Whether the flows gate, for the state: no shape tells that."""
+        return torch.tensor(self.gated)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing to set: loading has seen to it."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FlowGuide:
         if self.prototype_trace is None:

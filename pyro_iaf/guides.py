@@ -402,13 +402,6 @@ class AutoIAF(FlowGuide, AutoContinuous):
         self._state_was_loaded = self._state_was_loaded or self._fits(given)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def get_extra_state(self) -> Tensor:
-        """Whether the flows gate, for the state: no shape tells that."""
-        return torch.tensor(self.gated)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Nothing to set: loading has seen to it."""
-
     def _fits(self, state: dict[str, Tensor]) -> bool:
         transform = self._transform
         return transform is not None and _shapes(transform.state_dict()) == _shapes(state)

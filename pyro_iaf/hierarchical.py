@@ -592,13 +592,6 @@ class AutoHierarchicalIAF(FlowGuide):
         self._state_was_loaded = True
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def get_extra_state(self) -> Tensor:
-        """Whether the flows gate, for the state: no shape tells that."""
-        return torch.tensor(self.gated)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Nothing to set: loading has seen to it."""
-
 
 def tables_of(guide: Any) -> list[nn.Parameter]:
     """The tables of contexts that a guide learns."""
