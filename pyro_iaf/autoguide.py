@@ -35,6 +35,7 @@ __all__ = [
     "Transform",
     "check_callable",
     "check_levels",
+    "joined",
     "quantiles_of",
 ]
 
@@ -111,8 +112,6 @@ class FlowGuide(AutoGuide):
             if master is not None and master.prototype_trace is None:
                 master._setup_prototype(*args, **kwargs)
             self._setup_prototype(*args, **kwargs)
-            if master is None:
-                self._create_plates(*args, **kwargs)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         model = self._model
@@ -139,6 +138,11 @@ class FlowGuide(AutoGuide):
     def _own_modules(self) -> Mapping[str, nn.Module]:
         """What has parameters, by name; built if need be."""
         raise NotImplementedError
+
+    @property
+    def _encoder(self) -> Any:
+        """Without telling Pyro, which makes statements of all parameters if asked by attribute."""
+        return self._modules.get("encoder") or self.__dict__.get("encoder")
 
     def _latent_sites(self) -> dict[str, Any]:
         """The model's latents, in its order, as they were when the guide was set up."""
@@ -262,6 +266,18 @@ class FlowGuide(AutoGuide):
     def set_extra_state(self, state: Tensor) -> None:
         """Nothing to set: loading has seen to it."""
 
+    def _gates_of(self, state_dict: dict[str, Any], prefix: str) -> bool:
+        return bool(state_dict.get(f"{prefix}_extra_state", torch.tensor(self.gated)).item())
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        gated = self._gates_of(state_dict, prefix)
+        if self.gated != gated:
+            error_messages: list[str] = args[4]
+            error_messages.append(f"The state is of a guide with {gated=}; this one is not.")
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FlowGuide:
         if self.prototype_trace is None:
             self._conversions.append(fn)
@@ -332,6 +348,13 @@ def quantiles_of(draws: Tensor, levels: Tensor) -> Tensor:
     levels = levels.to(flat)
     parts = [part.quantile(levels, dim=0) for part in flat.split(at_once, 1)]
     return torch.cat(parts, 1).reshape(len(levels), *draws.shape[1:])
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Parts of a vector, some of them perhaps of an improper prior, which knows of no device."""
+    device = next((part.device for part in parts if part.device.type != "cpu"), None)
+    loc = torch.cat([part.to(device) for part in parts])
+    return loc if loc.is_floating_point() else loc.to(torch.get_default_dtype())
 
 
 def _wants_arguments(model: Callable[..., Any]) -> bool:

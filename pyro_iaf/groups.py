@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,11 +16,10 @@ from .sites import each_tensor
 __all__ = [
     "Group",
     "QuickSubsamples",
+    "checked_rows",
     "full_size",
     "groups_of",
-    "plates_of",
     "quoted",
-    "row_shape",
 ]
 
 # Plates of so many rows are subsampled without putting all in random order.
@@ -32,15 +31,13 @@ class Group(NamedTuple):
 
     Attributes:
         plates: Names of the plates, the outermost first.
-        sites: Names of the sites.
-        size: How many numbers a row has in unconstrained space.
+        shapes: What shape each site has in unconstrained space, by name; without the plates.
         parents: The groups that this one listens to: those in some of its plates.
         table: Which table its contexts are in, if it has no encoder.
     """
 
     plates: tuple[str, ...]
-    sites: tuple[str, ...]
-    size: int
+    shapes: dict[str, torch.Size]
     parents: tuple[int, ...]
     table: int | None
 
@@ -49,12 +46,18 @@ class Group(NamedTuple):
         """What users call it by: its plates."""
         return "/".join(self.plates)
 
+    @property
+    def size(self) -> int:
+        """How many numbers a row has in unconstrained space."""
+        return sum(shape.numel() for shape in self.shapes.values())
 
-def groups_of(sites: Mapping[str, Any], encoder: Any) -> list[Group]:
+
+def groups_of(sites: Mapping[str, Any], frames: Mapping[str, Any], encoder: Any) -> list[Group]:
     """The latents by their plates: those in fewer plates first, else in the model's order.
 
     Args:
         sites: The latents as in the model's first run, by name.
+        frames: The plates that they are in, by name.
         encoder: One, several by names of plates, or none.
 
     Raises:
@@ -62,12 +65,13 @@ def groups_of(sites: Mapping[str, Any], encoder: Any) -> list[Group]:
             be drawn by itself.
     """
     by_plates: dict[tuple[str, ...], list[str]] = {}
-    dims = {name: frame.dim for name, frame in plates_of(sites).items()}
     for name, site in sites.items():
-        plates = tuple(sorted((f.name for f in site["cond_indep_stack"]), key=dims.__getitem__))
-        by_plates.setdefault(plates, []).append(name)
-        if plates:
+        for frame in site["cond_indep_stack"]:
+            _check_same(frame, frames[frame.name], name)
+        if site["cond_indep_stack"]:
             _check_local(name, site)
+        outermost_first = sorted(site["cond_indep_stack"], key=lambda frame: frame.dim)
+        by_plates.setdefault(tuple(frame.name for frame in outermost_first), []).append(name)
     ordered = sorted(by_plates, key=len)
     names = {"/".join(plates) for plates in ordered if plates}
     if isinstance(encoder, Mapping | nn.ModuleDict):
@@ -95,26 +99,21 @@ def groups_of(sites: Mapping[str, Any], encoder: Any) -> list[Group]:
     for plates in ordered:
         has_table = bool(plates) and "/".join(plates) not in with_encoder
         parents = [k for k, group in enumerate(groups) if set(group.plates) < set(plates)]
-        size = sum(row_shape(sites[name]).numel() for name in by_plates[plates])
+        shapes = {name: _row_shape(sites[name]) for name in by_plates[plates]}
         table = num_tables if has_table else None
         num_tables += has_table
-        groups.append(Group(plates, tuple(by_plates[plates]), size, tuple(parents), table))
+        groups.append(Group(plates, shapes, tuple(parents), table))
     return groups
 
 
-def plates_of(sites: Mapping[str, Any]) -> dict[str, Any]:
-    """The plates that latents are in, by name."""
-    frames: dict[str, Any] = {}
-    for name, site in sites.items():
-        for frame in site["cond_indep_stack"]:
-            known = frames.setdefault(frame.name, frame)
-            if (known.dim, known.size) != (frame.dim, frame.size):
-                raise ValueError(
-                    f"Site '{name}' is in a plate '{frame.name}' of size {frame.size} at dim "
-                    f"{frame.dim}, and there is another of that name, of size {known.size} at "
-                    f"dim {known.dim}. Give each plate a name of its own."
-                )
-    return frames
+def _check_same(frame: Any, known: Any, site: str) -> None:
+    """Raises an error if there are two plates of one name."""
+    if (known.dim, known.size) != (frame.dim, frame.size):
+        raise ValueError(
+            f"Site '{site}' is in a plate '{frame.name}' of size {frame.size} at dim {frame.dim}, "
+            f"and there is another of that name, of size {known.size} at dim {known.dim}. Give "
+            "each plate a name of its own."
+        )
 
 
 def _check_local(name: str, site: dict[str, Any]) -> None:
@@ -140,7 +139,7 @@ def _check_local(name: str, site: dict[str, Any]) -> None:
         )
 
 
-def row_shape(site: dict[str, Any]) -> torch.Size:
+def _row_shape(site: dict[str, Any]) -> torch.Size:
     """The shape of a site in unconstrained space, without what is batch of a plate."""
     fn = site["fn"]
     value: Tensor = biject_to(fn.support).inv(site["value"])
@@ -151,6 +150,27 @@ def row_shape(site: dict[str, Any]) -> torch.Size:
 def full_size(frame: Any) -> int:
     """How many rows a plate has, drawn or not."""
     return int(frame.full_size or frame.size)
+
+
+def checked_rows(
+    rows: Mapping[str, Sequence[int] | Tensor], sizes: Mapping[str, int]
+) -> dict[str, Tensor]:
+    """Rows of plates by name as tensors, or a ValueError if there are no such."""
+    checked = {}
+    for name, chosen in rows.items():
+        if name not in sizes:
+            raise ValueError(
+                f"There is no plate '{name}' to choose rows of; latents are in {quoted({*sizes})}."
+            )
+        index, size = torch.as_tensor(chosen), sizes[name]
+        if index.dim() != 1 or index.dtype.is_floating_point or index.dtype == torch.bool:
+            raise ValueError(
+                f"rows[{name!r}] should be indices of rows, of shape (n,); got {chosen!r}."
+            )
+        if len(index) and not 0 <= int(index.min()) <= int(index.max()) < size:
+            raise ValueError(f"rows[{name!r}] should be between 0 and {size - 1}; got {chosen!r}.")
+        checked[name] = index
+    return checked
 
 
 class QuickSubsamples(Messenger):

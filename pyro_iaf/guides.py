@@ -23,8 +23,17 @@ from torch import Tensor, nn
 from torch.distributions import biject_to
 
 from . import store
-from .autoguide import FlowGuide, Posterior, Transform, check_callable
+from .autoguide import (
+    FlowGuide,
+    Posterior,
+    Transform,
+    check_callable,
+    check_levels,
+    joined,
+    quantiles_of,
+)
 from .distributions import DiagonalNormal
+from .groups import full_size
 from .initialization import Start, StartNotFound, pathfinder
 from .joint import Given, LogJoint
 from .networks import check_context, check_size
@@ -174,13 +183,12 @@ class AutoIAF(FlowGuide, AutoContinuous):
     def _refuse_subsamples(self) -> None:
         for name, site in self._latent_sites().items():
             for frame in site["cond_indep_stack"]:
-                full_size = frame.full_size or frame.size
-                if frame.size != full_size:
+                if frame.size != full_size(frame):
                     raise NotImplementedError(
                         f"Site '{name}' is local to plate '{frame.name}', which is subsampled: "
-                        f"{frame.size} of {full_size}. AutoIAF holds all latents in one vector, so "
-                        "it can't follow a subsample. Take AutoHierarchicalIAF(model), which can; "
-                        "or run the model on all the data."
+                        f"{frame.size} of {full_size(frame)}. AutoIAF holds all latents in one "
+                        "vector, so it can't follow a subsample. Take AutoHierarchicalIAF(model), "
+                        "which can; or run the model on all the data."
                     )
 
     def _init_loc(self) -> Tensor:
@@ -188,10 +196,7 @@ class AutoIAF(FlowGuide, AutoContinuous):
             biject_to(site["fn"].support).inv(site["value"].detach()).reshape(-1)
             for site in self._latent_sites().values()
         ]
-        # An improper prior over real numbers knows of no device.
-        device = next((part.device for part in parts if part.device.type != "cpu"), None)
-        loc = torch.cat([part.to(device) for part in parts])
-        return loc if loc.is_floating_point() else loc.to(torch.get_default_dtype())
+        return joined(parts)
 
     def _find_start(
         self, model: Callable[..., Any], loc: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -243,11 +248,6 @@ class AutoIAF(FlowGuide, AutoContinuous):
             )
         check_context(context, self.context_dim)
         return context
-
-    @property
-    def _encoder(self) -> Callable[..., Tensor] | None:
-        """Without telling Pyro, see ``_transform``."""
-        return self._modules.get("encoder") or self.__dict__.get("encoder")
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> dist.TransformedDistribution:
         """The guide's distribution over all latents, as one vector in unconstrained space."""
@@ -313,7 +313,8 @@ class AutoIAF(FlowGuide, AutoContinuous):
                 an encoder.
             kwargs: Likewise.
         """
-        return self._sites(self._mirrored(*args, **kwargs).quantile(0.5, dim=0))
+        draws = self._mirrored(*args, **kwargs)
+        return self._sites(quantiles_of(draws, check_levels(0.5))[0])
 
     @torch.no_grad()
     def quantiles(
@@ -333,12 +334,9 @@ class AutoIAF(FlowGuide, AutoContinuous):
             For each site a tensor of shape ``(len(quantiles),) + shape``, increasing where the
             levels are.
         """
-        draws = self._mirrored(*args, **kwargs)
-        levels = torch.as_tensor(quantiles, dtype=draws.dtype, device=draws.device).reshape(-1)
-        if not ((levels >= 0) & (levels <= 1)).all():
-            raise ValueError(f"quantiles should be levels between 0 and 1; got {quantiles}.")
-        sites = self._sites(draws)
-        return {name: value.quantile(levels, dim=0) for name, value in sites.items()}
+        levels = check_levels(quantiles)
+        sites = self._sites(self._mirrored(*args, **kwargs))
+        return {name: quantiles_of(draws, levels) for name, draws in sites.items()}
 
     def _ready_posterior(self, *args: Any, **kwargs: Any) -> dist.TransformedDistribution:
         self._setup_on_demand(*args, **kwargs)
@@ -389,16 +387,12 @@ class AutoIAF(FlowGuide, AutoContinuous):
     ) -> None:
         start = f"{prefix}transform."
         given = {k.removeprefix(start): v for k, v in state_dict.items() if k.startswith(start)}
-        gated = state_dict.get(f"{prefix}_extra_state", torch.tensor(self.gated)).item()
         if self.prototype_trace is None and not self._fits(given):
             # Never set up, so the state says what to build.
-            self.transform = self._rebuilt(given, bool(gated))
+            self.transform = self._rebuilt(given, self._gates_of(state_dict, prefix))
             if self.transform is not None:
                 network: Any = self.transform.parts[0].network
                 self.context_dim = network.context_dim or None
-        if self.gated != gated:
-            error_messages: list[str] = args[4]
-            error_messages.append(f"The state is of a guide with {gated=}; this one is not.")
         self._state_was_loaded = self._state_was_loaded or self._fits(given)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 

@@ -22,16 +22,21 @@ from pyro.distributions.util import sum_rightmost
 from torch import Tensor, nn
 from torch.distributions import biject_to
 from torch.nn import functional
-from torch.utils.weak import WeakIdKeyDictionary
 
-from .autoguide import FlowGuide, Posterior, check_callable, check_levels, quantiles_of
+from .autoguide import FlowGuide, Posterior, check_callable, check_levels, joined, quantiles_of
 from .distributions import DiagonalNormal
-from .groups import Group, QuickSubsamples, full_size, groups_of, plates_of, quoted, row_shape
+from .groups import Group, QuickSubsamples, checked_rows, full_size, groups_of
 from .initialization import Start
 from .networks import check_size
+from .rows import make_gradients_sparse
 from .sites import SiteDelta
 
 __all__ = ["AutoHierarchicalIAF", "row_gradients", "tables_of"]
+
+# Contexts by the plates of a group: those that are there before the plates are.
+Contexts = Mapping[tuple[str, ...], Tensor]
+
+TABLE_WIDTH = 8
 
 # Medians and quantiles are read off so many draws, or fewer if these would hold more numbers.
 NUM_DRAWS, MOST_NUMBERS = 4001, 50_000_000
@@ -156,7 +161,7 @@ class AutoHierarchicalIAF(FlowGuide):
     def _build(
         self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        self.groups = groups_of(self._latent_sites(), self._encoder)
+        self.groups = groups_of(self._latent_sites(), self._prototype_frames, self._encoder)
         starts = [self._init_loc(group) for group in self.groups]
         ahead = self._contexts_ahead(args, kwargs)
         plates = self._plates_of(ahead, args, kwargs)
@@ -168,10 +173,7 @@ class AutoHierarchicalIAF(FlowGuide):
             elif group.plates:
                 with ExitStack() as stack:
                     rows = {name: stack.enter_context(plates[name]) for name in group.plates}
-                    context = ahead.get(group.plates)
-                    if context is None:
-                        context = self._encode(self._encoder_of(group), args, kwargs)
-                    own = self._rows_of(context, k, plates, rows).shape[-1]
+                    own = self._encoded(k, plates, rows, ahead, args, kwargs).shape[-1]
             contexts.append(own + sum(self.groups[j].size for j in group.parents))
         sizes = [self._num_rows(group) for group in self.groups if group.table is not None]
         transforms, tables = self._modules["transforms"], self._modules["tables"]
@@ -183,7 +185,8 @@ class AutoHierarchicalIAF(FlowGuide):
                 log_scale = math.log(self._init_scale)
                 transforms.append(self._fresh_transform(start, log_scale, context_dim))
             for size in sizes:
-                tables.append(nn.Parameter(starts[0].new_zeros(size, self.context_dim or 8)))
+                width = self.context_dim or TABLE_WIDTH
+                tables.append(nn.Parameter(starts[0].new_zeros(size, width)))
         loaded = [[_sizes_of(transform) for transform in transforms], [len(t) for t in tables]]
         wanted = [[(len(s), c) for s, c in zip(starts, contexts, strict=True)], sizes]
         if loaded != wanted:
@@ -198,29 +201,21 @@ class AutoHierarchicalIAF(FlowGuide):
     def _init_loc(self, group: Group) -> Tensor:
         """Where a group starts: for rows of a plate, in the middle of where they do."""
         parts = []
-        for name in group.sites:
+        for name, shape in group.shapes.items():
             site = self._latent_sites()[name]
             value = biject_to(site["fn"].support).inv(site["value"].detach())
-            parts.append(value.reshape(-1, row_shape(self._latent_sites()[name]).numel()).mean(0))
-        device = next((part.device for part in parts if part.device.type != "cpu"), None)
-        loc = torch.cat([part.to(device) for part in parts])
-        return loc if loc.is_floating_point() else loc.to(torch.get_default_dtype())
+            parts.append(value.reshape(-1, shape.numel()).mean(0))
+        return joined(parts)
 
     def _table_width(self, group: Group) -> int:
         tables: Any = self._modules["tables"]
         is_loaded = group.table is not None and group.table < len(tables)
-        return tables[group.table].shape[1] if is_loaded else self.context_dim or 8
+        return tables[group.table].shape[1] if is_loaded else self.context_dim or TABLE_WIDTH
 
     def _num_rows(self, group: Group) -> int:
-        frames = plates_of(self._latent_sites())
-        return math.prod(full_size(frames[name]) for name in group.plates)
+        return math.prod(full_size(self._prototype_frames[name]) for name in group.plates)
 
     # Drawing
-
-    @property
-    def _encoder(self) -> Any:
-        """Without telling Pyro, which makes statements of all parameters if asked by attribute."""
-        return self._modules.get("encoder") or self.__dict__.get("encoder")
 
     def _encoder_of(self, group: Group) -> Any:
         encoder = self._encoder
@@ -240,23 +235,13 @@ class AutoHierarchicalIAF(FlowGuide):
         self._state_parameters()
         self._make_gradients_sparse()
         contexts = self._contexts_ahead(args, kwargs)
-        if self.master is None:
-            plates = self.plates = self._plates_of(contexts, args, kwargs)
-        else:
-            plates = super()._create_plates(*args, **kwargs)
+        plates = self._plates_of(contexts, args, kwargs)
         drawn = self._draw(plates, contexts, args, kwargs)
         return {name: value for name, (value, _) in drawn.items()}
 
-    def _create_plates(self, *args: Any, **kwargs: Any) -> dict[str, pyro.plate]:
-        if self.master is not None:
-            return super()._create_plates(*args, **kwargs)  # type: ignore[no-any-return]
-        contexts = self._contexts_ahead(args, kwargs)
-        self.plates: dict[str, pyro.plate] = self._plates_of(contexts, args, kwargs)
-        return self.plates
-
     def _contexts_ahead(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], of_all: bool = False
-    ) -> dict[tuple[str, ...], Tensor]:
+    ) -> Contexts:
         """Contexts for plates that are not subsampled, or of all: how many rows they have."""
         contexts = {}
         for group in self.groups:
@@ -267,39 +252,38 @@ class AutoHierarchicalIAF(FlowGuide):
         return contexts
 
     def _is_whole(self, plate: str) -> bool:
-        frame = plates_of(self._latent_sites())[plate]
+        frame = self._prototype_frames[plate]
         return bool(frame.size == full_size(frame))
 
     def _plates_of(
-        self,
-        contexts: Mapping[tuple[str, ...], Tensor],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        rows: Mapping[str, Tensor] | None = None,
+        self, contexts: Contexts, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> dict[str, pyro.plate]:
-        """The plates of a call: the user's own, or as in the model's first run.
-
-        One whose contexts are there already has as many rows as these. With ``rows``, plates have
-        those, or all.
-        """
+        """The plates of a call: the user's own, or as in the model's first run."""
         plates: dict[str, pyro.plate] = {}
-        if self.create_plates is not None and rows is None:
+        if self.master is not None:
+            plates = self._create_plates()  # those of the list that this guide is part of
+        elif self.create_plates is not None:
             made = self.create_plates(*args, **kwargs)
             plates = {p.name: p for p in ([made] if isinstance(made, pyro.plate) else made)}
-        for name, frame in plates_of(self._latent_sites()).items():
+        for name, size in self._sizes_of_plates(contexts).items():
+            frame = self._prototype_frames[name]
             if name in plates:
                 self._check_plate(plates[name], frame)
                 continue
-            size = full_size(frame)
-            for group, context in contexts.items():
-                if name in group and isinstance(context, Tensor) and context.dim() > -frame.dim:
-                    size = context.shape[frame.dim - 1]
-            chosen: dict[str, Any] = {"subsample": (rows or {}).get(name)}
-            if rows is None:
-                chosen = {"subsample_size": size if self._is_whole(name) else frame.size}
+            drawn = size if self._is_whole(name) else frame.size
             with QuickSubsamples():
-                plates[name] = pyro.plate(name, size, dim=frame.dim, **chosen)
+                plates[name] = pyro.plate(name, size, drawn, dim=frame.dim)
         return plates
+
+    def _sizes_of_plates(self, contexts: Contexts) -> dict[str, int]:
+        """How many rows there are: as in the model's first run, or as there are contexts."""
+        sizes = {}
+        for name, frame in self._prototype_frames.items():
+            sizes[name] = full_size(frame)
+            for plates, context in contexts.items():
+                if name in plates and isinstance(context, Tensor) and context.dim() > -frame.dim:
+                    sizes[name] = context.shape[frame.dim - 1]
+        return sizes
 
     def _check_plate(self, plate: pyro.plate, frame: Any) -> None:
         has_table = any(g.table is not None and frame.name in g.plates for g in self.groups)
@@ -313,7 +297,7 @@ class AutoHierarchicalIAF(FlowGuide):
     def _draw(
         self,
         plates: Mapping[str, pyro.plate],
-        contexts: Mapping[tuple[str, ...], Tensor],
+        contexts: Contexts,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> dict[str, tuple[Tensor, Tensor]]:
@@ -327,10 +311,7 @@ class AutoHierarchicalIAF(FlowGuide):
                 if group.table is not None:
                     parts.append(self._looked_up(group, plates, rows))
                 elif group.plates:
-                    context = contexts.get(group.plates)
-                    if context is None:
-                        context = self._encode(self._encoder_of(group), args, kwargs)
-                    parts.append(self._rows_of(context, k, plates, rows))
+                    parts.append(self._encoded(k, plates, rows, contexts, args, kwargs))
                 transform = self._transform_at(k, parts)
                 loc = torch.zeros_like(transform.parts[-1].frame[0])
                 base = DiagonalNormal(loc, torch.ones_like(loc), validate_args=False)
@@ -357,8 +338,8 @@ class AutoHierarchicalIAF(FlowGuide):
     def _split(self, group: Group, latent: Tensor) -> Iterator[tuple[str, SiteDelta, Tensor]]:
         """The sites of a vector of latents: their points, and these in unconstrained space."""
         start = 0
-        for name in group.sites:
-            site, shape = self._latent_sites()[name], row_shape(self._latent_sites()[name])
+        for name, shape in group.shapes.items():
+            site = self._latent_sites()[name]
             num_batch = 0 if group.plates else len(site["fn"].batch_shape)
             batch_shape = latent.shape[:-1] + (1,) * (len(shape) - num_batch)
             part = latent[..., start : start + shape.numel()]
@@ -382,15 +363,24 @@ class AutoHierarchicalIAF(FlowGuide):
         sparse = self.rows_alone or self.embedding_grad == "sparse"
         return functional.embedding(index, table, sparse=sparse)
 
-    def _rows_of(
-        self, context: Any, k: int, plates: Mapping[str, Any], rows: Mapping[str, Any]
+    def _encoded(
+        self,
+        k: int,
+        plates: Mapping[str, Any],
+        rows: Mapping[str, Any],
+        ahead: Contexts,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Tensor:
-        """What an encoder made, for the rows of this call.
+        """What an encoder makes of a group's rows of this call, unless it was run ahead.
 
         Raises:
             ValueError: If it doesn't fit the plates.
         """
         group = self.groups[k]
+        context: Any = ahead.get(group.plates)
+        if context is None:
+            context = self._encode(self._encoder_of(group), args, kwargs)
         depth = max(-plates[name].dim for name in group.plates)
         shape = [1] * depth
         for name in group.plates:
@@ -422,9 +412,8 @@ class AutoHierarchicalIAF(FlowGuide):
             return
         tables = set(self._modules["tables"].parameters())  # type: ignore[union-attr]
         for param in self.parameters():
-            if param not in tables and param not in _made_sparse:
-                param.register_post_accumulate_grad_hook(_make_sparse)
-                _made_sparse[param] = True
+            if param not in tables:
+                make_gradients_sparse(param)
 
     # Posterior
 
@@ -461,7 +450,7 @@ class AutoHierarchicalIAF(FlowGuide):
         check_size("num_samples", num_samples)
         if resample:
             self._setup_on_demand(*args, **kwargs)
-            if rows is not None or not all(map(self._is_whole, plates_of(self._latent_sites()))):
+            if rows is not None or not all(map(self._is_whole, self._prototype_frames)):
                 raise ValueError(
                     "Draws are resampled by the weight of all that they hold, so all rows have to "
                     "be there: leave out rows, and give a model that does not subsample."
@@ -542,9 +531,13 @@ class AutoHierarchicalIAF(FlowGuide):
         self._setup_on_demand(*args, **kwargs)
         self._adopt_parameters()
         contexts = self._contexts_ahead(args, kwargs, of_all=True)
-        whole = self._plates_of(contexts, args, kwargs, rows={})
-        plates = self._plates_of(contexts, args, kwargs, rows=_checked_rows(rows or {}, whole))
-        nesting = max((-frame.dim for frame in plates_of(self._latent_sites()).values()), default=0)
+        sizes, frames = self._sizes_of_plates(contexts), self._prototype_frames
+        chosen = checked_rows(rows or {}, sizes)
+        plates = {
+            name: pyro.plate(name, size, subsample=chosen.get(name), dim=frames[name].dim)
+            for name, size in sizes.items()
+        }
+        nesting = max((-frame.dim for frame in frames.values()), default=0)
         draws = pyro.plate("num_particles_vectorized", num_draws, dim=-nesting - 1)
         with poutine.block(), draws:
             drawn = self._draw(plates, contexts, args, kwargs)
@@ -570,7 +563,6 @@ class AutoHierarchicalIAF(FlowGuide):
         transforms, tables = self._modules["transforms"], self._modules["tables"]
         assert isinstance(transforms, nn.ModuleList)
         assert isinstance(tables, nn.ParameterList)
-        gated = state_dict.get(f"{prefix}_extra_state", torch.tensor(self.gated)).item()
         if self.prototype_trace is None and not len(transforms):
             # Never set up, so the state says what to build.
             hidden_dims, scale = self.hidden_dims, self.scale
@@ -579,67 +571,39 @@ class AutoHierarchicalIAF(FlowGuide):
                 part = {
                     k.removeprefix(start): v for k, v in state_dict.items() if k.startswith(start)
                 }
-                transform = self._rebuilt(part, bool(gated))
+                transform = self._rebuilt(part, self._gates_of(state_dict, prefix))
                 if transform is None:
                     break
                 transforms.append(transform)
             while (table := state_dict.get(f"{prefix}tables.{len(tables)}")) is not None:
                 tables.append(nn.Parameter(torch.empty_like(table)))
             self.hidden_dims, self.scale = hidden_dims, scale
-        if self.gated != gated:
-            error_messages: list[str] = args[4]
-            error_messages.append(f"The state is of a guide with {gated=}; this one is not.")
         self._state_was_loaded = True
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 def tables_of(guide: Any) -> list[nn.Parameter]:
-    """The tables of contexts that a guide learns."""
-    if not isinstance(guide, AutoHierarchicalIAF):
-        return []
-    return list(guide._modules["tables"].parameters())  # type: ignore[union-attr]
+    """The tables of contexts that a guide, or a part of it, learns."""
+    return [table for part in _parts_of(guide) for table in part._modules["tables"].parameters()]  # type: ignore[union-attr]
 
 
 @contextmanager
 def row_gradients(guide: Any) -> Iterator[None]:
     """Within it, gradients of tables have the rows drawn alone."""
-    before = getattr(guide, "rows_alone", None)
-    if before is not None:
-        guide.rows_alone = True
+    before = [(part, part.rows_alone) for part in _parts_of(guide)]
+    for part, _ in before:
+        part.rows_alone = True
     try:
         yield
     finally:
-        if before is not None:
-            guide.rows_alone = before
+        for part, was in before:
+            part.rows_alone = was
 
 
-_made_sparse: Any = WeakIdKeyDictionary()  # parameters whose gradients become sparse
-
-
-def _make_sparse(param: Tensor) -> None:
-    if param.grad is not None and not param.grad.is_sparse:
-        param.grad = param.grad.to_sparse()
+def _parts_of(guide: Any) -> list[AutoHierarchicalIAF]:
+    modules = guide.modules() if isinstance(guide, nn.Module) else ()
+    return [module for module in modules if isinstance(module, AutoHierarchicalIAF)]
 
 
 def _sizes_of(transform: Any) -> tuple[int, int]:
     return transform.parts[-1].input_dim, transform.parts[0].network.context_dim
-
-
-def _checked_rows(
-    rows: Mapping[str, Sequence[int] | Tensor], plates: Mapping[str, pyro.plate]
-) -> dict[str, Tensor]:
-    checked = {}
-    for name, chosen in rows.items():
-        if name not in plates:
-            raise ValueError(
-                f"There is no plate '{name}' to choose rows of; latents are in {quoted({*plates})}."
-            )
-        index, size = torch.as_tensor(chosen), plates[name].size
-        if index.dim() != 1 or index.dtype.is_floating_point or index.dtype == torch.bool:
-            raise ValueError(
-                f"rows[{name!r}] should be indices of rows, of shape (n,); got {chosen!r}."
-            )
-        if len(index) and not 0 <= int(index.min()) <= int(index.max()) < size:
-            raise ValueError(f"rows[{name!r}] should be between 0 and {size - 1}; got {chosen!r}.")
-        checked[name] = index
-    return checked

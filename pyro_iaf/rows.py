@@ -16,11 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["RowAdam"]
+__all__ = ["BETA_1", "BETA_2", "EPS", "RowAdam", "make_gradients_sparse"]
 
 # Those of torch.optim.Adam.
 BETA_1, BETA_2, EPS = 0.9, 0.999, 1e-8
+
+_made_sparse: Any = WeakIdKeyDictionary()  # parameters whose gradients become sparse
 
 
 class RowAdam:
@@ -73,3 +76,15 @@ class RowAdam:
         for name, saved in state.items():
             for own, value in zip(getattr(self, name), saved, strict=True):
                 own.copy_(value)
+
+
+def make_gradients_sparse(param: Tensor) -> None:
+    """Gives all gradients of a parameter to come the form that ``SparseAdam`` wants."""
+    if param not in _made_sparse:
+        param.register_post_accumulate_grad_hook(_make_sparse)
+        _made_sparse[param] = True
+
+
+def _make_sparse(param: Tensor) -> None:
+    if param.grad is not None and not param.grad.is_sparse:
+        param.grad = param.grad.to_sparse()

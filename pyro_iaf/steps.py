@@ -26,11 +26,9 @@ from .elbo import agree
 from .graphs import Graph, Refused, record
 from .joint import Unchecked, quietly
 from .losses import Loss
+from .rows import BETA_1, BETA_2, EPS
 
 __all__ = ["Adam", "CompiledSteps"]
-
-# Those of torch.optim.Adam.
-BETA_1, BETA_2, EPS = 0.9, 0.999, 1e-8
 
 
 class Adam:

@@ -517,15 +517,6 @@ def test_only_rows_that_were_drawn_move_under_fit():
     with torch.no_grad():
         table.normal_()
     before = table.detach().clone()
-    seen = set()
-
-    def model():
-        simple()
-
-    def spy():
-        trace = poutine.trace(guide).get_trace()
-        seen.update(trace.nodes["rows"]["value"].tolist())
-
     fit(simple, guide, num_steps=1, num_particles=1, seed=3, progress=False)
     moved = (table != before).any(-1).nonzero().squeeze(-1).tolist()
     assert len(moved) == 4
@@ -665,6 +656,19 @@ def test_it_is_part_of_a_list_of_guides():
     guide.append(small(poutine.block(simple, expose=["effect"])))
     svi = SVI(simple, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
     assert all(loss < 1e6 for loss in [svi.step() for _ in range(3)])
+
+
+def test_fit_moves_the_rows_drawn_alone_within_a_list_of_guides_too():
+    guide = AutoGuideList(simple)
+    guide.append(AutoNormal(poutine.block(simple, expose=["mean"])))
+    guide.append(small(poutine.block(simple, expose=["effect"])))
+    guide()
+    table = guide[1].tables[0]
+    with torch.no_grad():
+        table.normal_()
+    before = table.detach().clone()
+    fit(simple, guide, num_steps=1, num_particles=1, seed=3, progress=False)
+    assert (table != before).any(-1).sum() == 4
 
 
 def test_mean_field_elbos_and_double_precision():
