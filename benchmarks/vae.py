@@ -5,30 +5,21 @@ paired by seed: between seeds the decoders differ by more than the posteriors do
 """
 
 import argparse
-import concurrent.futures
 import json
-import os
-import pathlib
 import statistics
-import subprocess
-import sys
-from itertools import pairwise
 
 from .common import save
+from .tutorials import in_processes, shown, tutorial
 
-TUTORIAL = pathlib.Path(__file__).parent.parent / "tutorials" / "vae_iaf.py"
 POSTERIORS = ["diagonal", "affine", "gated"]
 
 
 def work(posterior, seed, settings):
     """What one process measures: ELBO and log-likelihood of the test images."""
-    code = TUTORIAL.read_text().split("kinds = {")[0]
-    sys.argv = [str(TUTORIAL), *settings, "--seed", str(seed)]
-    space = {"__name__": "vae_iaf"}
-    exec(compile(code, str(TUTORIAL), "exec"), space)
-    args = space["args"]
-    vae = space["trained"](posterior, args.latents, args.seed)
-    print(json.dumps(space["scores"](vae, space["test"], args.samples)))
+    vae = tutorial("vae_iaf.py", [*settings, "--seed", seed], until="kinds = {")
+    args = vae["args"]
+    trained = vae["trained"](posterior, args.latents, args.seed)
+    print(json.dumps(vae["scores"](trained, vae["test"], args.samples)))
 
 
 def main():
@@ -38,25 +29,10 @@ def main():
     parser.add_argument("--name", default="vae", help="of the results' file")
     args, settings = parser.parse_known_args()
     if args.work:
-        work(args.work[0], int(args.work[1]), settings)
+        work(*args.work, settings)
         return
-
-    def run(posterior, seed):
-        command = [sys.executable, "-m", "benchmarks.vae", "--work", posterior, str(seed)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [*command, *settings], capture_output=True, text=True, check=True, env=environment
-        )
-        elbo, likelihood = json.loads(done.stdout.splitlines()[-1])
-        print(f"{posterior:10} seed {seed}: {elbo:8.3f} {likelihood:8.3f}", flush=True)
-        return elbo, likelihood
-
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        futures = {
-            (p, seed): pool.submit(run, p, seed) for seed in range(args.seeds) for p in POSTERIORS
-        }
-        found = {key: future.result() for key, future in futures.items()}
-    shown = ["FOLDER" if before == "--mnist" else s for before, s in pairwise(["", *settings])]
+    jobs = [(posterior, seed) for seed in range(args.seeds) for posterior in POSTERIORS]
+    found = in_processes("benchmarks.vae", jobs, settings)
     rows = []
     for posterior in POSTERIORS:
         own = [found[posterior, seed] for seed in range(args.seeds)]
@@ -70,7 +46,7 @@ def main():
                 "gain": round(statistics.mean(gains), 3),
                 "se of the gain": round(statistics.stdev(gains) / len(gains) ** 0.5, 3),
                 "seeds": args.seeds,
-                "settings": " ".join(shown),
+                "settings": shown(settings),
             }
         )
     save(args.name, "nats a test image; gains over the diagonal posterior, paired by seed", rows)

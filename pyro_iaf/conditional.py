@@ -171,9 +171,14 @@ class _ConditionedFlow(InverseAutoregressiveFlow):
 
     def __init__(self, flow: ConditionalInverseAutoregressiveFlow, context: Tensor) -> None:
         Flow.__init__(self)
-        self._adopt(flow.network, flow.gated, flow.gate_bias)
-        # Past Module.__setattr__: a context that is a Parameter belongs to whoever made it.
-        self.__dict__["context"] = context
+        # Past Module.__setattr__, which is slow; and a context that is a Parameter belongs to
+        # whoever made it.
+        own = {name: flow.__dict__[name] for name in ("input_dim", "gated", "gate_bias")}
+        if isinstance(flow.network, nn.Module):
+            self._modules["network"] = flow.network
+        else:
+            own["network"] = flow.network
+        self.__dict__.update(own, context=context)
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()

@@ -242,10 +242,10 @@ def scores(vae, x, num_samples):
             guide_trace = poutine.trace(vae.guide).get_trace(part)
             replayed = poutine.replay(vae.model, guide_trace)
             model_trace = poutine.trace(replayed).get_trace(part)
-        log_prob = [trace.compute_log_prob() or trace for trace in (guide_trace, model_trace)]
-        log_q = log_prob[0].nodes["z"]["log_prob"]
-        log_p = sum(log_prob[1].nodes[name]["log_prob"] for name in ("z", "x"))
-        log_w = log_p - log_q
+        guide_trace.compute_log_prob()
+        model_trace.compute_log_prob()
+        log_p = sum(model_trace.nodes[name]["log_prob"] for name in ("z", "x"))
+        log_w = log_p - guide_trace.nodes["z"]["log_prob"]
         elbo.append(log_w.mean(0))
         likelihood.append(log_w.logsumexp(0) - math.log(num_samples))
     return torch.cat(elbo).mean().item(), torch.cat(likelihood).mean().item()
