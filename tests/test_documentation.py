@@ -1,16 +1,12 @@
 """What the documentation shows, runs; what it claims, is what was measured."""
 
 import doctest
-import gzip
 import importlib
 import inspect
 import json
-import math
 import pathlib
 import pkgutil
 import re
-import subprocess
-import sys
 
 import pyro
 import pyro.distributions as dist
@@ -194,19 +190,6 @@ def test_the_price_of_an_inverse_with_gradient_is_what_was_measured():
     assert claim in " ".join((ROOT / "README.md").read_text().split())
 
 
-TUTORIALS = sorted((ROOT / "tutorials").glob("*.py"))
-
-
-@pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
-def test_tutorials_run(path, tmp_path):
-    command = [sys.executable, str(path), "--smoke", "--output", str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    pictures = list(tmp_path.glob(f"{path.stem}*.png"))
-    assert pictures
-    assert all(picture.stat().st_size > 5000 for picture in pictures)
-
-
 GUIDES = ["AutoIAF", "AutoIAFNormal", "AutoMultivariateNormal", "AutoNormal"]
 
 
@@ -236,36 +219,6 @@ def posterior_cell(rows):
     )
     khat, elbo = worst(max, "khat", ".2f"), worst(min, "elbo", ".1f")
     return f"{error}, {low} to {high}, {khat}; {elbo}; {worst(max, 'seconds', '.0f')} s"
-
-
-def idx(*shape, content=None):
-    """A file as MNIST's, of bytes."""
-    head = bytes([0, 0, 8, len(shape)]) + b"".join(n.to_bytes(4, "big") for n in shape)
-    return head + (bytes(math.prod(shape)) if content is None else content)
-
-
-def run_vae(folder, tmp_path):
-    path = ROOT / "tutorials" / "vae_iaf.py"
-    command = [sys.executable, str(path), "--smoke", "--output", str(tmp_path), "--mnist"]
-    return subprocess.run([*command, str(folder)], capture_output=True, text=True, check=False)
-
-
-def test_the_vae_reads_mnist_packed_or_not(tmp_path):
-    pixels = bytes(range(0, 256, 4)) * 120
-    (tmp_path / "train-images-idx3-ubyte").write_bytes(idx(120, 8, 8, content=pixels))
-    packed = gzip.compress(idx(30, 8, 8, content=pixels[: 30 * 64]))
-    (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(packed)
-    done = run_vae(tmp_path, tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "The pictures are in" in done.stdout
-
-
-def test_the_vae_says_what_is_wrong_with_its_files(tmp_path):
-    done = run_vae(tmp_path, tmp_path)
-    assert "no train-images-idx3-ubyte" in done.stderr
-    for broken in (b"<html>not found</html>", idx(120, 8, 8)[:-1], b""):
-        (tmp_path / "train-images-idx3-ubyte").write_bytes(broken)
-        assert "is damaged" in run_vae(tmp_path, tmp_path).stderr
 
 
 def test_the_table_of_the_vae_is_what_was_measured():

@@ -97,7 +97,7 @@ def read_file(path):
     """The chorales of a JSON file, by part."""
     try:
         parts = json.loads(path.read_text())
-        return {name: list(parts[name]) for name in ("train", "test")}
+        return {name: [list(chorale) for chorale in parts[name]] for name in ("train", "test")}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f'{path} should be JSON, as {{"train": [...], "test": [...]}} with lists of chorales; '
@@ -112,9 +112,11 @@ def piano_rolls(chorales):
         Rolls of shape (N, T, 88) for the longest chorale's T, padded by zeros; lengths of shape
         (N,).
     """
+    if not all(isinstance(chord, list) for chorale in chorales for chord in chorale):
+        raise ValueError("A chorale should be a list of chords, and a chord a list of pitches.")
     lengths = torch.tensor([len(chorale) for chorale in chorales])
     if not len(lengths) or not lengths.all():
-        raise ValueError("There should be chorales, each of a chord at least; got an empty one.")
+        raise ValueError("There should be chorales, and each should have a chord at least.")
     rolls = torch.zeros(len(chorales), int(lengths.max()), HIGHEST - LOWEST + 1)
     for n, chorale in enumerate(chorales):
         for t, chord in enumerate(chorale):

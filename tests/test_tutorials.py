@@ -1,0 +1,124 @@
+"""Tutorials run, read the data they are given, and say what is wrong with others."""
+
+import gzip
+import json
+import math
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+from pyro import poutine
+from torch.testing import assert_close
+
+FOLDER = pathlib.Path(__file__).parent.parent / "tutorials"
+TUTORIALS = sorted(FOLDER.glob("*.py"))
+
+
+@pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
+def test_tutorials_run(path, tmp_path):
+    command = [sys.executable, str(path), "--smoke", "--output", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    pictures = list(tmp_path.glob(f"{path.stem}*.png"))
+    assert pictures
+    assert all(picture.stat().st_size > 5000 for picture in pictures)
+
+
+def idx(*shape, content=None):
+    """A file as MNIST's, of bytes."""
+    head = bytes([0, 0, 8, len(shape)]) + b"".join(n.to_bytes(4, "big") for n in shape)
+    return head + (bytes(math.prod(shape)) if content is None else content)
+
+
+def run_vae(folder, tmp_path):
+    path = FOLDER / "vae_iaf.py"
+    command = [sys.executable, str(path), "--smoke", "--output", str(tmp_path), "--mnist"]
+    return subprocess.run([*command, str(folder)], capture_output=True, text=True, check=False)
+
+
+def test_the_vae_reads_mnist_packed_or_not(tmp_path):
+    pixels = bytes(range(0, 256, 4)) * 120
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(idx(120, 8, 8, content=pixels))
+    packed = gzip.compress(idx(30, 8, 8, content=pixels[: 30 * 64]))
+    (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(packed)
+    done = run_vae(tmp_path, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "The pictures are in" in done.stdout
+
+
+def test_the_vae_says_what_is_wrong_with_its_files(tmp_path):
+    done = run_vae(tmp_path, tmp_path)
+    assert "no train-images-idx3-ubyte" in done.stderr
+    for broken in (b"<html>not found</html>", idx(120, 8, 8)[:-1], b""):
+        (tmp_path / "train-images-idx3-ubyte").write_bytes(broken)
+        assert "is damaged" in run_vae(tmp_path, tmp_path).stderr
+
+
+CHORALES = {"train": 6 * [[[60, 64], [], [59]], [[60]]], "test": 2 * [[[48], [60, 67]], [[72]]]}
+
+
+def run_dmm(tmp_path, text):
+    (tmp_path / "chorales.json").write_text(text)
+    command = [sys.executable, str(FOLDER / "dmm_iaf.py"), "--smoke", "--output"]
+    command += [str(tmp_path), "--data", str(tmp_path / "chorales.json")]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_dmm_reads_chorales_from_a_file(tmp_path):
+    done = run_dmm(tmp_path, json.dumps(CHORALES))
+    assert done.returncode == 0, done.stderr
+    assert "2 chords, 2 calls of the flow's network" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"train": [[[60]]', "is damaged or something else"),
+        (json.dumps({"train": [[[60]]]}), "is damaged or something else"),
+        (json.dumps({"train": [[[60]], 5], "test": [[[60]]]}), "is damaged or something else"),
+        (json.dumps({"train": [[[60]], []], "test": [[[60]]]}), "should have a chord"),
+        (json.dumps({"train": [[60, 64]], "test": [[[60]]]}), "a chord a list of pitches"),
+        (json.dumps({"train": [[[60, 20]]], "test": [[[60]]]}), "from 21 to 108"),
+    ],
+)
+def test_the_dmm_says_what_is_wrong_with_its_file(tmp_path, text, message):
+    assert message in run_dmm(tmp_path, text).stderr
+
+
+@pytest.fixture
+def dmm(tmp_path, monkeypatch):
+    """What the tutorial defines before it trains."""
+    (tmp_path / "chorales.json").write_text(json.dumps(CHORALES))
+    path = FOLDER / "dmm_iaf.py"
+    arguments = [str(path), "--smoke", "--data", str(tmp_path / "chorales.json")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    space = {"__name__": "dmm_iaf"}
+    exec(path.read_text().split("guides = {")[0], space)
+    return space
+
+
+def test_ragged_chorales_want_their_lengths(dmm):
+    rolls, lengths = dmm["train"]
+    model = dmm["Dmm"](1).model
+    for wrong in ((rolls, None), (rolls, lengths[:-1]), ([*rolls], lengths), (rolls[0], lengths)):
+        with pytest.raises(ValueError, match="with lengths of shape"):
+            model(*wrong)
+
+
+def test_padding_changes_nothing(dmm, monkeypatch):
+    monkeypatch.setattr(torch, "randn", torch.zeros)
+    own = dmm["Dmm"](1)
+    rolls, lengths = (part[1:2] for part in dmm["train"])  # one chord of three
+    assert lengths.item() < rolls.shape[1]
+    longer = torch.cat([rolls, torch.ones_like(rolls)], 1)
+    found = []
+    for padded in (rolls[:, :1], rolls, longer):
+        z = torch.full((1, padded.shape[1], 5), 0.3)
+        model = poutine.condition(own.model, {"z": z})
+        found.append(poutine.trace(model).get_trace(padded, lengths).log_prob_sum())
+        latent = poutine.trace(own.guide).get_trace(padded, lengths).nodes["z"]
+        found.append(latent["fn"].log_density.squeeze())
+    assert_close(torch.stack(found[::2]), found[0].expand(3))
+    assert_close(torch.stack(found[1::2]), found[1].expand(3))
