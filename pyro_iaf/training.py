@@ -274,7 +274,8 @@ class Run:
 
     def _add(self, seen: poutine.Trace) -> None:
         """Takes in the parameters of a run that are not there yet."""
-        modules = self.guide.modules() if isinstance(self.guide, nn.Module) else ()
+        owner = getattr(self.guide, "__self__", self.guide)  # of a guide that is a method
+        modules = owner.modules() if isinstance(owner, nn.Module) else ()
         networks = [m for m in modules if isinstance(m, MaskedAutoregressiveNetwork)]
         of_networks = {id(p) for network in networks for p in network.parameters()}
         tables = {id(table) for table in self.rows.tables}
@@ -385,8 +386,9 @@ class Run:
             return None
         kind = kind_of(None, None, args, kwargs)
         self.kinds[kind] += 1
-        # The last minibatch of a walk may be smaller: not worth compiling if it comes rarely.
-        is_rare = len(self.kinds) > 1 and self.kinds[kind] < RARE
+        # The last minibatch of a walk may be smaller, or each is of a kind of its own: not worth
+        # compiling for what comes rarely.
+        is_rare = self.kinds[kind] < (RARE if len(self.kinds) > 1 else 1 + self.batches.change)
         if is_rare or len(self.kinds) > MAX_GRAPHS or kind in self.left_out:
             return None
         self.builds[kind] += 1

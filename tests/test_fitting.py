@@ -18,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
-from pyro_iaf import AutoIAF, FitResult, fit
+from pyro_iaf import AutoIAF, DiagonalNormal, FitResult, fit, inverse_autoregressive_flow
 from pyro_iaf.joint import LogJoint
 from pyro_iaf.losses import LatentLoss
 from pyro_iaf.weights import Particles
@@ -179,6 +179,37 @@ def test_it_goes_on_where_it_should():
 @pytest.mark.parametrize("num_steps", [1, 2, 5])
 def test_few_steps_are_steps_too(num_steps):
     assert len(quick(conjugate, AutoIAF(conjugate), num_steps=num_steps).losses) == num_steps
+
+
+class ByHand(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.loc = torch.nn.Parameter(torch.zeros(2))
+        self.flow = inverse_autoregressive_flow(2, [4])
+
+    def forward(self):
+        pyro.module("by_hand", self)
+        base = DiagonalNormal(self.loc, torch.ones(2))
+        pyro.sample("z", dist.TransformedDistribution(base, [self.flow]))
+
+    def guide(self):
+        self()
+
+
+def test_weights_of_networks_move_by_four_times_the_rate():
+    def model():
+        pyro.sample("z", dist.Normal(torch.ones(2), 1.0).to_event(1))
+
+    for of in ("module", "method"):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        by_hand = ByHand()
+        weights = by_hand.flow.network.weights[0]
+        before = weights.detach().clone()
+        guide = by_hand if of == "module" else by_hand.guide
+        fit(model, guide, num_steps=1, num_particles=1, lr=0.01, progress=False)
+        moved = (weights - before).abs().max() / by_hand.loc.abs().max()
+        assert_close(moved, torch.tensor(4.0), rtol=1e-3, atol=0.0)  # Adam's first step is the rate
 
 
 def test_the_last_iterates_are_averaged():

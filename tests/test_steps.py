@@ -327,3 +327,17 @@ def test_minibatches_of_one_kind_are_taken_in_chunks(monkeypatch):
     run(model, data=lambda: data, compile="graph", num_steps=300, early_stop=False)
     assert max(chunks) > 10
     assert len(chunks) < 40
+
+
+def test_minibatches_that_are_each_of_a_kind_of_their_own_are_not_compiled(monkeypatch):
+    def model(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0).expand([len(x)]).to_event(1), obs=x)
+
+    def record(self, *args):
+        raise AssertionError("recorded for one step")
+
+    monkeypatch.setattr(steps.CompiledSteps, "record", record)
+    data = [(torch.zeros(k),) for k in range(1, 11)]
+    result, *_ = run(model, data=data, compile="auto", num_steps=600, early_stop=False)
+    assert result.backend == "eager"
