@@ -42,6 +42,7 @@ parser.add_argument("--latents", type=int, default=8)
 parser.add_argument("--width", type=int, default=128, help="of encoder and decoder")
 parser.add_argument("--flows", type=int, default=2)
 parser.add_argument("--flow-width", type=int, default=64)
+parser.add_argument("--gate-bias", type=float, default=1.0, help="of gated flows")
 parser.add_argument("--free-bits", type=float, default=0.0, help="nats of KL that cost nothing")
 parser.add_argument("--warm-up", type=int, default=500, help="steps until the KL counts in full")
 parser.add_argument("--samples", type=int, default=256, help="of importance sampling, an image")
@@ -112,9 +113,10 @@ class Batches:
 #
 # The decoder makes pixels of latents. The encoder reads an image and returns a loc, a scale and a
 # context. A diagonal posterior stops at loc and scale. The others send that normal through flows
-# which listen to the context, affine ones or gated; these are the three rows of the table to come.
-# The fourth has a flow on the model's side as well: the prior itself is learned, and its density at
-# the encoder's draws takes the flow's inverse, which is exact.
+# which listen to the context, affine ones or gated. Gates only contract, so what goes into them is
+# wider by as much. These are the three rows of the table to come. The fourth has a flow on the
+# model's side as well: the prior itself is learned, and its density at the encoder's draws takes
+# the flow's inverse, which is exact.
 
 
 # %%
@@ -144,7 +146,9 @@ class Vae(nn.Module):
             nn.Linear(pixels, width), act(), nn.Linear(width, width), act()
         )
         self.heads = nn.Linear(width, 2 * latents + self.context_dim)
-        self.flow = None
+        self.flow, self.widened = None, 1.0
+        if posterior == "gated":  # of a fresh gate comes out sigmoid(gate_bias) of what goes in
+            self.widened = (1 + math.exp(-args.gate_bias)) ** args.flows
         if posterior != "diagonal":
             self.flow = conditional_inverse_autoregressive_flow(
                 latents,
@@ -152,6 +156,7 @@ class Vae(nn.Module):
                 [args.flow_width] * 2,
                 num_flows=args.flows,
                 gated=posterior == "gated",
+                gate_bias=args.gate_bias,
             )
         self.prior_flow = None
         if flow_prior:
@@ -172,7 +177,8 @@ class Vae(nn.Module):
         pyro.module("vae", self)
         sizes = [self.latents, self.latents, self.context_dim]
         loc, log_scale, context = self.heads(self.encoder(x)).split(sizes, -1)
-        posterior = DiagonalNormal(loc, (0.5 * log_scale).exp())
+        scale = (0.5 * log_scale).exp()
+        posterior = DiagonalNormal(self.widened * loc, self.widened * scale)
         if self.flow is not None:
             flow = self.flow.condition(context)
             posterior = dist.TransformedDistribution(posterior, [flow])
