@@ -115,7 +115,7 @@ class FlowGuide(AutoGuide):
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         model = self._model
-        self._model = (InitMessenger(self._init_loc_fn)(self.model),)
+        self._model = (self._watched(InitMessenger(self._init_loc_fn)(self.model)),)
         try:
             super()._setup_prototype(*args, **kwargs)
             self._build(model[0], args, kwargs)
@@ -124,6 +124,7 @@ class FlowGuide(AutoGuide):
             raise
         finally:
             self._model = model
+        self._warn_of_masks()
         self.prototype_trace = without_graph(self._latent_sites())
         conversions, self._conversions = self._conversions, []
         for convert in conversions:
@@ -135,6 +136,21 @@ class FlowGuide(AutoGuide):
         """Builds what has parameters; the model's first run is in ``prototype_trace``."""
         raise NotImplementedError
 
+    def _warn_of_masks(self) -> None:
+        for name, site in self._latent_sites().items():
+            mask = site["mask"]
+            if mask is not None and not torch.as_tensor(mask).all():
+                warnings.warn(
+                    f"Site '{name}' is masked in the model: its density counts nothing there, and "
+                    "nothing holds the guide, which widens without end. Mask the likelihood alone.",
+                    UserWarning,
+                    stacklevel=2,
+                )
+
+    def _watched(self, model: Callable[..., Any]) -> Callable[..., Any]:
+        """The model for its first run."""
+        return model
+
     def _own_modules(self) -> Mapping[str, nn.Module]:
         """What has parameters, by name; built if need be."""
         raise NotImplementedError
@@ -142,7 +158,8 @@ class FlowGuide(AutoGuide):
     @property
     def _encoder(self) -> Any:
         """Without telling Pyro, which makes statements of all parameters if asked by attribute."""
-        return self._modules.get("encoder") or self.__dict__.get("encoder")
+        encoder = self._modules.get("encoder")
+        return self.__dict__.get("encoder") if encoder is None else encoder
 
     def _latent_sites(self) -> dict[str, Any]:
         """The model's latents, in its order, as they were when the guide was set up."""

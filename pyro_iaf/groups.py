@@ -14,11 +14,14 @@ from torch.distributions import biject_to
 from .sites import each_tensor
 
 __all__ = [
+    "Encoders",
+    "GivenSubsamples",
     "Group",
     "QuickSubsamples",
     "checked_rows",
     "full_size",
     "groups_of",
+    "one_row",
     "quoted",
 ]
 
@@ -58,7 +61,7 @@ def groups_of(sites: Mapping[str, Any], frames: Mapping[str, Any], encoder: Any)
     Args:
         sites: The latents as in the model's first run, by name.
         frames: The plates that they are in, by name.
-        encoder: One, several by names of plates, or none.
+        encoder: One, :class:`Encoders`, or none.
 
     Raises:
         ValueError: If it is not clear which encoder is for which plates, or a row of a plate can't
@@ -74,8 +77,8 @@ def groups_of(sites: Mapping[str, Any], frames: Mapping[str, Any], encoder: Any)
         by_plates.setdefault(tuple(frame.name for frame in outermost_first), []).append(name)
     ordered = sorted(by_plates, key=len)
     names = {"/".join(plates) for plates in ordered if plates}
-    if isinstance(encoder, Mapping | nn.ModuleDict):
-        with_encoder = set(encoder)
+    if isinstance(encoder, Encoders):
+        with_encoder = set(encoder.names)
         if strange := with_encoder - names:
             raise ValueError(
                 f"There is an encoder for plate '{min(strange)}', but no latents are in a "
@@ -130,7 +133,8 @@ def _check_local(name: str, site: dict[str, Any]) -> None:
         )
     support, event_dim = site["fn"].support, site["fn"].event_dim
     bounds: list[Tensor] = []
-    each_tensor(support, lambda tensor: bounds.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    collapsed = one_row(support, event_dim)
+    each_tensor(collapsed, lambda tensor: bounds.append(tensor) or tensor)  # type: ignore[func-returns-value]
     if any(bound.dim() > event_dim and bound.numel() > 1 for bound in bounds):
         raise NotImplementedError(
             f"The support of site '{name}' is another for each row of its plate, so that a "
@@ -147,6 +151,19 @@ def _row_shape(site: dict[str, Any]) -> torch.Size:
     return value.shape[num_batch:]
 
 
+def one_row(support: Any, event_dim: int) -> Any:
+    """A support that is the same for all rows of a plate, as that of one."""
+
+    def first(bound: Tensor) -> Tensor:
+        num_batch = bound.dim() - event_dim
+        if num_batch <= 0 or not bound.numel():
+            return bound
+        rows = bound.flatten(0, num_batch - 1)
+        return rows[0] if bool((rows == rows[0]).all()) else bound
+
+    return each_tensor(support, first)
+
+
 def full_size(frame: Any) -> int:
     """How many rows a plate has, drawn or not."""
     return int(frame.full_size or frame.size)
@@ -156,6 +173,10 @@ def checked_rows(
     rows: Mapping[str, Sequence[int] | Tensor], sizes: Mapping[str, int]
 ) -> dict[str, Tensor]:
     """Rows of plates by name as tensors, or a ValueError if there are no such."""
+    if not isinstance(rows, Mapping):
+        raise ValueError(
+            f"rows should be a dict from names of plates to indices of rows; got {rows!r}."
+        )
     checked = {}
     for name, chosen in rows.items():
         if name not in sizes:
@@ -171,6 +192,37 @@ def checked_rows(
             raise ValueError(f"rows[{name!r}] should be between 0 and {size - 1}; got {chosen!r}.")
         checked[name] = index
     return checked
+
+
+class Encoders(nn.Module):
+    """Encoders by the names of their plates, modules and functions."""
+
+    def __init__(self, encoders: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.names = list(encoders)
+        self.functions = {k: e for k, e in encoders.items() if not isinstance(e, nn.Module)}
+        # By number, since names of plates may be no names of modules.
+        modules = (encoders[name] for name in self.names if name not in self.functions)
+        self.parts = nn.ModuleList(modules)
+
+    def of_plates(self, name: str) -> Any:
+        """The encoder for a group of plates, if there is one."""
+        if name in self.functions or name not in self.names:
+            return self.functions.get(name)
+        own: list[Any] = [name for name in self.names if name not in self.functions]
+        return self.parts[own.index(name)]
+
+
+class GivenSubsamples(Messenger):
+    """Notes the plates whose subsample is given, and not drawn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if isinstance(msg["fn"], subsample_messenger._Subsample) and msg["value"] is not None:
+            self.names.add(msg["name"])
 
 
 class QuickSubsamples(Messenger):

@@ -25,8 +25,18 @@ from torch.nn import functional
 
 from .autoguide import FlowGuide, Posterior, check_callable, check_levels, joined, quantiles_of
 from .distributions import DiagonalNormal
-from .groups import Group, QuickSubsamples, checked_rows, full_size, groups_of
+from .groups import (
+    Encoders,
+    GivenSubsamples,
+    Group,
+    QuickSubsamples,
+    checked_rows,
+    full_size,
+    groups_of,
+    one_row,
+)
 from .initialization import Start
+from .joint import split_sizes
 from .networks import check_size
 from .rows import make_gradients_sparse
 from .sites import SiteDelta
@@ -38,8 +48,10 @@ Contexts = Mapping[tuple[str, ...], Tensor]
 
 TABLE_WIDTH = 8
 
-# Medians and quantiles are read off so many draws, or fewer if these would hold more numbers.
+# Medians and quantiles are read off so many draws, or fewer if these would hold more numbers. At
+# once are made as many draws as fill layers of so many units.
 NUM_DRAWS, MOST_NUMBERS = 4001, 50_000_000
+UNITS_AT_ONCE = 2**24
 
 
 class AutoHierarchicalIAF(FlowGuide):
@@ -50,11 +62,13 @@ class AutoHierarchicalIAF(FlowGuide):
     around, and to a context of the row: what an ``encoder`` makes of the data, or a row of a
     learned table, of ``context_dim`` numbers. Plates may be subsampled, nested, and several.
 
-    A step costs as much as the minibatch it draws, whatever the data's size. A table of N rows
-    holds ``N * context_dim`` numbers: :func:`~pyro_iaf.fit` updates the rows that a step has drawn
-    and leaves the others. Under ``pyro.infer.SVI``, any optimiser but ``SparseAdam`` fills a
-    gradient for all N rows at each step, which is slow from some 100,000 rows on; give
-    ``embedding_grad="sparse"`` and ``pyro.optim.SparseAdam`` there.
+    A step costs as much as the minibatch it draws, whatever the data's size; in plates that
+    ``create_plates`` or an ``AutoGuideList`` makes, Pyro puts all rows in random order first. A
+    table of N rows holds ``N * context_dim`` numbers: :func:`~pyro_iaf.fit` updates the rows that a
+    step has drawn and leaves the others; unlike other parameters, they are not averaged at its end.
+    Under ``pyro.infer.SVI``, any optimiser but ``SparseAdam`` fills a gradient for all N rows at
+    each step, which is slow from some 100,000 rows on; give ``embedding_grad="sparse"`` and
+    ``pyro.optim.SparseAdam`` there.
 
     A guide starts around what ``init_loc_fn`` says, as :class:`~pyro_iaf.AutoIAF` does with
     ``start="init"``.
@@ -76,8 +90,8 @@ class AutoHierarchicalIAF(FlowGuide):
         init_scale: Standard deviation of a fresh guide in unconstrained space.
         scale: As for :class:`~pyro_iaf.AutoIAF`, for each group.
         embedding_grad: ``"dense"``, or ``"sparse"`` for ``pyro.optim.SparseAdam``: the gradients
-            of tables have the rows drawn alone, and those of all other parameters the form that
-            this optimiser wants. :func:`~pyro_iaf.fit` needs neither.
+            of tables have the rows drawn alone, and those of the guide's other parameters the
+            form that this optimiser wants. :func:`~pyro_iaf.fit` needs neither.
         create_plates: A function of the model's arguments that returns plates for the guide to
             use, as when indices of a minibatch are an argument.
         name: What the guide's parameters are called in the store, by default
@@ -87,7 +101,7 @@ class AutoHierarchicalIAF(FlowGuide):
         ValueError: If an argument is out of range; at the first call, if plates and encoders don't
             go together, a latent is discrete, or a context has another shape than its plate.
         NotImplementedError: At the first call, if a plate is sequential, or the support of a
-            latent in a subsampled plate changes from row to row.
+            latent changes from row to row of its plate.
         RuntimeError: At the first call, if the model has no latents.
 
     References:
@@ -137,11 +151,10 @@ class AutoHierarchicalIAF(FlowGuide):
             create_plates=create_plates,
             name=name,
         )
-        if isinstance(encoder, Mapping):
+        if isinstance(encoder, Mapping | nn.ModuleDict):
             for plate, one in encoder.items():
                 check_callable(f"encoder[{plate!r}]", one, may_be_missing=False)
-            if all(isinstance(one, nn.Module) for one in encoder.values()):
-                encoder = nn.ModuleDict(encoder)  # type: ignore[arg-type]
+            encoder = Encoders(dict(encoder.items()))
         else:
             check_callable("encoder", encoder, may_be_missing=True)
         self.encoder = encoder
@@ -162,9 +175,10 @@ class AutoHierarchicalIAF(FlowGuide):
         self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         self.groups = groups_of(self._latent_sites(), self._prototype_frames, self._encoder)
+        self._refuse_given_subsamples()
         starts = [self._init_loc(group) for group in self.groups]
         ahead = self._contexts_ahead(args, kwargs)
-        plates = self._plates_of(ahead, args, kwargs)
+        plates = self._plates_of({}, args, kwargs)  # with as many rows as the model has
         contexts = []
         for k, group in enumerate(self.groups):
             own = 0
@@ -198,6 +212,28 @@ class AutoHierarchicalIAF(FlowGuide):
         for module in (transforms, tables):
             module.to(starts[0])
 
+    def _refuse_given_subsamples(self) -> None:
+        """A guide that draws its own subsample is no guide for one that was given."""
+        for name in self._given.names & set(self._prototype_frames):
+            if self.create_plates is None and self.master is None and not self._is_whole(name):
+                raise ValueError(
+                    f"The model was given the subsample of plate '{name}', which the guide can't "
+                    "see, and would draw one of its own. Give create_plates, a function of the "
+                    "model's arguments that returns the same plate: "
+                    "lambda rows: pyro.plate(name, size, subsample=rows)."
+                )
+
+    def _watched(self, model: Callable[..., Any]) -> Callable[..., Any]:
+        self._given = GivenSubsamples()
+        watched: Callable[..., Any] = self._given(model)
+        return watched
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        super()._setup_prototype(*args, **kwargs)
+        for site in self._latent_sites().values():
+            if site["cond_indep_stack"]:
+                site["fn"]._support = one_row(site["fn"].support, site["fn"].event_dim)
+
     def _init_loc(self, group: Group) -> Tensor:
         """Where a group starts: for rows of a plate, in the middle of where they do."""
         parts = []
@@ -219,8 +255,8 @@ class AutoHierarchicalIAF(FlowGuide):
 
     def _encoder_of(self, group: Group) -> Any:
         encoder = self._encoder
-        if isinstance(encoder, Mapping | nn.ModuleDict):
-            return dict(encoder.items()).get(group.name)
+        if isinstance(encoder, Encoders):
+            return encoder.of_plates(group.name)
         return encoder if group.plates else None
 
     def _own_modules(self) -> dict[str, nn.Module]:
@@ -268,7 +304,8 @@ class AutoHierarchicalIAF(FlowGuide):
         for name, size in self._sizes_of_plates(contexts).items():
             frame = self._prototype_frames[name]
             if name in plates:
-                self._check_plate(plates[name], frame)
+                made = f"create_plates returned {plates[name].size} rows of"
+                self._check_size(name, plates[name].size, made)
                 continue
             drawn = size if self._is_whole(name) else frame.size
             with QuickSubsamples():
@@ -283,15 +320,16 @@ class AutoHierarchicalIAF(FlowGuide):
             for plates, context in contexts.items():
                 if name in plates and isinstance(context, Tensor) and context.dim() > -frame.dim:
                     sizes[name] = context.shape[frame.dim - 1]
+            self._check_size(name, sizes[name], f"An encoder returned {sizes[name]} rows of")
         return sizes
 
-    def _check_plate(self, plate: pyro.plate, frame: Any) -> None:
-        has_table = any(g.table is not None and frame.name in g.plates for g in self.groups)
-        if has_table and plate.size != full_size(frame):
+    def _check_size(self, plate: str, size: int, what: str) -> None:
+        first = full_size(self._prototype_frames[plate])
+        has_table = any(g.table is not None and plate in g.plates for g in self.groups)
+        if has_table and size != first:
             raise ValueError(
-                f"create_plates returned a plate '{plate.name}' of {plate.size} rows; the guide "
-                f"has a table of {full_size(frame)}, as the model's first run had. For data of "
-                "several sizes give an encoder."
+                f"{what} plate '{plate}'; the guide has a table of {first}, as the model's first "
+                "run had. For data of several sizes give an encoder for each plate."
             )
 
     def _draw(
@@ -315,9 +353,8 @@ class AutoHierarchicalIAF(FlowGuide):
                 transform = self._transform_at(k, parts)
                 loc = torch.zeros_like(transform.parts[-1].frame[0])
                 base = DiagonalNormal(loc, torch.ones_like(loc), validate_args=False)
-                name = "_".join(filter(None, ("", self._pyro_name, *group.plates, "latent")))
                 latent = pyro.sample(
-                    f"_{name}",
+                    "_".join(filter(None, (f"_{self._pyro_name}", group.name, "latent"))),
                     Posterior(base, [transform], validate_args=False),
                     infer={"is_auxiliary": True},
                 )
@@ -393,14 +430,17 @@ class AutoHierarchicalIAF(FlowGuide):
         if fits:
             for name in group.plates:
                 if context.shape[plates[name].dim - 1] == plates[name].size != len(rows[name]):
-                    context = context.index_select(plates[name].dim - 1, rows[name])
+                    index = rows[name].to(context.device)
+                    context = context.index_select(plates[name].dim - 1, index)
             fits = list(context.shape[:-1]) == shape and own in (None, context.shape[-1])
         if not fits:
             got = tuple(context.shape) if isinstance(context, Tensor) else type(context).__name__
             raise ValueError(
                 f"The encoder for plate '{group.name}' should return a context for each of its "
                 f"rows, of shape {(*shape, 'context_dim' if own is None else own)}; got {got}. "
-                "Inside it pyro.subsample(data, event_dim=...) is the minibatch."
+                "Inside it pyro.subsample(data, event_dim=...) is the minibatch. Where minibatches "
+                "come as arguments, of several sizes, create_plates=lambda x: pyro.plate(name, "
+                "size, len(x)) says how many rows there are."
             )
         return context  # type: ignore[no-any-return]
 
@@ -408,12 +448,12 @@ class AutoHierarchicalIAF(FlowGuide):
 
     def _make_gradients_sparse(self) -> None:
         """For SparseAdam, which takes no others, that of each parameter."""
-        if self.embedding_grad != "sparse":
+        if self.embedding_grad != "sparse" or self.rows_alone:
             return
         tables = set(self._modules["tables"].parameters())  # type: ignore[union-attr]
         for param in self.parameters():
             if param not in tables:
-                make_gradients_sparse(param)
+                make_gradients_sparse(param, self)
 
     # Posterior
 
@@ -537,23 +577,43 @@ class AutoHierarchicalIAF(FlowGuide):
             name: pyro.plate(name, size, subsample=chosen.get(name), dim=frames[name].dim)
             for name, size in sizes.items()
         }
-        nesting = max((-frame.dim for frame in frames.values()), default=0)
-        draws = pyro.plate("num_particles_vectorized", num_draws, dim=-nesting - 1)
-        with poutine.block(), draws:
-            drawn = self._draw(plates, contexts, args, kwargs)
-        found = {}
-        for name, (value, unconstrained) in drawn.items():
-            fn = self._latent_sites()[name]["fn"]
-            num_batch = len(fn.batch_shape)
-            # Between the draws and these stand the plates that the site is in none of.
-            own = value.shape[value.dim() - num_batch - fn.event_dim :]
-            inner = unconstrained.shape[value.dim() - fn.event_dim :]
-            pair = (
-                value.reshape(num_draws, *own),
-                unconstrained.reshape(num_draws, *own[:num_batch], *inner),
-            )
-            found[name] = pair
-        return found
+        batch_shapes = [site["fn"].batch_shape for site in self._latent_sites().values()]
+        nesting = max([*map(len, batch_shapes), *(-frame.dim for frame in frames.values())])
+        at_once = max(1, UNITS_AT_ONCE // self._num_units(plates))
+        parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        for size in split_sizes(num_draws, at_once):
+            draws = pyro.plate("num_particles_vectorized", size, dim=-nesting - 1)
+            with poutine.block(), draws:
+                drawn = self._draw(plates, contexts, args, kwargs)
+            for name, pair in drawn.items():
+                parts.setdefault(name, []).append(self._draws_in_front(name, size, *pair))
+        return {
+            name: (torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs]))
+            for name, pairs in parts.items()
+        }
+
+    def _num_units(self, plates: Mapping[str, pyro.plate]) -> int:
+        """How many numbers the widest layers hold while all rows are drawn once."""
+        most = 1
+        transforms: Any = self._modules["transforms"]
+        for group, transform in zip(self.groups, transforms, strict=True):
+            network = transform.parts[0].network
+            num_rows = math.prod(plates[name].subsample_size for name in group.plates)
+            most = max(most, num_rows * (max(network.hidden_dims) + network.context_dim))
+        return most
+
+    def _draws_in_front(
+        self, name: str, num_draws: int, value: Tensor, unconstrained: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Without the plates that a site is in none of, which stand after the draws."""
+        fn = self._latent_sites()[name]["fn"]
+        num_batch = len(fn.batch_shape)
+        own = value.shape[value.dim() - num_batch - fn.event_dim :]
+        inner = unconstrained.shape[value.dim() - fn.event_dim :]
+        return (
+            value.reshape(num_draws, *own),
+            unconstrained.reshape(num_draws, *own[:num_batch], *inner),
+        )
 
     # State
 

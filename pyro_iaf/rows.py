@@ -11,6 +11,8 @@ for the rows :math:`i` that have a gradient, and Adam's step for these, each by 
 
 from __future__ import annotations
 
+import math
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +25,7 @@ __all__ = ["BETA_1", "BETA_2", "EPS", "RowAdam", "make_gradients_sparse"]
 # Those of torch.optim.Adam.
 BETA_1, BETA_2, EPS = 0.9, 0.999, 1e-8
 
-_made_sparse: Any = WeakIdKeyDictionary()  # parameters whose gradients become sparse
+_made_sparse: Any = WeakIdKeyDictionary()  # parameters, and whose they are
 
 
 class RowAdam:
@@ -39,6 +41,13 @@ class RowAdam:
         self.second = [torch.zeros_like(table, requires_grad=False) for table in tables]
         self.counts = [table.detach().new_zeros(len(table)) for table in tables]
         self._found: list[tuple[int, Tensor, Tensor]] = []
+        for table in self.tables:
+            table.grad = None  # of whoever trained it before
+
+    @property
+    def visits(self) -> float:
+        """In how many steps a row was, in the mean; of the table that was least."""
+        return min((float(counts.mean()) for counts in self.counts), default=math.inf)
 
     @torch.no_grad()
     def gradients(self) -> list[Tensor]:
@@ -78,13 +87,15 @@ class RowAdam:
                 own.copy_(value)
 
 
-def make_gradients_sparse(param: Tensor) -> None:
-    """Gives all gradients of a parameter to come the form that ``SparseAdam`` wants."""
+def make_gradients_sparse(param: Tensor, guide: Any) -> None:
+    """Gives a parameter's gradients the form that ``SparseAdam`` wants, while its guide does."""
     if param not in _made_sparse:
         param.register_post_accumulate_grad_hook(_make_sparse)
-        _made_sparse[param] = True
+    _made_sparse[param] = weakref.ref(guide)
 
 
 def _make_sparse(param: Tensor) -> None:
-    if param.grad is not None and not param.grad.is_sparse:
+    guide = _made_sparse[param]() if param in _made_sparse else None
+    is_wanted = guide is not None and guide.embedding_grad == "sparse" and not guide.rows_alone
+    if is_wanted and param.grad is not None and not param.grad.is_sparse:
         param.grad = param.grad.to_sparse()

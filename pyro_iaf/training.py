@@ -58,6 +58,8 @@ TAILS, TAIL_COST, GOOD_K, NUM_TAIL = (0.01, 0.02, 0.04), 0.02, 0.5, 10_000
 RATES = (1.0, 4.0)
 # That of a table's rows, which steps come by rarely.
 RATE_OF_ROWS = 10.0
+# In how many steps each row of a table has been, in the mean, before all has settled.
+FEWEST_VISITS = 30
 
 # Steps that may fail in a row, and the share of all that may.
 MAX_SKIPPED, MAX_SHARE_SKIPPED = 25, 0.2
@@ -483,7 +485,7 @@ class Run:
         size = self._stretch
         if self.step % size or len(self.losses) < 2 * size + WARM_UP:
             return False
-        if self._weight(self.step) != 1:
+        if self._weight(self.step) != 1 or self.rows.visits < FEWEST_VISITS:
             return False
         before, after = torch.tensor(self.losses[-2 * size :], dtype=torch.float64).split(size)
         error = ((before.var() + after.var()) / size).sqrt()

@@ -472,7 +472,7 @@ def test_sequential_plates_are_an_error():
 
 def test_a_plate_of_another_size_is_an_error():
     guide = small(simple, create_plates=lambda: pyro.plate("rows", 10, subsample_size=4))
-    with pytest.raises(ValueError, match="10 rows; the guide has a table of 12"):
+    with pytest.raises(ValueError, match="10 rows of plate 'rows'; the guide has"):
         guide()
 
 
@@ -676,3 +676,207 @@ def test_mean_field_elbos_and_double_precision():
     svi = SVI(simple, guide, pyro.optim.Adam({"lr": 0.01}), TraceMeanField_ELBO())
     svi.step()
     assert {p.dtype for p in guide.parameters()} == {torch.float64}
+
+
+def whole(x):
+    scale = pyro.sample("scale", dist.HalfNormal(1.0))
+    with pyro.plate("rows", len(x)):
+        w = pyro.sample("w", dist.Normal(0.0, scale))
+        pyro.sample("x", dist.Normal(w, 1.0), obs=x)
+
+
+@pytest.mark.parametrize("num_rows", [1, 7])
+def test_an_encoder_has_to_return_the_rows_that_the_model_has(num_rows):
+    guide = small(whole, encoder=lambda x: x.new_ones(num_rows, 3))
+    with pytest.raises(ValueError, match=rf"\(25, 3\); got \({num_rows}"):
+        guide(torch.randn(25))
+
+
+def test_fit_and_other_optimisers_take_a_guide_made_for_sparse_adam():
+    guide = small(simple, embedding_grad="sparse")
+    svi = SVI(simple, guide, pyro.optim.SparseAdam({"lr": 0.01}), Trace_ELBO())
+    svi.step()
+    fit(simple, guide, **FAST)
+    svi.step()
+    guide.embedding_grad = "dense"
+    SVI(simple, guide, pyro.optim.ClippedAdam({"lr": 0.01}), Trace_ELBO()).step()
+
+
+def test_fit_begins_without_the_gradients_of_others():
+    guide = small(simple)
+    guide.setup()
+    SVI(simple, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO()).step()
+    guide.tables[0].grad = torch.full_like(guide.tables[0], 1e3)
+    before = guide.tables[0].detach().clone()
+    fit(simple, guide, num_steps=1, num_particles=1, progress=False)
+    assert (guide.tables[0] != before).any(-1).sum() == 4
+
+
+def test_many_draws_are_made_in_parts(monkeypatch):
+    guide = small(nested)
+    guide()
+    monkeypatch.setattr("pyro_iaf.hierarchical.UNITS_AT_ONCE", 1000)
+    sizes = []
+    original = AutoHierarchicalIAF._draw
+
+    def draw(self, *args):
+        drawn = original(self, *args)
+        sizes.append(drawn["school"][0].numel())
+        return drawn
+
+    monkeypatch.setattr(AutoHierarchicalIAF, "_draw", draw)
+    draws = guide.sample_posterior(50)
+    assert draws["pupil"].shape == (50, 4, 6)
+    assert draws["scale"].shape == (50,)
+    assert len(sizes) > 5
+    assert max(sizes) < 50
+
+
+def test_a_subsample_that_the_model_is_given_needs_create_plates():
+    def model(rows):
+        with pyro.plate("rows", 12, subsample=rows):
+            w = pyro.sample("w", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(w, 1.0), obs=torch.linspace(-2, 2, 12)[rows])
+
+    rows = torch.tensor([1, 5, 7])
+    with pytest.raises(ValueError, match="Give create_plates"):
+        small(model)(rows)
+    guide = small(model, create_plates=lambda rows: pyro.plate("rows", 12, subsample=rows))
+    assert guide(rows)["w"].shape == (3,)
+
+
+def test_encoders_may_be_modules_and_functions_under_any_names():
+    def model(x):
+        with pyro.plate("items", 4, dim=-1):
+            pyro.sample("a", dist.Normal(0.0, 1.0))
+        with pyro.plate("user.name", 3, dim=-2):
+            pyro.sample("b", dist.Normal(0.0, 1.0))
+
+    class PerItem(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(4, 3))
+
+        def forward(self, x):
+            return self.weight
+
+    encoders = {"user.name": lambda x: x.new_ones(3, 1, 3), "items": PerItem()}
+    guide = small(model, encoder=encoders)
+    x = torch.tensor(0.0)
+    guide(x)
+    before = encoders["items"].weight.detach().clone()
+    fit(model, guide, (x,), **FAST)
+    assert not torch.equal(before, encoders["items"].weight)
+    assert "encoder.parts.0.weight" in guide.state_dict()
+    assert guide.sample_posterior(5, x)["b"].shape == (5, 3, 1)
+
+
+def test_an_encoder_of_no_layers_is_one():
+    guide = small(whole_rows, encoder=nn.Sequential())
+    guide(torch.randn(5, 3))
+    assert not list(guide.tables)
+
+
+def whole_rows(x):
+    with pyro.plate("rows", len(x)):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(w.unsqueeze(-1), 1.0).expand([*w.shape, 3]).to_event(1), obs=x)
+
+
+def test_plates_whose_joint_names_are_alike_have_draws_of_their_own():
+    def model():
+        with pyro.plate("a_b", 2, dim=-1):
+            pyro.sample("u", dist.Normal(0.0, 1.0))
+        with pyro.plate("a", 3, dim=-3), pyro.plate("b", 4, dim=-2):
+            pyro.sample("v", dist.Normal(0.0, 1.0))
+
+    assert small(model)()["v"].shape == (3, 4, 1)
+
+
+def test_globals_may_have_a_batch_that_no_plate_declares():
+    def model():
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0))
+        pyro.sample("y", dist.Normal(w, 1.0).to_event(1), obs=torch.ones(3))
+
+    guide = small(model)
+    guide()
+    assert guide.sample_posterior(7)["w"].shape == (7, 3)
+    assert guide.median()["w"].shape == (3,)
+    assert guide.quantiles([0.1, 0.9])["w"].shape == (2, 3)
+
+
+def test_supports_may_be_written_out_for_all_rows():
+    def model():
+        with pyro.plate("rows", 12, subsample_size=4):
+            pyro.sample("u", dist.Uniform(torch.zeros(4), 2 * torch.ones(4)))
+            pyro.sample("p", dist.Pareto(torch.tensor(1.0), torch.tensor(3.0)))
+
+    guide = small(model)
+    fit(model, guide, **FAST)
+    draws = guide.sample_posterior(100)
+    assert draws["u"].shape == (100, 12)
+    assert 0 < draws["u"].min() < draws["u"].max() < 2
+    assert draws["p"].min() > 1
+
+
+def test_more_rows_than_a_table_has_are_an_error():
+    def model(x):
+        with pyro.plate("a", len(x), dim=-2):
+            u = pyro.sample("u", dist.Normal(0.0, 1.0))
+            with pyro.plate("b", 2, dim=-1):
+                w = pyro.sample("w", dist.Normal(u, 1.0))
+                pyro.sample("x", dist.Normal(w, 1.0), obs=x)
+
+    guide = small(model, encoder={"a/b": lambda x: x.unsqueeze(-1).expand(-1, -1, 3)})
+    guide(torch.randn(4, 2))
+    for size in (3, 5):
+        with pytest.raises(ValueError, match=f"{size} rows of plate 'a'; the guide has"):
+            guide.sample_posterior(2, torch.randn(size, 2))
+
+
+def test_rows_have_to_be_a_dict():
+    guide = small(simple)
+    with pytest.raises(ValueError, match="rows should be a dict"):
+        guide.sample_posterior(2, rows=[1, 2])
+
+
+def test_minibatches_of_another_size_lead_to_create_plates():
+    def model(x):
+        with pyro.plate("rows", 25, subsample_size=len(x)):
+            w = pyro.sample("w", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(w, 1.0), obs=x)
+
+    def encoder(x):
+        return x.unsqueeze(-1).expand(-1, 3)
+
+    guide = small(model, encoder=encoder)
+    guide(torch.randn(10))
+    with pytest.raises(ValueError, match="create_plates=lambda"):
+        guide(torch.randn(5))
+    made = small(
+        model, encoder=encoder, create_plates=lambda x: pyro.plate("rows", 25, len(x)), name="made"
+    )
+    fit(model, made, data=[(torch.randn(10),), (torch.randn(10),), (torch.randn(5),)], **FAST)
+
+
+def test_nothing_has_settled_before_the_rows_were_visited():
+    for num_rows, stopped in ((8, True), (4000, False)):
+
+        def model(num_rows=num_rows):
+            with pyro.plate("rows", num_rows, subsample_size=8):
+                pyro.sample("w", dist.Normal(0.0, 1.0))
+
+        pyro.clear_param_store()
+        guide = small(model)
+        result = fit(model, guide, num_steps=1000, num_particles=1, seed=0, progress=False)
+        assert result.stopped is stopped
+
+
+@pytest.mark.parametrize("kind", [AutoIAF, AutoHierarchicalIAF])
+def test_masked_latents_are_warned_of(kind):
+    def model():
+        with poutine.mask(mask=torch.tensor([True, False, True])), pyro.plate("rows", 3):
+            pyro.sample("w", dist.Normal(0.0, 1.0))
+
+    with pytest.warns(UserWarning, match="Site 'w' is masked"):
+        kind(model, init_scale=0.1).setup()

@@ -51,8 +51,14 @@ def test_the_vae_reads_mnist_packed_or_not(tmp_path):
 def test_the_vae_says_what_is_wrong_with_its_files(tmp_path):
     done = run_vae(tmp_path, tmp_path)
     assert "no train-images-idx3-ubyte" in done.stderr
-    for broken in (b"<html>not found</html>", idx(120, 8, 8)[:-1], b""):
-        (tmp_path / "train-images-idx3-ubyte").write_bytes(broken)
+    plain, packed = (tmp_path / f"train-images-idx3-ubyte{end}" for end in ("", ".gz"))
+    broken = [b"<html>not found</html>", idx(120, 8, 8)[:-1], b"", idx(120), idx(120, 8, 7)]
+    for data in [*broken, idx(0, 8, 8)]:
+        plain.write_bytes(data)
+        assert "is damaged" in run_vae(tmp_path, tmp_path).stderr
+    plain.unlink()
+    for data in (b"<html>not found</html>", gzip.compress(idx(120, 8, 8))[:-9]):
+        packed.write_bytes(data)
         assert "is damaged" in run_vae(tmp_path, tmp_path).stderr
 
 
@@ -102,7 +108,8 @@ def dmm(tmp_path, monkeypatch):
 def test_ragged_chorales_want_their_lengths(dmm):
     rolls, lengths = dmm["train"]
     model = dmm["Dmm"](1).model
-    for wrong in ((rolls, None), (rolls, lengths[:-1]), ([*rolls], lengths), (rolls[0], lengths)):
+    short = (rolls[:, :-1], lengths)
+    for wrong in ((rolls, None), (rolls, lengths[:-1]), ([*rolls], lengths), short):
         with pytest.raises(ValueError, match="with lengths of shape"):
             model(*wrong)
 
