@@ -35,6 +35,9 @@ bench: $(VENV)/bench.stamp
 	$(BIN)/python -m benchmarks.inverse
 	$(BIN)/python -m benchmarks.posteriors
 	$(BIN)/python -m benchmarks.svi_step
+	$(BIN)/python -m benchmarks.hierarchical
+	$(BIN)/python -m benchmarks.vae
+	$(BIN)/python -m benchmarks.dmm
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

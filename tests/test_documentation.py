@@ -233,6 +233,21 @@ def test_the_table_of_the_vae_is_what_was_measured():
                 assert gain == f"{row['gain']:.2f} ± {row['se of the gain']:.2f}"
 
 
+def test_the_tables_of_the_dmm_are_what_was_measured():
+    shown = table("| Flows | Bound | Weighted")
+    assert len(shown) == 3
+    for (_, bound, weighted, gain), row in zip(shown, results("dmm"), strict=True):
+        assert [bound, weighted] == [f"{row['-ELBO']:.2f}", f"{row['weighted']:.2f}"]
+        if row["flows"]:
+            assert gain == f"{row['gain']:.2f} ± {row['se of the gain']:.2f}"
+    shown = table("| Latents | Flows | Time steps")
+    for cells, row in zip(shown, results("dmm_steps"), strict=True):
+        counts = [row[key] for key in ("latents", "flows", "time steps", "calls", "calls, Pyro")]
+        assert cells[:5] == list(map(str, counts))
+        times = [f"{row['ms']:.0f} ms", f"{row['ms, Pyro']:.0f} ms", f"{row['times as fast']:.1f}"]
+        assert cells[5:] == times
+
+
 def test_the_claim_on_many_rows_is_what_was_measured():
     times = [row["milliseconds"] for row in results("hierarchical") if row["way"] == "fit"]
     assert max(times) < 1.2 * min(times)
