@@ -21,6 +21,7 @@ from .inversion import invert, solve_transposed
 from .networks import MaskedAutoregressiveNetwork
 from .plots import plot_loss, plot_pairs
 from .registration import register
+from .sticking import TraceSTL_ELBO
 from .transforms import (
     InverseAutoregressiveFlow,
     InverseAutoregressiveFlowStack,
@@ -41,6 +42,7 @@ __all__ = [
     "InverseAutoregressiveFlow",
     "InverseAutoregressiveFlowStack",
     "MaskedAutoregressiveNetwork",
+    "TraceSTL_ELBO",
     "conditional_inverse_autoregressive_flow",
     "diagnose",
     "fit",

@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .networks import MaskedAutoregressiveNetwork
 
-__all__ = ["MAX_WRITTEN_OUT", "Carrier", "by_jacobian", "carried", "load_kernel"]
+__all__ = ["MAX_WRITTEN_OUT", "Carrier", "by_jacobian", "carried", "has_kernel", "load_kernel"]
 
 # Up to so many coordinates a Jacobian is written out where there is no kernel.
 MAX_WRITTEN_OUT = 64
@@ -58,6 +58,13 @@ def load_kernel() -> None:
         except (OSError, subprocess.CalledProcessError) as error:
             why = getattr(error, "stderr", None) or error
             logging.getLogger(__name__).warning("no kernel for scores: %s", why)
+
+
+@functools.cache
+def has_kernel() -> bool:
+    """Whether the kernel is there; loads it."""
+    load_kernel()
+    return bool(_kernel)
 
 
 def _compiled_kernel() -> Path:

@@ -27,7 +27,7 @@ from .calls import by_hash, kind_of, opened
 from .graphs import Graph, Refused, record
 from .joint import Unchecked, quietly, samples
 
-__all__ = ["CompiledTrace_ELBO", "agree", "recordable_loss"]
+__all__ = ["CompiledTrace_ELBO", "agree", "leaves_of", "recordable_loss"]
 
 # Graphs that one loss holds at most, and how many kinds of calls it remembers beyond.
 MAX_GRAPHS, MAX_KINDS = 8, 64
@@ -321,7 +321,7 @@ class CompiledTrace_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
         args, kwargs = rebuild(given)
         loss = super().differentiable_loss(model, guide, *args, **kwargs)
         own = {id(t) for t in given}
-        leaves = [leaf for leaf in _leaves_of(loss) if id(leaf) not in own]
+        leaves = [leaf for leaf in leaves_of(loss) if id(leaf) not in own]
         wanted = [*leaves, *(t for t in given if t.requires_grad)]
         return loss.detach(), leaves, _gradients(loss, wanted)
 
@@ -463,6 +463,8 @@ def recordable_loss(
 ) -> Tensor:
     """What ``elbo`` is of these, in operations that a graph can hold.
 
+    An ELBO with gradients of its own says in ``recordable_particle`` what they are.
+
     Raises:
         Refused: If a site is enumerated, or not reparameterised.
     """
@@ -474,11 +476,12 @@ def recordable_loss(
                 f"The guide's draws at site '{site}' are not reparameterised, which takes a "
                 "gradient of another kind than a graph has: compile=False."
             )
-        total = total + _trace_loss(model_trace, guide_trace) / elbo.num_particles
+        of_traces = getattr(elbo, "recordable_particle", _trace_loss)
+        total = total + of_traces(model_trace, guide_trace) / elbo.num_particles
     return torch.as_tensor(total)
 
 
-def _leaves_of(loss: Tensor) -> list[Tensor]:
+def leaves_of(loss: Tensor) -> list[Tensor]:
     """The tensors whose gradient a backward pass would fill."""
     found: dict[int, Tensor] = {}
     seen, queue = set(), [loss.grad_fn]

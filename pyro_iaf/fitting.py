@@ -73,8 +73,8 @@ def fit(
         lr: The rate of loc and scale. Weights of our networks, which count little each, take four
             times that.
         clip_norm: The gradient's norm at most.
-        loss: One of Pyro's ELBOs, for instance ``TraceMeanField_ELBO()``; it brings its own number
-            of particles.
+        loss: One of Pyro's ELBOs, for instance ``TraceMeanField_ELBO()``, or ours, as
+            :class:`~pyro_iaf.TraceSTL_ELBO`; it brings its own number of particles.
         annealing: Over how many steps the weight of the KL divergence to the prior rises to one; or
             a function from steps to weights.
         early_stop: Whether to start the fall of the rate once the ELBO has settled.

@@ -19,6 +19,7 @@ from .graphs import Refused
 from .guides import AutoIAF
 from .joint import LogJoint, split_sizes
 from .scores import draw_with_score
+from .sticking import TraceSTL_ELBO
 
 __all__ = ["LatentLoss", "Loss", "TraceLoss"]
 
@@ -74,10 +75,10 @@ class TraceLoss(Loss):
     def recordable(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: float | Tensor
     ) -> Tensor:
-        if type(self.elbo) not in (Trace_ELBO, CompiledTrace_ELBO):
+        if type(self.elbo) not in (Trace_ELBO, CompiledTrace_ELBO, TraceSTL_ELBO):
             raise Refused(
-                f"{type(self.elbo).__name__} can't be compiled. fit compiles its own loss and "
-                "Trace_ELBO; with another, give compile=False."
+                f"{type(self.elbo).__name__} can't be compiled. fit compiles its own loss, "
+                "Trace_ELBO and TraceSTL_ELBO; with another, give compile=False."
             )
         loss = recordable_loss(self.elbo, *self._weighted(weight), args, kwargs)
         loss.backward()

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from . import memory
 from .affine import LocScale
 from .blocks import can_be_cut
-from .carry import MAX_WRITTEN_OUT, Carrier, by_jacobian, carried
+from .carry import MAX_WRITTEN_OUT, Carrier, by_jacobian, carried, has_kernel
 from .networks import product
 from .sweeps import runs_eagerly
 from .transforms import LOG_SCALE_BOUND
@@ -30,49 +31,60 @@ from .transforms import LOG_SCALE_BOUND
 __all__ = ["draw_with_score"]
 
 
-def draw_with_score(parts: Iterable[Any], x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What flows make of standard normal noise, its log density, and the gradient of that there.
+def draw_with_score(
+    parts: Iterable[Any],
+    x: Tensor,
+    log_q: Tensor | None = None,
+    score: Tensor | None = None,
+    remember: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What flows make of noise, its log density, and the gradient of that there.
 
     The value has its graph; the density and the gradient have none.
 
     Args:
         parts: The flows, the first acts on the noise.
         x: Noise, of shape ``batch_shape + (D,)``.
+        log_q: Its log density, by default that of the standard normal.
+        score: The gradient of that.
+        remember: Whether the flows are to know what they made, as in code that runs step by step;
+            the kernel is loaded for it.
     """
-    log_q = -0.5 * (x.square() + math.log(2 * math.pi)).sum(-1)
-    score = -x
+    if log_q is None or score is None:
+        log_q, score = -0.5 * (x.square() + math.log(2 * math.pi)).sum(-1), -x
+    by_kernel = _goes_by_kernel(x, remember)
     waiting: list[Carrier] = []  # flows that the score has still to be carried through, at once
     for part in parts:
-        x = x.expand(part.forward_shape(x.shape))
+        shape = part.forward_shape(x.shape)
+        before = x = x if x.shape == shape else x.expand(shape)  # the very tensor, to be known by
         score = score.expand(x.shape)
-        if hasattr(part, "network") and can_be_cut(part) and _is_written_out(part, x):
+        is_small = by_kernel or part.input_dim <= MAX_WRITTEN_OUT
+        if is_small and hasattr(part, "network") and can_be_cut(part):
             x, log_scale, carrier = _written_out(part, x)
             if waiting and len(waiting[0].bends) != len(carrier.bends):
-                score, waiting = _carry(score, waiting), []
+                score, waiting = _carry(score, waiting, by_kernel), []
             waiting.append(carrier)
         else:
-            score, waiting = _carry(score, waiting), []
+            score, waiting = _carry(score, waiting, by_kernel), []
             x, log_scale, score = _solved(part, x, score)
-        log_q = log_q - log_scale.sum(-1)
-    return x, log_q, _carry(score, waiting)
+        log_q = log_q - log_scale.detach().sum(-1)
+        if remember:
+            memory.keep(part._sources, before, x, log_scale, before)
+    return x, log_q, _carry(score, waiting, by_kernel)
+
+
+def _goes_by_kernel(x: Tensor, is_wanted: bool) -> bool:
+    """Whether a kernel of ours carries the score; what is recorded finds one later."""
+    return x.device.type == "cpu" and (not runs_eagerly() or (is_wanted and has_kernel()))
 
 
 @torch.no_grad()
-def _carry(score: Tensor, flows: list[Carrier]) -> Tensor:
-    if flows and _is_recorded_on_cpu(score):
+def _carry(score: Tensor, flows: list[Carrier], by_kernel: bool) -> Tensor:
+    if flows and by_kernel:
         return carried(score, flows)
     for slopes, bends, weights, network in flows:
         score = by_jacobian(score, slopes, bends, weights, network.order)
     return score
-
-
-def _is_written_out(flow: Any, x: Tensor) -> bool:
-    return flow.input_dim <= MAX_WRITTEN_OUT or _is_recorded_on_cpu(x)
-
-
-def _is_recorded_on_cpu(x: Tensor) -> bool:
-    """Whether this runs to be recorded, and later by a kernel of ours."""
-    return x.device.type == "cpu" and not runs_eagerly()
 
 
 def _solved(part: Any, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,7 +99,7 @@ def _solved(part: Any, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor
             total = log_scale.sum()
             (slope,) = torch.autograd.grad(total, x, retain_graph=True, materialize_grads=True)
     with torch.no_grad():
-        return y, log_scale.detach(), part._solve_transposed(x.detach(), score - slope)
+        return y, log_scale, part._solve_transposed(x.detach(), score - slope)
 
 
 def _written_out(flow: Any, x: Tensor) -> tuple[Tensor, Tensor, Carrier]:
@@ -110,7 +122,7 @@ def _written_out(flow: Any, x: Tensor) -> tuple[Tensor, Tensor, Carrier]:
     with torch.no_grad():
         slopes = _slopes_of_reading(flow, x, *out)
     weights = [weight.detach() for weight in (*hidden, output)]
-    return y, log_scale.detach(), Carrier(slopes, bends, weights, network)
+    return y, log_scale, Carrier(slopes, bends, weights, network)
 
 
 def _linear(h: Tensor, weight: Tensor, shift: Tensor) -> Tensor:

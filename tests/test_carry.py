@@ -32,7 +32,7 @@ def test_a_carried_score_is_the_gradient_of_the_log_density(kernel, monkeypatch,
     D, settings = FLOWS[name]
     flow = rough(inverse_autoregressive_flow(D, num_flows=num_flows, **settings), 0.3)
     x = torch.randn(3, D)
-    monkeypatch.setattr(scores, "_is_recorded_on_cpu", lambda _: True)
+    monkeypatch.setattr(scores, "_goes_by_kernel", lambda *_: True)
     parts = flow.parts if num_flows > 1 else [flow]
     y, log_q, score = draw_with_score(parts, x)
     y = y.detach().requires_grad_()
@@ -49,7 +49,7 @@ def test_it_takes_batches_of_any_shape(kernel, monkeypatch, batch_shape):
     flow = rough(inverse_autoregressive_flow(4, [8], num_flows=2), 0.3)
     x = torch.randn(*batch_shape, 4)
     plain = draw_with_score(flow.parts, x)[2]
-    monkeypatch.setattr(scores, "_is_recorded_on_cpu", lambda _: True)
+    monkeypatch.setattr(scores, "_goes_by_kernel", lambda *_: True)
     assert_close(draw_with_score(flow.parts, x)[2], plain)
 
 
@@ -58,13 +58,13 @@ def test_single_precision_and_several_threads(kernel, monkeypatch):
     x = torch.randn(33, 40, dtype=torch.float32)
     plain = draw_with_score(flow.parts, x)[2]
     monkeypatch.setattr(carry, "WORK_PER_THREAD", 1)
-    monkeypatch.setattr(scores, "_is_recorded_on_cpu", lambda _: True)
+    monkeypatch.setattr(scores, "_goes_by_kernel", lambda *_: True)
     assert_close(draw_with_score(flow.parts, x)[2], plain, rtol=1e-3, atol=1e-3)
 
 
 def test_the_score_lies_in_memory_as_compiled_code_takes_it(kernel, monkeypatch):
     flow = rough(inverse_autoregressive_flow(4, [8]), 0.3)
-    monkeypatch.setattr(scores, "_is_recorded_on_cpu", lambda _: True)
+    monkeypatch.setattr(scores, "_goes_by_kernel", lambda *_: True)
     x = torch.randn(4, 3).T
     assert draw_with_score([flow], x)[2].is_contiguous()
     operation = carry._operation(1)

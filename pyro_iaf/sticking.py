@@ -1,0 +1,359 @@
+r"""The ELBO with gradients that stick the landing: through the draws alone.
+
+The gradient of :math:`\log q(z; \phi) - \log p(y, z)` at a draw :math:`z = f(x; \phi)` is
+
+.. math::
+    \Bigl(\frac{\partial f}{\partial \phi}\Bigr)^{\mathsf T}
+    \nabla_z \bigl[\log q(z; \phi) - \log p(y, z)\bigr] + \nabla_\phi \log q(z; \phi),
+
+whose last term has mean zero and, near the posterior, most of the noise. It is left out: each draw
+of the guide is cut from its graph, and what the densities say of it goes back through the draw.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.distributions.score_parts import ScoreParts
+from pyro.distributions.util import is_identically_zero
+from pyro.infer import Trace_ELBO
+from pyro.poutine.messenger import Messenger
+from pyro.util import warn_if_nan
+from torch import Tensor, nn
+from torch.distributions import Independent, TransformedDistribution, constraints
+
+from . import memory
+from .distributions import DiagonalNormal
+from .elbo import leaves_of
+from .scores import draw_with_score
+from .sites import each_tensor
+from .transforms import InverseAutoregressiveFlowStack, SinglePass
+
+__all__ = ["TraceSTL_ELBO"]
+
+
+class TraceSTL_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
+    r"""Pyro's ``Trace_ELBO``, with gradients of the guide's draws alone ("sticking the landing").
+
+    The loss is the same, and so is the gradient's mean. What is left out is the gradient of
+    :math:`\log q(z; \phi)` in the parameters at a fixed draw, whose mean is zero. Its variance
+    is not: at the posterior it is all that is left of the gradient, and without it the gradient
+    there is exactly zero. Far from the posterior the ordinary gradient may have less variance.
+
+    Any guide and model will do. Sites are treated one by one: draws that are reparameterised, from
+    our flows or from other distributions, in plates, with masks, scales and subsamples. A flow's
+    density is differentiated along the pass that drew from it, by one triangular solution more and
+    no inverse; flows of others are inverted. Sites that can't be treated keep their ordinary
+    gradient.
+
+    Args:
+        num_particles: How many draws the gradient is taken from.
+        max_plate_nesting: As for ``Trace_ELBO``.
+        vectorize_particles: Whether to draw them at once.
+        settings: What else ``Trace_ELBO`` takes.
+
+    Warns:
+        UserWarning: Once for each site whose gradient stays as it is: one that is not
+            reparameterised, whose support has parameters, or that is a point with a density of
+            the guide's own making.
+
+    References:
+        Roeder et al. (2017), https://arxiv.org/abs/1703.09194; Agrawal et al. (2020),
+        https://arxiv.org/abs/2006.10343; for flows Vaitl et al. (2022),
+        https://arxiv.org/abs/2207.08219
+
+    Example:
+        >>> def model():
+        ...     pyro.sample("z", dist.Normal(torch.tensor([1.0, 2.0]), 0.5).to_event(1))
+        >>> guide = AutoIAF(model)  # starts at the posterior, as it is normal
+        >>> def norm_of_gradient(loss):
+        ...     guide.zero_grad()
+        ...     value = loss.loss_and_grads(model, guide)
+        ...     return sum(p.grad.norm() for p in guide.parameters())
+        >>> bool(norm_of_gradient(TraceSTL_ELBO()) < 1e-3 * norm_of_gradient(Trace_ELBO()))
+        True
+    """
+
+    def __init__(
+        self,
+        num_particles: int = 1,
+        max_plate_nesting: float = float("inf"),
+        vectorize_particles: bool = False,
+        **settings: Any,
+    ) -> None:
+        super().__init__(
+            num_particles=num_particles,
+            max_plate_nesting=max_plate_nesting,
+            vectorize_particles=vectorize_particles,
+            **settings,
+        )
+        self._warned: set[str] = set()
+        self._looked_at: set[str] = set()
+
+    def loss_and_grads(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> float:
+        """An estimate of the loss; its gradient is added to that of the parameters."""
+        total: Any = 0.0
+        for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
+            loss, free = self._differentiable_loss_particle(model_trace, guide_trace)
+            total += loss / self.num_particles
+            _go_back(torch.as_tensor(free), _cuts_of(guide_trace), 1 / self.num_particles)
+        warn_if_nan(total, "loss")
+        return float(total)
+
+    def differentiable_loss(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """An estimate of the loss, differentiable once."""
+        total: Any = 0.0
+        for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
+            loss, free = self._differentiable_loss_particle(model_trace, guide_trace)
+            surrogate = _through_draws(torch.as_tensor(free), _cuts_of(guide_trace))
+            total = total + (loss + surrogate - surrogate.detach()) / self.num_particles
+        total = torch.as_tensor(total)
+        warn_if_nan(total, "loss")
+        return total  # type: ignore[no-any-return]
+
+    def recordable_particle(self, model_trace: poutine.Trace, guide_trace: poutine.Trace) -> Tensor:
+        """The same of one run whose draws are reparameterised, in operations for a graph."""
+        free: Any = 0.0
+        held: Any = 0.0
+        for site in _samples(model_trace):
+            free = free - site["log_prob_sum"]
+        for site in _samples(guide_trace):
+            if "held" in site:
+                held = held + site["log_prob_sum"].detach()
+            else:
+                free = free + site["log_prob_sum"]
+        surrogate = _through_draws(torch.as_tensor(free), _cuts_of(guide_trace))
+        loss = torch.as_tensor(free + held).detach()
+        return loss + surrogate - surrogate.detach()
+
+    def _get_trace(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        if isinstance(poutine.unwrap(guide), Messenger):
+            self._warn("guide", "All sites keep", "the guide is a messenger around the model")
+            return super()._get_trace(model, guide, args, kwargs)
+        cut = _Cut(self._warn_of_site)
+        model_trace, guide_trace = super()._get_trace(model, cut(guide), args, kwargs)
+        leaves = {id(site["value"]) for site in _samples(guide_trace) if _is_cut(site)}
+        for site in _samples(guide_trace):
+            name = site["name"]
+            log_prob, of_score, held = site["score_parts"]
+            if _is_cut(site):
+                site["score_parts"] = ScoreParts(log_prob, of_score, 0.0)  # type: ignore[arg-type]
+                site["held"] = held
+            elif name not in self._looked_at:
+                self._looked_at.add(name)
+                if not is_identically_zero(of_score):
+                    if of_score.requires_grad:
+                        self._warn_of_site(name, "it is not reparameterised")
+                elif _has_parameters(held, leaves):
+                    self._warn_of_site(name, "it is a point with a density of the guide's making")
+        return model_trace, guide_trace
+
+    def _warn_of_site(self, name: str, why: str) -> None:
+        self._warn(name, f"Site '{name}' keeps", why)
+
+    def _warn(self, key: str, what: str, why: str) -> None:
+        if key not in self._warned:
+            self._warned.add(key)
+            warnings.warn(
+                f"{what} the ordinary gradient under TraceSTL_ELBO, since {why}.",
+                UserWarning,
+                stacklevel=2,
+            )
+
+
+class _Cut(Messenger):
+    """Hands on each draw of a guide without its graph, which goes on in the site's ``drawn``."""
+
+    def __init__(self, warn: Callable[[str, str], None]) -> None:
+        super().__init__()
+        self.warn = warn
+        self.num_cut = 0
+
+    def _pyro_sample(self, msg: Any) -> None:
+        fn = msg["fn"]
+        is_free = not (msg["done"] or msg["is_observed"]) and msg["value"] is None
+        is_point = isinstance(_bare(fn), dist.Delta)
+        if not is_free or is_point or not fn.has_rsample or not torch.is_grad_enabled():
+            return
+        if _support_moves(fn):
+            self.warn(msg["name"], "its support has parameters")
+            return
+        known = None if msg["args"] or msg["kwargs"] else self._known(fn)
+        value = fn(*msg["args"], **msg["kwargs"]) if known is None else known.value
+        msg["value"] = value
+        if value.requires_grad:
+            leaf = value.detach()
+            memory.recognise(leaf, value)  # so that a flow needs no inverse to score it
+            msg["drawn"] = value, leaf.requires_grad_()
+            msg["value"] = leaf
+            if known is not None:
+                known.leaf, msg["fn"] = leaf, known
+            self.num_cut += 1
+
+    def _known(self, fn: Any) -> _Known | None:
+        """A draw with its score, at once, where flows of ours draw from a normal."""
+        flows, base = _flows_of(fn), _normal_of(fn)
+        if flows is None or base is None:
+            return None
+        told = [base.loc, base.scale, *(getattr(flow, "context", None) for flow in flows)]
+        if self.num_cut and any(t is not None and t.requires_grad for t in told):
+            return None  # it may hang on an earlier draw, which the score in its own leaves out
+        x = base.rsample()
+        with torch.no_grad():
+            score = (base.loc - x) / base.scale.square()
+            log_q = base.log_prob(x)
+        return _Known(fn, *draw_with_score(flows, x, log_q, score, remember=True))
+
+
+class _Known(dist.TorchDistribution):
+    """A distribution at its own draw, of which log density and score are known."""
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+    has_rsample = True
+    leaf: Tensor
+
+    def __init__(self, fn: Any, value: Tensor, log_prob: Tensor, score: Tensor) -> None:
+        self.fn, self.value, self.known, self.score = fn, value, log_prob, score
+        super().__init__(fn.batch_shape, fn.event_shape, validate_args=False)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        support: constraints.Constraint = self.fn.support
+        return support
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if value is not self.leaf:  # another handler's
+            return self.fn.log_prob(value)  # type: ignore[no-any-return]
+        slope: Tensor = (self.score * (value - value.detach())).sum(-1)
+        return self.known + slope
+
+
+# A draw with its graph, the same without it, and the log density that is held still.
+Cut = tuple[Tensor, Tensor, Tensor]
+
+
+def _is_cut(site: Any) -> bool:
+    return "drawn" in site and site["value"] is site["drawn"][1]
+
+
+def _cuts_of(guide_trace: poutine.Trace) -> list[Cut]:
+    return [(*site["drawn"], site["held"]) for site in _samples(guide_trace) if "held" in site]
+
+
+def _go_back(free: Tensor, cuts: Sequence[Cut], share: float) -> None:
+    """Adds a share of the gradient to the parameters'; each draw's graph is gone through once."""
+    slopes = _slopes(sum(held.sum() for *_, held in cuts), cuts)
+    for (_, leaf, _), slope in zip(cuts, slopes, strict=True):
+        leaf.grad = (share * slope).contiguous()
+    if free.requires_grad:
+        (share * free).backward(retain_graph=True)
+    for k, (drawn, leaf, _) in reversed(list(enumerate(cuts))):
+        drawn.backward(leaf.grad, retain_graph=k > 0)
+
+
+def _through_draws(free: Tensor, cuts: Sequence[Cut]) -> Tensor:
+    """Something whose gradient is the loss's."""
+    slopes = _slopes(free + sum(held.sum() for *_, held in cuts), cuts)
+    leaves = [leaf for _, leaf, _ in cuts]
+    for k, (drawn, *_) in reversed(list(enumerate(cuts))):
+        free = free + (slopes[k] * drawn).sum()
+        if k:
+            more = torch.autograd.grad(
+                drawn, leaves[:k], slopes[k], retain_graph=True, materialize_grads=True
+            )
+            slopes[:k] = [a + b for a, b in zip(slopes[:k], more, strict=True)]
+    return free
+
+
+def _slopes(total: Any, cuts: Sequence[Cut]) -> list[Tensor]:
+    leaves = [leaf for _, leaf, _ in cuts]
+    if not leaves or not total.requires_grad:
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    return list(torch.autograd.grad(total, leaves, retain_graph=True, materialize_grads=True))
+
+
+def _samples(trace: poutine.Trace) -> list[Any]:
+    return [site for site in trace.nodes.values() if site["type"] == "sample"]
+
+
+def _bare(fn: Any) -> Any:
+    """A distribution without what Pyro wraps around it."""
+    while isinstance(fn, Independent | dist.MaskedDistribution | dist.ExpandedDistribution):
+        fn = fn.base_dist
+    return fn
+
+
+def _flows_of(fn: Any) -> list[SinglePass] | None:
+    """The flows of ours that a distribution is made of, if it is made of nothing else."""
+    if not isinstance(fn, TransformedDistribution) or len(fn.event_shape) != 1:
+        return None
+    flows: list[Any] = []
+    for transform in fn.transforms:
+        if isinstance(transform, InverseAutoregressiveFlowStack):
+            flows += transform.parts
+        else:
+            flows.append(transform)
+    return flows if flows and all(isinstance(flow, SinglePass) for flow in flows) else None
+
+
+def _normal_of(fn: Any) -> Any:
+    """The normal that a transformed distribution starts with, if it is one over vectors."""
+    base = getattr(fn, "base_dist", None)
+    if isinstance(base, Independent) and isinstance(base.base_dist, dist.Normal):
+        return base if base.reinterpreted_batch_ndims == 1 else None
+    return base if isinstance(base, DiagonalNormal) else None
+
+
+def _support_moves(fn: Any) -> bool:
+    """Whether the ends of a support have gradients: then the score's mean is not zero."""
+    fn = _bare(fn)
+    if not isinstance(fn, TransformedDistribution):
+        return _has_gradients(fn.support)
+    moves, ends = _support_moves(fn.base_dist), not _is_real(_bare(fn.base_dist).support)
+    for transform in fn.transforms:
+        if not _is_real(transform.domain):
+            ends = not _is_real(transform.codomain)  # from end to end, whatever its parameters
+        elif ends:
+            moves = moves or _transform_has_gradients(transform)
+    return moves
+
+
+def _is_real(constraint: Any) -> bool:
+    while isinstance(constraint, constraints.independent):
+        constraint = constraint.base_constraint
+    return constraint in (constraints.real, constraints.real_vector)
+
+
+def _has_gradients(constraint: Any) -> bool:
+    found: list[Tensor] = []
+    each_tensor(constraint, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    return any(tensor.requires_grad for tensor in found)
+
+
+def _transform_has_gradients(transform: Any) -> bool:
+    own = [*vars(transform).values()]
+    if isinstance(transform, nn.Module):
+        own += transform.parameters()
+    return any(isinstance(thing, Tensor) and thing.requires_grad for thing in own)
+
+
+def _has_parameters(density: Any, leaves: set[int]) -> bool:
+    """Whether a density has a gradient that is not one of these leaves'."""
+    if not isinstance(density, Tensor) or not density.requires_grad:
+        return False
+    return any(id(leaf) not in leaves for leaf in leaves_of(density))

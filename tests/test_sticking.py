@@ -1,0 +1,283 @@
+"""Gradients through the draws alone: right in mean, and nothing at the posterior."""
+
+import math
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from bijections import rough
+from pyro import poutine
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoDelta, AutoIAFNormal, AutoMultivariateNormal, AutoNormal
+from pyro.nn import PyroModule, PyroParam
+from torch.distributions import constraints
+from torch.testing import assert_close
+
+from pyro_iaf import (
+    AutoHierarchicalIAF,
+    AutoIAF,
+    DiagonalNormal,
+    TraceSTL_ELBO,
+    conditional_inverse_autoregressive_flow,
+    fit,
+)
+
+
+def regression():
+    scale = pyro.sample("scale", dist.HalfNormal(1.0))
+    weights = pyro.sample("weights", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    with pyro.plate("data", 6):
+        fn = dist.Normal(weights.sum(-1, keepdim=True), scale.unsqueeze(-1))
+        pyro.sample("y", fn, obs=torch.linspace(-1, 2, 6))
+
+
+def local():
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", 8, subsample_size=4) as rows:
+        effect = pyro.sample("effect", dist.LogNormal(mean, 0.5))
+        pyro.sample("y", dist.Normal(effect, 1.0), obs=torch.linspace(0, 2, 8)[rows])
+
+
+MASK = torch.tensor([True, False])
+
+
+class TwoSites(PyroModule):
+    """The second site, masked and scaled, listens to the first."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.loc = PyroParam(torch.tensor(0.5))
+        self.scale = PyroParam(torch.tensor(0.7), constraint=constraints.positive)
+        self.slope = PyroParam(torch.tensor([1.0, -1.0]))
+        self.kind = kind
+        if kind == "flow":
+            self.flow = conditional_inverse_autoregressive_flow(2, 1, [4])
+            rough(self.flow)
+
+    def model(self):
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        with pyro.plate("two", 2), poutine.scale(scale=1.5):
+            fn = dist.Normal(a.unsqueeze(-1), 1.0).expand([2, 2]).to_event(1)
+            b = pyro.sample("b", fn.mask(MASK))
+            pyro.factor("f", -0.1 * b.sum(-1) ** 4 * MASK)
+
+    def forward(self):
+        if self.kind == "moving":
+            a = pyro.sample("a", dist.Uniform(self.loc - 1, self.loc + self.scale))
+        elif self.kind == "scored":
+            a = pyro.sample("a", Scored(self.loc, self.scale))
+        else:
+            a = pyro.sample("a", dist.Normal(self.loc, self.scale))
+        base = DiagonalNormal((a.unsqueeze(-1) * self.slope).expand(2, 2), self.scale)
+        fn = base
+        if self.kind == "flow":
+            fn = dist.TransformedDistribution(base, [self.flow.condition(a.unsqueeze(-1))])
+        if self.kind == "point":
+            b = base.rsample()
+            fn = dist.Delta(b, log_density=base.log_prob(b), event_dim=1)
+        with pyro.plate("two", 2), poutine.scale(scale=1.5):
+            pyro.sample("b", fn.mask(MASK) if self.kind != "point" else fn)
+
+
+class Scored(dist.Normal):
+    """A normal whose draws have no gradient."""
+
+    has_rsample = False
+
+
+def two(kind):
+    guide = TwoSites(kind)
+    return guide.model, guide
+
+
+def moved(model, guide):
+    """The guide away from where it starts."""
+    guide()
+    with torch.no_grad():
+        for param in guide.parameters():
+            param.add_(0.1 * torch.randn_like(param))
+    return model, guide
+
+
+def widths(kind, model, **settings):
+    return moved(model, kind(model, hidden_dims=[6], init_scale=0.3, **settings))
+
+
+# A model and a guide; the sites that keep their gradient.
+PAIRS = {
+    "normals": (lambda: moved(regression, AutoNormal(regression, init_scale=0.3)), set()),
+    "dense": (lambda: moved(regression, AutoMultivariateNormal(regression)), set()),
+    "flows of Pyro": (lambda: moved(regression, AutoIAFNormal(regression, hidden_dim=[6])), set()),
+    "affine": (lambda: widths(AutoIAF, regression), set()),
+    "gated": (lambda: widths(AutoIAF, regression, gated=True, num_flows=3), set()),
+    "hierarchical": (lambda: widths(AutoHierarchicalIAF, local), set()),
+    "two sites": (lambda: two("normal"), set()),
+    "conditional": (lambda: two("flow"), set()),
+    "moving support": (lambda: two("moving"), {"a"}),
+    "not reparameterised": (lambda: two("scored"), {"a"}),
+    "point": (lambda: two("point"), {"b"}),
+}
+
+
+@pytest.fixture(params=PAIRS.values(), ids=PAIRS)
+def pair(request):
+    make, keeping = request.param
+    pyro.set_rng_seed(0)
+    return *make(), keeping
+
+
+def gradient(loss, model, guide):
+    """The loss and its gradient, flat."""
+    guide.zero_grad()
+    value = loss.loss_and_grads(model, guide)
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in guide.parameters()]
+    return value, torch.cat([grad.reshape(-1) for grad in grads])
+
+
+@pytest.mark.filterwarnings("ignore:Site")
+def test_the_mean_of_gradients_is_that_of_the_elbo(pair):
+    model, guide, _ = pair
+    gaps = []
+    for seed in range(250):
+        found = []
+        for loss in (TraceSTL_ELBO(num_particles=2), Trace_ELBO(num_particles=2)):
+            pyro.set_rng_seed(seed)
+            found.append(gradient(loss, model, guide))
+        (value, ours), (expected, theirs) = found
+        assert_close(value, expected)
+        gaps.append(ours - theirs)
+    gaps = torch.stack(gaps)
+    error = gaps.std(0) / math.sqrt(len(gaps))
+    z = gaps.mean(0) / error.clamp(min=1e-9)
+    assert z.abs().max() < 4.5  # standard errors, of some hundred numbers at most
+
+
+def test_both_ways_to_the_gradient_agree(pair):
+    model, guide, keeping = pair
+    loss = TraceSTL_ELBO(num_particles=2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pyro.set_rng_seed(1)
+        value, expected = gradient(loss, model, guide)
+        guide.zero_grad()
+        pyro.set_rng_seed(1)
+        surrogate = loss.differentiable_loss(model, guide)
+        surrogate.backward()
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in guide.parameters()]
+    assert_close(surrogate.item(), value)
+    assert_close(torch.cat([grad.reshape(-1) for grad in grads]), expected)
+    told = [str(w.message) for w in caught if "TraceSTL_ELBO" in str(w.message)]
+    assert len(told) == len(keeping)  # once each
+    assert all(any(f"Site '{name}' keeps" in text for text in told) for name in keeping)
+
+
+@pytest.mark.parametrize("D", [1, 2, 10, 50])
+def test_the_gradient_is_zero_at_the_posterior(D):
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(D, D, generator=generator).tril(-1) / D**0.5 + torch.eye(D)
+    loc = torch.arange(1.0, D + 1)
+
+    def model():
+        pyro.sample("z", dist.MultivariateNormal(loc, scale_tril=root))
+
+    class Guide(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.loc, self.root = PyroParam(loc.clone()), PyroParam(root.clone())
+
+        def forward(self):
+            pyro.sample("z", dist.MultivariateNormal(self.loc, scale_tril=self.root.tril()))
+
+    guide = Guide()
+    ours, theirs = (
+        torch.stack([gradient(loss(), model, guide)[1] for _ in range(50)]).square().sum(1).mean()
+        for loss in (TraceSTL_ELBO, Trace_ELBO)
+    )
+    assert ours < 1e-20
+    assert theirs > 0.5
+
+
+@pytest.mark.parametrize("kind", [AutoIAF, AutoHierarchicalIAF])
+def test_the_gradient_of_flows_at_the_posterior_is_rounding(kind):
+    def model():
+        with poutine.block():
+            posterior = twin.get_posterior()
+        pyro.sample("z", posterior)
+
+    def simple():
+        pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+
+    twin = AutoIAF(simple, hidden_dims=[6], init_scale=0.5)
+    moved(simple, twin)
+    guide = kind(simple, hidden_dims=[6], init_scale=0.5)
+    guide()
+    flows = guide.transform if kind is AutoIAF else guide.transforms[0]
+    flows.load_state_dict(twin.transform.state_dict())
+    for _ in range(5):
+        _, ours = gradient(TraceSTL_ELBO(), model, guide)
+        _, theirs = gradient(Trace_ELBO(), model, guide)
+        assert ours.norm() < 1e-8 * theirs.norm()
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_svi_takes_it(at_once):
+    pyro.set_rng_seed(0)
+    guide = AutoIAF(regression, hidden_dims=[6])
+    loss = TraceSTL_ELBO(num_particles=4, vectorize_particles=at_once, max_plate_nesting=1)
+    svi = SVI(regression, guide, pyro.optim.Adam({"lr": 0.01}), loss)
+    losses = [svi.step() for _ in range(200)]
+    assert sum(losses[-50:]) < sum(losses[:50])
+    assert svi.evaluate_loss() < 100
+
+
+@pytest.mark.parametrize("mode", [False, "graph", True])
+def test_fit_takes_it_compiled_and_not(mode):
+    pyro.set_rng_seed(0)
+    found = {}
+    for compile in (False, mode):  # noqa: A001
+        pyro.clear_param_store()
+        guide = AutoIAF(regression, hidden_dims=[6], start="init")
+        loss = TraceSTL_ELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=1)
+        result = fit(
+            regression, guide, num_steps=40, loss=loss, compile=compile, seed=0, progress=False
+        )
+        found[compile] = result.losses
+    assert_close(found[mode], found[False], rtol=1e-6, atol=1e-6)
+
+
+def test_no_flow_is_inverted(monkeypatch):
+    def undo(*_):
+        raise AssertionError("inverted")
+
+    monkeypatch.setattr("pyro_iaf.transforms.walk_back", undo)
+    for make in (PAIRS["affine"][0], PAIRS["hierarchical"][0], PAIRS["conditional"][0]):
+        pyro.clear_param_store()
+        model, guide = make()
+        gradient(TraceSTL_ELBO(), model, guide)
+
+
+def test_points_without_parameters_of_their_own_are_no_reason_to_warn():
+    guide = AutoDelta(regression)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gradient(TraceSTL_ELBO(), regression, guide)
+
+
+def test_learnable_parameters_of_the_model_keep_their_gradient():
+    def model():
+        scale = pyro.param("model_scale", torch.tensor(0.7))
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, scale), obs=torch.tensor(2.0))
+
+    guide = AutoNormal(model)
+    guide()
+    found = []
+    for loss in (TraceSTL_ELBO(), Trace_ELBO()):
+        pyro.set_rng_seed(0)
+        loss.loss_and_grads(model, guide)
+        param = pyro.param("model_scale").unconstrained()
+        found.append(param.grad.clone())
+        param.grad = None
+    assert_close(*found)
