@@ -86,7 +86,8 @@ class LocScale(SinglePass):
             bent = y / self.coefficients[1].exp()
         x = ((bent.asinh() - self.coefficients[2]) / self.coefficients[3].exp()).sinh()
         log_slope = self._log_slope(x, bent, self.coefficients[3])
-        return x, self._log_scale(self.coefficients[1]) + log_slope
+        # A copy: what is remembered under the noise has a graph, and that holds this one.
+        return x.clone(), self._log_scale(self.coefficients[1]) + log_slope
 
     def _undo_known(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         return self._undo(y)

@@ -24,14 +24,14 @@ from pyro.distributions.util import is_identically_zero
 from pyro.infer import Trace_ELBO
 from pyro.poutine.messenger import Messenger
 from pyro.util import warn_if_nan
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import Independent, TransformedDistribution, constraints
 
 from . import memory
 from .distributions import DiagonalNormal
 from .elbo import leaves_of
 from .scores import draw_with_score
-from .sites import each_tensor
+from .supports import support_moves
 from .transforms import InverseAutoregressiveFlowStack, SinglePass
 
 __all__ = ["TraceSTL_ELBO"]
@@ -49,7 +49,7 @@ class TraceSTL_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
     our flows or from other distributions, in plates, with masks, scales and subsamples. A flow's
     density is differentiated along the pass that drew from it, by one triangular solution more and
     no inverse; flows of others are inverted. Sites that can't be treated keep their ordinary
-    gradient.
+    gradient. A guide may not write to its draws in place.
 
     Args:
         num_particles: How many draws the gradient is taken from.
@@ -59,8 +59,8 @@ class TraceSTL_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
 
     Warns:
         UserWarning: Once for each site whose gradient stays as it is: one that is not
-            reparameterised, whose support has parameters, or that is a point with a density of
-            the guide's own making.
+            reparameterised, whose support has parameters or is unknown, that can't be scored at a
+            value from elsewhere, or that is a point with a density of the guide's own making.
 
     References:
         Roeder et al. (2017), https://arxiv.org/abs/1703.09194; Agrawal et al. (2020),
@@ -94,6 +94,7 @@ class TraceSTL_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
         )
         self._warned: set[str] = set()
         self._looked_at: set[str] = set()
+        self._reasons: dict[Any, str] = {}
 
     def loss_and_grads(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
@@ -103,7 +104,9 @@ class TraceSTL_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
         for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
             loss, free = self._differentiable_loss_particle(model_trace, guide_trace)
             total += loss / self.num_particles
-            _go_back(torch.as_tensor(free), _cuts_of(guide_trace), 1 / self.num_particles)
+            free = torch.as_tensor(free) / self.num_particles
+            held = _held(guide_trace) / self.num_particles
+            _go_back(free, held, _cuts_of(guide_trace), self.retain_graph)
         warn_if_nan(total, "loss")
         return float(total)
 
@@ -114,7 +117,7 @@ class TraceSTL_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
         total: Any = 0.0
         for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
             loss, free = self._differentiable_loss_particle(model_trace, guide_trace)
-            surrogate = _through_draws(torch.as_tensor(free), _cuts_of(guide_trace))
+            surrogate = _through_draws(free, _held(guide_trace), _cuts_of(guide_trace))
             total = total + (loss + surrogate - surrogate.detach()) / self.num_particles
         total = torch.as_tensor(total)
         warn_if_nan(total, "loss")
@@ -122,17 +125,15 @@ class TraceSTL_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
 
     def recordable_particle(self, model_trace: poutine.Trace, guide_trace: poutine.Trace) -> Tensor:
         """The same of one run whose draws are reparameterised, in operations for a graph."""
-        free: Any = 0.0
-        held: Any = 0.0
+        free: Any = torch.zeros(())
         for site in _samples(model_trace):
             free = free - site["log_prob_sum"]
         for site in _samples(guide_trace):
-            if "held" in site:
-                held = held + site["log_prob_sum"].detach()
-            else:
+            if "held" not in site:
                 free = free + site["log_prob_sum"]
-        surrogate = _through_draws(torch.as_tensor(free), _cuts_of(guide_trace))
-        loss = torch.as_tensor(free + held).detach()
+        held = _held(guide_trace)
+        surrogate = _through_draws(free, held, _cuts_of(guide_trace))
+        loss: Tensor = (free + held).detach()
         return loss + surrogate - surrogate.detach()
 
     def _get_trace(
@@ -145,7 +146,7 @@ class TraceSTL_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
         if isinstance(poutine.unwrap(guide), Messenger):
             self._warn("guide", "All sites keep", "the guide is a messenger around the model")
             return super()._get_trace(model, guide, args, kwargs)
-        cut = _Cut(self._warn_of_site)
+        cut = _Cut(self._warn_of_site, self._reasons)
         model_trace, guide_trace = super()._get_trace(model, cut(guide), args, kwargs)
         leaves = {id(site["value"]) for site in _samples(guide_trace) if _is_cut(site)}
         for site in _samples(guide_trace):
@@ -154,13 +155,17 @@ class TraceSTL_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
             if _is_cut(site):
                 site["score_parts"] = ScoreParts(log_prob, of_score, 0.0)  # type: ignore[arg-type]
                 site["held"] = held
+            elif not is_identically_zero(of_score):
+                # Its mean is zero in the draws that it hangs on, and it belongs to the landing.
+                site["held"] = log_prob
+                if of_score.requires_grad:
+                    self._warn_of_site(name, "it is not reparameterised")
             elif name not in self._looked_at:
                 self._looked_at.add(name)
-                if not is_identically_zero(of_score):
-                    if of_score.requires_grad:
-                        self._warn_of_site(name, "it is not reparameterised")
-                elif _has_parameters(held, leaves):
-                    self._warn_of_site(name, "it is a point with a density of the guide's making")
+                if _has_parameters(held, leaves):
+                    is_point = isinstance(_bare(site["fn"]), dist.Delta)
+                    made = "it is a point with a density of the guide's making"
+                    self._warn_of_site(name, made if is_point else "a handler gave its value")
         return model_trace, guide_trace
 
     def _warn_of_site(self, name: str, why: str) -> None:
@@ -179,9 +184,9 @@ class TraceSTL_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
 class _Cut(Messenger):
     """Hands on each draw of a guide without its graph, which goes on in the site's ``drawn``."""
 
-    def __init__(self, warn: Callable[[str, str], None]) -> None:
+    def __init__(self, warn: Callable[[str, str], None], reasons: dict[Any, str]) -> None:
         super().__init__()
-        self.warn = warn
+        self.warn, self.reasons = warn, reasons
         self.num_cut = 0
 
     def _pyro_sample(self, msg: Any) -> None:
@@ -190,32 +195,46 @@ class _Cut(Messenger):
         is_point = isinstance(_bare(fn), dist.Delta)
         if not is_free or is_point or not fn.has_rsample or not torch.is_grad_enabled():
             return
-        if _support_moves(fn):
-            self.warn(msg["name"], "its support has parameters")
-            return
         known = None if msg["args"] or msg["kwargs"] else self._known(fn)
         value = fn(*msg["args"], **msg["kwargs"]) if known is None else known.value
         msg["value"] = value
-        if value.requires_grad:
-            leaf = value.detach()
-            memory.recognise(leaf, value)  # so that a flow needs no inverse to score it
-            msg["drawn"] = value, leaf.requires_grad_()
-            msg["value"] = leaf
-            if known is not None:
-                known.leaf, msg["fn"] = leaf, known
-            self.num_cut += 1
+        if not value.requires_grad:
+            return
+        leaf = value.detach()
+        memory.recognise(leaf, value)  # so that a flow needs no inverse to score it
+        leaf.requires_grad_()
+        if known is None and (reason := self._why_not(msg["name"], fn, leaf)):
+            self.warn(msg["name"], reason)
+            return
+        msg["drawn"], msg["value"] = (value, leaf), leaf
+        if known is not None:
+            known.leaf, msg["fn"] = leaf, known
+        self.num_cut += 1
+
+    def _why_not(self, name: str, fn: Any, leaf: Tensor) -> str:
+        """Why a site can't be treated; nothing if it can. Found once for each kind."""
+        kind = name, type(fn)
+        if kind not in self.reasons:
+            self.reasons[kind] = "its support has parameters" if support_moves(fn, leaf) else ""
+            if not self.reasons[kind]:
+                try:
+                    fn.log_prob(leaf)
+                except (AssertionError, KeyError, NotImplementedError):
+                    self.reasons[kind] = "it can't score a draw without the graph that made it"
+        return self.reasons[kind]
 
     def _known(self, fn: Any) -> _Known | None:
         """A draw with its score, at once, where flows of ours draw from a normal."""
         flows, base = _flows_of(fn), _normal_of(fn)
         if flows is None or base is None:
             return None
-        told = [base.loc, base.scale, *(getattr(flow, "context", None) for flow in flows)]
+        normal = base.base_dist if isinstance(base, Independent) else base
+        told = [normal.loc, normal.scale, *(getattr(flow, "context", None) for flow in flows)]
         if self.num_cut and any(t is not None and t.requires_grad for t in told):
             return None  # it may hang on an earlier draw, which the score in its own leaves out
         x = base.rsample()
         with torch.no_grad():
-            score = (base.loc - x) / base.scale.square()
+            score = (normal.loc - x) / normal.scale.square()
             log_q = base.log_prob(x)
         return _Known(fn, *draw_with_score(flows, x, log_q, score, remember=True))
 
@@ -243,8 +262,8 @@ class _Known(dist.TorchDistribution):
         return self.known + slope
 
 
-# A draw with its graph, the same without it, and the log density that is held still.
-Cut = tuple[Tensor, Tensor, Tensor]
+# A draw with its graph, and the same without it.
+Cut = tuple[Tensor, Tensor]
 
 
 def _is_cut(site: Any) -> bool:
@@ -252,39 +271,56 @@ def _is_cut(site: Any) -> bool:
 
 
 def _cuts_of(guide_trace: poutine.Trace) -> list[Cut]:
-    return [(*site["drawn"], site["held"]) for site in _samples(guide_trace) if "held" in site]
+    return [site["drawn"] for site in _samples(guide_trace) if _is_cut(site)]
 
 
-def _go_back(free: Tensor, cuts: Sequence[Cut], share: float) -> None:
-    """Adds a share of the gradient to the parameters'; each draw's graph is gone through once."""
-    slopes = _slopes(sum(held.sum() for *_, held in cuts), cuts)
-    for (_, leaf, _), slope in zip(cuts, slopes, strict=True):
-        leaf.grad = (share * slope).contiguous()
+def _held(guide_trace: poutine.Trace) -> Tensor:
+    """The log densities whose parameters are held still."""
+    sites = (site["held"].sum() for site in _samples(guide_trace) if "held" in site)
+    total: Tensor = sum(sites, torch.zeros(()))
+    return total
+
+
+def _go_back(free: Tensor, held: Tensor, cuts: Sequence[Cut], retain_graph: bool | None) -> None:
+    """Adds the gradient to the parameters'."""
+    leaves = [leaf for _, leaf in cuts]
+    if cuts and held.requires_grad:
+        of_held = torch.autograd.grad(held, leaves, retain_graph=True, materialize_grads=True)
+        for leaf, slope in zip(leaves, of_held, strict=True):
+            leaf.grad = slope.contiguous()
     if free.requires_grad:
-        (share * free).backward(retain_graph=True)
-    for k, (drawn, leaf, _) in reversed(list(enumerate(cuts))):
-        drawn.backward(leaf.grad, retain_graph=k > 0)
+        free.backward(retain_graph=bool(cuts) or retain_graph)
+    if cuts:
+        slopes = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+        draws = [drawn for drawn, _ in cuts]
+        torch.autograd.backward(draws, _carried_back(slopes, cuts), retain_graph=retain_graph)
 
 
-def _through_draws(free: Tensor, cuts: Sequence[Cut]) -> Tensor:
-    """Something whose gradient is the loss's."""
-    slopes = _slopes(free + sum(held.sum() for *_, held in cuts), cuts)
-    leaves = [leaf for _, leaf, _ in cuts]
-    for k, (drawn, *_) in reversed(list(enumerate(cuts))):
-        free = free + (slopes[k] * drawn).sum()
-        if k:
-            more = torch.autograd.grad(
-                drawn, leaves[:k], slopes[k], retain_graph=True, materialize_grads=True
-            )
-            slopes[:k] = [a + b for a, b in zip(slopes[:k], more, strict=True)]
-    return free
+def _through_draws(loss: Any, held: Tensor, cuts: Sequence[Cut]) -> Tensor:
+    """Something whose gradient is that of the loss with all densities."""
+    free: Tensor = torch.as_tensor(loss)
+    total = free + held
+    if not cuts or not total.requires_grad:
+        return free
+    leaves = [leaf for _, leaf in cuts]
+    slopes = torch.autograd.grad(total, leaves, retain_graph=True, materialize_grads=True)
+    pairs = zip(cuts, _carried_back(slopes, cuts), strict=True)
+    surrogate: Tensor = sum(((slope * drawn).sum() for (drawn, _), slope in pairs), free)
+    return surrogate
 
 
-def _slopes(total: Any, cuts: Sequence[Cut]) -> list[Tensor]:
-    leaves = [leaf for _, leaf, _ in cuts]
-    if not leaves or not total.requires_grad:
-        return [torch.zeros_like(leaf) for leaf in leaves]
-    return list(torch.autograd.grad(total, leaves, retain_graph=True, materialize_grads=True))
+def _carried_back(slopes: Sequence[Tensor], cuts: Sequence[Cut]) -> list[Tensor]:
+    """What each draw's slope is, with all that hangs on it by way of later draws."""
+    found, leaves = list(slopes), [leaf for _, leaf in cuts]
+    for k in range(len(cuts) - 1, 0, -1):
+        drawn, slope = cuts[k][0], found[k]
+        earlier = torch.autograd.grad(
+            drawn, leaves[:k], slope, retain_graph=True, allow_unused=True
+        )
+        for j, more in enumerate(earlier):
+            if more is not None:
+                found[j] = found[j] + more
+    return found
 
 
 def _samples(trace: poutine.Trace) -> list[Any]:
@@ -317,39 +353,6 @@ def _normal_of(fn: Any) -> Any:
     if isinstance(base, Independent) and isinstance(base.base_dist, dist.Normal):
         return base if base.reinterpreted_batch_ndims == 1 else None
     return base if isinstance(base, DiagonalNormal) else None
-
-
-def _support_moves(fn: Any) -> bool:
-    """Whether the ends of a support have gradients: then the score's mean is not zero."""
-    fn = _bare(fn)
-    if not isinstance(fn, TransformedDistribution):
-        return _has_gradients(fn.support)
-    moves, ends = _support_moves(fn.base_dist), not _is_real(_bare(fn.base_dist).support)
-    for transform in fn.transforms:
-        if not _is_real(transform.domain):
-            ends = not _is_real(transform.codomain)  # from end to end, whatever its parameters
-        elif ends:
-            moves = moves or _transform_has_gradients(transform)
-    return moves
-
-
-def _is_real(constraint: Any) -> bool:
-    while isinstance(constraint, constraints.independent):
-        constraint = constraint.base_constraint
-    return constraint in (constraints.real, constraints.real_vector)
-
-
-def _has_gradients(constraint: Any) -> bool:
-    found: list[Tensor] = []
-    each_tensor(constraint, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
-    return any(tensor.requires_grad for tensor in found)
-
-
-def _transform_has_gradients(transform: Any) -> bool:
-    own = [*vars(transform).values()]
-    if isinstance(transform, nn.Module):
-        own += transform.parameters()
-    return any(isinstance(thing, Tensor) and thing.requires_grad for thing in own)
 
 
 def _has_parameters(density: Any, leaves: set[int]) -> bool:

@@ -22,6 +22,8 @@ from pyro_iaf import (
     TraceSTL_ELBO,
     conditional_inverse_autoregressive_flow,
     fit,
+    inverse_autoregressive_flow,
+    memory,
 )
 
 
@@ -55,6 +57,8 @@ class TwoSites(PyroModule):
         if kind == "flow":
             self.flow = conditional_inverse_autoregressive_flow(2, 1, [4])
             rough(self.flow)
+        if "base" in kind:
+            self.flow = rough(inverse_autoregressive_flow(2, [4]))
 
     def model(self):
         a = pyro.sample("a", dist.Normal(0.0, 1.0))
@@ -72,6 +76,10 @@ class TwoSites(PyroModule):
             a = pyro.sample("a", dist.Normal(self.loc, self.scale))
         base = DiagonalNormal((a.unsqueeze(-1) * self.slope).expand(2, 2), self.scale)
         fn = base
+        if self.kind in ("normal base", "independent base"):
+            base = dist.Normal(base.loc, self.scale)
+            base = base if self.kind == "normal base" else base.to_event(1)
+            fn = dist.TransformedDistribution(base, [self.flow])
         if self.kind == "flow":
             fn = dist.TransformedDistribution(base, [self.flow.condition(a.unsqueeze(-1))])
         if self.kind == "point":
@@ -114,6 +122,8 @@ PAIRS = {
     "gated": (lambda: widths(AutoIAF, regression, gated=True, num_flows=3), set()),
     "hierarchical": (lambda: widths(AutoHierarchicalIAF, local), set()),
     "two sites": (lambda: two("normal"), set()),
+    "flow of normals": (lambda: two("normal base"), set()),
+    "flow of a vector of normals": (lambda: two("independent base"), set()),
     "conditional": (lambda: two("flow"), set()),
     "moving support": (lambda: two("moving"), {"a"}),
     "not reparameterised": (lambda: two("scored"), {"a"}),
@@ -281,3 +291,148 @@ def test_learnable_parameters_of_the_model_keep_their_gradient():
         found.append(param.grad.clone())
         param.grad = None
     assert_close(*found)
+
+
+def uniform(*transforms):
+    zero, one = torch.tensor(0.0), torch.tensor(1.0)
+    return dist.TransformedDistribution(dist.Uniform(zero, one), list(transforms))
+
+
+class Hidden(dist.transforms.ExpTransform):
+    """A transform whose parameter is nowhere to be seen."""
+
+    def __init__(self, fn):
+        super().__init__()
+        self.fn = fn
+
+    def _call(self, x):
+        return super()._call(x) * self.fn()
+
+    def _inverse(self, y):
+        return super()._inverse(y / self.fn())
+
+
+T = dist.transforms
+MOVING = {
+    "uniform": lambda p: dist.Uniform(0.0, p),
+    "pareto": lambda p: dist.Pareto(p, torch.tensor(2.0)),
+    "affine": lambda p: uniform(T.AffineTransform(0.0, p)),
+    "composed": lambda p: uniform(T.ComposeTransform([T.AffineTransform(0.0, p)])),
+    "inverse": lambda p: uniform(T.AffineTransform(0.0, p).inv),
+    "power": lambda p: dist.TransformedDistribution(
+        dist.Uniform(torch.tensor(1.0), torch.tensor(2.0)), [T.PowerTransform(p)]
+    ),
+    "squashed": lambda p: dist.TransformedDistribution(
+        dist.Laplace(torch.tensor(0.0), torch.tensor(1.0)),
+        [T.SigmoidTransform(), T.AffineTransform(0.0, p)],
+    ),
+    "hidden": lambda p: uniform(Hidden(lambda: p)),
+}
+STILL = {
+    "weibull": lambda p: dist.Weibull(p, p),
+    "gumbel": lambda p: dist.Gumbel(p, p),
+    "lognormal": lambda p: dist.LogNormal(p, p),
+    "shifted": lambda p: dist.TransformedDistribution(
+        dist.Normal(torch.tensor(0.0), torch.tensor(1.0)), [T.AffineTransform(p, p)]
+    ),
+    "exponential": lambda p: dist.TransformedDistribution(
+        dist.Exponential(torch.tensor(1.0)), [T.AffineTransform(0.0, p)]
+    ),
+    "beta": lambda p: dist.Beta(p, p),
+}
+
+
+def warned_of(fn):
+    """What is said of a guide with this site; its steps have to run."""
+
+    def model():
+        pyro.sample("z", dist.ImproperUniform(constraints.real, (), fn().event_shape))
+
+    loss = TraceSTL_ELBO()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            loss.loss_and_grads(model, lambda: pyro.sample("z", fn()))
+    return [str(w.message) for w in caught if "TraceSTL_ELBO" in str(w.message)]
+
+
+@pytest.mark.parametrize("make", MOVING.values(), ids=MOVING)
+def test_supports_that_move_are_seen(make):
+    p = torch.tensor(1.3, requires_grad=True)
+    (told,) = warned_of(lambda: make(p))
+    assert "its support has parameters" in told
+
+
+@pytest.mark.parametrize("make", STILL.values(), ids=STILL)
+def test_supports_that_stay_are_no_reason_to_warn(make):
+    p = torch.tensor(1.3, requires_grad=True)
+    assert not warned_of(lambda: make(p))
+
+
+def test_flows_that_know_their_last_draw_alone_keep_their_gradient():
+    flow = T.planar(2)
+    base = dist.Normal(torch.zeros(2), torch.ones(2))
+    (told,) = warned_of(lambda: dist.TransformedDistribution(base, [flow]))
+    assert "can't score a draw" in told
+
+
+def test_a_distribution_without_a_support_keeps_its_gradient():
+    p = torch.tensor(1.3, requires_grad=True)
+
+    class Odd(dist.TorchDistribution):
+        arg_constraints = {}  # noqa: RUF012
+        has_rsample = True
+
+        def rsample(self, sample_shape=()):
+            return p * torch.randn(())
+
+        def log_prob(self, value):
+            return -p.log() - 0.5 * (value / p) ** 2
+
+    with pyro.validation_enabled(False):
+        (told,) = warned_of(lambda: Odd(validate_args=False))
+    assert "its support" in told
+
+
+def test_graphs_outside_can_be_kept():
+    p = torch.tensor(0.3, requires_grad=True)
+    scale = (2 * p).exp()
+
+    def model(scale):
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    def guide(scale):
+        pyro.sample("z", dist.Normal(p, scale))
+
+    found = []
+    for elbo in (TraceSTL_ELBO, Trace_ELBO):
+        loss = elbo(num_particles=2, retain_graph=True)
+        for _ in range(2):
+            loss.loss_and_grads(model, guide, scale)
+        found.append(p.grad is not None)
+    assert all(found)
+
+
+def test_the_gradient_is_zero_at_the_posterior_beside_sites_without():
+    loc = torch.tensor(0.4, requires_grad=True)
+
+    def both(loc):
+        z = pyro.sample("z", dist.Normal(loc, 1.0))
+        pyro.sample("c", dist.Bernoulli(logits=z))
+
+    loss = TraceSTL_ELBO()
+    for _ in range(5):
+        loss.loss_and_grads(lambda: both(loc.detach()), lambda: both(loc))
+    assert loc.grad.abs() < 1e-12
+
+
+@pytest.mark.parametrize("kind", [AutoIAF, AutoHierarchicalIAF])
+def test_no_step_leaves_anything_behind(kind):
+    model = regression if kind is AutoIAF else local
+    guide = kind(model, hidden_dims=[6], init_scale=0.3)
+    loss = TraceSTL_ELBO()
+    sizes = []
+    for _ in range(4):
+        gradient(loss, model, guide)
+        sizes.append([len(part) for part in (memory._forward, memory._backward, memory._twins)])
+    assert sizes[1] == sizes[2] == sizes[3]

@@ -1,0 +1,165 @@
+"""Sticking the landing: what a step costs, how noisy gradients are, and where fits end.
+
+Steps and noise compare ``TraceSTL_ELBO`` with Pyro's ``Trace_ELBO``. Fits are of ``AutoIAF`` to
+real posteriors with known answers (``--data`` as for ``benchmarks.posteriors``): with either as the
+loss of ``fit`` at equal steps, with the first at equal seconds, and with the default, which also
+leans towards draws that the guide makes too rarely.
+"""
+
+import argparse
+import importlib
+import math
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer import SVI, Trace_ELBO
+
+from benchmarks.common import RESULTS, race, save
+from benchmarks.posteriors import quality
+from pyro_iaf import AutoIAF, TraceSTL_ELBO, fit
+
+NUM_STEPS, NUM_PARTICLES = 3000, 16
+ELBOS = {"through the draws": TraceSTL_ELBO, "ordinary": Trace_ELBO}
+
+
+def regression(D):
+    """A linear regression with D weights: the posterior is a correlated normal."""
+    x = torch.randn(2 * D, D)
+    y = torch.randn(2 * D)
+
+    def model():
+        w = pyro.sample("w", dist.Normal(torch.zeros(D), 1.0).to_event(1))
+        with pyro.plate("rows", 2 * D):
+            pyro.sample("y", dist.Normal(w @ x.mT, 1.0), obs=y)
+
+    return model
+
+
+def steps(D, num_particles):
+    """Milliseconds of a step of SVI with either ELBO."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    model = regression(D)
+    contenders = {}
+    for name, elbo in ELBOS.items():
+        guide = AutoIAF(model, start="init", name=f"of_{elbo.__name__}")
+        loss = elbo(num_particles, vectorize_particles=num_particles > 1, max_plate_nesting=1)
+        svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), loss)
+        contenders[name] = svi.step
+    times = race(contenders, rounds=15, seconds=0.2)
+    row = {name: round(taken["microseconds"] / 1000, 2) for name, taken in times.items()}
+    return {"D": D, "particles": num_particles, **row, "ratio": times["through the draws"]["ratio"]}
+
+
+def noise(D=10, num_draws=300):
+    """The variance of either gradient, on the way from a fresh guide to a trained one."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    model = regression(D)
+    guide = AutoIAF(model, start="init")
+    guide.setup()
+    fresh = [p.detach().clone() for p in guide.parameters()]
+    fit(model, guide, num_steps=5000, num_particles=32, early_stop=False, progress=False)
+    trained = [p.detach().clone() for p in guide.parameters()]
+    rows = []
+    for share in (1.0, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 0.0):
+        with torch.no_grad():
+            for p, a, b in zip(guide.parameters(), fresh, trained, strict=True):
+                p.copy_(share * a + (1 - share) * b)
+        row = {"share of the way left": share}
+        for name, elbo in ELBOS.items():
+            loss, found, losses = elbo(max_plate_nesting=1), [], []
+            for _ in range(num_draws):
+                guide.zero_grad()
+                losses.append(loss.loss_and_grads(model, guide))
+                found.append(torch.cat([p.grad.reshape(-1) for p in guide.parameters()]))
+            row[name] = torch.stack(found).var(0).sum().item()
+            row["loss"] = sum(losses) / num_draws
+        rows.append(row)
+    best = min(row["loss"] for row in rows)
+    return [
+        {
+            "share of the way left": row["share of the way left"],
+            "nats from the end": round(row["loss"] - best, 3),
+            **{name: float(f"{row[name]:.4g}") for name in ELBOS},
+            "ratio": float(f"{row['through the draws'] / row['ordinary']:.3g}"),
+        }
+        for row in rows
+    ]
+
+
+def draw(rows):
+    """The picture of the noise."""
+    plt.switch_backend("Agg")
+    figure, panel = plt.subplots(figsize=(6, 4), layout="constrained")
+    shares = [row["share of the way left"] for row in rows]
+    for name in ELBOS:
+        panel.plot(shares, [row[name] for row in rows], "o-", label=name)
+    panel.set(xlabel="distance from the optimum (1: a fresh guide)", yscale="log")
+    panel.set(ylabel="variance of the gradient", title="Ten weights of a regression, one particle")
+    panel.set_xscale("symlog", linthresh=0.01)
+    panel.legend()
+    figure.savefig(RESULTS / "gradients.png", dpi=120)
+
+
+def fitted(model, loss, num_steps, seed):
+    """A fitted guide, and the seconds that its steps took."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(seed)
+    guide = AutoIAF(model)
+    guide.setup()
+    if loss is not None:
+        loss = loss(NUM_PARTICLES, vectorize_particles=True, max_plate_nesting=0)
+    began = time.perf_counter()
+    settings = {"num_particles": NUM_PARTICLES, "early_stop": False, "compile": False}
+    fit(model, guide, num_steps=num_steps, loss=loss, progress=False, **settings)
+    return guide, time.perf_counter() - began
+
+
+def fits(folder, seeds):
+    sys.path.insert(0, str(folder))
+    rows = []
+    for name, posterior in importlib.import_module("posteriors").POSTERIORS.items():
+        summary = {k: v for k, v in posterior.summary.items() if "mean" in v}
+        for seed in range(seeds):
+            seconds = {}
+            for way in ("ordinary", "through the draws", "at equal seconds", "default"):
+                num_steps = NUM_STEPS
+                if way == "at equal seconds":
+                    share = seconds["ordinary"] / seconds["through the draws"]
+                    num_steps = min(NUM_STEPS, math.ceil(share * NUM_STEPS))
+                loss = {"at equal seconds": TraceSTL_ELBO, "default": None, **ELBOS}[way]
+                guide, seconds[way] = fitted(posterior.model, loss, num_steps, seed)
+                row = {"posterior": name, "gradient": way, "seed": seed, "steps": num_steps}
+                found = quality(posterior.model, guide, summary)
+                row |= {key: found[key] for key in ("elbo", "khat", "mean_error")}
+                rows.append({**row, "seconds": round(seconds[way], 1)})
+                print(rows[-1], flush=True)
+    save("gradients_posteriors", f"{NUM_STEPS} steps of {NUM_PARTICLES} particles, float64", rows)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, default=Path("../shared/posteriors"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="leave out the fits")
+    options = parser.parse_args()
+    rows = [steps(D, num_particles) for D in (10, 100) for num_particles in (1, 16)]
+    save("gradients_steps", "milliseconds of a step of SVI with AutoIAF", rows)
+    torch.set_default_dtype(torch.float64)
+    rows = noise()
+    save("gradients_noise", "total variance of the gradient, one particle", rows)
+    draw(rows)
+    if not options.quick:
+        fits(options.data, options.seeds)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    main()
