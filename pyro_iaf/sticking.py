@@ -31,7 +31,7 @@ from . import memory
 from .distributions import DiagonalNormal
 from .elbo import leaves_of
 from .scores import draw_with_score
-from .supports import support_moves
+from .supports import bare, support_moves
 from .transforms import InverseAutoregressiveFlowStack, SinglePass
 
 __all__ = ["TraceSTL_ELBO"]
@@ -163,7 +163,7 @@ class TraceSTL_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
             elif name not in self._looked_at:
                 self._looked_at.add(name)
                 if _has_parameters(held, leaves):
-                    is_point = isinstance(_bare(site["fn"]), dist.Delta)
+                    is_point = isinstance(bare(site["fn"]), dist.Delta)
                     made = "it is a point with a density of the guide's making"
                     self._warn_of_site(name, made if is_point else "a handler gave its value")
         return model_trace, guide_trace
@@ -192,7 +192,7 @@ class _Cut(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         fn = msg["fn"]
         is_free = not (msg["done"] or msg["is_observed"]) and msg["value"] is None
-        is_point = isinstance(_bare(fn), dist.Delta)
+        is_point = isinstance(bare(fn), dist.Delta)
         if not is_free or is_point or not fn.has_rsample or not torch.is_grad_enabled():
             return
         known = None if msg["args"] or msg["kwargs"] else self._known(fn)
@@ -325,13 +325,6 @@ def _carried_back(slopes: Sequence[Tensor], cuts: Sequence[Cut]) -> list[Tensor]
 
 def _samples(trace: poutine.Trace) -> list[Any]:
     return [site for site in trace.nodes.values() if site["type"] == "sample"]
-
-
-def _bare(fn: Any) -> Any:
-    """A distribution without what Pyro wraps around it."""
-    while isinstance(fn, Independent | dist.MaskedDistribution | dist.ExpandedDistribution):
-        fn = fn.base_dist
-    return fn
 
 
 def _flows_of(fn: Any) -> list[SinglePass] | None:

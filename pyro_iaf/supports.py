@@ -16,7 +16,7 @@ from torch.distributions import Independent, TransformedDistribution, biject_to,
 from .elbo import leaves_of
 from .sites import each_tensor
 
-__all__ = ["support_moves"]
+__all__ = ["bare", "support_moves"]
 
 
 def support_moves(fn: Any, like: Tensor) -> bool:
@@ -26,14 +26,20 @@ def support_moves(fn: Any, like: Tensor) -> bool:
         fn: A distribution.
         like: One of its draws, for dtype and device.
     """
-    while isinstance(fn, Independent | dist.MaskedDistribution | dist.ExpandedDistribution):
-        fn = fn.base_dist
+    fn = bare(fn)
     if type(fn).support is TransformedDistribution.support:  # which doesn't say
         return support_moves(fn.base_dist, like) or _image_moves(fn, like)
     try:
         return _has_gradients(fn.support)
     except NotImplementedError:
         return True
+
+
+def bare(fn: Any) -> Any:
+    """A distribution without what Pyro wraps around it."""
+    while isinstance(fn, Independent | dist.MaskedDistribution | dist.ExpandedDistribution):
+        fn = fn.base_dist
+    return fn
 
 
 def _image_moves(fn: TransformedDistribution, like: Tensor) -> bool:
@@ -84,7 +90,7 @@ def _moves_anything(transform: Any, fn: TransformedDistribution, zeros: Tensor) 
 
 def _has_slope(value: Tensor) -> bool:
     leaves = leaves_of(value)
-    slopes = torch.autograd.grad(value, leaves, allow_unused=True)
+    slopes = torch.autograd.grad(value, leaves, allow_unused=True, retain_graph=True)
     # Infinite ends, which count nothing, have slopes of 0 * inf.
     return any(s is not None and bool(s.nan_to_num(0.0).ne(0).any()) for s in slopes)
 

@@ -317,6 +317,7 @@ MOVING = {
     "uniform": lambda p: dist.Uniform(0.0, p),
     "pareto": lambda p: dist.Pareto(p, torch.tensor(2.0)),
     "affine": lambda p: uniform(T.AffineTransform(0.0, p)),
+    "affine by another graph": lambda p: uniform(T.AffineTransform(0.0, p.exp() * p.sigmoid())),
     "composed": lambda p: uniform(T.ComposeTransform([T.AffineTransform(0.0, p)])),
     "inverse": lambda p: uniform(T.AffineTransform(0.0, p).inv),
     "power": lambda p: dist.TransformedDistribution(
