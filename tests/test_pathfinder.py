@@ -20,6 +20,7 @@ def start_of(model, *args, **settings):
     guide = AutoIAF(model, hidden_dims=[4], **settings)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a path that fails is told by a warning
+        warnings.filterwarnings("ignore", "Site '.' is masked")
         guide.setup(*args)
     loc, *scale = guide.transform.parts[-1].frame
     return loc, torch.stack(scale) if len(scale) > 1 else scale[0]
