@@ -104,7 +104,8 @@ def draw(rows):
     panel.set(xlabel="distance from the optimum (1: a fresh guide)", yscale="log")
     panel.set(ylabel="variance of the gradient", title="Ten weights of a regression, one particle")
     panel.set_xscale("symlog", linthresh=0.01)
-    panel.legend()
+    panel.set_xlim(-0.001, 1.2)
+    panel.legend(loc="lower right")
     figure.savefig(RESULTS / "gradients.png", dpi=120)
 
 
