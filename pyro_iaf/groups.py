@@ -11,7 +11,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.distributions import biject_to
 
-from .sites import each_tensor
+from .sites import each_tensor, tensors_in
 
 __all__ = [
     "Encoders",
@@ -78,7 +78,7 @@ def groups_of(sites: Mapping[str, Any], frames: Mapping[str, Any], encoder: Any)
     ordered = sorted(by_plates, key=len)
     names = {"/".join(plates) for plates in ordered if plates}
     if isinstance(encoder, Encoders):
-        with_encoder = set(encoder.names)
+        with_encoder = {*encoder.functions, *encoder.places}
         if strange := with_encoder - names:
             raise ValueError(
                 f"There is an encoder for plate '{min(strange)}', but no latents are in a "
@@ -132,9 +132,7 @@ def _check_local(name: str, site: dict[str, Any]) -> None:
             "event: dist.Normal(...).to_event(1)."
         )
     support, event_dim = site["fn"].support, site["fn"].event_dim
-    bounds: list[Tensor] = []
-    collapsed = one_row(support, event_dim)
-    each_tensor(collapsed, lambda tensor: bounds.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    bounds = tensors_in(one_row(support, event_dim))
     if any(bound.dim() > event_dim and bound.numel() > 1 for bound in bounds):
         raise NotImplementedError(
             f"The support of site '{name}' is another for each row of its plate, so that a "
@@ -199,18 +197,16 @@ class Encoders(nn.Module):
 
     def __init__(self, encoders: Mapping[str, Any]) -> None:
         super().__init__()
-        self.names = list(encoders)
-        self.functions = {k: e for k, e in encoders.items() if not isinstance(e, nn.Module)}
+        modules = {k: e for k, e in encoders.items() if isinstance(e, nn.Module)}
+        self.functions = {k: e for k, e in encoders.items() if k not in modules}
         # By number, since names of plates may be no names of modules.
-        modules = (encoders[name] for name in self.names if name not in self.functions)
-        self.parts = nn.ModuleList(modules)
+        self.places = {name: k for k, name in enumerate(modules)}
+        self.parts = nn.ModuleList(modules.values())
 
     def of_plates(self, name: str) -> Any:
         """The encoder for a group of plates, if there is one."""
-        if name in self.functions or name not in self.names:
-            return self.functions.get(name)
-        own: list[Any] = [name for name in self.names if name not in self.functions]
-        return self.parts[own.index(name)]
+        place = self.places.get(name)
+        return self.functions.get(name) if place is None else self.parts[place]
 
 
 class GivenSubsamples(Messenger):

@@ -14,7 +14,14 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-__all__ = ["KL_DIVERGENCES", "SiteDelta", "SiteDeltas", "each_tensor", "without_graph"]
+__all__ = [
+    "KL_DIVERGENCES",
+    "SiteDelta",
+    "SiteDeltas",
+    "each_tensor",
+    "tensors_in",
+    "without_graph",
+]
 
 
 def without_graph(sites: dict[str, Any]) -> poutine.Trace:
@@ -51,6 +58,18 @@ def each_tensor(constraint: Constraint, fn: Callable[[Tensor], Tensor]) -> Const
     twin = copy.copy(constraint)
     twin.__dict__.update({name: convert(thing) for name, thing in vars(constraint).items()})
     return twin
+
+
+def tensors_in(constraint: Constraint) -> list[Tensor]:
+    """The tensors that a constraint has, as its bounds."""
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    each_tensor(constraint, note)
+    return found
 
 
 class SiteDelta(dist.Delta):

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import Independent, TransformedDistribution, biject_to, constraints
 
 from .elbo import leaves_of
-from .sites import each_tensor
+from .sites import tensors_in
 
 __all__ = ["bare", "support_moves"]
 
@@ -30,7 +30,7 @@ def support_moves(fn: Any, like: Tensor) -> bool:
     if type(fn).support is TransformedDistribution.support:  # which doesn't say
         return support_moves(fn.base_dist, like) or _image_moves(fn, like)
     try:
-        return _has_gradients(fn.support)
+        return any(tensor.requires_grad for tensor in tensors_in(fn.support))
     except NotImplementedError:
         return True
 
@@ -99,9 +99,3 @@ def _is_real(constraint: Any) -> bool:
     while isinstance(constraint, constraints.independent):
         constraint = constraint.base_constraint
     return constraint in (constraints.real, constraints.real_vector)
-
-
-def _has_gradients(constraint: Any) -> bool:
-    found: list[Tensor] = []
-    each_tensor(constraint, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
-    return any(tensor.requires_grad for tensor in found)
