@@ -121,7 +121,8 @@ class LatentLoss(Loss):
     ) -> Tensor:
         transform = self.guide.get_transform(*args, **kwargs)
         x = self.guide.get_base_dist().sample((self.num_particles,))
-        z, log_q, score = draw_with_score(transform.parts, x)
+        drawn = draw_with_score(transform.parts, x)
+        z, log_q, score = drawn.value, drawn.log_prob.detach(), drawn.score
         latent = z.detach().requires_grad_()
         log_p = self.joint.on(args, kwargs, weight).density(latent)
         (-log_p.mean()).backward()

@@ -12,13 +12,15 @@ https://arxiv.org/abs/1703.09194; for flows, Vaitl et al. 2022, https://arxiv.or
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.weak import WeakIdKeyDictionary
 
 from . import memory
 from .affine import LocScale
@@ -28,7 +30,63 @@ from .networks import product
 from .sweeps import runs_eagerly
 from .transforms import LOG_SCALE_BOUND
 
-__all__ = ["draw_with_score"]
+__all__ = ["Drawn", "draw_with_score", "noise_of"]
+
+
+class Solver(NamedTuple):
+    """A flow that solves the transposed system by itself, with the slope of its log-determinant."""
+
+    part: Any
+    x: Tensor
+    slope: Tensor
+
+
+class Drawn(NamedTuple):
+    """What flows make of noise, its log density, and the gradient of that there.
+
+    Value and density have their graphs; the gradient has none. ``steps`` are what the gradient was
+    carried through, of each flow.
+    """
+
+    value: Tensor
+    log_prob: Tensor
+    score: Tensor
+    noise: Tensor
+    steps: Sequence[Carrier | Solver]
+    by_kernel: bool
+
+    def solve_transposed(self, v: Tensor) -> Tensor:
+        """The ``u`` with ``J^T u = v``, where J is the Jacobian of all the flows."""
+        still: list[Carrier | Solver] = []
+        for step in self.steps:
+            if isinstance(step, Solver):
+                still.append(step._replace(slope=torch.zeros_like(step.slope)))
+            else:
+                *slopes, slope = step.slopes
+                still.append(step._replace(slopes=(*slopes, torch.zeros_like(slope))))
+        return _carry(v.expand_as(self.value), still, self.by_kernel)
+
+    def cut(self) -> tuple[Tensor, Tensor | None]:
+        """The value and its noise without their graphs, each a leaf; :func:`noise_of` knows them.
+
+        The noise of a draw is a constant. What is held still, and listens to it, is a function of
+        the value through it: its gradient in this leaf is to be solved for by hand, once.
+        """
+        leaf, noise = self.value.detach(), self.noise.detach()
+        memory.recognise(leaf, self.value)  # so that no flow is inverted to score it
+        if noise.shape != leaf.shape:
+            return leaf.requires_grad_(), None
+        _noises[leaf] = noise.requires_grad_()
+        return leaf.requires_grad_(), noise
+
+
+_noises = WeakIdKeyDictionary()  # a draw that was cut from its graph: its noise
+
+
+def noise_of(transform: Any, value: Tensor) -> Tensor:
+    """The noise that flows made a value of."""
+    noise: Tensor | None = _noises.get(value)
+    return transform._noise_and_log_det(value)[0] if noise is None else noise
 
 
 def draw_with_score(
@@ -37,10 +95,8 @@ def draw_with_score(
     log_q: Tensor | None = None,
     score: Tensor | None = None,
     remember: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What flows make of noise, its log density, and the gradient of that there.
-
-    The value has its graph; the density and the gradient have none.
+) -> Drawn:
+    """Carries noise through flows, with its log density and its score.
 
     Args:
         parts: The flows, the first acts on the noise.
@@ -52,25 +108,23 @@ def draw_with_score(
     """
     if log_q is None or score is None:
         log_q, score = -0.5 * (x.square() + math.log(2 * math.pi)).sum(-1), -x
-    by_kernel = _goes_by_kernel(x, remember)
-    waiting: list[Carrier] = []  # flows that the score has still to be carried through, at once
+    noise, by_kernel = x, _goes_by_kernel(x, remember)
+    steps: list[Carrier | Solver] = []
+    step: Carrier | Solver
     for part in parts:
         shape = part.forward_shape(x.shape)
         before = x = x if x.shape == shape else x.expand(shape)  # the very tensor, to be known by
-        score = score.expand(x.shape)
         is_small = by_kernel or part.input_dim <= MAX_WRITTEN_OUT
         if is_small and hasattr(part, "network") and can_be_cut(part):
-            x, log_scale, carrier = _written_out(part, x)
-            if waiting and len(waiting[0].bends) != len(carrier.bends):
-                score, waiting = _carry(score, waiting, by_kernel), []
-            waiting.append(carrier)
+            x, log_scale, step = _written_out(part, x)
         else:
-            score, waiting = _carry(score, waiting, by_kernel), []
-            x, log_scale, score = _solved(part, x, score)
-        log_q = log_q - log_scale.detach().sum(-1)
+            x, log_scale, step = _for_solving(part, x)
+        steps.append(step)
+        log_q = log_q - log_scale.sum(-1)
         if remember:
             memory.keep(part._sources, before, x, log_scale, before)
-    return x, log_q, _carry(score, waiting, by_kernel)
+    score = _carry(score.expand_as(x), steps, by_kernel)
+    return Drawn(x, log_q, score, noise, steps, by_kernel)
 
 
 def _goes_by_kernel(x: Tensor, is_wanted: bool) -> bool:
@@ -79,16 +133,26 @@ def _goes_by_kernel(x: Tensor, is_wanted: bool) -> bool:
 
 
 @torch.no_grad()
-def _carry(score: Tensor, flows: list[Carrier], by_kernel: bool) -> Tensor:
-    if flows and by_kernel:
-        return carried(score, flows)
-    for slopes, bends, weights, network in flows:
-        score = by_jacobian(score, slopes, bends, weights, network.order)
+def _carry(score: Tensor, steps: Sequence[Carrier | Solver], by_kernel: bool) -> Tensor:
+    for _, alike in itertools.groupby(
+        steps, lambda step: type(step) is Carrier and len(step.bends)
+    ):
+        run = list(alike)
+        flows = [step for step in run if isinstance(step, Carrier)]
+        if flows and by_kernel:
+            score = carried(score, flows)  # at once
+            continue
+        for step in run:
+            if isinstance(step, Solver):
+                score = step.part._solve_transposed(step.x, score - step.slope)
+            else:
+                slopes, bends, weights, network = step
+                score = by_jacobian(score, slopes, bends, weights, network.order)
     return score
 
 
-def _solved(part: Any, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """By the part's own solution of the transposed system."""
+def _for_solving(part: Any, x: Tensor) -> tuple[Tensor, Tensor, Solver]:
+    """The value and the log-scale, for the part's own solution of the transposed system."""
     if isinstance(part, LocScale):
         y, log_scale = part._compute(x)
         slope = part.slope_of_log_det(x)
@@ -98,8 +162,7 @@ def _solved(part: Any, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor
             y, log_scale = part._compute(x)
             total = log_scale.sum()
             (slope,) = torch.autograd.grad(total, x, retain_graph=True, materialize_grads=True)
-    with torch.no_grad():
-        return y, log_scale, part._solve_transposed(x.detach(), score - slope)
+    return y, log_scale, Solver(part, x.detach(), slope.detach())
 
 
 def _written_out(flow: Any, x: Tensor) -> tuple[Tensor, Tensor, Carrier]:

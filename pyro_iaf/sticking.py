@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import pyro.distributions as dist
 import torch
@@ -30,7 +30,7 @@ from torch.distributions import Independent, TransformedDistribution, constraint
 from . import memory
 from .distributions import DiagonalNormal
 from .elbo import leaves_of
-from .scores import draw_with_score
+from .scores import Drawn, draw_with_score
 from .supports import bare, support_moves
 from .transforms import InverseAutoregressiveFlowStack, SinglePass
 
@@ -195,20 +195,26 @@ class _Cut(Messenger):
         is_point = isinstance(bare(fn), dist.Delta)
         if not is_free or is_point or not fn.has_rsample or not torch.is_grad_enabled():
             return
-        known = None if msg["args"] or msg["kwargs"] else self._known(fn)
-        value = fn(*msg["args"], **msg["kwargs"]) if known is None else known.value
-        msg["value"] = value
-        if not value.requires_grad:
+        drawn = None if msg["args"] or msg["kwargs"] else self._drawn(fn)
+        if drawn is None:
+            msg["value"] = value = fn(*msg["args"], **msg["kwargs"])
+            if not value.requires_grad:
+                return
+            leaf = value.detach()
+            memory.recognise(leaf, value)  # so that a flow needs no inverse to score it
+            leaf.requires_grad_()
+            if reason := self._why_not(msg["name"], fn, leaf):
+                self.warn(msg["name"], reason)
+                return
+            msg["cut"] = Cut(value, leaf)
+        elif not drawn.value.requires_grad:
+            msg["value"] = drawn.value
             return
-        leaf = value.detach()
-        memory.recognise(leaf, value)  # so that a flow needs no inverse to score it
-        leaf.requires_grad_()
-        if known is None and (reason := self._why_not(msg["name"], fn, leaf)):
-            self.warn(msg["name"], reason)
-            return
-        msg["drawn"], msg["value"] = (value, leaf), leaf
-        if known is not None:
-            known.leaf, msg["fn"] = leaf, known
+        else:
+            leaf, noise = drawn.cut()
+            msg["cut"] = Cut(drawn.value, leaf, noise, drawn.solve_transposed)
+            msg["fn"] = _Known(fn, drawn, leaf, listens=self.num_cut > 0)
+        msg["value"] = leaf
         self.num_cut += 1
 
     def _why_not(self, name: str, fn: Any, leaf: Tensor) -> str:
@@ -223,31 +229,38 @@ class _Cut(Messenger):
                     self.reasons[kind] = "it can't score a draw without the graph that made it"
         return self.reasons[kind]
 
-    def _known(self, fn: Any) -> _Known | None:
+    def _drawn(self, fn: Any) -> Drawn | None:
         """A draw with its score, at once, where flows of ours draw from a normal."""
         flows, base = _flows_of(fn), _normal_of(fn)
         if flows is None or base is None:
             return None
         normal = base.base_dist if isinstance(base, Independent) else base
-        told = [normal.loc, normal.scale, *(getattr(flow, "context", None) for flow in flows)]
-        if self.num_cut and any(t is not None and t.requires_grad for t in told):
-            return None  # it may hang on an earlier draw, which the score in its own leaves out
         x = base.rsample()
-        with torch.no_grad():
-            score = (normal.loc - x) / normal.scale.square()
-            log_q = base.log_prob(x)
-        return _Known(fn, *draw_with_score(flows, x, log_q, score, remember=True))
+        score = ((normal.loc - x) / normal.scale.square()).detach()
+        return draw_with_score(flows, x, base.log_prob(x), score, remember=True)
 
 
 class _Known(dist.TorchDistribution):
-    """A distribution at its own draw, of which log density and score are known."""
+    r"""A distribution at its own draw, of which log density and score are known.
+
+    What it was told may hang on earlier draws. Along the draw :math:`z(\theta)` that is
+
+    .. math::
+        \partial_\theta \log q(z; \theta) = \frac{d}{d\theta} \log q(z(\theta); \theta)
+            - \nabla_z \log q(z; \theta) \cdot \frac{dz}{d\theta},
+
+    of which both terms are differentiated along the pass that drew, without an inverse.
+    """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
     has_rsample = True
-    leaf: Tensor
 
-    def __init__(self, fn: Any, value: Tensor, log_prob: Tensor, score: Tensor) -> None:
-        self.fn, self.value, self.known, self.score = fn, value, log_prob, score
+    def __init__(self, fn: Any, drawn: Drawn, leaf: Tensor, listens: bool) -> None:
+        self.fn, self.leaf, self.score = fn, leaf, drawn.score
+        self.known = drawn.log_prob.detach()
+        if listens:
+            told = drawn.log_prob - (drawn.score * drawn.value).sum(-1)
+            self.known = self.known + told - told.detach()
         super().__init__(fn.batch_shape, fn.event_shape, validate_args=False)
 
     @property
@@ -262,16 +275,21 @@ class _Known(dist.TorchDistribution):
         return self.known + slope
 
 
-# A draw with its graph, and the same without it.
-Cut = tuple[Tensor, Tensor]
+class Cut(NamedTuple):
+    """A draw with its graph, and the same without it; likewise the noise that made it, if known."""
+
+    drawn: Tensor
+    leaf: Tensor
+    noise: Tensor | None = None
+    solve_transposed: Callable[[Tensor], Tensor] | None = None
 
 
 def _is_cut(site: Any) -> bool:
-    return "drawn" in site and site["value"] is site["drawn"][1]
+    return "cut" in site and site["value"] is site["cut"].leaf
 
 
 def _cuts_of(guide_trace: poutine.Trace) -> list[Cut]:
-    return [site["drawn"] for site in _samples(guide_trace) if _is_cut(site)]
+    return [site["cut"] for site in _samples(guide_trace) if _is_cut(site)]
 
 
 def _held(guide_trace: poutine.Trace) -> Tensor:
@@ -283,37 +301,53 @@ def _held(guide_trace: poutine.Trace) -> Tensor:
 
 def _go_back(free: Tensor, held: Tensor, cuts: Sequence[Cut], retain_graph: bool | None) -> None:
     """Adds the gradient to the parameters'."""
-    leaves = [leaf for _, leaf in cuts]
-    if cuts and held.requires_grad:
-        of_held = torch.autograd.grad(held, leaves, retain_graph=True, materialize_grads=True)
-        for leaf, slope in zip(leaves, of_held, strict=True):
-            leaf.grad = slope.contiguous()
+    leaves = [cut.leaf for cut in cuts]
+    for leaf, slope in zip(leaves, _slopes_of_held(held, cuts), strict=True):
+        leaf.grad = slope.contiguous()
     if free.requires_grad:
         free.backward(retain_graph=bool(cuts) or retain_graph)
     if cuts:
         slopes = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
-        draws = [drawn for drawn, _ in cuts]
+        draws = [cut.drawn for cut in cuts]
         torch.autograd.backward(draws, _carried_back(slopes, cuts), retain_graph=retain_graph)
 
 
 def _through_draws(loss: Any, held: Tensor, cuts: Sequence[Cut]) -> Tensor:
     """Something whose gradient is that of the loss with all densities."""
     free: Tensor = torch.as_tensor(loss)
-    total = free + held
-    if not cuts or not total.requires_grad:
-        return free
-    leaves = [leaf for _, leaf in cuts]
-    slopes = torch.autograd.grad(total, leaves, retain_graph=True, materialize_grads=True)
+    slopes = _slopes_of_held(held, cuts)
+    if cuts and free.requires_grad:
+        leaves = [cut.leaf for cut in cuts]
+        more = torch.autograd.grad(free, leaves, retain_graph=True, materialize_grads=True)
+        slopes = [a + b for a, b in zip(slopes, more, strict=True)]
     pairs = zip(cuts, _carried_back(slopes, cuts), strict=True)
-    surrogate: Tensor = sum(((slope * drawn).sum() for (drawn, _), slope in pairs), free)
+    surrogate: Tensor = sum(((slope * cut.drawn).sum() for cut, slope in pairs), free)
     return surrogate
+
+
+def _slopes_of_held(held: Tensor, cuts: Sequence[Cut]) -> list[Tensor]:
+    """The gradient of the densities that are held still in each draw, also by way of its noise."""
+    leaves = [cut.leaf for cut in cuts]
+    if not cuts or not held.requires_grad:
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    noises = [
+        leaf if cut.noise is None else cut.noise for leaf, cut in zip(leaves, cuts, strict=True)
+    ]
+    found = torch.autograd.grad(held, [*leaves, *noises], retain_graph=True, allow_unused=True)
+    slopes = []
+    for cut, slope, of_noise in zip(cuts, found[: len(cuts)], found[len(cuts) :], strict=True):
+        slope = torch.zeros_like(cut.leaf) if slope is None else slope
+        if cut.solve_transposed is not None and of_noise is not None:
+            slope = slope + cut.solve_transposed(of_noise)
+        slopes.append(slope)
+    return slopes
 
 
 def _carried_back(slopes: Sequence[Tensor], cuts: Sequence[Cut]) -> list[Tensor]:
     """What each draw's slope is, with all that hangs on it by way of later draws."""
-    found, leaves = list(slopes), [leaf for _, leaf in cuts]
+    found, leaves = list(slopes), [cut.leaf for cut in cuts]
     for k in range(len(cuts) - 1, 0, -1):
-        drawn, slope = cuts[k][0], found[k]
+        drawn, slope = cuts[k].drawn, found[k]
         earlier = torch.autograd.grad(
             drawn, leaves[:k], slope, retain_graph=True, allow_unused=True
         )

@@ -68,7 +68,7 @@ def log_density(stack, y):
 
 def test_the_value_its_density_and_its_score_are_autograds(stack):
     x = torch.randn(6, stack.parts[0].input_dim)
-    y, log_q, score = draw_with_score(stack.parts, x)
+    y, log_q, score, *_ = draw_with_score(stack.parts, x)
     assert_close(y, stack(x))
     elsewhere = y.detach().clone().requires_grad_()
     expected = log_density(stack, elsewhere)
@@ -77,14 +77,16 @@ def test_the_value_its_density_and_its_score_are_autograds(stack):
     assert_close(score, slope, atol=1e-8, rtol=1e-8)
 
 
-def test_the_value_has_the_gradient_of_a_pass(stack):
+def test_the_value_and_its_density_have_the_gradients_of_a_pass(stack):
     x = torch.randn(6, stack.parts[0].input_dim)
-    y, log_q, score = draw_with_score(stack.parts, x)
+    y, log_q, score, *_ = draw_with_score(stack.parts, x)
     weights = torch.randn_like(y)
     params = [p for p in stack.parameters() if p.requires_grad]
-    ours = torch.autograd.grad((weights * y).sum(), params)
-    theirs = torch.autograd.grad((weights * stack(x)).sum(), params)
-    assert not log_q.requires_grad
+    y_again = stack(x)
+    log_det = stack.log_abs_det_jacobian(x, y_again)
+    for ours, theirs in (((weights * y).sum(), (weights * y_again).sum()), (-log_q, log_det)):
+        ours = torch.autograd.grad(ours.sum(), params, retain_graph=True)
+        theirs = torch.autograd.grad(theirs.sum(), params, retain_graph=True)
+        for a, b in zip(ours, theirs, strict=True):
+            assert_close(a, b)
     assert not score.requires_grad
-    for a, b in zip(ours, theirs, strict=True):
-        assert_close(a, b)
