@@ -4,7 +4,8 @@ Steps and noise compare ``TraceSTL_ELBO`` with Pyro's ``Trace_ELBO``. Fits are o
 real posteriors with known answers (``--data`` as for ``benchmarks.posteriors``): with either as the
 loss of ``fit`` at equal steps, with the first at equal seconds, with the first from where the rate
 begins to fall, and with the default, which goes through the draws from the first step on and also
-leans towards draws that the guide makes too rarely.
+leans towards draws that the guide makes too rarely. Then ``AutoHierarchicalIAF`` on models with
+local latents, with either loss at equal steps, and with Pyro's for twice as many.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from pyro.infer import SVI, Trace_ELBO
 
 from benchmarks.common import RESULTS, race, save
 from benchmarks.posteriors import quality
-from pyro_iaf import AutoIAF, TraceSTL_ELBO, fit
+from pyro_iaf import AutoHierarchicalIAF, AutoIAF, TraceSTL_ELBO, fit
 
 NUM_STEPS, NUM_PARTICLES = 3000, 16
 ELBOS = {"through the draws": TraceSTL_ELBO, "ordinary": Trace_ELBO}
@@ -42,20 +43,95 @@ def regression(D):
     return model
 
 
-def steps(D, num_particles):
+def steps(title, model, kind, num_particles):
     """Milliseconds of a step of SVI with either ELBO."""
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
-    model = regression(D)
     contenders = {}
     for name, elbo in ELBOS.items():
-        guide = AutoIAF(model, start="init", name=f"of_{elbo.__name__}")
+        guide = kind(model, start="init", name=f"of_{elbo.__name__}")
         loss = elbo(num_particles, vectorize_particles=num_particles > 1, max_plate_nesting=1)
         svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), loss)
         contenders[name] = svi.step
     times = race(contenders, rounds=15, seconds=0.2)
     row = {name: round(taken["microseconds"] / 1000, 2) for name, taken in times.items()}
-    return {"D": D, "particles": num_particles, **row, "ratio": times["through the draws"]["ratio"]}
+    about = {"model": title, "guide": kind.__name__, "particles": num_particles}
+    return {**about, **row, "ratio": times["through the draws"]["ratio"]}
+
+
+def radon():
+    """Forty counties whose intercepts and slopes vary: 85 latents, 80 of them local."""
+    generator = torch.Generator().manual_seed(0)
+    county = torch.arange(40).repeat_interleave(10)
+    floor = torch.rand(400, generator=generator)
+    intercept, slope, noise = (torch.randn(n, generator=generator) for n in (40, 40, 400))
+    y = 1.0 + 0.3 * intercept[county] + (0.2 * slope[county] - 0.6) * floor + 0.7 * noise
+
+    def model():
+        loc = [pyro.sample(f"loc_{name}", dist.Normal(0.0, 5.0)) for name in "ab"]
+        scale = [pyro.sample(f"scale_{name}", dist.HalfNormal(1.0)) for name in "ab"]
+        sigma = pyro.sample("sigma", dist.HalfNormal(2.0))
+        with pyro.plate("counties", 40):
+            a = pyro.sample("a", dist.Normal(loc[0], scale[0]))
+            b = pyro.sample("b", dist.Normal(loc[1], scale[1]))
+        with pyro.plate("houses", 400):
+            mean = a[..., county] + b[..., county] * floor
+            pyro.sample("y", dist.Normal(mean, sigma), obs=y)
+
+    return model
+
+
+def schools():
+    """Eight schools in a plate: two global latents, eight local ones."""
+    y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
+    sigma = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
+
+    def model():
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+        with pyro.plate("schools", 8):
+            theta = pyro.sample("theta", dist.Normal(mu, tau))
+            pyro.sample("y", dist.Normal(theta, sigma), obs=y)
+
+    return model
+
+
+def hierarchies(seeds):
+    """Where fits of ``AutoHierarchicalIAF`` end: ELBOs, and seconds of one processor."""
+    torch.set_num_threads(1)
+    ways = {
+        "ordinary": (Trace_ELBO, NUM_STEPS),
+        "ordinary, twice the steps": (Trace_ELBO, 2 * NUM_STEPS),
+        "through the draws": (TraceSTL_ELBO, NUM_STEPS),
+    }
+    rows = []
+    for title, make in {"radon": radon, "eight schools": schools}.items():
+        for seed in range(seeds):
+            for way, (elbo, num_steps) in ways.items():
+                model = make()
+                pyro.clear_param_store()
+                pyro.set_rng_seed(seed)
+                guide = AutoHierarchicalIAF(model)
+                guide.setup()
+                settings = {"vectorize_particles": True, "max_plate_nesting": 1}
+                began = time.process_time()
+                fit(
+                    model,
+                    guide,
+                    num_steps=num_steps,
+                    loss=elbo(num_particles=8, **settings),
+                    early_stop=False,
+                    compile=False,
+                    progress=False,
+                )
+                seconds = time.process_time() - began
+                with torch.no_grad():
+                    many = Trace_ELBO(num_particles=2000, **settings)
+                    found = -sum(many.loss(model, guide) for _ in range(10)) / 10
+                row = {"model": title, "gradient": way, "seed": seed, "steps": num_steps}
+                rows.append({**row, "elbo": round(found, 3), "seconds": round(seconds, 1)})
+                print(rows[-1], flush=True)
+    save("gradients_hierarchical", "AutoHierarchicalIAF, 8 particles, float64", rows)
 
 
 def noise(D=10, num_draws=300):
@@ -169,23 +245,32 @@ def fits(folder, seeds):
     save("gradients_posteriors", f"{NUM_STEPS} steps of {NUM_PARTICLES} particles, float64", rows)
 
 
+PARTS = ["steps", "noise", "fits", "hierarchies"]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path("../shared/posteriors"))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="leave out the fits")
-    parser.add_argument("--fits", action="store_true", help="leave out all but the fits")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     options = parser.parse_args()
-    if not options.fits:
-        rows = [steps(D, num_particles) for D in (10, 100) for num_particles in (1, 16)]
-        save("gradients_steps", "milliseconds of a step of SVI with AutoIAF", rows)
+    if "steps" in options.only:
+        models = [
+            ("regression, D = 10", regression(10), AutoIAF),
+            ("regression, D = 100", regression(100), AutoIAF),
+            ("radon", radon(), AutoHierarchicalIAF),
+        ]
+        rows = [steps(*model, num_particles) for model in models for num_particles in (1, 16)]
+        save("gradients_steps", "milliseconds of a step of SVI", rows)
     torch.set_default_dtype(torch.float64)
-    if not options.fits:
+    if "noise" in options.only:
         rows = noise()
         save("gradients_noise", "total variance of the gradient, one particle", rows)
         draw(rows)
-    if not options.quick:
+    if "fits" in options.only:
         fits(options.data, options.seeds)
+    if "hierarchies" in options.only:
+        hierarchies(options.seeds)
 
 
 if __name__ == "__main__":

@@ -45,10 +45,11 @@ def fit(
     fifth are averaged. Gradients are clipped. A step whose loss or gradient is not finite is
     skipped.
 
-    For an :class:`~pyro_iaf.AutoIAF` and without a ``loss``, gradients go through the draws alone
-    ("sticking the landing"): the ELBO is the same, its gradient in mean too, and near the posterior
-    it has little noise. Particles are drawn at once where the model takes them, which is tried
-    beforehand, and one after the other where it doesn't.
+    For an :class:`~pyro_iaf.AutoIAF` or :class:`~pyro_iaf.AutoHierarchicalIAF` and without a
+    ``loss``, gradients go through the draws alone ("sticking the landing"): the ELBO is the same,
+    its gradient in mean too, and near the posterior it has little noise. For guides by hand
+    ``loss=TraceSTL_ELBO(...)`` does the same. Particles are drawn at once where the model takes
+    them, which is tried beforehand, and one after the other where it doesn't.
 
     Long runs are compiled: model, guide, gradient, clipping and Adam are run once in Python and
     become one call. A step then costs what its arithmetic does, instead of milliseconds; compiling

@@ -327,34 +327,36 @@ def _through_draws(loss: Any, held: Tensor, cuts: Sequence[Cut]) -> Tensor:
 
 def _slopes_of_held(held: Tensor, cuts: Sequence[Cut]) -> list[Tensor]:
     """The gradient of the densities that are held still in each draw, also by way of its noise."""
-    leaves = [cut.leaf for cut in cuts]
     if not cuts or not held.requires_grad:
-        return [torch.zeros_like(leaf) for leaf in leaves]
-    noises = [
-        leaf if cut.noise is None else cut.noise for leaf, cut in zip(leaves, cuts, strict=True)
-    ]
-    found = torch.autograd.grad(held, [*leaves, *noises], retain_graph=True, allow_unused=True)
-    slopes = []
-    for cut, slope, of_noise in zip(cuts, found[: len(cuts)], found[len(cuts) :], strict=True):
-        slope = torch.zeros_like(cut.leaf) if slope is None else slope
-        if cut.solve_transposed is not None and of_noise is not None:
-            slope = slope + cut.solve_transposed(of_noise)
-        slopes.append(slope)
-    return slopes
+        return [torch.zeros_like(cut.leaf) for cut in cuts]
+    heard = [t for cut in cuts for t in (cut.leaf, cut.leaf if cut.noise is None else cut.noise)]
+    found = list(torch.autograd.grad(held, heard, retain_graph=True, allow_unused=True))
+    for k in range(len(cuts) - 1, -1, -1):
+        cut, of_noise = cuts[k], found[2 * k + 1]
+        if cut.noise is not None and of_noise is not None:
+            # It follows from the draw, and from what the flow was told of earlier ones.
+            assert cut.solve_transposed is not None
+            slope = cut.solve_transposed(of_noise)
+            found[2 * k] = slope if found[2 * k] is None else found[2 * k] + slope
+            _pass_on(-slope, cut.drawn, heard[: 2 * k], found)
+    pairs = zip(found[::2], cuts, strict=True)
+    return [torch.zeros_like(cut.leaf) if slope is None else slope for slope, cut in pairs]
 
 
 def _carried_back(slopes: Sequence[Tensor], cuts: Sequence[Cut]) -> list[Tensor]:
     """What each draw's slope is, with all that hangs on it by way of later draws."""
     found, leaves = list(slopes), [cut.leaf for cut in cuts]
     for k in range(len(cuts) - 1, 0, -1):
-        drawn, slope = cuts[k].drawn, found[k]
-        earlier = torch.autograd.grad(
-            drawn, leaves[:k], slope, retain_graph=True, allow_unused=True
-        )
-        for j, more in enumerate(earlier):
-            if more is not None:
-                found[j] = found[j] + more
+        _pass_on(found[k], cuts[k].drawn, leaves[:k], found)
     return found
+
+
+def _pass_on(slope: Tensor, drawn: Tensor, heard: Sequence[Tensor], found: list[Any]) -> None:
+    """Adds what the slope of a draw makes of the slopes of all that it may have heard."""
+    more = heard and torch.autograd.grad(drawn, heard, slope, retain_graph=True, allow_unused=True)
+    for k, term in enumerate(more):
+        if term is not None:
+            found[k] = term if found[k] is None else found[k] + term
 
 
 def _samples(trace: poutine.Trace) -> list[Any]:

@@ -32,12 +32,13 @@ from .elbo import MAX_BUILDS, MAX_GRAPHS
 from .faults import at_fault
 from .graphs import Refused
 from .guides import AutoIAF
-from .hierarchical import row_gradients, tables_of
+from .hierarchical import AutoHierarchicalIAF, row_gradients, tables_of
 from .joint import LogJoint, quietly
 from .losses import LatentLoss, Loss, TraceLoss
 from .networks import MaskedAutoregressiveNetwork
 from .rows import RowAdam
 from .steps import Built, CompiledSteps
+from .sticking import TraceSTL_ELBO
 from .store import stated
 from .weights import Particles, pareto_k
 
@@ -259,7 +260,9 @@ class Run:
                 joint = LogJoint(self.model, particles.first_model, args, kwargs, latents)
                 joint.at_once = particles.at_once
                 return LatentLoss(self.model, self.guide, self.num_particles, joint)
-        elbo = Trace_ELBO(
+        # Flows come so near the posterior that the gradient through the draws has the less noise.
+        through_the_draws = isinstance(self.guide, AutoHierarchicalIAF)
+        elbo = (TraceSTL_ELBO if through_the_draws else Trace_ELBO)(
             num_particles=self.num_particles,
             vectorize_particles=particles.at_once,
             max_plate_nesting=particles.nesting if particles.at_once else math.inf,

@@ -1,5 +1,6 @@
 """Gradients through the draws alone: right in mean, and nothing at the posterior."""
 
+import copy
 import math
 import warnings
 
@@ -25,6 +26,7 @@ from pyro_iaf import (
     inverse_autoregressive_flow,
     memory,
 )
+from pyro_iaf.scores import noise_of
 
 
 def regression():
@@ -229,6 +231,57 @@ def test_the_gradient_of_flows_at_the_posterior_is_rounding(kind):
         _, ours = gradient(TraceSTL_ELBO(), model, guide)
         _, theirs = gradient(Trace_ELBO(), model, guide)
         assert ours.norm() < 1e-8 * theirs.norm()
+
+
+@pytest.mark.parametrize("hears", ["the value", "the noise"])
+def test_the_gradient_of_sites_that_listen_is_rounding_at_the_posterior(hears):
+    def in_order(flows, noise_of):
+        first, second, third = flows
+        base = DiagonalNormal(torch.zeros(3), torch.ones(3))
+        fn = dist.TransformedDistribution(base, [first])
+        told = a = pyro.sample("a", fn)
+        told = noise_of(first, a) if hears == "the noise" else a
+        second = second.condition(told)
+        b = pyro.sample("b", dist.TransformedDistribution(base, [second]))
+        told = told + (noise_of(second, b) if hears == "the noise" else b)
+        pyro.sample("c", dist.TransformedDistribution(base, [third.condition(told)]))
+
+    def inverse(flow, value):
+        return flow.inv(value)
+
+    flows = torch.nn.ModuleList([inverse_autoregressive_flow(3, [6], num_flows=2)])
+    for _ in range(2):
+        flows.append(conditional_inverse_autoregressive_flow(3, 3, [6], num_flows=2))
+    for flow in flows:
+        rough(flow)
+    twins = copy.deepcopy(flows).requires_grad_(False)
+    guide = Sites(flows, lambda: in_order(flows, noise_of))
+    for _ in range(5):
+        _, ours = gradient(TraceSTL_ELBO(2), lambda: in_order(twins, inverse), guide)
+        _, theirs = gradient(Trace_ELBO(2), lambda: in_order(twins, inverse), guide)
+        assert ours.norm() < 1e-8 * theirs.norm()
+
+
+class Sites(torch.nn.Module):
+    """A guide of these modules and statements."""
+
+    def __init__(self, flows, statements):
+        super().__init__()
+        self.flows, self.statements = flows, statements
+
+    def forward(self):
+        pyro.module("flows", self.flows)
+        self.statements()
+
+
+def test_fit_sticks_the_landing_of_hierarchical_guides(monkeypatch):
+    calls = []
+    own = TraceSTL_ELBO.loss_and_grads
+    monkeypatch.setattr(
+        TraceSTL_ELBO, "loss_and_grads", lambda *args: calls.append(1) or own(*args)
+    )
+    fit(local, AutoHierarchicalIAF(local, hidden_dims=[6]), num_steps=5, progress=False)
+    assert len(calls) == 5
 
 
 @pytest.mark.parametrize("at_once", [False, True])
