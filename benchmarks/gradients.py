@@ -37,8 +37,7 @@ def regression(D):
 
     def model():
         w = pyro.sample("w", dist.Normal(torch.zeros(D), 1.0).to_event(1))
-        with pyro.plate("rows", 2 * D):
-            pyro.sample("y", dist.Normal(w @ x.mT, 1.0), obs=y)
+        pyro.sample("y", dist.Normal(w @ x.mT, 1.0).to_event(1), obs=y)
 
     return model
 
