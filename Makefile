@@ -31,6 +31,7 @@ bench: $(VENV)/bench.stamp
 	$(BIN)/python -m benchmarks.distributions
 	$(BIN)/python -m benchmarks.flows
 	$(BIN)/python -m benchmarks.features
+	$(BIN)/python -m benchmarks.peers
 	$(BIN)/python -m benchmarks.guides
 	$(BIN)/python -m benchmarks.inverse
 	$(BIN)/python -m benchmarks.posteriors

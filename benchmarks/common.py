@@ -42,8 +42,8 @@ def race(contenders, *, rounds=15, seconds=0.02):
     }
 
 
-def save(name, note, rows):
-    """Writes the rows as JSON, with what they were measured on, and prints them as a table."""
+def save(name, note, rows, **more):
+    """Writes the rows as JSON, with what they were measured on and more, and prints a table."""
     about = {
         "command": f"python -m benchmarks.{pathlib.Path(sys.argv[0]).stem}",
         "note": note,
@@ -51,6 +51,7 @@ def save(name, note, rows):
         "torch": torch.__version__,
         "pyro": pyro.__version__,
         "threads": torch.get_num_threads(),
+        **more,
     }
     RESULTS.mkdir(exist_ok=True)
     text = json.dumps({"about": about, "rows": rows}, indent=1)

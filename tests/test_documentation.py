@@ -71,8 +71,12 @@ def table(header):
     return cells
 
 
+def saved(name):
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
 def results(name):
-    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["rows"]
+    return saved(name)["rows"]
 
 
 def test_the_feature_table_is_what_was_measured():
@@ -81,6 +85,19 @@ def test_the_feature_table_is_what_was_measured():
         for row in results("features")
     ]
     assert table("| What a flow does |") == measured
+
+
+def test_the_table_of_peers_is_what_was_tried():
+    rows = results("peers")
+    peers = list(rows[0])[1:]
+    shown = table("| What it gives | " + " | ".join(peers) + " |")
+    assert shown == [
+        [row["feature"][0].upper() + row["feature"][1:], *(row[peer] for peer in peers)]
+        for row in rows
+    ]
+    text = " ".join((ROOT / "README.md").read_text().split())
+    for version in saved("peers")["about"]["versions"].items():
+        assert " ".join(version) in text
 
 
 def test_the_cost_table_is_what_was_measured():

@@ -1,0 +1,116 @@
+"""The jobs of `benchmarks.peers` that several libraries share: models, and what is right.
+
+A library is a class in `torch_libraries` or `jax_libraries`. A method does one job with that
+library's own tools, and returns whether it came out right, or a few words. For a job that it has no
+tool for there is no method.
+
+`flow` builds its inverse autoregressive flow as a few functions: `forward` and `inverse` between
+noise and values, `draw`, `score` and `draw_and_score` for one vector, and `calls`, how often the
+network ran since the last time.
+"""
+
+import inspect
+import math
+import re
+
+import numpy as np
+
+# A regression in units that differ by a million.
+X = np.random.default_rng(0).normal(size=(50, 3)) * np.array([1e-3, 1.0, 1e3])
+Y = X @ np.array([800.0, 0.5, -2e-3]) + np.random.default_rng(1).normal(size=50)
+PRIOR = np.array([1e3, 1.0, 1e-2])
+
+
+def log_evidence():
+    covariance = np.eye(len(Y)) + (X * PRIOR**2) @ X.T
+    _, log_det = np.linalg.slogdet(2 * math.pi * covariance)
+    return -0.5 * (log_det + Y @ np.linalg.solve(covariance, Y))
+
+
+def solves_the_simulated(draws):
+    """Five values of 2 with a standard normal prior: mean 10 / 6, deviation 0.41."""
+    draws = np.asarray(draws)
+    return bool(abs(draws.mean() - 10 / 6) < 0.2 and abs(draws.std() - 0.41) < 0.15)
+
+
+def python_rests(lib, train):
+    """Whether most steps of a run go without the model's Python."""
+    train(5)
+    lib.ran = 0
+    train(100)
+    return lib.ran < 30
+
+
+def emptied(calls):
+    count = len(calls)
+    calls.clear()
+    return count
+
+
+class Programs:
+    """What Pyro and NumPyro share: models, in the same words."""
+
+    models = True
+    rows = np.repeat([-3.0, 3.0], 10)
+
+    def simple(self):
+        def model():
+            self.ran += 1
+            z = self.ppl.sample("z", self.dist.Normal(self.np.zeros(2), 1.0).to_event(1))
+            s = self.ppl.sample("s", self.dist.LogNormal(0.0, 1.0))
+            self.ppl.sample("y", self.dist.Normal(z.sum(-1), s), obs=self.asarray(1.0))
+
+        return model
+
+    def prior(self):
+        """A guide for it."""
+        self.ppl.sample("z", self.dist.Normal(self.np.zeros(2), 1.0).to_event(1))
+        self.ppl.sample("s", self.dist.LogNormal(0.0, 1.0))
+
+    def regression(self):
+        x, y, sd = map(self.asarray, (X, Y, PRIOR))
+
+        def model():
+            w = self.ppl.sample("w", self.dist.Normal(self.np.zeros(3), sd).to_event(1))
+            self.ppl.sample("y", self.dist.Normal(w @ x.T, 1.0).to_event(1), obs=y)
+
+        return model
+
+    def plates(self):
+        return self.ppl.plate("rows", 20, subsample_size=5)
+
+    def grouped(self):
+        """Rows of two kinds, five at a time."""
+        y = self.asarray(self.rows)
+
+        def model(_=None):
+            with self.plates() as rows:
+                z = self.ppl.sample("z", self.dist.Normal(0.0, 2.0))
+                self.ppl.sample("y", self.dist.Normal(z, 1.0), obs=y[rows])
+
+        return model
+
+    def shared(self):
+        return self.ppl.sample("shared", self.dist.Normal(self.np.zeros(2), 1.0).to_event(1))
+
+    def both(self):
+        self.shared()
+        self.grouped()()
+
+    def tells_rows_apart(self, mean):
+        """Their exact means are 2.4 and -2.4; short fits come to half of that at least."""
+        return mean.shape == (20,) and bool((np.asarray(mean) * self.rows > 3 * 1.2).all())
+
+    def encoder(self):
+        """Whether an automatic guide has a parameter for one."""
+        guides = [getattr(self.autoguide, name) for name in dir(self.autoguide) if "Auto" in name]
+        words = {word for guide in guides for word in inspect.signature(guide).parameters}
+        return any(re.search("encoder|embed|context|network", word) for word in words)
+
+    def guide_with_flows(self):
+        model = self.simple()
+        return bool(np.isfinite(self.train(model, self.guide(model), 5)).all())
+
+    def start(self):
+        model = self.regression()
+        return self.loss(model, self.guide(model)) + log_evidence()
