@@ -62,7 +62,7 @@ class Diagnosis:
 
     @property
     def threshold(self) -> float:
-        """What k-hat may be for this number of draws: ``min(1 - 1 / log10(S), 0.7)``."""
+        """``min(1 - 1 / log10(S), 0.7)``, which k-hat may reach for this number of draws S."""
         return min(1 - 1 / math.log10(max(len(self.log_weights), 2)), USABLE)
 
     @property
@@ -224,7 +224,7 @@ def to_arviz(
         resample: Whether to resample the draws by their importance weights.
 
     Returns:
-        What ``arviz.from_dict`` makes: an ``InferenceData``, or a ``DataTree`` from ArviZ 1.0 on.
+        What ``arviz.from_dict`` makes, an ``InferenceData``, or a ``DataTree`` from ArviZ 1.0 on.
 
     Raises:
         ImportError: If ArviZ is not there.

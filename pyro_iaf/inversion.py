@@ -59,7 +59,8 @@ def invert(flow: Any, y: Tensor, method: str = "auto") -> Tensor:
         Tensor like ``y``, its batch shape broadcast with the context's.
 
     Warns:
-        RuntimeWarning: If the way back to ``y`` misses it, see :func:`check_round_trip`.
+        RuntimeWarning: If the way back to ``y`` misses it, relative to ``1 + |y|``, by more than
+            1e-10 in float64 or 1e-4 in float32.
 
     Raises:
         ValueError: If there is no such method, or ``flow`` is none.

@@ -212,7 +212,7 @@ class OnNetwork:
 
     @property
     def order(self) -> Tensor:
-        """The order of the coordinates: ``order[k]`` comes k-th."""
+        """The order of the coordinates, of which ``order[k]`` comes k-th."""
         return order_of(self.network)
 
     def extra_repr(self) -> str:
@@ -231,7 +231,7 @@ class InverseAutoregressiveFlow(OnNetwork, SinglePass):
 
     .. math::
         y = \sigma(x) \odot x + (1 - \sigma(x)) \odot m(x), \qquad
-        \sigma = \mathrm{sigmoid}(s + \text{gate\_bias})
+        \sigma = \mathrm{sigmoid}(s + \mathrm{gate\_bias})
 
     :math:`s` is bounded by :math:`10 \tanh(s / 10)`. A fresh affine flow is nearly the identity, a
     fresh gated one nearly ``x * sigmoid(gate_bias)``.
