@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint wheel bench clean
+.PHONY: demo test lint wheel docs bench clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python tutorials/01_guide_by_hand.py
@@ -26,6 +26,11 @@ wheel: $(VENV)/dev.stamp
 	cd dist && PYTHONPATH=alone ../$(BIN)/python -c \
 	  "import pyro_iaf; print(pyro_iaf.__version__, pyro_iaf.__file__); assert 'alone' in pyro_iaf.__file__; \
 	  from importlib.resources import files; assert (files('pyro_iaf') / 'carry.cpp').is_file()"
+
+# The site, in docs/_build/html. SMOKE=1 cuts the tutorials short; as they are, they take half an
+# hour, and run again when they have changed.
+docs: $(VENV)/docs.stamp
+	$(BIN)/python -m sphinx -W --keep-going docs docs/_build/html
 
 bench: $(VENV)/bench.stamp
 	$(BIN)/python -m benchmarks.distributions
@@ -51,9 +56,13 @@ $(VENV)/dev.stamp: setup.cfg constraints.txt | $(VENV)/bin/python
 	$(INSTALL) -e '.[dev]'
 	touch $@
 
+$(VENV)/docs.stamp: setup.cfg constraints.txt | $(VENV)/bin/python
+	$(INSTALL) -e '.[docs]'
+	touch $@
+
 $(VENV)/bench.stamp: setup.cfg constraints.txt | $(VENV)/bin/python
 	$(INSTALL) -e '.[benchmarks]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist docs/_build docs/tutorials *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,25 @@
+"""What runs before a tutorial's own cells: below each, the page shows the pictures it saved.
+
+The scripts open no windows. All names are local here, since a tutorial may have the same.
+"""
+
+
+def show_pictures():
+    """Looks for new pictures after every cell."""
+    import pathlib
+
+    from IPython import get_ipython
+    from IPython.display import Image, display
+
+    shown = set()
+
+    def show_new(_):
+        saved = set(pathlib.Path().rglob("*.png")) - shown
+        shown.update(saved)
+        for picture in sorted(saved, key=lambda path: path.stat().st_mtime_ns):
+            display(Image(picture))
+
+    get_ipython().events.register("post_run_cell", show_new)
+
+
+show_pictures()
