@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .networks import in_one_line
 from .transforms import SinglePass
 
 __all__ = ["LocScale"]
@@ -134,7 +135,10 @@ class LocScale(SinglePass):
 
     def extra_repr(self) -> str:
         kind = "dense" if len(self.coefficients) > 4 else "diagonal"
-        return f"input_dim={self.input_dim}, {kind}"
+        return f"{kind} loc and scale"
+
+    def __repr__(self) -> str:
+        return in_one_line(self, f"input_dim={self.input_dim}", self.extra_repr())
 
 
 def _solve(matrix: Tensor, rows: Tensor, upper: bool) -> Tensor:

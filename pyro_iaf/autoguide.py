@@ -24,7 +24,7 @@ from .conditional import (
     conditional_inverse_autoregressive_flow,
 )
 from .initialization import Start, or_draw
-from .networks import check_size, check_widths
+from .networks import check_size, check_widths, in_one_line
 from .sites import each_tensor, without_graph
 from .transforms import InverseAutoregressiveFlowStack, inverse_autoregressive_flow
 from .weights import Particles, pareto_k, resampled
@@ -89,6 +89,23 @@ class FlowGuide(AutoGuide):
             self._pyro_name = name
         self._conversions: list[Callable[[Tensor], Tensor]] = []  # asked for before the setup
         self._state_was_loaded = False
+
+    def __repr__(self) -> str:
+        words = [f"num_flows={self.num_flows}"]
+        if self.hidden_dims is not None:
+            words.append(f"hidden_dims={self.hidden_dims}")
+        if self.gated:
+            words.append("gated=True")
+        if self.prototype_trace is None:
+            return f"{type(self).__name__}({', '.join(words)}; built at its first call)"
+        if hasattr(self, "latent_dim"):
+            words.insert(0, f"latent_dim={self.latent_dim}")
+        lines = [in_one_line(self, *words)]
+        for name, site in self._latent_sites().items():
+            plates = ", ".join(repr(frame.name) for frame in site["cond_indep_stack"])
+            where = f" in plate {plates}" if plates else ""
+            lines.append(f"  {name}: {tuple(site['value'].shape)}{where}")
+        return "\n".join(lines)
 
     # Building
 

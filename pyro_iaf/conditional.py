@@ -24,6 +24,7 @@ from .transforms import (
     OnNetwork,
     check_parts,
     fresh_networks,
+    stack_in_one_line,
 )
 
 __all__ = [
@@ -118,6 +119,9 @@ class ConditionalInverseAutoregressiveFlowStack(ConditionalTransformModule):
         )
         self.parts = nn.ModuleList(parts)  # type: ignore[assignment]
 
+    def __repr__(self) -> str:
+        return stack_in_one_line(self, self.parts)
+
     def condition(self, context: Tensor) -> InverseAutoregressiveFlowStack:
         """The stack at this context, with the same parameters."""
         return InverseAutoregressiveFlowStack([part.condition(context) for part in self.parts])
@@ -179,6 +183,9 @@ class _ConditionedFlow(InverseAutoregressiveFlow):
         else:
             own["network"] = flow.network
         self.__dict__.update(own, context=context)
+
+    def words(self) -> list[str]:
+        return [*super().words(), f"at a context of shape {tuple(self.context.shape)}"]  # type: ignore[union-attr]
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()

@@ -285,11 +285,20 @@ class MaskedAutoregressiveNetwork(nn.Module):
                 ".float(), or the inputs with .to(...)."
             )
 
-    def extra_repr(self) -> str:
-        parts = [f"input_dim={self.input_dim}", f"hidden_dims={self.hidden_dims}"]
-        if self.context_dim:
-            parts.append(f"context_dim={self.context_dim}")
-        return ", ".join([*parts, f"num_params={self.num_params}"])
+    def words(self) -> list[str]:
+        """Its sizes, as they stand in its ``repr`` and in that of what is made of it."""
+        found = [f"input_dim={self.input_dim}", f"hidden_dims={self.hidden_dims}"]
+        return [*found, f"context_dim={self.context_dim}"] if self.context_dim else found
+
+    def __repr__(self) -> str:
+        return in_one_line(self, *self.words(), f"num_params={self.num_params}")
+
+
+def in_one_line(module: nn.Module, *words: str) -> str:
+    """A module's name, these words, and how many parameters it has."""
+    count = sum(param.numel() for param in module.parameters())
+    name = type(module).__name__.lstrip("_")
+    return f"{name}({', '.join(words)}; {count:,} parameters)"
 
 
 def product(factors: Sequence[Tensor]) -> Tensor:

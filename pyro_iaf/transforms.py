@@ -27,7 +27,14 @@ from torch.nn import functional
 
 from . import memory
 from .inversion import attach_gradient, check_round_trip, transposed_solution, walk_back
-from .networks import MaskedAutoregressiveNetwork, check_network, check_order, check_size, order_of
+from .networks import (
+    MaskedAutoregressiveNetwork,
+    check_network,
+    check_order,
+    check_size,
+    in_one_line,
+    order_of,
+)
 from .sweeps import runs_eagerly
 
 __all__ = [
@@ -103,6 +110,9 @@ class _InverseFlow(Flow):
 
     def _inv_call(self, y: Tensor) -> Tensor:
         return self.flow(y)
+
+    def __repr__(self) -> str:
+        return f"{self.flow!r}.inv"
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         return -self.flow.log_abs_det_jacobian(y, x)
@@ -215,8 +225,16 @@ class OnNetwork:
         """The order of the coordinates, of which ``order[k]`` comes k-th."""
         return order_of(self.network)
 
-    def extra_repr(self) -> str:
-        return f"gated=True, gate_bias={self.gate_bias}" if self.gated else ""
+    def words(self) -> list[str]:
+        """Sizes and kind, as they stand in the ``repr`` of the flow and of what is made of it."""
+        if isinstance(self.network, MaskedAutoregressiveNetwork):
+            found = self.network.words()
+        else:
+            found = [f"input_dim={self.input_dim}", f"network={type(self.network).__name__}"]
+        return [*found, f"gated=True, gate_bias={self.gate_bias}"] if self.gated else found
+
+    def __repr__(self) -> str:
+        return in_one_line(self, *self.words())  # type: ignore[arg-type]
 
 
 class InverseAutoregressiveFlow(OnNetwork, SinglePass):
@@ -375,6 +393,9 @@ class InverseAutoregressiveFlowStack(Flow):
         parts = check_parts(parts, SinglePass, "InverseAutoregressiveFlow")
         self.parts = nn.ModuleList(parts)  # type: ignore[assignment]
 
+    def __repr__(self) -> str:
+        return stack_in_one_line(self, self.parts)
+
     def __call__(self, x: Tensor) -> Tensor:
         for part in self.parts:
             x = part(x)
@@ -503,6 +524,17 @@ def fresh_networks(
             activation=copy.deepcopy(activation),  # one for each, if it has parameters
         )
         order = order[::-1]
+
+
+def stack_in_one_line(stack: nn.Module, parts: Iterable[nn.Module]) -> str:
+    """What flows of a stack have in common; part by part where they are not alike."""
+    flows = [part for part in parts if isinstance(part, OnNetwork)]
+    kinds = {tuple(flow.words()) for flow in flows}
+    if len(kinds) != 1:
+        return nn.Module.__repr__(stack)
+    (input_dim, *others) = kinds.pop()
+    rest = [part.extra_repr() for part in parts if not isinstance(part, OnNetwork)]
+    return in_one_line(stack, input_dim, f"num_flows={len(flows)}", *others, *rest)
 
 
 def check_parts(parts: Iterable[Any], kind: type, name: str) -> list[Any]:
