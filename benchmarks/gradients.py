@@ -48,7 +48,7 @@ def steps(title, model, kind, num_particles):
     pyro.set_rng_seed(0)
     contenders = {}
     for name, elbo in ELBOS.items():
-        guide = kind(model, start="init", name=f"of_{elbo.__name__}")
+        guide = kind(model, init_scale=0.1, name=f"of_{elbo.__name__}")
         loss = elbo(num_particles, vectorize_particles=num_particles > 1, max_plate_nesting=1)
         svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), loss)
         contenders[name] = svi.step

@@ -145,8 +145,10 @@ def test_zuko_flows_work_beside_ours():
 @pytest.mark.parametrize("kind", GUIDES)
 def test_nothing_is_warned_of_at_every_step(kind):
     def masked():
-        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1).mask(False))
-        pyro.sample("y", dist.Normal(w.sum(-1), 1.0), obs=torch.tensor(0.5))
+        mask = torch.tensor([True, False, True])
+        with pyro.plate("rows", 3), pyro.poutine.mask(mask=mask):
+            w = pyro.sample("w", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(w, 1.0), obs=torch.zeros(3))
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
