@@ -1,38 +1,39 @@
-# `make demo` and `make test` set up what they need in .venv; nothing else has to be installed.
+# Every target sets up what it needs in .venv; nothing else has to be installed.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint wheel docs bench clean
+.PHONY: help demo test lint wheel docs bench clean
 
-demo: $(VENV)/demo.stamp
+help:  ## say what there is
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' Makefile
+
+demo: $(VENV)/demo.stamp  ## fit eight schools by hand and with AutoIAF, beside NUTS
 	$(BIN)/python tutorials/01_guide_by_hand.py
 
-test: lint
+test: lint  ## run lint, types, tests, doctests and tutorials
 	$(BIN)/python -m pytest
 
-lint: $(VENV)/dev.stamp
+lint: $(VENV)/dev.stamp  ## run ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The wheel has to work away from the checkout.
-wheel: $(VENV)/dev.stamp
+wheel: $(VENV)/dev.stamp  ## build the wheel, and use it in an environment of its own
 	rm -rf build dist
 	PIP_CONSTRAINT= $(BIN)/python -m build --wheel --outdir dist .
-	$(INSTALL) --no-deps --target dist/alone dist/*.whl
-	cd dist && PYTHONPATH=alone ../$(BIN)/python -c \
-	  "import pyro_iaf; print(pyro_iaf.__version__, pyro_iaf.__file__); assert 'alone' in pyro_iaf.__file__; \
-	  from importlib.resources import files; assert (files('pyro_iaf') / 'carry.cpp').is_file()"
+	$(PYTHON) -m venv dist/clean
+	dist/clean/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
+	cd dist && clean/bin/python ../tests/newcomer.py
 
-# The site, in docs/_build/html. SMOKE=1 cuts the tutorials short; as they are, they take half an
-# hour, and run again when they have changed.
-docs: $(VENV)/docs.stamp
+# The tutorials take half an hour as they are, and run again when they have changed.
+docs: $(VENV)/docs.stamp  ## build the site in docs/_build/html; SMOKE=1 cuts its tutorials short
 	$(BIN)/python -m sphinx -W --keep-going docs docs/_build/html
 
-bench: $(VENV)/bench.stamp
+bench: $(VENV)/bench.stamp  ## measure everything again, in hours
+	$(BIN)/python -m benchmarks.front
 	$(BIN)/python -m benchmarks.distributions
 	$(BIN)/python -m benchmarks.flows
 	$(BIN)/python -m benchmarks.features
@@ -40,6 +41,7 @@ bench: $(VENV)/bench.stamp
 	$(BIN)/python -m benchmarks.guides
 	$(BIN)/python -m benchmarks.inverse
 	$(BIN)/python -m benchmarks.posteriors
+	$(BIN)/python -m benchmarks.gradients
 	$(BIN)/python -m benchmarks.svi_step
 	$(BIN)/python -m benchmarks.hierarchical
 	$(BIN)/python -m benchmarks.vae
@@ -64,5 +66,5 @@ $(VENV)/bench.stamp: setup.cfg constraints.txt | $(VENV)/bin/python
 	$(INSTALL) -e '.[benchmarks]'
 	touch $@
 
-clean:
+clean:  ## remove all that was built
 	rm -rf $(VENV) build dist docs/_build docs/tutorials *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

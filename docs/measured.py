@@ -6,6 +6,7 @@ sentence.
 
 import json
 import pathlib
+import statistics
 
 __all__ = ["substitutions"]
 
@@ -135,6 +136,22 @@ def autonormal_smallest_spread():
 @said
 def seconds_of_autoiaf():
     return span(of_guide("AutoIAF", "seconds"), ".0f")
+
+
+@said
+def gradients():
+    measured = rows("gradients_posteriors")
+    ways = list(dict.fromkeys(row["gradient"] for row in measured))
+    body = []
+    for name in dict.fromkeys(row["posterior"] for row in measured):
+        cells = []
+        for way in ways:
+            seeds = [r for r in measured if (r["posterior"], r["gradient"]) == (name, way)]
+            keys = ("elbo", "mean_error", "khat")
+            elbo, error, khat = (statistics.median(r[key] for r in seeds) for key in keys)
+            cells.append(f"{elbo:.2f}, {error:.3f}, {khat:.2f}")
+        body.append([name.replace("_", " "), *cells])
+    return table(["Posterior", *(way.capitalize() for way in ways)], body)
 
 
 @said

@@ -7,6 +7,7 @@ import json
 import pathlib
 import pkgutil
 import re
+import statistics
 
 import pyro
 import pyro.distributions as dist
@@ -57,6 +58,18 @@ def test_the_readme_opens_with_two_commands():
     first, second = (line.split("#")[0].strip() for line in blocks("sh")[0].splitlines()[:2])
     assert (first, second) == ("make demo", "make test")
     assert second in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_version_is_the_same_wherever_it_stands():
+    version = pyro_iaf.__version__
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {version}, " in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_make_help_knows_every_target():
+    text = (ROOT / "Makefile").read_text()
+    targets = re.search(r"\.PHONY: (.*)", text).group(1).split()
+    assert re.findall(r"^(\w+):.*## ", text, re.MULTILINE) == targets
 
 
 def table(header):
@@ -218,6 +231,36 @@ def test_the_table_of_posteriors_is_what_was_measured():
         for guide, cell in zip(GUIDES, cells, strict=True):
             rows = [r for r in measured if (r["posterior"], r["guide"]) == (name, guide)]
             assert cell == posterior_cell(rows)
+
+
+def test_the_table_of_gradients_is_what_was_measured():
+    measured = results("gradients_posteriors")
+    ways = list(dict.fromkeys(row["gradient"] for row in measured))
+    shown = table("| Posterior | " + " | ".join(way.capitalize() for way in ways))
+    assert [name for name, *_ in shown] == list(dict.fromkeys(r["posterior"] for r in measured))
+    for name, *cells in shown:
+        for way, cell in zip(ways, cells, strict=True):
+            rows = [r for r in measured if (r["posterior"], r["gradient"]) == (name, way)]
+            assert len({row["seed"] for row in rows}) == len(rows) == 3
+            keys = ("elbo", "mean_error", "khat")
+            elbo, error, khat = (statistics.median(r[key] for r in rows) for key in keys)
+            assert cell == f"{elbo:.2f}, {error:.3f}, {khat:.2f}"
+
+
+def test_the_claims_on_gradients_are_what_was_measured():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    ratios = [row["ratio"] for row in results("gradients_steps")]
+    assert f"takes {min(ratios):.2f} to {max(ratios):.2f} times the ordinary one's time" in text
+    assert max(ratios) < 1.6
+    measured = results("gradients_hierarchical")
+    for model in ("radon", "eight schools"):
+        means = [
+            statistics.mean(
+                row["elbo"] for row in measured if (row["model"], row["gradient"]) == (model, way)
+            )
+            for way in ("ordinary", "ordinary, twice the steps", "through the draws")
+        ]
+        assert "{:.2f}, {:.2f} and {:.2f}".format(*means) in text
 
 
 def posterior_cell(rows):
