@@ -44,6 +44,7 @@ bench: $(VENV)/bench.stamp  ## measure everything again, in hours
 	$(BIN)/python -m benchmarks.gradients
 	$(BIN)/python -m benchmarks.svi_step
 	$(BIN)/python -m benchmarks.hierarchical
+	$(BIN)/python -m benchmarks.distributed
 	$(BIN)/python -m benchmarks.vae
 	$(BIN)/python -m benchmarks.dmm
 
