@@ -14,7 +14,7 @@ demo: $(VENV)/demo.stamp  ## fit eight schools by hand and with AutoIAF, beside 
 	$(BIN)/python tutorials/01_guide_by_hand.py
 
 test: lint  ## run lint, types, tests, doctests and tutorials
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 lint: $(VENV)/dev.stamp  ## run ruff and mypy
 	$(BIN)/ruff check .

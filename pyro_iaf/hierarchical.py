@@ -39,7 +39,7 @@ from .initialization import Start
 from .joint import split_sizes
 from .networks import check_size
 from .rows import make_gradients_sparse
-from .scores import noise_of
+from .scores import noise_of_draw
 from .sites import SiteDelta
 
 __all__ = ["AutoHierarchicalIAF", "row_gradients", "tables_of"]
@@ -360,7 +360,7 @@ class AutoHierarchicalIAF(FlowGuide):
                     infer={"is_auxiliary": True},
                 )
                 # As the noise that made them, latents have size one, wherever the guide moves.
-                noises.append(noise_of(transform, latent))
+                noises.append(noise_of_draw(transform, latent))
                 for site, fn, value in self._split(group, latent):
                     drawn[site] = pyro.sample(site, fn), value
         return drawn

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ from .networks import product
 from .sweeps import runs_eagerly
 from .transforms import LOG_SCALE_BOUND
 
-__all__ = ["Drawn", "draw_with_score", "noise_of"]
+__all__ = ["Drawn", "draw_with_score", "noise_of_draw"]
 
 
 class Solver(NamedTuple):
@@ -52,6 +53,7 @@ class Drawn(NamedTuple):
     log_prob: Tensor
     score: Tensor
     noise: Tensor
+    parts: Sequence[Any]
     steps: Sequence[Carrier | Solver]
     by_kernel: bool
 
@@ -67,26 +69,29 @@ class Drawn(NamedTuple):
         return _carry(v.expand_as(self.value), still, self.by_kernel)
 
     def cut(self) -> tuple[Tensor, Tensor | None]:
-        """The value and its noise without their graphs, each a leaf; :func:`noise_of` knows them.
+        """The value and its noise without their graphs, each a leaf.
 
-        The noise of a draw is a constant. What is held still, and listens to it, is a function of
-        the value through it: its gradient in this leaf is to be solved for by hand, once.
+        Noise that has no parameters is a constant of the draw. What is held still, and listens to
+        it, is a function of the value through it: its gradient in this leaf is to be solved for by
+        hand, once. :func:`noise_of_draw` hands it on.
         """
         leaf, noise = self.value.detach(), self.noise.detach()
         memory.recognise(leaf, self.value)  # so that no flow is inverted to score it
-        if noise.shape != leaf.shape:
+        if self.noise.requires_grad or noise.shape != leaf.shape:
             return leaf.requires_grad_(), None
-        _noises[leaf] = noise.requires_grad_()
+        _cut[leaf] = self.parts, noise.requires_grad_()
         return leaf.requires_grad_(), noise
 
 
-_noises = WeakIdKeyDictionary()  # a draw that was cut from its graph: its noise
+_cut = WeakIdKeyDictionary()  # a draw without its graph: the flows that made it, and of which noise
 
 
-def noise_of(transform: Any, value: Tensor) -> Tensor:
-    """The noise that flows made a value of."""
-    noise: Tensor | None = _noises.get(value)
-    return transform._noise_and_log_det(value)[0] if noise is None else noise
+def noise_of_draw(stack: Any, value: Tensor) -> Tensor:
+    """The noise that a stack of flows made a value of, or would have."""
+    parts, noise = _cut.get(value, ((), None))
+    if len(parts) == len(stack.parts) and all(map(operator.is_, parts, stack.parts)):
+        return noise  # type: ignore[no-any-return]
+    return stack._noise_and_log_det(value)[0]  # type: ignore[no-any-return]
 
 
 def draw_with_score(
@@ -108,7 +113,7 @@ def draw_with_score(
     """
     if log_q is None or score is None:
         log_q, score = -0.5 * (x.square() + math.log(2 * math.pi)).sum(-1), -x
-    noise, by_kernel = x, _goes_by_kernel(x, remember)
+    noise, parts, by_kernel = x, list(parts), _goes_by_kernel(x, remember)
     steps: list[Carrier | Solver] = []
     step: Carrier | Solver
     for part in parts:
@@ -124,7 +129,7 @@ def draw_with_score(
         if remember:
             memory.keep(part._sources, before, x, log_scale, before)
     score = _carry(score.expand_as(x), steps, by_kernel)
-    return Drawn(x, log_q, score, noise, steps, by_kernel)
+    return Drawn(x, log_q, score, noise, parts, steps, by_kernel)
 
 
 def _goes_by_kernel(x: Tensor, is_wanted: bool) -> bool:

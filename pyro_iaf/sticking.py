@@ -28,10 +28,12 @@ from torch import Tensor
 from torch.distributions import Independent, TransformedDistribution, constraints
 
 from . import memory
+from .autoguide import Posterior
 from .distributions import DiagonalNormal
 from .elbo import leaves_of
 from .scores import Drawn, draw_with_score
 from .supports import bare, support_moves
+from .sweeps import runs_eagerly
 from .transforms import InverseAutoregressiveFlowStack, SinglePass
 
 __all__ = ["TraceSTL_ELBO"]
@@ -50,6 +52,10 @@ class TraceSTL_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
     density is differentiated along the pass that drew from it, by one triangular solution more and
     no inverse; flows of others are inverted. Sites that can't be treated keep their ordinary
     gradient. A guide may not write to its draws in place.
+
+    A step takes some 1.2 times that of ``Trace_ELBO``, and 1.5 where sites listen to earlier ones.
+    Each site goes back through all that it was told: where that is a recurrent network over all
+    earlier draws, a step takes time quadratic in their number.
 
     Args:
         num_particles: How many draws the gradient is taken from.
@@ -203,7 +209,7 @@ class _Cut(Messenger):
             leaf = value.detach()
             memory.recognise(leaf, value)  # so that a flow needs no inverse to score it
             leaf.requires_grad_()
-            if reason := self._why_not(msg["name"], fn, leaf):
+            if reason := self._why_not(msg["name"], fn, value, leaf):
                 self.warn(msg["name"], reason)
                 return
             msg["cut"] = Cut(value, leaf)
@@ -212,22 +218,27 @@ class _Cut(Messenger):
             return
         else:
             leaf, noise = drawn.cut()
-            msg["cut"] = Cut(drawn.value, leaf, noise, drawn.solve_transposed)
+            msg["cut"] = Cut(drawn.value, leaf, None if noise is None else (noise, drawn))
             msg["fn"] = _Known(fn, drawn, leaf, listens=self.num_cut > 0)
         msg["value"] = leaf
         self.num_cut += 1
 
-    def _why_not(self, name: str, fn: Any, leaf: Tensor) -> str:
+    def _why_not(self, name: str, fn: Any, value: Tensor, leaf: Tensor) -> str:
         """Why a site can't be treated; nothing if it can. Found once for each kind."""
         kind = name, type(fn)
-        if kind not in self.reasons:
-            self.reasons[kind] = "its support has parameters" if support_moves(fn, leaf) else ""
-            if not self.reasons[kind]:
-                try:
-                    fn.log_prob(leaf)
-                except (AssertionError, KeyError, NotImplementedError):
-                    self.reasons[kind] = "it can't score a draw without the graph that made it"
-        return self.reasons[kind]
+        if kind in self.reasons:
+            return self.reasons[kind]
+        reason = "its support has parameters" if support_moves(fn, leaf) else ""
+        if not reason:
+            try:
+                again = fn.score_parts(leaf).log_prob
+                if runs_eagerly():  # some distributions hang more on a draw than its numbers
+                    torch.testing.assert_close(again, fn.log_prob(value), equal_nan=True)
+            except (AssertionError, KeyError, NotImplementedError):
+                reason = "it can't score a draw without the graph that made it"
+        if runs_eagerly():
+            self.reasons[kind] = reason
+        return reason
 
     def _drawn(self, fn: Any) -> Drawn | None:
         """A draw with its score, at once, where flows of ours draw from a normal."""
@@ -260,7 +271,7 @@ class _Known(dist.TorchDistribution):
         self.known = drawn.log_prob.detach()
         if listens:
             told = drawn.log_prob - (drawn.score * drawn.value).sum(-1)
-            self.known = self.known + told - told.detach()
+            self.known = self.known + (told - told.detach())
         super().__init__(fn.batch_shape, fn.event_shape, validate_args=False)
 
     @property
@@ -276,12 +287,11 @@ class _Known(dist.TorchDistribution):
 
 
 class Cut(NamedTuple):
-    """A draw with its graph, and the same without it; likewise the noise that made it, if known."""
+    """A draw with its graph, and the same without it; also of the noise that made it, if known."""
 
     drawn: Tensor
     leaf: Tensor
-    noise: Tensor | None = None
-    solve_transposed: Callable[[Tensor], Tensor] | None = None
+    noise: tuple[Tensor, Drawn] | None = None
 
 
 def _is_cut(site: Any) -> bool:
@@ -326,21 +336,36 @@ def _through_draws(loss: Any, held: Tensor, cuts: Sequence[Cut]) -> Tensor:
 
 
 def _slopes_of_held(held: Tensor, cuts: Sequence[Cut]) -> list[Tensor]:
-    """The gradient of the densities that are held still in each draw, also by way of its noise."""
+    r"""The gradient of the densities that are held still in each draw, also by way of its noise.
+
+    With :math:`z = f(x; c)`, noise :math:`x` that is listened to follows from the draw :math:`z`
+    and from what the flow was told, :math:`c`:
+
+    .. math::
+        u = J^{-\mathsf T} \frac{\partial h}{\partial x}, \qquad
+        \frac{\partial h}{\partial z} \mathrel{+}= u, \qquad
+        \frac{\partial h}{\partial c} \mathrel{-}=
+            \Bigl(\frac{\partial f}{\partial c}\Bigr)^{\mathsf T} u.
+    """
     if not cuts or not held.requires_grad:
         return [torch.zeros_like(cut.leaf) for cut in cuts]
-    heard = [t for cut in cuts for t in (cut.leaf, cut.leaf if cut.noise is None else cut.noise)]
+    # Two tensors for each draw, that those before one are a slice; noise that nobody knows is new.
+    pairs = [
+        (c.leaf, torch.zeros((), requires_grad=True) if c.noise is None else c.noise[0])
+        for c in cuts
+    ]
+    heard = [tensor for pair in pairs for tensor in pair]
     found = list(torch.autograd.grad(held, heard, retain_graph=True, allow_unused=True))
     for k in range(len(cuts) - 1, -1, -1):
         cut, of_noise = cuts[k], found[2 * k + 1]
         if cut.noise is not None and of_noise is not None:
-            # It follows from the draw, and from what the flow was told of earlier ones.
-            assert cut.solve_transposed is not None
-            slope = cut.solve_transposed(of_noise)
-            found[2 * k] = slope if found[2 * k] is None else found[2 * k] + slope
-            _pass_on(-slope, cut.drawn, heard[: 2 * k], found)
-    pairs = zip(found[::2], cuts, strict=True)
-    return [torch.zeros_like(cut.leaf) if slope is None else slope for slope, cut in pairs]
+            u = cut.noise[1].solve_transposed(of_noise)
+            found[2 * k] = u if found[2 * k] is None else found[2 * k] + u
+            _pass_on(-u, cut.drawn, heard[: 2 * k], found)
+    return [
+        torch.zeros_like(cut.leaf) if slope is None else slope
+        for slope, cut in zip(found[::2], cuts, strict=True)
+    ]
 
 
 def _carried_back(slopes: Sequence[Tensor], cuts: Sequence[Cut]) -> list[Tensor]:
@@ -365,7 +390,9 @@ def _samples(trace: poutine.Trace) -> list[Any]:
 
 def _flows_of(fn: Any) -> list[SinglePass] | None:
     """The flows of ours that a distribution is made of, if it is made of nothing else."""
-    if not isinstance(fn, TransformedDistribution) or len(fn.event_shape) != 1:
+    if type(fn) not in (TransformedDistribution, dist.TransformedDistribution, Posterior):
+        return None  # who knows how it draws and scores
+    if len(fn.event_shape) != 1:
         return None
     flows: list[Any] = []
     for transform in fn.transforms:
@@ -379,9 +406,9 @@ def _flows_of(fn: Any) -> list[SinglePass] | None:
 def _normal_of(fn: Any) -> Any:
     """The normal that a transformed distribution starts with, if it is one over vectors."""
     base = getattr(fn, "base_dist", None)
-    if isinstance(base, Independent) and isinstance(base.base_dist, dist.Normal):
+    if isinstance(base, Independent) and type(base.base_dist) is dist.Normal:
         return base if base.reinterpreted_batch_ndims == 1 else None
-    return base if isinstance(base, DiagonalNormal) else None
+    return base if type(base) is DiagonalNormal else None
 
 
 def _has_parameters(density: Any, leaves: set[int]) -> bool:

@@ -26,7 +26,7 @@ from pyro_iaf import (
     inverse_autoregressive_flow,
     memory,
 )
-from pyro_iaf.scores import noise_of
+from pyro_iaf.scores import noise_of_draw
 
 
 def regression():
@@ -233,6 +233,82 @@ def test_the_gradient_of_flows_at_the_posterior_is_rounding(kind):
         assert ours.norm() < 1e-8 * theirs.norm()
 
 
+class Tempered(dist.TransformedDistribution):
+    """Flows with a density of its own."""
+
+    def log_prob(self, value):
+        return 0.5 * super().log_prob(value)
+
+
+class Wide(dist.Normal):
+    """A normal that draws and scores in its own way."""
+
+    def rsample(self, sample_shape=()):
+        return self.loc + 2 * self.scale * torch.randn(self._extended_shape(sample_shape))
+
+    def log_prob(self, value):
+        return dist.Normal(self.loc, 2 * self.scale).log_prob(value)
+
+
+OF_THEIR_OWN = {
+    "straight through": lambda loc, flow: dist.RelaxedBernoulliStraightThrough(
+        torch.tensor(0.7), logits=loc
+    ).to_event(1),
+    "one hot, straight through": lambda loc, flow: dist.RelaxedOneHotCategoricalStraightThrough(
+        torch.tensor(0.7), logits=loc
+    ),
+    "another density": lambda loc, flow: Tempered(DiagonalNormal(loc, torch.ones(3)), [flow]),
+    "another base": lambda loc, flow: dist.TransformedDistribution(
+        Wide(loc, torch.ones(3)).to_event(1), [flow]
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Site")
+@pytest.mark.parametrize("make", OF_THEIR_OWN.values(), ids=OF_THEIR_OWN)
+def test_distributions_with_ways_of_their_own_are_scored_in_them(make):
+    flow = rough(inverse_autoregressive_flow(3, [4]))
+    loc = torch.tensor([0.3, -0.2, 0.5], requires_grad=True)
+
+    def model():
+        pyro.sample("z", make(torch.tensor([0.5, 0.1, -0.4]), flow))
+
+    def guide():
+        pyro.sample("z", make(loc, flow))
+
+    gaps = []
+    for seed in range(200):
+        found = []
+        for loss in (TraceSTL_ELBO(), Trace_ELBO()):
+            loc.grad = None
+            pyro.set_rng_seed(seed)
+            value = loss.differentiable_loss(model, guide)
+            value.backward()
+            found.append((value.detach(), loc.grad))
+        assert_close(found[0][0], found[1][0])
+        gaps.append(found[0][1] - found[1][1])
+    gaps = torch.stack(gaps)
+    z = gaps.mean(0) / (gaps.std(0) / math.sqrt(len(gaps))).clamp(min=1e-9)
+    assert z.abs().max() < 4.5
+
+
+def test_losses_keep_their_digits_far_from_zero():
+    torch.set_default_dtype(torch.float32)
+
+    def far():
+        mean = pyro.sample("mean", dist.Normal(1e5, 1.0))
+        with pyro.plate("rows", 3):
+            pyro.sample("a", dist.Normal(mean, 0.1))
+
+    guide = AutoHierarchicalIAF(far, hidden_dims=[6])
+    guide.setup()
+    losses = []
+    for loss in (TraceSTL_ELBO(), Trace_ELBO()):
+        pyro.set_rng_seed(1)
+        losses.append(loss.loss_and_grads(far, guide))
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
 @pytest.mark.parametrize("hears", ["the value", "the noise"])
 def test_the_gradient_of_sites_that_listen_is_rounding_at_the_posterior(hears):
     def in_order(flows, noise_of):
@@ -255,7 +331,7 @@ def test_the_gradient_of_sites_that_listen_is_rounding_at_the_posterior(hears):
     for flow in flows:
         rough(flow)
     twins = copy.deepcopy(flows).requires_grad_(False)
-    guide = Sites(flows, lambda: in_order(flows, noise_of))
+    guide = Sites(flows, lambda: in_order(flows, noise_of_draw))
     for _ in range(5):
         _, ours = gradient(TraceSTL_ELBO(2), lambda: in_order(twins, inverse), guide)
         _, theirs = gradient(Trace_ELBO(2), lambda: in_order(twins, inverse), guide)
