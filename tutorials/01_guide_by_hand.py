@@ -115,6 +115,28 @@ def by_hand():
 
 
 # %% [markdown]
+# ## One number for each vector
+#
+# Is anything counted once per coordinate after all? The flow's log determinant is summed over the
+# vector, as its event is the whole of it. So the density is the same on a base of ten univariate
+# normals, whose event dimensions somebody else adds up, and on bases over vectors. Pyro's first
+# inverse autoregressive flow returned ten numbers here, which was right on the first base only.
+
+# %%
+x = torch.randn(3, 10)
+value = flow(x).detach()
+assert flow.log_abs_det_jacobian(flow.inv(value), value).shape == (3,)
+bases = [
+    dist.Normal(torch.zeros(10), torch.ones(10)),
+    dist.Normal(torch.zeros(10), torch.ones(10)).to_event(1),
+    DiagonalNormal(torch.zeros(10), torch.ones(10)),
+]
+for base in bases:
+    q = dist.TransformedDistribution(base, [flow])
+    scores = "".join(f"{score:9.3f}" for score in q.log_prob(value))
+    print(f"batch {tuple(q.batch_shape)!s:4} event {tuple(q.event_shape)} log q{scores}")
+
+# %% [markdown]
 # ## The guide that writes itself
 #
 # Once that is understood, nobody needs to write it again. `AutoIAF` finds the sites, their shapes

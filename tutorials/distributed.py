@@ -233,6 +233,8 @@ if rank == 0 and start_epoch < args.epochs:
 # That was all there is to do for many. What the first rank has now, each has.
 
 # %%
+distributed.barrier()  # nobody hangs up while another still listens
+del loss  # which holds on to the group, and the group to its threads
 distributed.destroy_process_group()
 if rank:
     sys.exit()
