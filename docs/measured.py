@@ -419,6 +419,21 @@ def many_rows():
 
 
 @said
+def processes():
+    keys = ("rows a step", "one process", "two processes")
+    body = [
+        [*(f"{row[key]:,}" for key in keys), f"{row['times as fast']:.2f}"]
+        for row in rows("distributed")
+    ]
+    return table(["Rows a step", "One process", "Two processes", "Times as fast"], body)
+
+
+@said
+def gain_by_processes():
+    return f"{max(row['times as fast'] for row in rows('distributed')):.1f}"
+
+
+@said
 def step_of_many_rows():
     return span([r["milliseconds"] for r in rows("hierarchical") if r["way"] == "fit"], ".1f")
 

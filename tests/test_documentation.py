@@ -313,6 +313,12 @@ def test_the_tables_of_the_dmm_are_what_was_measured():
         assert cells[5:] == times
 
 
+def test_the_table_of_processes_is_what_was_measured():
+    keys = ("rows a step", "one process", "two processes")
+    for cells, row in zip(table("| Rows a step |"), results("distributed"), strict=True):
+        assert cells == [*(f"{row[key]:,}" for key in keys), f"{row['times as fast']:.2f}"]
+
+
 def test_the_claim_on_many_rows_is_what_was_measured():
     times = [row["milliseconds"] for row in results("hierarchical") if row["way"] == "fit"]
     assert max(times) < 1.2 * min(times)
