@@ -220,8 +220,8 @@ for epoch in range(first, args.epochs):
 
 # %% [markdown]
 # A step sees `--batch` patients whatever the number of processes, so more of them do the same work,
-# if all goes well in less time (strong scaling). With a thousand patients a step there is nothing to
-# gain: most of its time is Python's and Pyro's own, which no process can share with another.
+# if all goes well in less time (strong scaling). With a thousand patients a step nothing is gained:
+# most of its time is Python's and Pyro's own, which no process can share with another.
 # `benchmarks/distributed.py` has up to 64,000.
 
 # %%
