@@ -3,7 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP_INSTALL = -m pip install --quiet --disable-pip-version-check -c constraints.txt
+INSTALL = $(BIN)/python $(PIP_INSTALL)
 
 .PHONY: help demo test lint wheel docs bench clean
 
@@ -25,7 +26,7 @@ wheel: $(VENV)/dev.stamp  ## build the wheel, and use it in an environment of it
 	rm -rf build dist
 	PIP_CONSTRAINT= $(BIN)/python -m build --wheel --outdir dist .
 	$(PYTHON) -m venv dist/clean
-	dist/clean/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
+	dist/clean/bin/python $(PIP_INSTALL) dist/*.whl
 	cd dist && clean/bin/python ../tests/newcomer.py
 
 # The tutorials take half an hour as they are, and run again when they have changed.

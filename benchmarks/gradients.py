@@ -95,6 +95,18 @@ def schools():
     return model
 
 
+def fitted(kind, model, loss, num_steps, seed):
+    """A fitted guide, and the seconds that its steps took of one processor."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(seed)
+    guide = kind(model)
+    guide.setup()
+    began = time.process_time()
+    settings = {"num_particles": NUM_PARTICLES, "early_stop": False, "compile": False}
+    fit(model, guide, num_steps=num_steps, loss=loss, progress=False, **settings)
+    return guide, time.process_time() - began
+
+
 def hierarchies(seeds):
     """Where fits of ``AutoHierarchicalIAF`` end: ELBOs, and seconds of one processor."""
     torch.set_num_threads(1)
@@ -108,22 +120,9 @@ def hierarchies(seeds):
         for seed in range(seeds):
             for way, (elbo, num_steps) in ways.items():
                 model = make()
-                pyro.clear_param_store()
-                pyro.set_rng_seed(seed)
-                guide = AutoHierarchicalIAF(model)
-                guide.setup()
                 settings = {"vectorize_particles": True, "max_plate_nesting": 1}
-                began = time.process_time()
-                fit(
-                    model,
-                    guide,
-                    num_steps=num_steps,
-                    loss=elbo(num_particles=8, **settings),
-                    early_stop=False,
-                    compile=False,
-                    progress=False,
-                )
-                seconds = time.process_time() - began
+                loss = elbo(num_particles=8, **settings)
+                guide, seconds = fitted(AutoHierarchicalIAF, model, loss, num_steps, seed)
                 with torch.no_grad():
                     many = Trace_ELBO(num_particles=2000, **settings)
                     found = -sum(many.loss(model, guide) for _ in range(10)) / 10
@@ -208,20 +207,6 @@ WAYS = {
 }
 
 
-def fitted(model, loss, num_steps, seed):
-    """A fitted guide, and the seconds that its steps took of one processor."""
-    pyro.clear_param_store()
-    pyro.set_rng_seed(seed)
-    guide = AutoIAF(model)
-    guide.setup()
-    if loss is not None:
-        loss = loss(NUM_PARTICLES, vectorize_particles=True, max_plate_nesting=0)
-    began = time.process_time()
-    settings = {"num_particles": NUM_PARTICLES, "early_stop": False, "compile": False}
-    fit(model, guide, num_steps=num_steps, loss=loss, progress=False, **settings)
-    return guide, time.process_time() - began
-
-
 def fits(folder, seeds):
     torch.set_num_threads(1)
     sys.path.insert(0, str(folder))
@@ -230,12 +215,13 @@ def fits(folder, seeds):
         summary = {k: v for k, v in posterior.summary.items() if "mean" in v}
         for seed in range(seeds):
             seconds = {}
-            for way, loss in WAYS.items():
+            for way, elbo in WAYS.items():
                 num_steps = NUM_STEPS
+                loss = elbo and elbo(NUM_PARTICLES, vectorize_particles=True, max_plate_nesting=0)
                 if way == "the same at equal seconds":
                     share = seconds["ordinary"] / seconds["through the draws"]
                     num_steps = min(NUM_STEPS, math.ceil(share * NUM_STEPS))
-                guide, seconds[way] = fitted(posterior.model, loss, num_steps, seed)
+                guide, seconds[way] = fitted(AutoIAF, posterior.model, loss, num_steps, seed)
                 row = {"posterior": name, "gradient": way, "seed": seed, "steps": num_steps}
                 found = quality(posterior.model, guide, summary)
                 row |= {key: found[key] for key in found if key != "iw_elbo"}

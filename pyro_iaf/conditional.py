@@ -120,7 +120,7 @@ class ConditionalInverseAutoregressiveFlowStack(ConditionalTransformModule):
         self.parts = nn.ModuleList(parts)  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        return stack_in_one_line(self, self.parts)
+        return stack_in_one_line(self)
 
     def condition(self, context: Tensor) -> InverseAutoregressiveFlowStack:
         """The stack at this context, with the same parameters."""

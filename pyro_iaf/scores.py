@@ -68,27 +68,26 @@ class Drawn(NamedTuple):
                 still.append(step._replace(slopes=(*slopes, torch.zeros_like(slope))))
         return _carry(v.expand_as(self.value), still, self.by_kernel)
 
-    def cut(self) -> tuple[Tensor, Tensor | None]:
-        """The value and its noise without their graphs, each a leaf.
+    def lend_noise(self, leaf: Tensor) -> Tensor | None:
+        """A leaf that :func:`noise_of_draw` gives for this leaf, which is the value; or None.
 
         Noise that has no parameters is a constant of the draw. What is held still, and listens to
-        it, is a function of the value through it: its gradient in this leaf is to be solved for by
-        hand, once. :func:`noise_of_draw` hands it on.
+        it, is a function of the value through it: its gradient in the noise is to be solved for by
+        hand, once.
         """
-        leaf, noise = self.value.detach(), self.noise.detach()
-        memory.recognise(leaf, self.value)  # so that no flow is inverted to score it
-        if self.noise.requires_grad or noise.shape != leaf.shape:
-            return leaf.requires_grad_(), None
-        _cut[leaf] = self.parts, noise.requires_grad_()
-        return leaf.requires_grad_(), noise
+        if self.noise.requires_grad or self.noise.shape != leaf.shape:
+            return None
+        noise = self.noise.detach().requires_grad_()
+        _lent[leaf] = self.parts, noise
+        return noise
 
 
-_cut = WeakIdKeyDictionary()  # a draw without its graph: the flows that made it, and of which noise
+_lent = WeakIdKeyDictionary()  # a draw without its graph: the flows that made it, and its noise
 
 
 def noise_of_draw(stack: Any, value: Tensor) -> Tensor:
     """The noise that a stack of flows made a value of, or would have."""
-    parts, noise = _cut.get(value, ((), None))
+    parts, noise = _lent.get(value, ((), None))
     if len(parts) == len(stack.parts) and all(map(operator.is_, parts, stack.parts)):
         return noise  # type: ignore[no-any-return]
     return stack._noise_and_log_det(value)[0]  # type: ignore[no-any-return]

@@ -188,7 +188,7 @@ class TraceSTL_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
 
 
 class _Cut(Messenger):
-    """Hands on each draw of a guide without its graph, which goes on in the site's ``drawn``."""
+    """Hands on each draw of a guide without its graph, which goes on in the site's ``cut``."""
 
     def __init__(self, warn: Callable[[str, str], None], reasons: dict[Any, str]) -> None:
         super().__init__()
@@ -202,24 +202,22 @@ class _Cut(Messenger):
         if not is_free or is_point or not fn.has_rsample or not torch.is_grad_enabled():
             return
         drawn = None if msg["args"] or msg["kwargs"] else self._drawn(fn)
-        if drawn is None:
-            msg["value"] = value = fn(*msg["args"], **msg["kwargs"])
-            if not value.requires_grad:
-                return
-            leaf = value.detach()
-            memory.recognise(leaf, value)  # so that a flow needs no inverse to score it
-            leaf.requires_grad_()
-            if reason := self._why_not(msg["name"], fn, value, leaf):
-                self.warn(msg["name"], reason)
-                return
-            msg["cut"] = Cut(value, leaf)
-        elif not drawn.value.requires_grad:
-            msg["value"] = drawn.value
+        value = fn(*msg["args"], **msg["kwargs"]) if drawn is None else drawn.value
+        msg["value"] = value
+        if not value.requires_grad:
+            return
+        leaf = value.detach()
+        memory.recognise(leaf, value)  # so that a flow needs no inverse to score it
+        leaf.requires_grad_()
+        if drawn is not None:
+            noise = drawn.lend_noise(leaf)
+            msg["cut"] = Cut(value, leaf, None if noise is None else (noise, drawn))
+            msg["fn"] = _Known(fn, drawn, leaf, listens=self.num_cut > 0)
+        elif reason := self._why_not(msg["name"], fn, value, leaf):
+            self.warn(msg["name"], reason)
             return
         else:
-            leaf, noise = drawn.cut()
-            msg["cut"] = Cut(drawn.value, leaf, None if noise is None else (noise, drawn))
-            msg["fn"] = _Known(fn, drawn, leaf, listens=self.num_cut > 0)
+            msg["cut"] = Cut(value, leaf)
         msg["value"] = leaf
         self.num_cut += 1
 
@@ -317,9 +315,9 @@ def _go_back(free: Tensor, held: Tensor, cuts: Sequence[Cut], retain_graph: bool
     if free.requires_grad:
         free.backward(retain_graph=bool(cuts) or retain_graph)
     if cuts:
-        slopes = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+        slopes = _carried_back([leaf.grad for leaf in leaves], cuts)  # type: ignore[misc]
         draws = [cut.drawn for cut in cuts]
-        torch.autograd.backward(draws, _carried_back(slopes, cuts), retain_graph=retain_graph)
+        torch.autograd.backward(draws, slopes, retain_graph=retain_graph)
 
 
 def _through_draws(loss: Any, held: Tensor, cuts: Sequence[Cut]) -> Tensor:

@@ -394,7 +394,7 @@ class InverseAutoregressiveFlowStack(Flow):
         self.parts = nn.ModuleList(parts)  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        return stack_in_one_line(self, self.parts)
+        return stack_in_one_line(self)
 
     def __call__(self, x: Tensor) -> Tensor:
         for part in self.parts:
@@ -526,14 +526,14 @@ def fresh_networks(
         order = order[::-1]
 
 
-def stack_in_one_line(stack: nn.Module, parts: Iterable[nn.Module]) -> str:
+def stack_in_one_line(stack: Any) -> str:
     """What flows of a stack have in common; part by part where they are not alike."""
-    flows = [part for part in parts if isinstance(part, OnNetwork)]
+    flows = [part for part in stack.parts if isinstance(part, OnNetwork)]
     kinds = {tuple(flow.words()) for flow in flows}
     if len(kinds) != 1:
         return nn.Module.__repr__(stack)
     (input_dim, *others) = kinds.pop()
-    rest = [part.extra_repr() for part in parts if not isinstance(part, OnNetwork)]
+    rest = [part.extra_repr() for part in stack.parts if not isinstance(part, OnNetwork)]
     return in_one_line(stack, input_dim, f"num_flows={len(flows)}", *others, *rest)
 
 
