@@ -20,8 +20,13 @@ from .guides import AutoIAF
 from .joint import LogJoint, split_sizes
 from .scores import draw_with_score
 from .sticking import TraceSTL_ELBO
+from .weights import pareto_k
 
 __all__ = ["LatentLoss", "Loss", "TraceLoss"]
+
+# How much heavier tails may become, at which cost in nats, so that weights of so many draws have
+# a tail of this shape.
+TAILS, TAIL_COST, GOOD_K, NUM_TAIL = (0.01, 0.02, 0.04), 0.02, 0.5, 10_000
 
 
 class Loss:
@@ -137,12 +142,35 @@ class LatentLoss(Loss):
         z.backward(slope)
         return -log_w.mean()
 
-    @property
-    def log_tail(self) -> Tensor:
-        """The weight of the guide's tails, one for each latent."""
-        return self.guide.transform.parts[-1].coefficients[3]  # type: ignore[no-any-return]
+    @torch.no_grad()
+    def see_to_tails(self, batch: Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]) -> None:
+        """Makes the guide's tails a shade heavier if weights have heavy ones, and it costs little.
 
-    def log_weights(self, args: tuple[Any, ...], kwargs: dict[str, Any], num_draws: int) -> Tensor:
+        Training hardly sees the tails, and importance weights are about nothing else.
+
+        Args:
+            batch: Gives what model and guide take.
+        """
+        joint = self.joint
+        if joint.subsampled or not joint.at_once or joint.num_at_once < NUM_TAIL / 100:
+            return
+        weights = self._log_weights(*batch(), NUM_TAIL)
+        if pareto_k(weights) < GOOD_K:
+            return
+        log_tail: Tensor = self.guide.transform.parts[-1].coefficients[3]  # one for each latent
+        before = log_tail.clone()
+        state = torch.get_rng_state()
+        for more in TAILS:
+            torch.set_rng_state(state)
+            log_tail.copy_(before + more)
+            wider = self._log_weights(*batch(), NUM_TAIL)
+            if weights.mean() - wider.mean() > TAIL_COST:
+                break
+            if pareto_k(wider) < GOOD_K:
+                return
+        log_tail.copy_(before)
+
+    def _log_weights(self, args: tuple[Any, ...], kwargs: dict[str, Any], num_draws: int) -> Tensor:
         """Logarithms of importance weights of fresh draws."""
         joint = self.joint.on(args, kwargs)
         transform = self.guide.get_transform(*args, **kwargs)

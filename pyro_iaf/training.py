@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +23,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import checkpoints
-from .backends import has_compiler, warm_up
 from .batches import Batches
-from .calls import kind_of
-from .carry import MAX_WRITTEN_OUT
-from .elbo import MAX_BUILDS, MAX_GRAPHS
 from .faults import at_fault
 from .graphs import Refused
 from .guides import AutoIAF
@@ -36,23 +31,18 @@ from .hierarchical import AutoHierarchicalIAF, row_gradients, tables_of
 from .joint import LogJoint, quietly
 from .losses import LatentLoss, Loss, TraceLoss
 from .networks import MaskedAutoregressiveNetwork
+from .recordings import Recordings
 from .rows import RowAdam
+from .schedule import Schedule
 from .steps import Built, CompiledSteps
 from .sticking import TraceSTL_ELBO
 from .store import stated
-from .weights import Particles, pareto_k
+from .weights import Particles
 
 __all__ = ["FitResult", "Run"]
 
-# The rate rises over the first steps, and falls over this share of all, to this part of itself.
-WARM_UP, FALL, FLOOR = 100, 0.6, 0.01
-
 # The share of steps, the last ones, whose parameters are averaged.
 AVERAGED = 0.2
-
-# How much heavier tails may become, at which cost in nats, so that weights of so many draws have
-# a tail of this shape.
-TAILS, TAIL_COST, GOOD_K, NUM_TAIL = (0.01, 0.02, 0.04), 0.02, 0.5, 10_000
 
 # A weight of our networks counts one over the square root of its unit's inputs, so it may move by
 # more than a loc or a scale.
@@ -66,16 +56,8 @@ FEWEST_VISITS = 30
 MAX_SKIPPED, MAX_SHARE_SKIPPED = 25, 0.2
 
 # Compiled steps between two looks at the losses and the parameters: the first time, and the most;
-# it should not take more seconds. How often arguments of a further kind have to come to be worth
-# compiling for.
-FIRST_CHUNK, LARGEST_CHUNK, SECONDS_A_CHUNK, RARE = 50, 500, 0.2, 20
-
-# More latents than this are not replayed.
-MAX_REPLAYED = 200
-
-# Runs of fewer steps are not worth a graph. For each of its operations a replay saves so many
-# seconds a step and a compiled graph twice that, which takes so many seconds to compile.
-FEWEST_STEPS, SAVED, COMPILING, COMPILING_EACH = 500, 2.5e-6, 3.0, 0.008
+# it should not take more seconds.
+FIRST_CHUNK, LARGEST_CHUNK, SECONDS_A_CHUNK = 50, 500, 0.2
 
 
 @dataclass
@@ -142,26 +124,19 @@ class Run:
         checkpoint_every: int,
     ) -> None:
         self.model, self.guide, self.batches = model, guide, batches
-        self.num_steps, self.num_particles = num_steps, num_particles
-        self.lr, self.clip_norm = lr, clip_norm
-        self.elbo, self.annealing = elbo, annealing
-        self.early_stop, self.compile = early_stop, compile
+        self.num_particles, self.clip_norm, self.elbo = num_particles, clip_norm, elbo
+        self.schedule = Schedule(num_steps, lr, annealing, early_stop)
+        self.compile = compile
         self.checkpoint, self.checkpoint_every = checkpoint, checkpoint_every
-        self.step, self.end = 0, num_steps
-        self.falls_at = math.ceil((1 - FALL) * num_steps)
+        self.step = 0
         self.losses: list[float] = []
         self.skipped, self.skipped_in_a_row = 0, 0
         self.params: dict[str, Tensor] = {}
         self.averages: dict[str, Tensor] = {}
         self.backend = "eager"
         self.backend_before = ""
-        self.num_found, self.next_check = 0, 1
         self.chunk = FIRST_CHUNK
         self.next_shown = 50
-        self.live: list[str] = []
-        self.kinds: Counter[Any] = Counter()
-        self.builds: Counter[Any] = Counter()
-        self.left_out: set[Any] = set()
 
     def to_the_end(self, progress: bool) -> FitResult:
         """Takes all steps."""
@@ -187,21 +162,27 @@ class Run:
             self.params,
             self.optimizer,
             factors=RATES,
-            weighted=self.annealing is not None,
+            weighted=self.schedule.annealing is not None,
             settings=(self.num_particles, *self._settings["loss"]),
         )
-        device = next(iter(self.params.values()), torch.zeros(())).device
-        replays = self.compile == "graph" or not has_compiler(device)
-        self.best = "graph" if replays else "inductor"
         waiting = [first] if saved is None else []  # else the run goes on with what follows
         if saved is not None:
             self._restore(saved)
-        bar = tqdm(total=self.num_steps, initial=self.step, disable=not progress, unit="step")
+        self.recordings = Recordings(
+            self.steps,
+            compile=self.compile,
+            num_steps=self.schedule.num_steps,
+            backend_before=self.backend_before,
+            change=self.batches.change,
+        )
+        bar = tqdm(
+            total=self.schedule.num_steps, initial=self.step, disable=not progress, unit="step"
+        )
         with bar:
             try:
-                while self.step < self.end:
+                while self.step < self.schedule.end:
                     batch = waiting.pop() if waiting else self.batches.next()
-                    built = self._find_graph(*batch, bar)
+                    built = self.recordings.find(self.step, *batch, bar)
                     with quietly():
                         if built is None:
                             self._take_step(*batch)
@@ -218,11 +199,12 @@ class Run:
         if self.checkpoint:
             self._save()
         self._average()
-        self._see_to_tails()
+        if isinstance(self.loss, LatentLoss) and not self.batches.change:
+            self.loss.see_to_tails(self.batches.next)
         return FitResult(
             losses=torch.tensor(self.losses, dtype=torch.float64),
             num_steps=self.step,
-            stopped=self.end < self.num_steps,
+            stopped=self.schedule.end < self.schedule.num_steps,
             skipped=self.skipped,
             seconds=time.perf_counter() - began,
             backend=self.backend,
@@ -252,7 +234,7 @@ class Run:
                 "fails, or its density is another one, or is random. If that takes long, write "
                 "sites with plates, and dimensions counted from the right.",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
         if type(self.guide) is AutoIAF:
             latents = self.guide._latent_sites()
@@ -273,7 +255,9 @@ class Run:
         self.params = {}
         params = stated(seen).values()
         fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in params)
-        self.optimizer = torch.optim.Adam([{"params": []}, {"params": []}], lr=self.lr, fused=fused)
+        self.optimizer = torch.optim.Adam(
+            [{"params": []}, {"params": []}], lr=self.schedule.lr, fused=fused
+        )
         self.rows = RowAdam(tables_of(self.guide))
         self._add(seen)
 
@@ -334,7 +318,7 @@ class Run:
                 if pairs and self.batches.change:
                     with torch.enable_grad():  # as it was when the step was built
                         batch = self.batches.next()
-                        is_same = self.steps.find(*batch, (built.wanted,)) is built
+                        is_same = self.recordings.is_for(built, *batch)
                     if not is_same:
                         left.append(batch)
                         break
@@ -351,84 +335,11 @@ class Run:
 
     def _num_undisturbed(self) -> int:
         """How many steps there are to the next that something hangs on."""
-        ends = [self.step + self.chunk, self.end, _next_multiple(self.step, self._stretch)]
+        schedule = self.schedule
+        ends = [self.step + self.chunk, schedule.end, _next_multiple(self.step, schedule.stretch)]
         if self.checkpoint:
             ends.append(_next_multiple(self.step, self.checkpoint_every))
         return min(ends) - self.step
-
-    def _find_graph(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], bar: tqdm[Any]
-    ) -> Built | None:
-        """The compiled step for these arguments, built if need be; None if there is to be none."""
-        if self.compile is False:
-            return None
-        best = self.best
-        wanted = (best,) if self.compile != "auto" else ("inductor", "graph")
-        if self.backend_before in wanted:  # this run goes on as it was
-            best, wanted = self.backend_before, (self.backend_before,)
-        try:
-            built = self.steps.find(args, kwargs, wanted)
-            if built is not None:
-                self.num_found += 1
-                # What nobody can watch is looked at the first time, and ever more rarely.
-                if self.num_found == self.next_check:
-                    self.next_check *= 4
-                    self.steps.check(built, args, kwargs)
-                return built
-            return self._build(args, kwargs, best, bar)
-        except Refused as why:
-            if self.compile != "auto":
-                raise
-            self.compile = False
-            warnings.warn(f"fit takes its steps uncompiled: {why}", UserWarning, stacklevel=4)
-            return None
-
-    def _build(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], best: str, bar: tqdm[Any]
-    ) -> Built | None:
-        """Builds the step for arguments of this kind, if it comes often enough."""
-        if self.compile == "auto" and self.num_steps - self.step < FEWEST_STEPS:
-            return None
-        kind = kind_of(None, None, args, kwargs)
-        self.kinds[kind] += 1
-        # The last minibatch of a walk may be smaller, or each is of a kind of its own: not worth
-        # compiling for what comes rarely.
-        is_rare = self.kinds[kind] < (RARE if len(self.kinds) > 1 else 1 + self.batches.change)
-        if is_rare or len(self.kinds) > MAX_GRAPHS or kind in self.left_out:
-            return None
-        self.builds[kind] += 1
-        if self.builds[kind] > MAX_BUILDS:
-            raise Refused(
-                "A number, a module or a parameter that the compiled step relies on keeps changing."
-            )
-        if best == "inductor" and self.compile != "auto":
-            warm_up()
-        graph, live = self.steps.record(args, kwargs)
-        self.live = self.live or live
-        if live != self.live:  # a graph has Adam's averages of one set of parameters
-            self.left_out.add(kind)
-            return None
-        if self.compile == "auto" and not self.backend_before:
-            best = self._best_backend(len(graph.module.graph.nodes), best)
-            if best == "graph" and self._is_slower_replayed:
-                self.compile = False
-                return None
-        if best == "inductor":
-            bar.set_postfix_str("compiling the step, once")
-        return self.steps.build(args, kwargs, graph, live, best)
-
-    @property
-    def _is_slower_replayed(self) -> bool:
-        """Whether flows are so wide that a replay, which writes Adam out, is slower than code."""
-        loss = self.loss
-        most = MAX_REPLAYED if has_compiler(torch.device("cpu")) else MAX_WRITTEN_OUT
-        return isinstance(loss, LatentLoss) and loss.guide.latent_dim > most
-
-    def _best_backend(self, num_operations: int, best: str) -> str:
-        """What the steps that are left repay."""
-        saved = SAVED * num_operations * (self.num_steps - self.step)
-        cost = COMPILING + COMPILING_EACH * num_operations
-        return best if 2 * saved - cost > saved else "graph"
 
     def _account(
         self, value: float, size: float, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -444,9 +355,8 @@ class Run:
             too_many = self.step >= 100 and self.skipped > MAX_SHARE_SKIPPED * self.step
             if too_many or self.skipped_in_a_row > MAX_SKIPPED:
                 self._give_up(args, kwargs)
-        if self.early_stop and self.step < self.falls_at and self._has_settled():
-            self.falls_at = self.step
-            self.end = min(self.num_steps, math.ceil(self.step / (1 - FALL)))
+        if self.step % self.schedule.stretch == 0 and self.rows.visits >= FEWEST_VISITS:
+            self.schedule.settle(self.step, self.losses)
 
     def _give_up(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         fault = at_fault(self.model, self.guide, args, kwargs, self.params)
@@ -459,44 +369,14 @@ class Run:
 
     def _numbers(self, step: int) -> tuple[float, float, float, float]:
         """A step's rate, weight of the KL divergence, whether to cover, and largest norm."""
-        covers = step >= self.falls_at and not self.batches.change
-        return self.lr * self._rate(step), self._weight(step), float(covers), self.clip_norm
-
-    def _rate(self, step: int) -> float:
-        """The share of the rate at a step."""
-        rise = min(1.0, (step + 1) / min(WARM_UP, max(1, self.num_steps // 10)))
-        if step < self.falls_at:
-            return rise
-        fallen = (step - self.falls_at) / max(1, self.end - self.falls_at)
-        return rise * (FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * fallen)) / 2)
-
-    def _weight(self, step: int) -> float:
-        """Of the KL divergence at a step."""
-        if self.annealing is None:
-            return 1.0
-        if callable(self.annealing):
-            return float(self.annealing(step))
-        return min(1.0, (step + 1) / self.annealing)
-
-    @property
-    def _stretch(self) -> int:
-        """How many steps are compared with as many before them, to see whether they gain."""
-        return max(100, self.num_steps // 10)
-
-    def _has_settled(self) -> bool:
-        """Whether the loss fell by no more than its standard error from one stretch to the next."""
-        size = self._stretch
-        if self.step % size or len(self.losses) < 2 * size + WARM_UP:
-            return False
-        if self._weight(self.step) != 1 or self.rows.visits < FEWEST_VISITS:
-            return False
-        before, after = torch.tensor(self.losses[-2 * size :], dtype=torch.float64).split(size)
-        error = ((before.var() + after.var()) / size).sqrt()
-        return bool(before.mean() - after.mean() < error)
+        schedule = self.schedule
+        covers = step >= schedule.falls_at and not self.batches.change
+        return schedule.rate(step), schedule.weight(step), float(covers), self.clip_norm
 
     def _average_in(self, done: int, params: Mapping[str, Tensor]) -> None:
         """Takes the parameters after so many steps into the averages, if these are the last."""
-        taken = done - (self.end - int(AVERAGED * self.end))
+        end = self.schedule.end
+        taken = done - (end - int(AVERAGED * end))
         if taken <= 0:
             return
         for name, param in params.items():
@@ -510,33 +390,6 @@ class Run:
     def _average(self) -> None:
         for name, average in self.averages.items():
             self.params[name].copy_(average)
-
-    @torch.no_grad()
-    def _see_to_tails(self) -> None:
-        """Makes the guide's tails a shade heavier if weights have heavy ones, and it costs little.
-
-        Training hardly sees the tails, and importance weights are about nothing else.
-        """
-        if not isinstance(self.loss, LatentLoss) or self.batches.change:
-            return
-        joint = self.loss.joint
-        if joint.subsampled or not joint.at_once or joint.num_at_once < NUM_TAIL / 100:
-            return
-        weights = self.loss.log_weights(*self.batches.next(), NUM_TAIL)
-        if pareto_k(weights) < GOOD_K:
-            return
-        log_tail = self.loss.log_tail
-        before = log_tail.clone()
-        state = torch.get_rng_state()
-        for more in TAILS:
-            torch.set_rng_state(state)
-            log_tail.copy_(before + more)
-            wider = self.loss.log_weights(*self.batches.next(), NUM_TAIL)
-            if weights.mean() - wider.mean() > TAIL_COST:
-                break
-            if pareto_k(wider) < GOOD_K:
-                return
-        log_tail.copy_(before)
 
     def _show(self, bar: tqdm[Any]) -> None:
         bar.update(self.step - bar.n)
@@ -554,13 +407,14 @@ class Run:
 
     @property
     def _settings(self) -> dict[str, Any]:
+        schedule = self.schedule
         return {
-            "num_steps": self.num_steps,
+            "num_steps": schedule.num_steps,
             "num_particles": self.num_particles,
-            "lr": self.lr,
+            "lr": schedule.lr,
             "clip_norm": self.clip_norm,
-            "early_stop": self.early_stop,
-            "annealing": "a function" if callable(self.annealing) else self.annealing,
+            "early_stop": schedule.early_stop,
+            "annealing": "a function" if callable(schedule.annealing) else schedule.annealing,
             "loss": [type(self.elbo).__name__, getattr(self.elbo, "num_particles", None)],
             "simulate": self.batches.simulate,
         }
@@ -573,6 +427,8 @@ class Run:
         }
         assert self.checkpoint is not None
         self.steps.stop()
+        schedule = self.schedule
+        progress = self.step, schedule.end, schedule.falls_at, self.skipped, self.skipped_in_a_row
         state = {
             **modules,
             "settings": self._settings,
@@ -583,7 +439,7 @@ class Run:
             "losses": torch.tensor(self.losses, dtype=torch.float64),
             "health": self.loss.health.item(),
             "backend": self.backend,
-            "progress": [self.step, self.end, self.falls_at, self.skipped, self.skipped_in_a_row],
+            "progress": list(progress),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
             "batches": self.batches.state(),
@@ -620,7 +476,8 @@ class Run:
         self.rows.restore(saved["rows"])
         self.averages = {n: v.to(self.params[n]) for n, v in saved["averages"].items()}
         self.losses = saved["losses"].tolist()
-        self.step, self.end, self.falls_at, self.skipped, self.skipped_in_a_row = saved["progress"]
+        self.step, end, falls_at, self.skipped, self.skipped_in_a_row = saved["progress"]
+        self.schedule.end, self.schedule.falls_at = end, falls_at
         self.loss.health = self.loss.health.new_tensor(saved["health"])
         self.backend_before = saved["backend"]
         self.batches.restore(saved["batches"])

@@ -11,7 +11,7 @@ from pyro.infer.autoguide import AutoNormal
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyro_iaf import AutoIAF, CompiledTrace_ELBO, backends, fit, steps, training
+from pyro_iaf import AutoIAF, CompiledTrace_ELBO, backends, fit, recordings, steps, training
 
 needs_compiler = pytest.mark.skipif(
     not backends.has_compiler(torch.device("cpu")), reason="there is no C++ compiler"
@@ -227,10 +227,9 @@ def test_parameters_of_a_model_are_trained_too():
 
 def test_auto_compiles_what_repays_it(monkeypatch):
     assert run("plates", compile="auto")[0].backend == "eager"  # forty steps don't
-    monkeypatch.setattr(training, "FEWEST_STEPS", 10)
-    monkeypatch.setattr(training, "has_compiler", lambda _: False)
+    monkeypatch.setattr(recordings, "FEWEST_STEPS", 10)
+    monkeypatch.setattr(recordings, "has_compiler", lambda _: False)
     assert run("plates", compile="auto")[0].backend == "graph"
-    assert training.Run._best_backend.__doc__
 
 
 def test_auto_does_not_replay_what_is_slower_replayed(monkeypatch):
@@ -238,21 +237,15 @@ def test_auto_does_not_replay_what_is_slower_replayed(monkeypatch):
         z = pyro.sample("z", dist.Normal(torch.zeros(70), 1.0).to_event(1))
         pyro.sample("y", dist.Normal(z.sum(-1), 1.0), obs=torch.tensor(1.0))
 
-    monkeypatch.setattr(training, "FEWEST_STEPS", 10)
-    monkeypatch.setattr(training, "has_compiler", lambda _: False)
+    monkeypatch.setattr(recordings, "FEWEST_STEPS", 10)
+    monkeypatch.setattr(recordings, "has_compiler", lambda _: False)
     assert run(many, compile="auto")[0].backend == "eager"
 
 
 @pytest.mark.parametrize("num_operations", [100, 600, 5000])
 def test_long_runs_are_compiled_and_short_ones_replayed(num_operations):
-    class Run:
-        step, num_steps = 0, 500
-
-    best = training.Run._best_backend
-    assert best(Run, num_operations, "inductor") == "graph"
-    Run.num_steps = 50_000
-    assert best(Run, num_operations, "inductor") == "inductor"
-    assert best(Run, num_operations, "graph") == "graph"
+    assert recordings.backend_for(500, num_operations) == "graph"
+    assert recordings.backend_for(50_000, num_operations) == "inductor"
 
 
 def branching():
@@ -267,7 +260,7 @@ def test_what_cant_be_compiled_is_refused_or_done_without(monkeypatch):
         run(branching, compile=True)
     with pytest.raises(ValueError, match=r"TraceMeanField_ELBO can't be compiled"):
         run("plates", kind=AutoNormal, loss=TraceMeanField_ELBO(), compile="graph")
-    monkeypatch.setattr(training, "FEWEST_STEPS", 10)
+    monkeypatch.setattr(recordings, "FEWEST_STEPS", 10)
     with pytest.warns(UserWarning, match=r"steps uncompiled: .*if z.mean"):
         result, *_ = run(branching, compile="auto")
     assert result.backend == "eager"
@@ -288,7 +281,7 @@ def test_a_graph_that_is_wrong_is_not_used(monkeypatch):
 
 def test_the_bar_says_that_it_compiles(capsys, monkeypatch):
     monkeypatch.setattr(backends, "_compiled", lambda fn, *_: lambda tensors: fn(*tensors))
-    monkeypatch.setattr(training, "has_compiler", lambda _: True)
+    monkeypatch.setattr(recordings, "has_compiler", lambda _: True)
     run("plates", compile=True, progress=True)
     assert "compiling the step" in capsys.readouterr().err
 

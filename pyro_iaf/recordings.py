@@ -1,0 +1,160 @@
+"""When a run's steps are compiled, and by what.
+
+A recording costs seconds and saves some part of a millisecond a step: so it is made where the
+steps that are left repay it, for arguments of a kind that comes often, and given up where the
+model, or the guide, is of the sort that can't be recorded.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from .backends import has_compiler, warm_up
+from .calls import kind_of
+from .carry import MAX_WRITTEN_OUT
+from .elbo import MAX_BUILDS, MAX_GRAPHS
+from .graphs import Refused
+from .losses import LatentLoss
+from .steps import Built, CompiledSteps
+
+__all__ = ["Recordings"]
+
+# Runs of fewer steps are not worth a graph. For each of its operations a replay saves so many
+# seconds a step and a compiled graph twice that, which takes so many seconds to compile.
+FEWEST_STEPS, SAVED, COMPILING, COMPILING_EACH = 500, 2.5e-6, 3.0, 0.008
+
+# How often arguments of a further kind have to come to be worth compiling for.
+RARE = 20
+
+# More latents than this are not replayed.
+MAX_REPLAYED = 200
+
+
+class Recordings:
+    """Finds the compiled steps of a run, and has those built that are worth it.
+
+    Args:
+        steps: The steps.
+        compile: As for :func:`~pyro_iaf.fit`.
+        num_steps: Of the run.
+        backend_before: What took the last step before a checkpoint; ``""`` where there is none.
+        change: Whether arguments change from step to step.
+    """
+
+    def __init__(
+        self,
+        steps: CompiledSteps,
+        *,
+        compile: bool | str,  # noqa: A002
+        num_steps: int,
+        backend_before: str,
+        change: bool,
+    ) -> None:
+        self.steps, self.compile, self.num_steps = steps, compile, num_steps
+        self.change = change
+        device = next(iter(steps.params.values()), torch.zeros(())).device
+        replays = compile == "graph" or not has_compiler(device)
+        self.best = "graph" if replays else "inductor"
+        self.wanted = (self.best,) if compile != "auto" else ("inductor", "graph")
+        self.goes_on = backend_before in self.wanted  # in the same numbers
+        if self.goes_on:
+            self.best, self.wanted = backend_before, (backend_before,)
+        self.num_found, self.next_check = 0, 1
+        self.live: list[str] = []
+        self.kinds: Counter[Any] = Counter()
+        self.builds: Counter[Any] = Counter()
+        self.left_out: set[Any] = set()
+
+    def find(
+        self, step: int, args: tuple[Any, ...], kwargs: dict[str, Any], bar: tqdm[Any]
+    ) -> Built | None:
+        """The compiled step for these arguments, built if need be; None if there is to be none.
+
+        Raises:
+            Refused: If there is none, and ``compile`` asks for one.
+
+        Warns:
+            UserWarning: Once, if there is none and ``compile="auto"``.
+        """
+        if self.compile is False:
+            return None
+        try:
+            built = self.steps.find(args, kwargs, self.wanted)
+            if built is None:
+                return self._build(step, args, kwargs, bar)
+            self.num_found += 1
+            # What nobody can watch is looked at the first time, and ever more rarely.
+            if self.num_found == self.next_check:
+                self.next_check *= 4
+                self.steps.check(built, args, kwargs)
+            return built
+        except Refused as why:
+            if self.compile != "auto":
+                raise
+            self.compile = False
+            warnings.warn(f"fit takes its steps uncompiled: {why}", UserWarning, stacklevel=5)
+            return None
+
+    def is_for(self, built: Built, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a step takes these arguments too."""
+        return self.steps.find(args, kwargs, (built.wanted,)) is built
+
+    def _build(
+        self, step: int, args: tuple[Any, ...], kwargs: dict[str, Any], bar: tqdm[Any]
+    ) -> Built | None:
+        """Builds the step for arguments of this kind, if it comes often enough."""
+        if self.compile == "auto" and self.num_steps - step < FEWEST_STEPS:
+            return None
+        kind = kind_of(None, None, args, kwargs)
+        self.kinds[kind] += 1
+        # The last minibatch of a walk may be smaller, or each is of a kind of its own: not worth
+        # compiling for what comes rarely.
+        is_rare = self.kinds[kind] < (RARE if len(self.kinds) > 1 else 1 + self.change)
+        if is_rare or len(self.kinds) > MAX_GRAPHS or kind in self.left_out:
+            return None
+        self.builds[kind] += 1
+        if self.builds[kind] > MAX_BUILDS:
+            raise Refused(
+                "A number, a module or a parameter that the compiled step relies on keeps changing."
+            )
+        best = self.best
+        if best == "inductor" and self.compile != "auto":
+            warm_up()
+        graph, live = self.steps.record(args, kwargs)
+        self.live = self.live or live
+        if live != self.live:  # a graph has Adam's averages of one set of parameters
+            self.left_out.add(kind)
+            return None
+        if self.compile == "auto" and not self.goes_on:
+            if best == "inductor":
+                best = backend_for(self.num_steps - step, len(graph.module.graph.nodes))
+            if best == "graph" and self._is_slower_replayed:
+                self.compile = False
+                return None
+        if best == "inductor":
+            bar.set_postfix_str("compiling the step, once")
+        return self.steps.build(args, kwargs, graph, live, best)
+
+    @property
+    def _is_slower_replayed(self) -> bool:
+        """Whether flows are so wide that a replay, which writes Adam out, is slower than code."""
+        loss = self.steps.loss
+        most = MAX_REPLAYED if has_compiler(torch.device("cpu")) else MAX_WRITTEN_OUT
+        return isinstance(loss, LatentLoss) and loss.guide.latent_dim > most
+
+
+def backend_for(num_steps: int, num_operations: int) -> str:
+    """What so many steps of a graph of so many operations repay.
+
+    Example:
+        >>> backend_for(500, 1000), backend_for(50_000, 1000)
+        ('graph', 'inductor')
+    """
+    saved = SAVED * num_operations * num_steps
+    cost = COMPILING + COMPILING_EACH * num_operations
+    return "inductor" if 2 * saved - cost > saved else "graph"

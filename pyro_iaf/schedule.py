@@ -1,0 +1,86 @@
+r"""How fast a training run goes, step by step, and until when.
+
+.. math::
+    \eta_t = \eta \, \min\bigl(1, \tfrac{t + 1}{t_0}\bigr) \cdot \begin{cases}
+    1 & t < t_1 \\
+    \epsilon + (1 - \epsilon) \tfrac{1}{2} \bigl(1 + \cos \pi \tfrac{t - t_1}{T - t_1}\bigr)
+    & t \ge t_1 \end{cases}
+
+The rate rises over :math:`t_0` steps and falls from :math:`t_1` on, where the ELBO has settled, or
+late enough to be down at the end :math:`T`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+
+__all__ = ["Schedule"]
+
+# The rate rises over the first steps, and falls over this share of all, to this part of itself.
+WARM_UP, FALL, FLOOR = 100, 0.6, 0.01
+
+
+class Schedule:
+    """The rates of a run's steps, the weights of the KL divergence, and the end.
+
+    Args:
+        num_steps: How many steps there are at most.
+        lr: The largest rate.
+        annealing: Over how many steps the weight of the KL divergence rises to 1, or a function
+            from steps to weights.
+        early_stop: Whether the run may end before, once the ELBO has settled.
+    """
+
+    def __init__(
+        self,
+        num_steps: int,
+        lr: float,
+        annealing: int | Callable[[int], float] | None,
+        early_stop: bool,
+    ) -> None:
+        self.num_steps, self.lr = num_steps, lr
+        self.annealing, self.early_stop = annealing, early_stop
+        self.end = num_steps
+        self.falls_at = math.ceil((1 - FALL) * num_steps)
+
+    def rate(self, step: int) -> float:
+        """The rate at a step."""
+        rise = self.lr * min(1.0, (step + 1) / min(WARM_UP, max(1, self.num_steps // 10)))
+        if step < self.falls_at:
+            return rise
+        fallen = (step - self.falls_at) / max(1, self.end - self.falls_at)
+        return rise * (FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * fallen)) / 2)
+
+    def weight(self, step: int) -> float:
+        """The weight of the KL divergence at a step."""
+        if self.annealing is None:
+            return 1.0
+        if callable(self.annealing):
+            return float(self.annealing(step))
+        return min(1.0, (step + 1) / self.annealing)
+
+    @property
+    def stretch(self) -> int:
+        """How many steps are compared with as many before them, to see whether they gain."""
+        return max(100, self.num_steps // 10)
+
+    def settle(self, step: int, losses: Sequence[float]) -> None:
+        """Lets the rate fall from a step on, if it may and the ELBO has settled by then.
+
+        To be called after each stretch.
+        """
+        if self.early_stop and step < self.falls_at and self._has_settled(step, losses):
+            self.falls_at = step
+            self.end = min(self.num_steps, math.ceil(step / (1 - FALL)))
+
+    def _has_settled(self, step: int, losses: Sequence[float]) -> bool:
+        """Whether the loss fell by no more than its standard error from one stretch to the next."""
+        size = self.stretch
+        if len(losses) < 2 * size + WARM_UP or self.weight(step) != 1:
+            return False
+        before, after = torch.tensor(losses[-2 * size :], dtype=torch.float64).split(size)
+        error = ((before.var() + after.var()) / size).sqrt()
+        return bool(before.mean() - after.mean() < error)
