@@ -11,6 +11,7 @@ sys.path[:0] = [str(HERE), str(ROOT)]
 
 import inventories  # noqa: E402
 import measured  # noqa: E402
+from docutils import nodes  # noqa: E402
 
 import pyro_iaf  # noqa: E402
 
@@ -95,7 +96,19 @@ def copy_tutorials(app):
             copy.write_text(text)
 
 
+def name_pictures(app, doctree):
+    """Gives pictures that say nothing of themselves the names of their page and section."""
+    for picture in doctree.findall(nodes.image):
+        place, titles = picture.parent, []
+        while place is not None:
+            if isinstance(place, nodes.section):
+                titles.insert(0, place.next_node(nodes.title).astext())
+            place = place.parent
+        picture.setdefault("alt", ": ".join(titles))
+
+
 def setup(app):
     """Called by Sphinx."""
+    app.connect("doctree-read", name_pictures)
     app.connect("builder-inited", copy_tutorials)
     app.connect("missing-reference", inventories.describe, priority=400)  # before intersphinx

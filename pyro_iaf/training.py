@@ -26,8 +26,9 @@ from . import checkpoints
 from .batches import Batches
 from .faults import at_fault
 from .graphs import Refused
+from .grouped import row_gradients, tables_of
 from .guides import AutoIAF
-from .hierarchical import AutoHierarchicalIAF, row_gradients, tables_of
+from .hierarchical import AutoHierarchicalIAF
 from .joint import LogJoint, quietly
 from .losses import LatentLoss, Loss, TraceLoss
 from .networks import MaskedAutoregressiveNetwork
