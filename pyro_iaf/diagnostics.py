@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,7 +93,7 @@ class Diagnosis:
                 "  The model subsamples its data, so weights differ by that too. For the guide "
                 "alone, diagnose it on all data."
             )
-        return "\n".join(lines)
+        return "\n".join(textwrap.fill(x, 88, subsequent_indent="    ") for x in lines)
 
     def _verdict(self) -> str:
         if self.is_point:

@@ -103,9 +103,9 @@ for site, values in found.items():
     off = (values.mean(0) - truth[site].mean(0)) / truth[site].std(0)
     spread = values.std(0) / truth[site].std(0)
     print(
-        f"{site:10} error of a mean: {off.abs().median():.2f} sd in the middle, "
-        f"{off.abs().quantile(0.95):.2f} in one of twenty; spreads {spread.quantile(0.05):.2f} "
-        f"to {spread.quantile(0.95):.2f} of the exact ones"
+        f"{site:10} error of a mean {off.abs().median():.2f} sd, in one of twenty "
+        f"{off.abs().quantile(0.95):.2f}; spreads {spread.quantile(0.05):.2f} "
+        f"to {spread.quantile(0.95):.2f} of the exact"
     )
 
 # %% [markdown]

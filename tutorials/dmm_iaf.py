@@ -412,7 +412,7 @@ if not args.smoke:
 # %% [markdown]
 # ## Where it bends
 #
-# Two tenths of a nat are what flows give after so short a run, at twice the time of a step; after
+# Some 0.15 to 0.2 nats are what flows give after so short a run, at twice the time of a step; after
 # Pyro's long run it was a few hundredths, so a good part of it is speed. With some 200 chorales
 # longer training also learns them by heart in the end: look at the bound of the test chorales, not
 # at the curves above. And the chords come one after the other, in the guide as in the model, so a
