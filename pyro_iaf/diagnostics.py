@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -93,7 +92,7 @@ class Diagnosis:
                 "  The model subsamples its data, so weights differ by that too. For the guide "
                 "alone, diagnose it on all data."
             )
-        return "\n".join(textwrap.fill(x, 88, subsequent_indent="    ") for x in lines)
+        return "\n".join(lines)
 
     def _verdict(self) -> str:
         if self.is_point:
@@ -104,12 +103,12 @@ class Diagnosis:
             return "Good: the guide is close to the posterior."
         if self.khat < self.threshold:
             return (
-                "Usable: the guide misses something of the posterior. Prefer "
-                "sample_posterior(..., resample=True) to plain draws."
+                "Usable: the guide misses something of the posterior; take "
+                "sample_posterior(..., resample=True)."
             )
         return (
-            "Not to be trusted: the guide misses parts of the posterior, and weighting can't make "
-            "up for it. Train longer, take more flows or wider ones, or reparameterise the model."
+            "Not to be trusted: the guide misses too much. Train longer, with more flows or wider "
+            "ones, or reparameterise."
         )
 
 
