@@ -281,12 +281,13 @@ class FlowGuide(AutoGuide):
         """Draws chosen by their importance weights from four times as many."""
         particles = Particles(self.model, self, args, kwargs)
         log_weights, sites = particles.weighted(max(4 * num_samples, 1000))
-        if (khat := pareto_k(log_weights)) > 0.7:
+        if pareto_k(log_weights) > 0.7:
             warnings.warn(
-                f"The guide's importance weights have k-hat {khat:.2f}: above 0.7, resampled draws "
-                "are no draws from the posterior. Train the guide further, or make it wider.",
+                "The guide's importance weights have a k-hat above 0.7: resampled draws are no "
+                "draws from the posterior. Train the guide further, or make it wider; diagnose "
+                "says how far off it is.",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
         index = resampled(log_weights, num_samples)
         return {name: draws[index] for name, draws in sites.items()}

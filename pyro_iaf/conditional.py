@@ -86,6 +86,8 @@ class ConditionalInverseAutoregressiveFlow(OnNetwork, ConditionalTransformModule
         check_context(context, getattr(self.network, "context_dim", None))
         return _ConditionedFlow(self, context)
 
+    compile = Flow.compile
+
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         raise _missing_context()
 
@@ -125,6 +127,8 @@ class ConditionalInverseAutoregressiveFlowStack(ConditionalTransformModule):
     def condition(self, context: Tensor) -> InverseAutoregressiveFlowStack:
         """The stack at this context, with the same parameters."""
         return InverseAutoregressiveFlowStack([part.condition(context) for part in self.parts])
+
+    compile = Flow.compile
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         raise _missing_context()

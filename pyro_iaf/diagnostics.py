@@ -22,14 +22,18 @@ __all__ = ["Diagnosis", "diagnose", "to_arviz"]
 
 GOOD, USABLE = 0.5, 0.7
 
+# How far weighting may move a good guide: its means in standard deviations, its spreads in shares.
+STILL = 0.15
+
 
 @dataclass
 class Diagnosis:
     """How good a guide is; ``print(diagnosis)`` says it in words.
 
     Attributes:
-        khat: Shape of the tail of the importance weights. Below 0.5 the guide is good, up to 0.7
-            usable with resampled draws, beyond it isn't to be trusted.
+        khat: Shape of the tail of the importance weights. Below 0.5 weights can be relied on, and
+            the guide is good where they move little; up to 0.7 it is usable with resampled draws,
+            beyond it isn't to be trusted.
         elbo: The ELBO in nats.
         elbo_se: Its standard error.
         iw_elbo: Logarithm of the mean weight: the evidence from below, and nearer than the ELBO.
@@ -99,7 +103,8 @@ class Diagnosis:
             return "No verdict: the guide is a point, and weights say nothing of the rest."
         if not math.isfinite(self.khat):
             return "No verdict: too few draws have a finite weight."
-        if self.khat < min(GOOD, self.threshold):
+        is_still = all(_severity(move) < STILL for move in self.sites.values())
+        if self.khat < min(GOOD, self.threshold) and is_still:
             return "Good: the guide is close to the posterior."
         if self.khat < self.threshold:
             return (

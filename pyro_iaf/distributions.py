@@ -28,6 +28,7 @@ from torch.distributions import (
     Normal,
 )
 from torch.distributions.utils import broadcast_all
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.types import _size
 
 __all__ = ["DiagonalNormal"]
@@ -98,15 +99,12 @@ class DiagonalNormal(TorchDistribution):
         if not isinstance(own_scale, Tensor) or own_scale.shape[-1:] != loc.shape[-1:]:
             own_scale = scale
         self.loc, self.scale, self._own_scale = loc, scale, own_scale.to(scale.dtype)
-        # A check of its own, at half the price of the general one; no full graph can hold either.
-        validate = self._validate_args if validate_args is None else validate_args
-        if validate and not torch.compiler.is_compiling():
-            _check_values(loc, self._own_scale)
-        super().__init__(loc.shape[:-1], loc.shape[-1:], validate_args=False)
-        if validate_args is None:
-            del self._validate_args  # Pyro's setting counts, whenever it is asked for
-        else:
+        # All that Distribution.__init__ does, but with a check at half the price of its own.
+        self._batch_shape, self._event_shape = loc.shape[:-1], loc.shape[-1:]
+        if validate_args is not None:  # else Pyro's setting counts, whenever it is asked for
             self._validate_args = validate_args
+        if self._validate_args and not _is_traced():
+            _check_values(loc, self._own_scale)
 
     def expand(self, batch_shape: _size, _instance: DiagonalNormal | None = None) -> DiagonalNormal:
         new: DiagonalNormal = self._get_checked_instance(DiagonalNormal, _instance)
@@ -134,7 +132,7 @@ class DiagonalNormal(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density at ``value``, in nats, one number per vector."""
-        if self._validate_args and not torch.compiler.is_compiling():
+        if self._validate_args and not _is_traced():
             self._validate_sample(value)
         z = (value - self.loc) / self.scale
         exponent = torch.add(self._log_scale_sum(), z.square().sum(-1), alpha=0.5)
@@ -189,6 +187,11 @@ def _as_floats(loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
             f"{loc.dtype} and {scale.dtype}. Convert one of them with .float()."
         )
     return loc.to(dtype), scale.to(dtype)
+
+
+def _is_traced() -> bool:
+    """Whether there are no values to look at, as no graph can hold a check of them."""
+    return torch.compiler.is_compiling() or get_proxy_mode() is not None
 
 
 def _check_values(loc: Tensor, scale: Tensor) -> None:

@@ -367,7 +367,7 @@ class CompiledTrace_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
         if not agree([loss, *gradients], expected):
             raise _changes(
                 f"under one seed its loss is {expected[0].item():.6g}, and that of a graph of it "
-                f"{loss.item():.6g}"
+                f"{loss.item():.6g}; or else their gradients differ"
             )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -482,7 +482,7 @@ def recordable_loss(
 
 
 def leaves_of(loss: Tensor) -> list[Tensor]:
-    """The tensors whose gradient a backward pass would fill."""
+    """The tensors whose gradient a backward pass would fill, and somebody could read."""
     found: dict[int, Tensor] = {}
     seen, queue = set(), [loss.grad_fn]
     while queue:
@@ -490,7 +490,7 @@ def leaves_of(loss: Tensor) -> list[Tensor]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if hasattr(node, "variable"):
+        if hasattr(node, "variable") and not hasattr(node.variable, "is_passing"):
             found[id(node.variable)] = node.variable
         queue += [source for source, _ in node.next_functions]
     return list(found.values())

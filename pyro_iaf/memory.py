@@ -243,7 +243,7 @@ def _watch(sources: Sequence[object]) -> Watched | None:
             if "_pyro_samples" in state and (state["_pyro_samples"] or state["_pyro_params"]):
                 return None  # Pyro sets these anew, past every version
             objects.append(source)
-            settings.append(state["training"])
+            settings.append(source.training)
             if parameters := state["_parameters"]:
                 tensors += parameters.values()
             if buffers := state["_buffers"]:

@@ -84,6 +84,16 @@ class Flow(TransformModule):
     def with_cache(self, cache_size: int = 1) -> Flow:
         return self  # every pass is remembered as it is
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compiles the networks by :func:`torch.compile`, with its arguments; in place.
+
+        The flow stays a transform of the same parameters: its draws are made by compiled passes,
+        and scored as before.
+        """
+        for module in list(self.modules()):
+            if isinstance(module, OnNetwork):
+                module.network.compile(*args, **kwargs)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_inverse_flow": None}
 
@@ -213,6 +223,8 @@ class SinglePass(Flow):
 
 class OnNetwork:
     """What a flow and its conditional twin share: a network, and how it is read."""
+
+    network: Any
 
     def _adopt(self, network: Callable[..., Any], gated: bool, gate_bias: float) -> None:
         self.network = network
@@ -408,7 +420,7 @@ class InverseAutoregressiveFlowStack(Flow):
             remembered = remembered and known
         if not remembered and runs_eagerly():
             with torch.no_grad():
-                check_round_trip(self(x.detach()), y)
+                check_round_trip(self, self(x.detach()), y)
         return x
 
     def _noise_and_log_det(self, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -85,6 +85,16 @@ def test_between_them_a_guide_is_usable():
     assert "resample=True" in str(found)
 
 
+@pytest.mark.parametrize(("loc", "scale"), [(1.5, 1.2), (3.0, 1.5)])
+def test_a_guide_that_is_off_is_not_good_however_light_its_tails(loc, scale):
+    def model():
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    found = diagnose(model, lambda: pyro.sample("z", dist.Normal(loc, scale)))
+    assert found.khat < 0.5
+    assert str(found).startswith("Usable: ")
+
+
 def test_estimates_lie_within_their_standard_errors():
     # KL(guide, posterior), in closed form
     ratio = 1.2
@@ -184,7 +194,7 @@ def test_resampled_draws_of_a_guide_are_nearer_to_the_posterior():
 
 def test_resampling_warns_where_it_cannot_repair():
     guide = AutoIAF(one_latent, init_scale=0.05)
-    with pytest.warns(UserWarning, match="above 0.7, resampled draws"):
+    with pytest.warns(UserWarning, match="above 0.7: resampled draws"):
         assert guide.sample_posterior(100, resample=True)["z"].shape == (100,)
 
 

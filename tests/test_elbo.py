@@ -15,7 +15,13 @@ from pyro.optim import Adam, ClippedAdam
 from torch import nn
 from torch.testing import assert_close
 
-from pyro_iaf import AutoIAF, CompiledTrace_ELBO, backends
+from pyro_iaf import (
+    AutoIAF,
+    CompiledTrace_ELBO,
+    DiagonalNormal,
+    backends,
+    inverse_autoregressive_flow,
+)
 from pyro_iaf.elbo import MAX_GRAPHS
 
 needs_compiler = pytest.mark.skipif(
@@ -565,3 +571,21 @@ def test_gradients_of_several_calls_add_up(num_particles):
             (elbo(x) + elbo(2 * x)).backward()
         found.append([p.grad.clone() for p in guide.parameters()])
     assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("elbo", [graph, pytest.param(CompiledTrace_ELBO, marks=needs_compiler)])
+def test_a_loss_may_invert_a_flow(elbo):
+    prior = inverse_autoregressive_flow(3, [8], num_flows=2)
+    base = DiagonalNormal(torch.zeros(3), torch.ones(3))
+
+    def model():
+        pyro.module("prior", prior)
+        z = pyro.sample("z", dist.TransformedDistribution(base, [prior]))
+        pyro.sample("y", dist.Normal(z.sum(-1), 1.0), obs=torch.tensor(1.0))
+
+    def guide():
+        loc = pyro.param("loc", torch.zeros(3))
+        pyro.sample("z", DiagonalNormal(loc, torch.ones(3)))
+
+    guide()
+    assert_same(*both(model, guide, elbo=elbo))

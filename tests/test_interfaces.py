@@ -12,6 +12,7 @@ import torch
 from pyro.infer import SVI, Trace_ELBO
 from pyro.nn import AutoRegressiveNN
 from pyro.optim import Adam
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 
 from pyro_iaf import (
@@ -20,11 +21,13 @@ from pyro_iaf import (
     DiagonalNormal,
     InverseAutoregressiveFlow,
     InverseAutoregressiveFlowStack,
+    MaskedAutoregressiveNetwork,
     TraceSTL_ELBO,
     conditional_inverse_autoregressive_flow,
     fit,
     inverse_autoregressive_flow,
 )
+from pyro_iaf.backends import has_compiler
 
 
 def model(y=None):
@@ -99,31 +102,60 @@ def test_guides_move_by_to(kind, when):
     assert guide.sample_posterior(4)["e"].dtype == torch.float32
 
 
-def test_a_flow_in_a_guide_by_hand_can_be_compiled():
-    flow = inverse_autoregressive_flow(3, [8], num_flows=2)
-    compiled = torch.compile(flow, backend="aot_eager")
+HAND_MADE = {
+    "one flow": lambda: inverse_autoregressive_flow(3, [8]),
+    "stack": lambda: inverse_autoregressive_flow(3, [8], num_flows=2),
+    "gated": lambda: inverse_autoregressive_flow(3, [8], gated=True),
+    "inverse": lambda: inverse_autoregressive_flow(3, [8]).inv,
+    "conditional": lambda: conditional_inverse_autoregressive_flow(3, 2, [8]),
+    "conditional stack": lambda: conditional_inverse_autoregressive_flow(3, 2, [8], num_flows=2),
+}
+
+
+def loss_and_gradients(flow):
     base = DiagonalNormal(torch.zeros(3), torch.ones(3))
 
     def simple():
         pyro.sample("w", dist.Normal(torch.ones(3), 1.0).to_event(1))
 
-    def guide_of(transform):
-        def guide():
-            pyro.module("flow", flow)
-            x = base.rsample()
-            y = transform(x)
-            log_density = base.log_prob(x) - flow.log_abs_det_jacobian(x, y)
-            pyro.sample("w", dist.Delta(y, log_density=log_density, event_dim=1))
+    def guide():
+        pyro.module("flow", flow)
+        is_conditional = hasattr(flow, "condition")
+        transform = flow.condition(torch.ones(2)) if is_conditional else flow
+        pyro.sample("w", dist.TransformedDistribution(base, [transform]))
 
-        return guide
+    flow.zero_grad()
+    pyro.set_rng_seed(0)
+    loss = Trace_ELBO().loss_and_grads(simple, guide)
+    return [torch.tensor(loss), *(p.grad.clone() for p in flow.parameters())]
 
-    found = []
-    for transform in (flow, compiled):
-        flow.zero_grad()
-        pyro.set_rng_seed(0)
-        loss = Trace_ELBO().loss_and_grads(simple, guide_of(transform))
-        found.append([torch.tensor(loss), *(p.grad.clone() for p in flow.parameters())])
-    assert_close(found[0], found[1])
+
+@pytest.mark.parametrize("make", HAND_MADE.values(), ids=HAND_MADE)
+def test_a_flow_in_a_guide_by_hand_can_be_compiled(make):
+    flow = make()
+    expected = loss_and_gradients(flow)
+    frames = CompileCounterWithBackend("aot_eager")
+    flow.compile(backend=frames)
+    assert_close(loss_and_gradients(flow), expected)
+    assert frames.frame_count > 0
+
+
+@pytest.mark.skipif(not has_compiler(torch.device("cpu")), reason="there is no C++ compiler")
+def test_a_flow_can_be_compiled_by_inductor():
+    flow = HAND_MADE["stack"]()
+    expected = loss_and_gradients(flow)
+    flow.compile()
+    assert_close(loss_and_gradients(flow), expected)
+
+
+def test_a_network_may_have_been_compiled_before():
+    torch.manual_seed(1)
+    network = MaskedAutoregressiveNetwork(3, [8])
+    plain = InverseAutoregressiveFlow(network)
+    compiled = InverseAutoregressiveFlow(torch.compile(network, backend="aot_eager"))
+    assert_close(loss_and_gradients(compiled), loss_and_gradients(plain))
+    y = torch.randn(5, 3)
+    assert_close(compiled.inv(y), plain.inv(y))
 
 
 def test_zuko_flows_work_beside_ours():
@@ -159,3 +191,33 @@ def test_nothing_is_warned_of_at_every_step(kind):
     counts = collections.Counter(str(w.message) for w in caught if "pyro_iaf" in w.filename)
     assert counts
     assert max(counts.values()) <= 2  # once for each guide
+
+
+def test_an_inverse_is_warned_of_once_for_each_flow():
+    steep = inverse_autoregressive_flow(30)
+    with torch.no_grad():
+        for p in steep.parameters():
+            p.mul_(100.0)
+    y = 10 * torch.randn(5, 30)
+    with pytest.warns(RuntimeWarning, match="ill-conditioned"):
+        steep.inv(y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(4):
+            steep.inv(y)
+
+
+def test_resampling_is_warned_of_in_the_same_words_at_the_users_line():
+    def ridge():
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(w.sum(-1), 0.01), obs=torch.tensor(1.0))
+
+    guide = AutoIAF(ridge, start="init")
+    fit(ridge, guide, num_steps=3, progress=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            guide.sample_posterior(500, resample=True)
+    assert len(caught) == 3
+    assert len({str(w.message) for w in caught}) == 1  # Python shows such ones once
+    assert {w.filename for w in caught} == {__file__}
