@@ -1,5 +1,6 @@
 """How the site is built: ``make docs``, or ``make docs SMOKE=1`` with the tutorials cut short."""
 
+import hashlib
 import importlib.util
 import os
 import pathlib
@@ -14,6 +15,13 @@ import measured  # noqa: E402
 from docutils import nodes  # noqa: E402
 
 import pyro_iaf  # noqa: E402
+
+
+def package_hash():
+    """Of all code of the package."""
+    code = b"".join(path.read_bytes() for path in sorted((ROOT / "pyro_iaf").glob("*.py")))
+    return hashlib.sha256(code).hexdigest()[:16]
+
 
 project = "pyro_iaf"
 version = release = pyro_iaf.__version__
@@ -58,9 +66,10 @@ napoleon_use_ivar = True
 # What Pyro and PyTorch describe.
 intersphinx_mapping = inventories.mapping(HERE / "_build" / "inventories")
 
-# Tutorials and the code on pages run when they have changed; what fails, fails the build.
+# Tutorials and the code on pages run when they or the package have changed; what fails, fails the
+# build.
 nb_execution_mode = "cache"
-nb_execution_cache_path = str(HERE / "_build" / "cache")
+nb_execution_cache_path = str(HERE / "_build" / "cache" / package_hash())
 nb_execution_in_temp = True
 nb_execution_raise_on_error = True
 nb_execution_show_tb = True
@@ -70,9 +79,7 @@ nb_merge_streams = True
 nb_custom_formats = {".py": ["jupytext.reads", {"fmt": "py:percent"}]}
 os.environ["TQDM_DISABLE"] = "1"
 
-# Another version of the package is another text, with which all tutorials run anew.
 FIRST_CELL = """# %% tags=["remove-cell"]
-# pyro_iaf {}
 import sys
 
 sys.argv = {}
@@ -91,7 +98,7 @@ def copy_tutorials(app):
             copy.unlink()
     for copy, path in wanted.items():
         arguments = [path.name, *(["--smoke"] if os.environ.get("SMOKE") else [])]
-        text = FIRST_CELL.format(version, arguments) + pictures + "\n" + path.read_text()
+        text = FIRST_CELL.format(arguments) + pictures + "\n" + path.read_text()
         if not copy.exists() or copy.read_text() != text:  # else its page is as it was
             copy.write_text(text)
 

@@ -23,8 +23,9 @@ from .conditional import (
     ConditionalInverseAutoregressiveFlowStack,
     conditional_inverse_autoregressive_flow,
 )
+from .groups import full_size
 from .initialization import Start, or_draw
-from .networks import check_size, check_widths, in_one_line
+from .networks import MaskedAutoregressiveNetwork, check_size, check_widths, in_one_line
 from .sites import each_tensor, without_graph
 from .transforms import InverseAutoregressiveFlowStack, inverse_autoregressive_flow
 from .weights import Particles, pareto_k, resampled
@@ -45,6 +46,9 @@ Transform = InverseAutoregressiveFlowStack | ConditionalInverseAutoregressiveFlo
 
 # More latents than this have a scale for each by default, and not a matrix.
 MAX_DENSE = 400
+
+# Of a guide's repr.
+MOST_LINES = 12
 
 
 class FlowGuide(AutoGuide):
@@ -92,19 +96,30 @@ class FlowGuide(AutoGuide):
 
     def __repr__(self) -> str:
         words = [f"num_flows={self.num_flows}"]
-        if self.hidden_dims is not None:
-            words.append(f"hidden_dims={self.hidden_dims}")
+        networks = [m for m in self.modules() if isinstance(m, MaskedAutoregressiveNetwork)]
+        widths = {tuple(network.hidden_dims) for network in networks}
+        if self.hidden_dims is not None or len(widths) == 1:
+            words.append(f"hidden_dims={self.hidden_dims or list(*widths)}")
         if self.gated:
             words.append("gated=True")
+        if self._encoder is not None:
+            words.append(
+                f"encoder={getattr(self._encoder, '__name__', type(self._encoder).__name__)}"
+            )
         if self.prototype_trace is None:
             return f"{type(self).__name__}({', '.join(words)}; built at its first call)"
         if hasattr(self, "latent_dim"):
             words.insert(0, f"latent_dim={self.latent_dim}")
         lines = [in_one_line(self, *words)]
         for name, site in self._latent_sites().items():
+            shape = list(site["value"].shape)
+            for frame in site["cond_indep_stack"]:
+                shape[frame.dim - site["fn"].event_dim] = full_size(frame)
             plates = ", ".join(repr(frame.name) for frame in site["cond_indep_stack"])
             where = f" in plate {plates}" if plates else ""
-            lines.append(f"  {name}: {tuple(site['value'].shape)}{where}")
+            lines.append(f"  {name}: {tuple(shape)}{where}")
+        if len(lines) > MOST_LINES:
+            lines[MOST_LINES - 1 :] = [f"  and {len(lines) - MOST_LINES + 1} sites more"]
         return "\n".join(lines)
 
     # Building

@@ -295,9 +295,9 @@ class MaskedAutoregressiveNetwork(nn.Module):
 
 
 def in_one_line(module: nn.Module, *words: str) -> str:
-    """A module's name, these words, and how many parameters it has."""
+    """A module's public name, these words, and how many parameters it has."""
     count = sum(param.numel() for param in module.parameters())
-    name = type(module).__name__.lstrip("_")
+    name = next(kind.__name__ for kind in type(module).__mro__ if kind.__name__[0] != "_")
     return f"{name}({', '.join(words)}; {count:,} parameters)"
 
 

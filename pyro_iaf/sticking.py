@@ -226,7 +226,10 @@ class _Cut(Messenger):
         kind = name, type(fn)
         if kind in self.reasons:
             return self.reasons[kind]
-        reason = "its support has parameters" if support_moves(fn, leaf) else ""
+        try:
+            reason = "its support has parameters" if support_moves(fn, leaf) else ""
+        except NotImplementedError:
+            reason = "its support is unknown"
         if not reason:
             try:
                 again = fn.score_parts(leaf).log_prob

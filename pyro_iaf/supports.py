@@ -20,7 +20,7 @@ __all__ = ["bare", "support_moves"]
 
 
 def support_moves(fn: Any, like: Tensor) -> bool:
-    """Whether a gradient reaches the ends of a support, or whether nobody can tell.
+    """Whether a gradient reaches the ends of a support.
 
     Args:
         fn: A distribution.
@@ -29,10 +29,7 @@ def support_moves(fn: Any, like: Tensor) -> bool:
     fn = bare(fn)
     if type(fn).support is TransformedDistribution.support:  # which doesn't say
         return support_moves(fn.base_dist, like) or _image_moves(fn, like)
-    try:
-        return any(tensor.requires_grad for tensor in tensors_in(fn.support))
-    except NotImplementedError:
-        return True
+    return any(tensor.requires_grad for tensor in tensors_in(fn.support))
 
 
 def bare(fn: Any) -> Any:

@@ -12,7 +12,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ class FitResult:
         ELBO -2.50 ± 0 nats after 100 steps; 1.0 s
     """
 
-    losses: Tensor
+    losses: Tensor = field(repr=False)
     num_steps: int
     stopped: bool
     skipped: int

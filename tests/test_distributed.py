@@ -100,5 +100,12 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
 
 def test_lightning_finds_the_posterior_by_two_processes(tmp_path):
     pytest.importorskip("pytorch_lightning", reason="it takes pip install '.[lightning]'")
-    tutorial = [TUTORIALS / "lightning.py", "--processes", 2, *SIZE, "--output", tmp_path]
+    tutorial = [
+        TUTORIALS / "distributed_lightning.py",
+        "--processes",
+        2,
+        *SIZE,
+        "--output",
+        tmp_path,
+    ]
     assert "2 processes took 1000 steps" in run(sys.executable, *tutorial)

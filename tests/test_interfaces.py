@@ -90,6 +90,34 @@ def test_guides_say_what_they_are_before_and_after_their_first_call(kind):
     assert repr(pickle.loads(pickle.dumps(guide))) == repr(copy.deepcopy(guide)) == repr(guide)
 
 
+def test_guides_say_what_a_reader_would_ask_next():
+    def subsampled(y):
+        with pyro.plate("rows", 100, subsample_size=10):
+            pyro.sample("e", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    def encode(y):
+        return y[:, None].expand(10, 4)
+
+    guide = AutoHierarchicalIAF(subsampled, encoder=encode)
+    guide.setup(torch.zeros(10))
+    first, site = repr(guide).splitlines()
+    assert "num_flows=2, hidden_dims=[64, 64], encoder=encode;" in first
+    assert site == "  e: (100, 2) in plate 'rows'"
+
+    def many():
+        for k in range(40):
+            pyro.sample(f"z{k}", dist.Normal(0.0, 1.0))
+
+    guide = AutoIAF(many)
+    guide.setup()
+    lines = repr(guide).splitlines()
+    assert len(lines) == 12
+    assert lines[-1] == "  and 30 sites more"
+    conditional = conditional_inverse_autoregressive_flow(3, 2)
+    assert repr(conditional.condition(torch.ones(2))).startswith("InverseAutoregressiveFlow(")
+    assert len(repr(fit(many, guide, num_steps=3, progress=False))) < 100
+
+
 @pytest.mark.parametrize("kind", GUIDES)
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_guides_move_by_to(kind, when):

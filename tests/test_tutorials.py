@@ -18,7 +18,7 @@ TUTORIALS = sorted(FOLDER.glob("*.py"))
 
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
 def test_tutorials_run(path, tmp_path):
-    if path.stem == "lightning":
+    if path.stem == "distributed_lightning":
         pytest.importorskip("pytorch_lightning", reason="it takes pip install '.[lightning]'")
     command = [sys.executable, str(path), "--smoke", "--output", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -119,22 +119,50 @@ def by_hand():
 #
 # Is anything counted once per coordinate after all? The flow's log determinant is summed over the
 # vector, as its event is the whole of it. So the density is the same on a base of ten univariate
-# normals, whose event dimensions somebody else adds up, and on bases over vectors. Pyro's first
-# inverse autoregressive flow returned ten numbers here, which was right on the first base only.
+# normals and on bases over vectors, and it is the density of one vector.
+#
+# Pyro's first inverse autoregressive flow returned ten numbers here, and called itself a map of
+# single numbers. Where the base is one over vectors these are added up, and all is well. Where it
+# is not, look at the fourth line: ten numbers stand for ten independent draws, as plates,
+# masks and subsamples take them. They are none, since each scale hangs on other coordinates; only
+# their sum is a density.
 
 # %%
+one = flow.parts[0]
+
+
+class NumberByNumber(dist.transforms.Transform):
+    domain = codomain = dist.constraints.real
+    bijective = True
+
+    def _call(self, x):
+        return one(x)
+
+    def _inverse(self, y):
+        return one.inv(y)
+
+    def log_abs_det_jacobian(self, x, y):
+        jacobian = torch.func.vmap(torch.func.jacfwd(one))(x)
+        return jacobian.diagonal(dim1=-2, dim2=-1).log()
+
+
 x = torch.randn(3, 10)
-value = flow(x).detach()
-assert flow.log_abs_det_jacobian(flow.inv(value), value).shape == (3,)
-bases = [
-    dist.Normal(torch.zeros(10), torch.ones(10)),
-    dist.Normal(torch.zeros(10), torch.ones(10)).to_event(1),
-    DiagonalNormal(torch.zeros(10), torch.ones(10)),
-]
-for base in bases:
-    q = dist.TransformedDistribution(base, [flow])
-    scores = "".join(f"{score:9.3f}" for score in q.log_prob(value))
-    print(f"batch {tuple(q.batch_shape)!s:4} event {tuple(q.event_shape)} log q{scores}")
+value = one(x).detach()
+assert one.log_abs_det_jacobian(one.inv(value), value).shape == (3,)
+bases = {
+    "univariate": dist.Normal(torch.zeros(10), torch.ones(10)),
+    "to_event(1)": dist.Normal(torch.zeros(10), torch.ones(10)).to_event(1),
+    "DiagonalNormal": DiagonalNormal(torch.zeros(10), torch.ones(10)),
+}
+expected = bases["DiagonalNormal"].log_prob(x) - one.log_abs_det_jacobian(x, value)
+for transform in (one, NumberByNumber()):
+    for title, base in bases.items():
+        q = dist.TransformedDistribution(base, [transform])
+        log_q = q.log_prob(value)
+        total = log_q if log_q.dim() == 1 else log_q.sum(-1)
+        torch.testing.assert_close(total, expected)
+        shapes = f"batch {tuple(q.batch_shape)!s:6} event {tuple(q.event_shape)!s:6}"
+        print(f"{title:15} {shapes} log q of shape {tuple(log_q.shape)}")
 
 # %% [markdown]
 # ## The guide that writes itself

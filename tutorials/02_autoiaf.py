@@ -205,7 +205,7 @@ if not args.smoke:
     many = Trace_ELBO(num_particles=10_000, vectorize_particles=True, max_plate_nesting=1)
     gap = evidence + many.loss(model, auto, x, y)
     print(f"The ELBO is {gap:.3f} nats below the evidence")
-    assert gap < 0.1
+    assert -0.02 < gap < 0.1  # no bound is above what it bounds, but for noise
     assert error[1].max() < 0.1
     assert error.max() < 0.25
     assert abs(correlations["AutoIAF"] - correlations["exact"]) < 0.02

@@ -80,8 +80,8 @@ def half_killing(draws):
 # %% [markdown]
 # ## The fit
 #
-# `AutoNormal` for comparison, and twice `AutoIAF`: once left alone, and once stopped after forty
-# steps, as one stops a run that takes too long. We shall see what can be made of it.
+# `AutoNormal` for comparison, and twice `AutoIAF`: once at its defaults, and once begun at the
+# prior's median and stopped after forty steps, far too early. We shall see what can be made of it.
 
 # %%
 num_steps = 20 if args.smoke else 2000
@@ -163,7 +163,7 @@ data = to_arviz(model, auto, num_samples=200 if args.smoke else 4000)
 print(arviz.summary(data, kind="stats", round_to=2))
 predicted, seen = data.posterior_predictive["deaths"], data.observed_data["deaths"]
 chances = (predicted >= seen).mean(("chain", "draw")).values
-print("Chance of as many deaths as there were: " + "".join(f"{p:6.2f}" for p in chances))
+print("Chance of at least as many deaths: " + "".join(f"{p:6.2f}" for p in chances))
 
 # %% [markdown]
 # Below, the posterior leans and has a long tail to the upper right. `AutoNormal` stands upright in

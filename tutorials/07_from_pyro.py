@@ -2,7 +2,7 @@
 # # Moving over from Pyro's flows
 #
 # You have a guide with `AffineAutoregressive`, or `AutoIAFNormal`, and it works, or nearly. What is
-# to be renamed, what can stay, and what changes? The lines of the table that change anything are
+# to be renamed, what can stay, and what changes? What the table says to change more than a name is
 # tried below, and then both guides are fitted to a regression whose exact answer we know.
 #
 # | In Pyro | Here |
@@ -13,7 +13,7 @@
 # | `conditional_affine_autoregressive(D, C)` | `conditional_inverse_autoregressive_flow(D, C)` |
 # | `iterated(2, affine_autoregressive, D)` | `inverse_autoregressive_flow(D, num_flows=2)` |
 # | `AffineAutoregressive(network)` | `InverseAutoregressiveFlow(network)` |
-# | `stable=True` | `gated=True` |
+# | `stable=True, sigmoid_bias=2.0` | `gated=True, gate_bias=2.0` |
 # | `log_scale_min_clip`, `log_scale_max_clip` | nothing |
 # | `AutoRegressiveNN(D, [H], permutation=p)` | `MaskedAutoregressiveNetwork(D, [H], order=p)` |
 # | `Normal(zeros, ones).to_event(1)` | `DiagonalNormal(zeros, ones)`, or as it was |
@@ -21,10 +21,12 @@
 # | `SVI(model, guide, Adam(...), Trace_ELBO())` | the same, or `fit(model, guide)` |
 #
 # What changes: a guide has two flows by default, the order reversed between them, and a last loc
-# and scale that are found before the first step. A fresh flow is nearly the identity; a gated one
-# contracts, so put a scale after it. Scales are bounded smoothly and not clipped, so gradients are
-# the true ones. A context brings its batch shape. A draw is forgotten when a parameter changes, so
-# nobody clears a cache.
+# and scale that are found before the first step. Networks have two layers of `max(64, 2 D)` by
+# default, in a guide `max(64, D)`, where Pyro's have one of `3 D + 1`, with a context `10 D`.
+# What comes after the sizes is named: `num_flows=2`, `gated=True`. A fresh flow is nearly the
+# identity; a gated one contracts, so put a scale after it. Scales are bounded smoothly and not
+# clipped, so gradients are the true ones. A context brings its batch shape. A draw is forgotten
+# when a parameter changes, so nobody clears a cache.
 #
 # It takes a minute on two cores. `--smoke` runs every line in seconds, to no purpose but to show
 # that it runs.
@@ -48,6 +50,7 @@ from pyro_iaf import (
     AutoIAF,
     DiagonalNormal,
     InverseAutoregressiveFlow,
+    MaskedAutoregressiveNetwork,
     conditional_inverse_autoregressive_flow,
     diagnose,
     fit,
@@ -76,6 +79,19 @@ x = torch.randn(1000, 5)
 gap = (theirs(x) - ours(x)).abs().max().item()
 print(f"Pyro's transform and ours, of one network: {gap:.1e} apart at most")
 assert gap < 0.05
+stable = AffineAutoregressive(network, stable=True, sigmoid_bias=2.0)
+gated = InverseAutoregressiveFlow(network, gated=True, gate_bias=2.0)
+torch.testing.assert_close(gated(x), stable(x), rtol=0.01, atol=0.01)
+
+# %% [markdown]
+# A permutation is an order: which coordinate comes first, second, and so on.
+
+# %%
+order = torch.tensor([2, 0, 4, 1, 3])
+slopes = torch.func.vmap(torch.func.jacrev(AutoRegressiveNN(5, [40], permutation=order)))
+reached = slopes(x)[0].ne(0).any(0)
+slopes = torch.func.vmap(torch.func.jacrev(MaskedAutoregressiveNetwork(5, [40], order=order)))
+assert torch.equal(reached, slopes(x)[0].ne(0).any(0))
 
 # %% [markdown]
 # ## Shapes
@@ -206,8 +222,8 @@ print(f"The picture is in {picture}")
 
 # %%
 if not args.smoke:
-    assert gaps["AutoIAF, fit"] < 0.05
-    assert gaps["AutoIAF, SVI"] < 0.2
+    assert -0.02 < gaps["AutoIAF, fit"] < 0.05  # no bound is above it, but for noise
+    assert -0.02 < gaps["AutoIAF, SVI"] < 0.2
 
 # %% [markdown]
 # ## Where it bends

@@ -6,8 +6,8 @@
 # cuff that may sit badly, and so is its exact answer.
 #
 # It takes a quarter of a minute on a CPU, and `pip install '.[lightning]'`. Two processes are
-# `python tutorials/lightning.py --processes 2`; `--smoke` runs every line in seconds, to no purpose
-# but to show that it runs.
+# `python tutorials/distributed_lightning.py --processes 2`; `--smoke` runs every line in seconds,
+# to no purpose but to show that it runs.
 
 # %%
 import argparse
@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from pyro_iaf import AutoHierarchicalIAF
 
 try:
-    import pytorch_lightning as pl  # as `lightning` it would be this very file
+    import pytorch_lightning as pl
     from pytorch_lightning.strategies import DDPStrategy
 except ModuleNotFoundError:
     sys.exit("This tutorial needs Lightning: pip install '.[lightning]'")
@@ -141,7 +141,7 @@ panel.plot(*draws[:500].T, ".", color="tab:red", markersize=3, alpha=0.4)
 panel.plot(*(loc + radius * circle @ torch.linalg.cholesky(cov).T).T, color="0.2", lw=1)
 panel.set(title=f"Mean of {args.patients} patients", xlabel="systolic", ylabel="diastolic")
 args.output.mkdir(parents=True, exist_ok=True)
-picture = args.output / "lightning.png"
+picture = args.output / "distributed_lightning.png"
 figure.savefig(picture, dpi=120)
 print(f"The picture is in {picture}")
 
