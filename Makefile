@@ -6,10 +6,10 @@ BIN = $(VENV)/bin
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check -c constraints.txt
 INSTALL = $(BIN)/python $(PIP_INSTALL)
 
-.PHONY: help demo test lint wheel docs bench clean
+.PHONY: help demo test lint versions wheel docs bench clean
 
 help:  ## say what there is
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
 
 demo: $(VENV)/demo.stamp  ## fit eight schools by hand and with AutoIAF, beside NUTS
 	$(BIN)/python tutorials/01_guide_by_hand.py
@@ -21,6 +21,11 @@ lint: $(VENV)/dev.stamp  ## run ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+versions:  ## run the tests under TORCH=2.15.0, say, and PYTHON=python3.13
+	$(PYTHON) -m venv build/versions
+	build/versions/bin/python -m pip install --quiet 'torch==$(TORCH)' -e '.[test]'
+	OMP_NUM_THREADS=1 build/versions/bin/python -m pytest -n auto --ignore tests/test_site.py
 
 wheel: $(VENV)/dev.stamp  ## build the wheel, and use it in an environment of its own
 	rm -rf build dist

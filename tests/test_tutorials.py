@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import os
 import pathlib
 import subprocess
 import sys
@@ -14,13 +15,22 @@ from torch.testing import assert_close
 
 FOLDER = pathlib.Path(__file__).parent.parent / "tutorials"
 TUTORIALS = sorted(FOLDER.glob("*.py"))
+# Half a minute each, so CI has them come to their known answers.
+IN_EARNEST = {
+    "02_autoiaf",
+    "03_quantiles_and_arviz",
+    "05_many_data_sets",
+    "06_density_estimation",
+    "07_from_pyro",
+}
 
 
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
 def test_tutorials_run(path, tmp_path):
     if path.stem == "distributed_lightning":
         pytest.importorskip("pytorch_lightning", reason="it takes pip install '.[lightning]'")
-    command = [sys.executable, str(path), "--smoke", "--output", str(tmp_path)]
+    smoke = [] if path.stem in IN_EARNEST and os.environ.get("CI") else ["--smoke"]
+    command = [sys.executable, str(path), *smoke, "--output", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     pictures = list(tmp_path.glob(f"{path.stem}*.png"))
