@@ -52,6 +52,7 @@ PAGES = {
             "torch.distributions.transforms.AffineTransform",
             "torch.distributions.transforms.Transform",
         ],
+        "generated/torch.compile.html": ["torch.compile"],
         "generated/torch.nn.Module.html": ["torch.nn.Module"],
         "size.html": ["torch.Size"],
         "tensors.html": ["torch.Tensor"],
