@@ -35,7 +35,7 @@ extensions = [
 ]
 exclude_patterns = ["_build", "*.py"]
 nitpicky = True  # a name that leads nowhere is a mistake, but for these
-nitpick_ignore_regex = [("py:class", r"collections\.abc\..*|pathlib\..*|pyro_iaf\.transforms\..*")]
+nitpick_ignore_regex = [("py:class", r"collections\.abc\..*|pathlib\..*|pyro_iaf\.passes\..*")]
 
 html_theme = "furo"
 html_title = f"pyro_iaf {release}"

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .networks import in_one_line
-from .transforms import SinglePass
+from .passes import SinglePass
 
 __all__ = ["LocScale"]
 

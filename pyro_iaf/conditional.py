@@ -17,8 +17,8 @@ from pyro.distributions.conditional import ConditionalTransformModule
 from torch import Tensor, nn
 
 from .networks import check_context, check_network
+from .passes import Flow
 from .transforms import (
-    Flow,
     InverseAutoregressiveFlow,
     InverseAutoregressiveFlowStack,
     OnNetwork,

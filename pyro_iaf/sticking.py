@@ -31,10 +31,11 @@ from . import memory
 from .autoguide import Posterior
 from .distributions import DiagonalNormal
 from .elbo import leaves_of
+from .passes import SinglePass
 from .scores import Drawn, draw_with_score
 from .supports import bare, support_moves
 from .sweeps import runs_eagerly
-from .transforms import InverseAutoregressiveFlowStack, SinglePass
+from .transforms import InverseAutoregressiveFlowStack
 
 __all__ = ["TraceSTL_ELBO"]
 
