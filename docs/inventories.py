@@ -24,6 +24,7 @@ PAGES = {
         "distributions.html": [
             "pyro.distributions.ConditionalTransformedDistribution",
             "pyro.distributions.Delta",
+            "pyro.distributions.MixtureSameFamily",
             "pyro.distributions.TorchDistribution",
             "pyro.distributions.TransformedDistribution",
             "pyro.distributions.transforms.AffineAutoregressive",

@@ -172,9 +172,12 @@ class FlowGuide(AutoGuide):
         for name, site in self._latent_sites().items():
             mask = site["mask"]
             if mask is not None and not torch.as_tensor(mask).all():
+                remedy = "Mask the likelihood alone."
+                if name.endswith("_unobserved"):  # Pyro's word for what obs_mask leaves out
+                    remedy = "Instead of obs_mask=m, observe within pyro.poutine.mask(mask=m)."
                 warnings.warn(
                     f"Site '{name}' is masked in the model: its density counts nothing there, and "
-                    "nothing holds the guide, which widens without end. Mask the likelihood alone.",
+                    f"nothing holds the guide, which widens without end. {remedy}",
                     UserWarning,
                     stacklevel=2,
                 )

@@ -11,6 +11,7 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor
 
 from .batches import check_call
@@ -24,6 +25,9 @@ GOOD, USABLE = 0.5, 0.7
 
 # How far weighting may move a good guide: its means in standard deviations, its spreads in shares.
 STILL = 0.15
+
+# Fewer draws say nothing.
+FEWEST = 25
 
 
 @dataclass
@@ -101,9 +105,10 @@ class Diagnosis:
     def _verdict(self) -> str:
         if self.is_point:
             return "No verdict: the guide is a point, and weights say nothing of the rest."
-        if not math.isfinite(self.khat):
-            return "No verdict: too few draws have a finite weight."
+        if not math.isfinite(self.khat) or len(self.log_weights) < FEWEST:
+            return "No verdict: there are too few draws with a finite weight."
         is_still = all(_severity(move) < STILL for move in self.sites.values())
+        is_still = is_still and bool(self.log_weights.isfinite().all())
         if self.khat < min(GOOD, self.threshold) and is_still:
             return "Good: the guide is close to the posterior."
         if self.khat < self.threshold:
@@ -316,10 +321,18 @@ def _replayed(
         start += size
         with quietly(), poutine.block(), Given({**kept, **given}):
             run = particles.in_plate(particles.model, size)
-            free_run = particles.in_plate(poutine.uncondition(particles.model), size)
+            free_run = particles.in_plate(_Freed()(particles.model), size)
             args, kwargs = particles.args, particles.kwargs
             conditioned = poutine.trace(run).get_trace(*args, **kwargs)
             yield size, conditioned, poutine.trace(free_run).get_trace(*args, **kwargs)
+
+
+class _Freed(UnconditionMessenger):
+    """Draws what is observed; what other sites determine is no data."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not _is_deterministic(msg):
+            super()._pyro_sample(msg)
 
 
 def _value(site: Any) -> Tensor:

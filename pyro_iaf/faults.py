@@ -6,13 +6,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from torch import Tensor
 
 from .joint import compute_log_prob, quietly, samples
+from .supports import bare
 
-__all__ = ["at_fault"]
+__all__ = ["at_fault", "impossible_data"]
 
 NUM_DRAWS = 16
 
@@ -44,6 +46,40 @@ def at_fault(
             if thing is not None and not thing.isfinite().all():
                 texts.append(f"parameter '{name}' ({what})")
     return "; ".join(texts) or f"nothing that {NUM_DRAWS} more draws could show"
+
+
+def impossible_data(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> str:
+    """Which data are NaN or outside the support of their distribution, in words; "" if none."""
+    with quietly(), torch.no_grad(), poutine.block():
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        replayed = poutine.replay(model, guide_trace)
+        sites = samples(poutine.trace(replayed).get_trace(*args, **kwargs))
+    for name, site in sites.items():
+        value, fn = torch.as_tensor(site["value"]), site["fn"]
+        if not site["is_observed"] or isinstance(bare(fn), dist.Delta | dist.Unit):
+            continue
+        try:
+            is_wrong = ~fn.support.check(value)
+        except NotImplementedError:
+            continue
+        for mask in (site["mask"], getattr(fn, "_mask", None)):
+            if mask is not None:
+                is_wrong = is_wrong & torch.as_tensor(mask)
+        if is_wrong.any():
+            where = is_wrong.nonzero()[0].tolist()
+            kind = type(bare(fn)).__name__
+            return (
+                f"The data of site '{name}' should be in the support of {kind}, which is "
+                f"{bare(fn).support}; {int(is_wrong.sum())} of {is_wrong.numel()} are not, the "
+                f"first at index {where}. Leave out or mask what is missing, with a number in its "
+                "place."
+            )
+    return ""
 
 
 def _sites(model: poutine.Trace, guide: poutine.Trace) -> Iterator[tuple[str, str]]:

@@ -9,8 +9,10 @@ from typing import Any
 import pyro
 from pyro.infer.autoguide.guides import AutoGuide
 
+from .autoguide import FlowGuide
 from .batches import Batches, check_call
 from .elbo import CompiledTrace_ELBO
+from .losses import RECORDABLE
 from .networks import check_size
 from .training import FitResult, Run
 
@@ -126,6 +128,11 @@ def fit(
     if compile not in (True, False, "auto", "graph"):
         raise ValueError(f'compile should be True, False, "auto" or "graph"; got {compile!r}.')
     args, kwargs = check_call(args, kwargs)
+    if simulate and isinstance(guide, FlowGuide) and guide._encoder is None:
+        raise ValueError(
+            "simulate= trains a guide for all data sets, and this one can't tell one from another: "
+            f"give it an encoder, {type(guide).__name__}(model, encoder=...)."
+        )
     if seed is not None:
         pyro.set_rng_seed(seed)
     run = Run(
@@ -150,4 +157,4 @@ def _compile_of(elbo: Any) -> bool | str:
     """What a loss says of compiling."""
     if isinstance(elbo, CompiledTrace_ELBO):
         return "graph" if elbo.backend == "graph" else True
-    return "auto"
+    return "auto" if elbo is None or type(elbo) in RECORDABLE else False

@@ -38,7 +38,9 @@ class AutoHierarchicalIAF(GroupedGuide):
     The global latents come from one inverse autoregressive flow, those of each plate's rows from a
     conditional one that all rows share. It listens to the globals, to the latents of the plates
     around, and to a context of the row: what an ``encoder`` makes of the data, or a row of a
-    learned table, of ``context_dim`` numbers. Plates may be subsampled, nested, and several.
+    learned table, of ``context_dim`` numbers. Plates may be subsampled, nested, and several. Rows
+    of plates that stand side by side, as persons and questions do, are independent given the
+    globals: there :class:`~pyro_iaf.AutoIAF` is the better guide, as long as it is not too large.
 
     A step costs as much as the minibatch it draws, whatever the data's size; in plates that
     ``create_plates`` or an ``AutoGuideList`` makes, Pyro puts all rows in random order first. A

@@ -22,7 +22,10 @@ from .scores import draw_with_score
 from .sticking import TraceSTL_ELBO
 from .weights import pareto_k
 
-__all__ = ["LatentLoss", "Loss", "TraceLoss"]
+__all__ = ["RECORDABLE", "LatentLoss", "Loss", "TraceLoss"]
+
+# Pyro's losses, and ours in their place, that a graph can hold.
+RECORDABLE = (Trace_ELBO, CompiledTrace_ELBO, TraceSTL_ELBO)
 
 # How much heavier tails may become, at which cost in nats, so that weights of so many draws have
 # a tail of this shape.
@@ -80,7 +83,7 @@ class TraceLoss(Loss):
     def recordable(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: float | Tensor
     ) -> Tensor:
-        if type(self.elbo) not in (Trace_ELBO, CompiledTrace_ELBO, TraceSTL_ELBO):
+        if type(self.elbo) not in RECORDABLE:
             raise Refused(
                 f"{type(self.elbo).__name__} can't be compiled. fit compiles its own loss, "
                 "Trace_ELBO and TraceSTL_ELBO; with another, give compile=False."

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from . import checkpoints
 from .batches import Batches
-from .faults import at_fault
+from .faults import at_fault, impossible_data
 from .graphs import Refused
 from .grouped import row_gradients, tables_of
 from .guides import AutoIAF
@@ -72,6 +72,7 @@ class FitResult:
         skipped: How many steps had a loss or a gradient that was not finite, and were not taken.
         seconds: How long it took, without what an earlier process did before a checkpoint.
         backend: What took the last step: ``"inductor"``, ``"graph"`` or, uncompiled, ``"eager"``.
+        resumed_at: The step from which a checkpoint went on; 0 where there was none.
 
     Example:
         >>> result = FitResult(torch.full((100,), 2.5), 100, False, 0, 1.0)
@@ -87,6 +88,7 @@ class FitResult:
     skipped: int
     seconds: float
     backend: str = "eager"
+    resumed_at: int = 0
 
     @property
     def settled(self) -> tuple[float, float]:
@@ -101,6 +103,8 @@ class FitResult:
             text += ", where it had settled"
         if self.skipped:
             text += f"; {self.skipped} of them were skipped, since they were not finite"
+        if self.resumed_at:
+            text += f"; the first {self.resumed_at} are of a checkpoint"
         return text + f"; {self.seconds:.1f} s"
 
 
@@ -129,7 +133,9 @@ class Run:
         self.schedule = Schedule(num_steps, lr, annealing, early_stop)
         self.compile = compile
         self.checkpoint, self.checkpoint_every = checkpoint, checkpoint_every
-        self.step = 0
+        self.step, self.resumed_at = 0, 0
+        is_one = checkpoint is not None and not batches.change
+        self.digest = checkpoints.digest(batches.args, batches.kwargs) if is_one else ""
         self.losses: list[float] = []
         self.skipped, self.skipped_in_a_row = 0, 0
         self.params: dict[str, Tensor] = {}
@@ -169,6 +175,7 @@ class Run:
         waiting = [first] if saved is None else []  # else the run goes on with what follows
         if saved is not None:
             self._restore(saved)
+        self.resumed_at = self.step
         self.recordings = Recordings(
             self.steps,
             compile=self.compile,
@@ -209,6 +216,7 @@ class Run:
             skipped=self.skipped,
             seconds=time.perf_counter() - began,
             backend=self.backend,
+            resumed_at=self.resumed_at,
         )
 
     # Before the first step
@@ -219,8 +227,12 @@ class Run:
         with torch.no_grad(), poutine.trace(param_only=True) as capture:
             try:
                 elbo.loss(self.model, self.guide, *args, **kwargs)
-            except ValueError as error:  # of this draw, perhaps, and not of model and guide
-                try:
+            except ValueError as error:
+                if "log_prob shape" in str(error):
+                    raise
+                if fault := impossible_data(self.model, self.guide, args, kwargs):
+                    raise ValueError(fault) from error
+                try:  # once more, as it may be of this draw
                     with quietly():
                         elbo.loss(self.model, self.guide, *args, **kwargs)
                 except ValueError:
@@ -229,6 +241,12 @@ class Run:
         if self.elbo is not None:
             return TraceLoss(self.model, self.guide, self.elbo)
         particles = Particles(self.model, self.guide, args, kwargs)
+        for name in particles.hidden:
+            if particles.latents[name]["infer"].get("enumerate"):
+                raise ValueError(
+                    f"Site '{name}' is to be enumerated, and fit's own loss doesn't: give "
+                    "loss=TraceEnum_ELBO(...), or sum the site out of the model."
+                )
         if not particles.at_once and self.num_particles > 1:
             warnings.warn(
                 "fit runs its particles one after the other: run for several at once the model "
@@ -365,7 +383,8 @@ class Run:
             f"{self.skipped} of {self.step} steps, the last {self.skipped_in_a_row} of them in a "
             f"row, had a loss or a gradient that is not finite. At fault: {fault}. Look at the "
             "scales there and at the precision (torch.float64 reaches farther), or take a smaller "
-            "lr."
+            "lr. A density of -inf is of a value outside a support: one that hangs on another "
+            "latent, as Uniform(0, z), is written z * Uniform(0, 1)."
         )
 
     def _numbers(self, step: int) -> tuple[float, float, float, float]:
@@ -418,6 +437,7 @@ class Run:
             "annealing": "a function" if callable(schedule.annealing) else schedule.annealing,
             "loss": [type(self.elbo).__name__, getattr(self.elbo, "num_particles", None)],
             "simulate": self.batches.simulate,
+            "args": self.digest,
         }
 
     def _save(self) -> None:
@@ -452,6 +472,11 @@ class Run:
         differing = [name for name, value in ours.items() if theirs.get(name) != value]
         if differing:
             name = differing[0]
+            if name == "args":
+                raise ValueError(
+                    f"{self.checkpoint} is of a run on other data: args or kwargs hold other "
+                    "tensors. Give the same to go on, or another path to begin anew."
+                )
             raise ValueError(
                 f"{self.checkpoint} is of a run with {name}={theirs.get(name)!r}; this one has "
                 f"{ours[name]!r}. Give the same settings to go on, or another path to begin anew."

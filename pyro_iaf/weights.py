@@ -36,6 +36,9 @@ from .joint import (
 
 __all__ = ["Draws", "Particles", "pareto_k", "resampled", "smoothed"]
 
+# Weights that differ by less than this share have no tail: rounding, mostly.
+TIED = 1e-3
+
 # Whether draws can go at once is tried on so many: a number that few plates have.
 NUM_TRIED = 7
 
@@ -70,6 +73,7 @@ class Particles:
             self.first_model, self.first_guide = first = self._run(None)
         self.nesting = plate_nesting(*first)
         self.latents = _latents(self.first_model)
+        self.hidden = self.latents.keys() - _latents(self.first_guide).keys()
         shapes = [torch.as_tensor(s["value"]).shape for s in samples(self.first_model).values()]
         self.num_numbers = sum(max(1, shape.numel()) for shape in shapes)
         self.subsampled = is_subsampled(self.first_model)
@@ -82,11 +86,10 @@ class Particles:
         Raises:
             ValueError: If the model has latents that the guide doesn't.
         """
-        hidden = self.latents.keys() - _latents(self.first_guide).keys()
-        if hidden:
+        if self.hidden:
             raise ValueError(
                 f"Importance weights need a guide for all latents; this one has none for site "
-                f"'{min(hidden)}'. Sum it out of the model, or add a guide for it."
+                f"'{min(self.hidden)}'. Sum it out of the model, or add a guide for it."
             )
         found = []
         # A subsample of its own for each draw, where there are subsamples.
@@ -219,20 +222,19 @@ def pareto_k(log_weights: Tensor) -> float:
         True
     """
     tail, cutoff = _tail(log_weights)
-    if len(log_weights) >= 5 and log_weights.max() - log_weights.min() < 1e-8:
-        return 0.0  # all the same
+    if len(log_weights) >= 5 and log_weights.max() - log_weights.min() < TIED:
+        return 0.0
     if len(tail) < 5:
         return math.inf
-    k, _ = fit_generalized_pareto(tail.exp() - math.exp(cutoff))
-    return float(k)
+    return 0.0 if -cutoff < TIED else _pareto(tail, cutoff)[0]
 
 
 def smoothed(log_weights: Tensor) -> Tensor:
     """Normalised weights whose largest are replaced by what is expected of a Pareto tail."""
     log_weights = log_weights.double().nan_to_num(-math.inf, posinf=-math.inf, neginf=-math.inf)
     tail, cutoff = _tail(log_weights)
-    if len(tail) >= 5:
-        k, sigma = fit_generalized_pareto(tail.exp() - math.exp(cutoff))
+    if len(tail) >= 5 and -cutoff >= TIED:
+        k, sigma = _pareto(tail, cutoff)
         levels = (torch.arange(len(tail), dtype=torch.float64) + 0.5) / len(tail)
         beyond = -torch.log1p(-levels) if abs(k) < 1e-9 else ((1 - levels) ** -k - 1) / k
         expected = (sigma * beyond + math.exp(cutoff)).log().clamp(max=0) + log_weights.max().cpu()
@@ -250,6 +252,15 @@ def resampled(log_weights: Tensor, num_draws: int) -> Tensor:
     points = (torch.arange(num_draws, device=weights.device) + torch.rand(()).item()) / num_draws
     index = torch.searchsorted(weights.cumsum(0), points.to(weights)).clamp(max=len(weights) - 1)
     return index[torch.randperm(num_draws).to(index.device)]
+
+
+def _pareto(tail: Tensor, cutoff: float) -> tuple[float, float]:
+    """Shape and scale of a tail."""
+    try:
+        k, sigma = fit_generalized_pareto(tail.exp() - math.exp(cutoff))
+    except ZeroDivisionError:  # a quarter of it is one number
+        return math.inf, 0.0
+    return float(k), float(sigma)
 
 
 def _tail(log_weights: Tensor) -> tuple[Tensor, float]:

@@ -334,3 +334,50 @@ def test_a_point_gets_no_verdict():
 
     text = str(diagnose(model, AutoDelta(model), num_samples=100))
     assert text.startswith("No verdict: the guide is a point")
+
+
+def test_a_perfect_guide_is_good_whatever_its_rounding():
+    y = torch.randn(5)
+
+    def model():
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("n", 5):
+            pyro.sample("y", dist.Normal(w, 1.0), obs=y)
+
+    torch.set_default_dtype(torch.float32)
+    y = y.float()
+    guide = AutoIAF(model)
+    for _ in range(20):
+        found = diagnose(model, guide)
+        assert found.khat < 0.5
+        assert str(found).startswith("Good: ")
+    assert len(guide.sample_posterior(100, resample=True)["w"]) == 100
+
+
+def test_a_guide_whose_draws_the_model_excludes_is_not_good():
+    def model():
+        a = pyro.sample("a", dist.Uniform(0.0, 1.0))
+        pyro.factor("excluded", torch.where(a < 0.2, -torch.inf, 0.0))
+
+    found = diagnose(model, lambda: pyro.sample("a", dist.Uniform(0.0, 1.0)))
+    assert not str(found).startswith("Good: ")
+    assert "draws where the model has no finite density" in str(found)
+
+
+def test_what_sites_determine_is_no_data_for_arviz():
+    pytest.importorskip("arviz", reason="it takes pip install '.[arviz]'")
+
+    def model(y):
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        b = pyro.deterministic("b", 2 * a)
+        with pyro.plate("n", len(y)):
+            pyro.sample("y", dist.Normal(b, 1.0), obs=y)
+
+    guide = AutoIAF(model)
+    data = torch.ones(5)
+    guide.setup(data)
+    found = to_arviz(model, guide, (data,), num_samples=100)
+    a, b = (torch.as_tensor(found.posterior[name].values) for name in "ab")
+    assert_close(b, 2 * a)
+    assert found.posterior_predictive["y"].shape == (1, 100, 5)
+    assert found.log_likelihood["y"].shape == (1, 100, 5)

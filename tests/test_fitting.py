@@ -12,7 +12,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 from models import MODELS, Regression, data
-from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
+from pyro import poutine
+from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.testing import assert_close
@@ -526,3 +527,85 @@ def test_a_result_says_what_happened():
         "ELBO -1.00 ± 0 nats after 6 steps; 1 of them were skipped, since they were not finite; "
         "2.0 s"
     )
+
+
+def test_shapes_that_pyro_would_refuse_are_refused():
+    x = torch.randn(20, 2)
+    y = x.sum(-1, keepdim=True)  # a column beside a row
+
+    def model():
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("rows", 20):
+            pyro.sample("y", dist.Normal((w * x).sum(-1), 1.0), obs=y)
+
+    for guide in (AutoIAF(model), AutoNormal(model)):
+        with pytest.raises(ValueError, match=r'at site "y", invalid log_prob shape'):
+            quick(model, guide)
+
+
+@pytest.mark.parametrize(
+    ("fn", "data"),
+    [
+        (lambda z: dist.Normal(z, 1.0), [0.0, torch.nan, 1.0]),
+        (lambda z: dist.Bernoulli(logits=z), [0.0, 2.0, 1.0]),
+        (lambda z: dist.Poisson(z.exp()), [1.0, 1.5, 1.0]),
+        (lambda z: dist.LogNormal(z, 1.0), [1.0, -1.0, 1.0]),
+    ],
+)
+def test_data_that_cant_be_are_named(fn, data):
+    def model(mask):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 3), poutine.mask(mask=mask):
+            pyro.sample("y", fn(z), obs=torch.tensor(data))
+
+    with pytest.raises(ValueError, match=r"data of site 'y' should be .*1 of 3 .*index \[1\]"):
+        quick(model, AutoIAF(model, start="init"), args=(torch.tensor(True),))
+
+
+def test_a_checkpoint_of_other_data_is_not_gone_on_with(tmp_path):
+    def model(y):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("n", len(y)):
+            pyro.sample("y", dist.Normal(w, 1.0), obs=y)
+
+    def run(y):
+        pyro.clear_param_store()
+        return quick(model, AutoIAF(model), args=(y,), num_steps=50, checkpoint=tmp_path / "c")
+
+    assert run(torch.ones(5)).resumed_at == 0
+    again = run(torch.ones(5))
+    assert again.resumed_at == 50
+    assert "the first 50 are of a checkpoint" in str(again)
+    with pytest.raises(ValueError, match="of a run on other data"):
+        run(-torch.ones(5))
+
+
+def test_simulated_data_are_for_guides_that_listen():
+    with pytest.raises(ValueError, match=r"give it an encoder, AutoIAF\(model, encoder="):
+        fit(conjugate, AutoIAF(conjugate), num_steps=3, simulate=["y"])
+
+
+def test_what_is_to_be_enumerated_wants_a_loss_that_does():
+    def mixture():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        k = pyro.sample("k", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+        pyro.sample("y", dist.Normal(z * k, 1.0), obs=torch.tensor(1.0))
+
+    guide = AutoIAF(poutine.block(mixture, hide=["k"]), start="init")
+    with pytest.raises(ValueError, match="Site 'k' is to be enumerated"):
+        quick(mixture, guide)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss = TraceEnum_ELBO(max_plate_nesting=0)
+        quick(mixture, guide, num_steps=600, loss=loss, early_stop=False)
+
+
+def test_what_obs_mask_leaves_out_is_told_apart():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 3):
+            mask = torch.tensor([True, False, True])
+            pyro.sample("y", dist.Normal(z, 1.0), obs=torch.ones(3), obs_mask=mask)
+
+    with pytest.warns(UserWarning, match=r"observe within pyro.poutine.mask"):
+        AutoIAF(model, start="init").setup()
