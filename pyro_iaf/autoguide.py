@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from . import memory, store
 from .affine import LocScale
+from .calls import refusal
 from .conditional import (
     ConditionalInverseAutoregressiveFlowStack,
     conditional_inverse_autoregressive_flow,
@@ -255,7 +255,7 @@ class FlowGuide(AutoGuide):
         try:
             self.setup(*args, **kwargs)
         except TypeError as error:
-            if args or kwargs or not _wants_arguments(self.model):
+            if args or kwargs or not refusal(self.model, (), {}):
                 raise
             raise RuntimeError(
                 f"{type(self).__name__} is not set up yet, and its model takes arguments: call "
@@ -408,14 +408,3 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
     device = next((part.device for part in parts if part.device.type != "cpu"), None)
     loc = torch.cat([part.to(device) for part in parts])
     return loc if loc.is_floating_point() else loc.to(torch.get_default_dtype())
-
-
-def _wants_arguments(model: Callable[..., Any]) -> bool:
-    fn = poutine.unwrap(model)
-    try:
-        inspect.signature(fn.forward if isinstance(fn, nn.Module) else fn).bind()
-    except TypeError:
-        return True
-    except ValueError:
-        pass  # a builtin, which tells nothing
-    return False

@@ -9,6 +9,8 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from .calls import refusal
+
 __all__ = ["Batches", "check_call", "simulated"]
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
@@ -123,8 +125,13 @@ class Batches:
                 )
 
 
-def check_call(args: Any, kwargs: Any) -> Batch:
-    """The arguments of a model, or a ValueError if they are not a tuple and a dict."""
+def check_call(args: Any, kwargs: Any, model: Callable[..., Any] | None = None) -> Batch:
+    """The arguments of a model.
+
+    Raises:
+        ValueError: If they are not a tuple and a dict.
+        TypeError: If they are not what this model takes.
+    """
     if not isinstance(args, tuple | list):
         raise ValueError(
             f"args should be a tuple of what the model takes, as args=(x, y) or args=(x,); got "
@@ -135,7 +142,10 @@ def check_call(args: Any, kwargs: Any) -> Batch:
             f"kwargs should be a dict of what the model takes by keyword; got "
             f"{type(kwargs).__name__}. Several arguments go into one tuple, args=(x, y)."
         )
-    return tuple(args), dict(kwargs or {})
+    args, kwargs = tuple(args), dict(kwargs or {})
+    if model is not None and (why := refusal(model, args, kwargs)):
+        raise TypeError(f"{why} Give them as args=(x, y), args=(x,) or kwargs={{'y': y}}.")
+    return args, kwargs
 
 
 @torch.no_grad()

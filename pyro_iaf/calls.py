@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from pyro import poutine
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .graphs import Refused, kind_of_tensor
 
-__all__ = ["by_hash", "kind_of", "opened"]
+__all__ = ["by_hash", "kind_of", "opened", "refusal"]
 
 # Arguments, besides tensors, that are part of a graph.
 PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, nn.Module)
@@ -33,6 +35,20 @@ def opened(
         return tree_unflatten(filled, spec)
 
     return tensors, rebuild
+
+
+def refusal(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """What a model has against arguments, in words; "" if nothing, or if it doesn't tell."""
+    fn = poutine.unwrap(model)
+    try:
+        takes = inspect.signature(fn.forward if isinstance(fn, nn.Module) else fn)
+    except (TypeError, ValueError):  # a builtin
+        return ""
+    try:
+        takes.bind(*args, **kwargs)
+    except TypeError as error:
+        return f"The model takes {takes}: {error}."
+    return ""
 
 
 def kind_of(

@@ -163,7 +163,7 @@ def diagnose(
         Good: the guide is close to the posterior.
     """
     check_size("num_samples", num_samples)
-    particles = Particles(model, guide, *check_call(args, kwargs))
+    particles = Particles(model, guide, *check_call(args, kwargs, model))
     log_weights, sites = particles.weighted(num_samples)
     log_w = log_weights.double()
     usable = log_w[~log_w.isnan() & (log_w < math.inf)]
@@ -255,7 +255,7 @@ def to_arviz(
             "to_arviz needs ArviZ: pip install 'pyro_iaf[arviz]', or pip install arviz."
         ) from error
     check_size("num_samples", num_samples)
-    particles = Particles(model, guide, *check_call(args, kwargs))
+    particles = Particles(model, guide, *check_call(args, kwargs, model))
     if resample:
         log_weights, latents = particles.weighted(4 * num_samples)
         index = resampled(log_weights, num_samples)

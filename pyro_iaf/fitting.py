@@ -89,15 +89,16 @@ def fit(
         seed: Seeds PyTorch's generator first.
         progress: Whether to show a bar, with the ELBO, its trend and the steps per second.
         checkpoint: A file to write everything to every so often, and to go on from where it is
-            there. A run that was killed goes on as if it had not been, in the same numbers, unless
-            ``data`` shuffles by other generators than PyTorch's.
+            there, of the same settings and ``args``. A run that was killed goes on as if it had not
+            been, in the same numbers, unless ``data`` shuffles by other generators than PyTorch's.
         checkpoint_every: After how many steps.
 
     Returns:
         The losses, and how it went.
 
     Raises:
-        ValueError: If an argument is out of range, the checkpoint is damaged or of another run, or
+        ValueError: If an argument is out of range, data are outside the support of their site or a
+            site has another shape than its plates, the checkpoint is damaged or of another run, or
             with ``compile=True`` the step can't be compiled.
         FloatingPointError: If too many steps were not finite; names the sites at fault.
 
@@ -127,7 +128,7 @@ def fit(
         raise ValueError(f"loss should be one of Pyro's ELBOs, as Trace_ELBO(); got {loss!r}.")
     if compile not in (True, False, "auto", "graph"):
         raise ValueError(f'compile should be True, False, "auto" or "graph"; got {compile!r}.')
-    args, kwargs = check_call(args, kwargs)
+    args, kwargs = check_call(args, kwargs, None if simulate or data is not None else model)
     if simulate and isinstance(guide, FlowGuide) and guide._encoder is None:
         raise ValueError(
             "simulate= trains a guide for all data sets, and this one can't tell one from another: "

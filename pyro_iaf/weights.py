@@ -221,20 +221,17 @@ def pareto_k(log_weights: Tensor) -> float:
         >>> pareto_k(-2 * torch.rand(10_000).log()) > 0.7  # weights 1 / u^2: no mean
         True
     """
-    tail, cutoff = _tail(log_weights)
     if len(log_weights) >= 5 and log_weights.max() - log_weights.min() < TIED:
         return 0.0
-    if len(tail) < 5:
-        return math.inf
-    return 0.0 if -cutoff < TIED else _pareto(tail, cutoff)[0]
+    return _pareto(*_tail(log_weights))[0]
 
 
 def smoothed(log_weights: Tensor) -> Tensor:
     """Normalised weights whose largest are replaced by what is expected of a Pareto tail."""
     log_weights = log_weights.double().nan_to_num(-math.inf, posinf=-math.inf, neginf=-math.inf)
     tail, cutoff = _tail(log_weights)
-    if len(tail) >= 5 and -cutoff >= TIED:
-        k, sigma = _pareto(tail, cutoff)
+    k, sigma = _pareto(tail, cutoff)
+    if sigma > 0:
         levels = (torch.arange(len(tail), dtype=torch.float64) + 0.5) / len(tail)
         beyond = -torch.log1p(-levels) if abs(k) < 1e-9 else ((1 - levels) ** -k - 1) / k
         expected = (sigma * beyond + math.exp(cutoff)).log().clamp(max=0) + log_weights.max().cpu()
@@ -255,7 +252,11 @@ def resampled(log_weights: Tensor, num_draws: int) -> Tensor:
 
 
 def _pareto(tail: Tensor, cutoff: float) -> tuple[float, float]:
-    """Shape and scale of a tail."""
+    """Shape and scale of a tail; a scale of zero where there is none to speak of."""
+    if len(tail) < 5:
+        return math.inf, 0.0
+    if -cutoff < TIED:
+        return 0.0, 0.0
     try:
         k, sigma = fit_generalized_pareto(tail.exp() - math.exp(cutoff))
     except ZeroDivisionError:  # a quarter of it is one number

@@ -19,7 +19,15 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
-from pyro_iaf import AutoIAF, DiagonalNormal, FitResult, fit, inverse_autoregressive_flow
+from pyro_iaf import (
+    AutoIAF,
+    DiagonalNormal,
+    FitResult,
+    diagnose,
+    fit,
+    inverse_autoregressive_flow,
+    to_arviz,
+)
 from pyro_iaf.joint import LogJoint
 from pyro_iaf.losses import LatentLoss
 from pyro_iaf.weights import Particles
@@ -472,6 +480,18 @@ def test_calls_that_went_wrong_are_told():
     for swapped in ((AutoIAF(conjugate), conjugate), (conjugate, AutoIAF)):
         with pytest.raises(ValueError, match=r"fit\(model, AutoIAF\(model\)\)"):
             fit(*swapped)
+
+
+def test_arguments_that_were_forgotten_are_named():
+    def model(x, y):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(w * x, 1.0), obs=y)
+
+    guide = AutoIAF(model)
+    for call in (fit, diagnose, to_arviz):
+        for wrapped in (model, poutine.block(model)):
+            with pytest.raises(TypeError, match=r"takes \(x, y\): .*'x'.*args=\(x, y\)"):
+                call(wrapped, guide)
 
 
 def test_a_short_run_that_failed_throughout_is_told():
