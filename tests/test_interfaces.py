@@ -115,7 +115,7 @@ def test_guides_say_what_a_reader_would_ask_next():
     assert lines[-1] == "  and 30 sites more"
     conditional = conditional_inverse_autoregressive_flow(3, 2)
     assert repr(conditional.condition(torch.ones(2))).startswith("InverseAutoregressiveFlow(")
-    assert len(repr(fit(many, guide, num_steps=3, progress=False))) < 100
+    assert "tensor" not in repr(fit(many, guide, num_steps=3, progress=False))
 
 
 @pytest.mark.parametrize("kind", GUIDES)
