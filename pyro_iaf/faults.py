@@ -31,9 +31,7 @@ def at_fault(
     for _ in range(NUM_DRAWS):
         try:
             with quietly():
-                guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-                replayed = poutine.replay(model, guide_trace)
-                model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
+                model_trace, guide_trace = _run(model, guide, args, kwargs)
                 for trace in (guide_trace, model_trace):
                     compute_log_prob(trace)
         except (RuntimeError, ValueError) as error:
@@ -56,10 +54,8 @@ def impossible_data(
 ) -> str:
     """Which data are NaN or outside the support of their distribution, in words; "" if none."""
     with quietly(), torch.no_grad(), poutine.block():
-        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        replayed = poutine.replay(model, guide_trace)
-        sites = samples(poutine.trace(replayed).get_trace(*args, **kwargs))
-    for name, site in sites.items():
+        model_trace, _ = _run(model, guide, args, kwargs)
+    for name, site in samples(model_trace).items():
         value, fn = torch.as_tensor(site["value"]), site["fn"]
         if not site["is_observed"] or isinstance(bare(fn), dist.Delta | dist.Unit):
             continue
@@ -80,6 +76,18 @@ def impossible_data(
                 "place."
             )
     return ""
+
+
+def _run(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[poutine.Trace, poutine.Trace]:
+    """The traces of the model, on a draw of the guide, and of the guide."""
+    guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    replayed = poutine.replay(model, guide_trace)
+    return poutine.trace(replayed).get_trace(*args, **kwargs), guide_trace
 
 
 def _sites(model: poutine.Trace, guide: poutine.Trace) -> Iterator[tuple[str, str]]:

@@ -141,7 +141,6 @@ class Run:
         self.params: dict[str, Tensor] = {}
         self.averages: dict[str, Tensor] = {}
         self.backend = "eager"
-        self.backend_before = ""
         self.chunk = FIRST_CHUNK
         self.next_shown = 50
 
@@ -180,7 +179,7 @@ class Run:
             self.steps,
             compile=self.compile,
             num_steps=self.schedule.num_steps,
-            backend_before=self.backend_before,
+            backend_before="" if saved is None else saved["backend"],
             change=self.batches.change,
         )
         bar = tqdm(
@@ -505,7 +504,6 @@ class Run:
         self.step, end, falls_at, self.skipped, self.skipped_in_a_row = saved["progress"]
         self.schedule.end, self.schedule.falls_at = end, falls_at
         self.loss.health = self.loss.health.new_tensor(saved["health"])
-        self.backend_before = saved["backend"]
         self.batches.restore(saved["batches"])
         torch.set_rng_state(saved["rng"])
         if saved["cuda_rng"]:
