@@ -25,7 +25,7 @@ from . import store
 from .backends import BACKENDS, Lowered, choose_backend, lower, warm_up
 from .calls import by_hash, kind_of, opened
 from .graphs import Graph, Refused, record
-from .joint import Unchecked, quietly, samples
+from .joint import quietly, samples
 
 __all__ = ["CompiledTrace_ELBO", "agree", "leaves_of", "recordable_loss"]
 
@@ -285,7 +285,7 @@ class CompiledTrace_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
                 wanted = [*leaves, *(given[k] for k in positions)]
                 return [loss.detach(), *_gradients(loss, wanted)]
 
-            with quietly(), Unchecked():
+            with quietly():
                 graph = record(run, [tensor.detach() for tensor in tensors])
             if any(other != structure for other in self._structures):
                 raise _changes("its sites are not the same in two runs")

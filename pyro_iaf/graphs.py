@@ -10,17 +10,26 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 import traceback
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import CodeType, FrameType, TracebackType
 from typing import Any, NamedTuple
 
 import pyro
 import torch
+from pyro.poutine.indep_messenger import IndepMessenger
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor, fx, nn
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.distributions import Distribution
+from torch.fx.experimental.proxy_tensor import (
+    disable_proxy_modes_tracing,
+    get_proxy_mode,
+    make_fx,
+)
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,6 +41,11 @@ LIBRARIES = [Path(torch.__file__).parent, Path(pyro.__file__).parent, Path(__fil
 
 # The same calls, whose arguments are parsed in a quarter of the time.
 QUICKER = {torch.ops.aten.randn.default: torch.randn, torch.ops.aten.rand.default: torch.rand}
+
+
+# Where distributions check what they are given, and where a loop goes over the rows of a plate.
+CHECKS = (Distribution.__init__.__code__, Distribution._validate_sample.__code__)
+LOOP = IndepMessenger.__iter__.__code__
 
 
 class Refused(ValueError):  # noqa: N818
@@ -84,7 +98,8 @@ def record(fn: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> Gra
     """Runs a function once and writes down what it does.
 
     Args:
-        fn: A function of tensors that returns a list of tensors.
+        fn: A function of tensors that returns a list of tensors. It has run before, so that checks
+            by distributions, which would ask for numbers, are taken to pass.
         inputs: What to run it with; their numbers don't matter, their shapes and dtypes do.
 
     Raises:
@@ -97,7 +112,7 @@ def record(fn: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> Gra
 
     hook = register_module_forward_pre_hook(note)
     try:
-        with _Readings() as seen, _Escapes(seen.readings):
+        with _Readings() as seen, _Escapes(seen.readings), _Aside(), _WholePlates():
             module = make_fx(fn)(*inputs)
     except Refused:
         raise
@@ -164,11 +179,51 @@ class _Escapes(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func in (Tensor.tolist, Tensor.numpy, Tensor.__array__):
-            mode = get_proxy_mode()
-            if mode is not None and args[0] in mode.tracer.tensor_tracker:
+            if _is_traced(args[0]):
                 raise _escape(_where_now())
             self.readings.append((args[0], args[0]._version))
         return func(*args, **(kwargs or {}))
+
+
+class _Aside(TorchFunctionMode):
+    """Leaves out of the graph what libraries ask of numbers that are settled.
+
+    Distributions find that all they were given is allowed, wherever they were made. A loop over a
+    plate that takes all its rows gets their numbers.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.__bool__ and _is_within(CHECKS):
+            return True
+        if _is_within((LOOP,)) and not _is_traced(args[0]):
+            with disable_proxy_modes_tracing():
+                return func(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+class _WholePlates(Messenger):
+    """Makes the rows of plates that take all of them outside of the graph."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        fn = msg["fn"]
+        if site_is_subsample(msg) and msg["value"] is None and fn.subsample_size in (None, fn.size):
+            with disable_proxy_modes_tracing():
+                msg["value"] = fn()
+
+
+def _is_within(codes: Sequence[CodeType]) -> bool:
+    """Whether one of these functions is being called."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code not in codes:
+        frame = frame.f_back
+    return frame is not None
+
+
+def _is_traced(thing: Any) -> bool:
+    mode = get_proxy_mode()
+    return isinstance(thing, Tensor) and mode is not None and thing in mode.tracer.tensor_tracker
 
 
 def _where_now() -> str:

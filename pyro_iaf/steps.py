@@ -24,7 +24,7 @@ from .calls import by_hash, kind_of, opened
 from .carry import load_kernel
 from .elbo import agree
 from .graphs import Graph, Refused, record
-from .joint import Unchecked, quietly
+from .joint import quietly
 from .losses import Loss
 from .rows import BETA_1, BETA_2, EPS
 
@@ -182,7 +182,7 @@ class CompiledSteps:
             return [value, loss.health, *slopes]  # type: ignore[list-item]
 
         try:
-            with torch.random.fork_rng(), quietly(), Unchecked():
+            with torch.random.fork_rng(), quietly():
                 graph = record(run, [*lead, loss.health, *[t.detach() for t in tensors]])
         finally:
             self._forget()

@@ -1,6 +1,7 @@
 import copy
 import pickle
 import warnings
+from typing import ClassVar
 
 import pyro
 import pyro.distributions as dist
@@ -9,8 +10,16 @@ import torch
 from models import MODELS, Regression, arguments, data, one_latent, plates, subsampled_data
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, config_enumerate
-from pyro.infer.autoguide import AutoDelta, AutoGuideList, AutoMultivariateNormal, AutoNormal
-from pyro.nn import PyroModule
+from pyro.infer.autoguide import (
+    AutoDelta,
+    AutoGuideList,
+    AutoHierarchicalNormalMessenger,
+    AutoMultivariateNormal,
+    AutoNormal,
+    AutoNormalMessenger,
+    AutoRegressiveMessenger,
+)
+from pyro.nn import PyroModule, PyroSample
 from pyro.optim import Adam, ClippedAdam
 from torch import nn
 from torch.testing import assert_close
@@ -126,6 +135,30 @@ def by_hand_with(draw):
 def test_draws_that_hang_on_parameters_come_in_order(draw):
     model, guide = by_hand_with(draw)
     assert_same(*both(model, guide))
+
+
+@pytest.mark.parametrize("particles", [(1, False), (3, True)], ids=str)
+def test_loops_over_whole_plates_are_written_out(particles):
+    def model():
+        p = pyro.sample("p", dist.Beta(2.0, 2.0))
+        for k in pyro.plate("rows", 3):
+            pyro.sample(f"y{k}", dist.Bernoulli(p), obs=torch.tensor(k % 2.0))
+        for k in pyro.plate("others", 2, subsample_size=2):
+            with pyro.plate(f"inner{k}", 4) as rows:
+                z = pyro.sample(f"z{k}", dist.Normal(torch.arange(4.0)[rows], 1.0))
+                pyro.sample(f"x{k}", dist.Normal(z, 1.0), obs=torch.full((4,), float(k)))
+
+    def guide():
+        a = pyro.param("a", torch.tensor(2.0), constraint=dist.constraints.positive)
+        pyro.sample("p", dist.Beta(a, 2.0))
+        for k in pyro.plate("others", 2, subsample_size=2):
+            with pyro.plate(f"inner{k}", 4):
+                pyro.sample(f"z{k}", dist.Normal(a * k, 1.0))
+
+    guide()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert_same(*both(model, guide, particles=particles))
 
 
 def test_dropout_draws_anew():
@@ -290,6 +323,87 @@ def test_a_cleared_store_is_noticed():
     before = pyro.param("loc").item()
     svi.step()
     assert pyro.param("loc").item() != before
+
+
+# Distributions from before the run
+
+
+def checked():
+    """A model whose distributions were made ahead, under validation, as PyroSample's are."""
+    loc = dist.Normal(0.0, 1.0).expand([3]).to_event(1)
+    scale = dist.LogNormal(torch.zeros(2), 1.0).expand([2]).mask(True).to_event(1)
+    share = dist.Dirichlet(torch.ones(3))
+    factor = dist.LKJCholesky(2, 1.0)
+    noise = dist.Wishart(torch.tensor(4.0), torch.eye(2))
+    parts = [dist.Normal(float(k), 1.0).expand([3]).to_event(1) for k in range(2)]
+
+    class OfParts(dist.TorchDistribution):
+        arg_constraints: ClassVar = {}
+        support = dist.constraints.real_vector
+        has_rsample = True
+
+        def rsample(self, sample_shape=()):
+            return parts[0].rsample(sample_shape)
+
+        def log_prob(self, value):
+            return (parts[0].log_prob(value) + parts[1].log_prob(value)) / 2
+
+    of_parts = OfParts(event_shape=torch.Size([3]))
+
+    class Model(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.w = PyroSample(loc)
+
+        def forward(self, y):
+            s, p = pyro.sample("s", scale), pyro.sample("p", share)
+            L = pyro.sample("L", factor)
+            pyro.sample("parts", of_parts)
+            pyro.factor("noise", noise.log_prob(torch.eye(2) * s.sum()))
+            own = dist.Normal(self.w.sum() + p[0] + L.sum(), s.sum(), validate_args=True)
+            pyro.sample("y", own, obs=y)
+
+    return Model()
+
+
+MESSENGERS = [AutoNormalMessenger, AutoHierarchicalNormalMessenger, AutoRegressiveMessenger]
+
+
+@pytest.mark.parametrize("kind", [AutoIAF, AutoNormal, AutoMultivariateNormal])
+def test_distributions_made_ahead_with_checks_are_recorded(kind):
+    model, args = checked(), (torch.tensor(1.0),)
+    assert_same(*both(model, guide_for(model, args, kind), args))
+
+
+@pytest.mark.parametrize("particles", [(1, False), (3, True)], ids=str)
+@pytest.mark.parametrize("kind", MESSENGERS)
+def test_messengers_around_models_with_such_priors_are_too(kind, particles):
+    prior = dist.Normal(0.0, 1.0).expand([3]).to_event(1)
+    positive = dist.Gamma(2.0, 2.0).expand([2])
+
+    def model():
+        w = pyro.sample("w", prior)
+        with pyro.plate("rows", 2):
+            s = pyro.sample("s", positive)
+            pyro.sample("y", dist.Normal(w.sum(-1, keepdim=True), s), obs=torch.ones(2))
+
+    guide = guide_for(model, (), kind)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert_same(*both(model, guide, particles=particles))
+
+
+def test_a_value_that_a_distribution_forbids_is_still_found():
+    def model(y):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.LogNormal(z, 1.0), obs=y)
+
+    guide, loss = guide_for(model, (torch.tensor(1.0),)), graph()
+    with pyro.validation_enabled():
+        for y in (1.0, 2.0, 3.0):
+            loss.loss_and_grads(model, guide, torch.tensor(y))
+        with pytest.raises(ValueError, match="invalid values"):
+            loss.loss_and_grads(model, guide, torch.tensor(-1.0))
 
 
 # Refusals
