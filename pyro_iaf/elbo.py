@@ -10,14 +10,16 @@ import math
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions.util import is_identically_zero
 from pyro.infer import Trace_ELBO
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
+from pyro.util import warn_if_nan
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -26,6 +28,7 @@ from .backends import BACKENDS, Lowered, choose_backend, lower, warm_up
 from .calls import by_hash, kind_of, opened
 from .graphs import Graph, Refused, record
 from .joint import quietly, samples
+from .networks import check_size
 
 __all__ = ["CompiledTrace_ELBO", "agree", "leaves_of", "recordable_loss"]
 
@@ -67,7 +70,8 @@ class CompiledTrace_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
         settings: What else ``Trace_ELBO`` takes.
 
     Raises:
-        ValueError: At a call, if the model branches on a number (names the line), has enumerated
+        ValueError: If ``num_particles`` is no positive int, or ``backend`` none of these. At a
+            call, if the model branches on a number (names the line), has enumerated
             sites, or changes from call to call.
 
     Warns:
@@ -94,7 +98,7 @@ class CompiledTrace_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
         **settings: Any,
     ) -> None:
         super().__init__(
-            num_particles=num_particles,
+            num_particles=check_size("num_particles", num_particles),
             vectorize_particles=vectorize_particles,
             max_plate_nesting=max_plate_nesting,
             **settings,
@@ -106,7 +110,7 @@ class CompiledTrace_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
         self._kinds: OrderedDict[Any, None] = OrderedDict()
         self._builds: Counter[Any] = Counter()
         self._warned: set[str] = set()
-        self._structures: list[tuple[list[Any], list[Any]]] = []
+        self._structures: list[tuple[list[_Site], list[_Site]]] = []
 
     def loss_and_grads(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
@@ -114,11 +118,12 @@ class CompiledTrace_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
         """An estimate of the loss; its gradient is added to that of the parameters."""
         step, kind = self._step_for(model, guide, args, kwargs)
         if kind is not None:  # the first of its kind, also to be refused before it leaves a trace
-            first = super().differentiable_loss(model, guide, *args, **kwargs)
+            first, surrogate = self._by_particles(model, guide, args, kwargs)
             self._build(kind, model, guide, args, kwargs)
-            if first.requires_grad:
-                first.backward()
-            return first.item()  # type: ignore[no-any-return]
+            if surrogate.requires_grad:
+                surrogate.backward(retain_graph=self.retain_graph)
+            warn_if_nan(first, "loss")
+            return float(first)
         if step is None:
             return super().loss_and_grads(model, guide, *args, **kwargs)  # type: ignore[no-any-return]
         before = torch.get_rng_state()
@@ -143,9 +148,9 @@ class CompiledTrace_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
         """An estimate of the loss, differentiable once."""
         step, kind = self._step_for(model, guide, args, kwargs)
         if step is None:
-            loss: Tensor = super().differentiable_loss(model, guide, *args, **kwargs)
+            eager = super().differentiable_loss(model, guide, *args, **kwargs)
             self._build(kind, model, guide, args, kwargs)
-            return loss
+            return torch.as_tensor(eager)  # a number, where there are no sites
         before = torch.get_rng_state()
         loss, gradients = self._averaged(step, args, kwargs)
         if not loss.isfinite():
@@ -153,6 +158,22 @@ class CompiledTrace_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
             return super().differentiable_loss(model, guide, *args, **kwargs)  # type: ignore[no-any-return]
         leaves = [*step.leaves, *step.differentiable(args, kwargs)]
         return _WithGradient.apply(loss, gradients, *leaves)  # type: ignore[no-any-return]
+
+    def _by_particles(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[Any, Tensor]:
+        """The loss of Trace_ELBO, also where it is infinite, and what has its gradient."""
+        loss: Any = 0.0
+        surrogate: Any = 0.0
+        for traces in self._get_traces(model, guide, args, kwargs):
+            value, free = self._differentiable_loss_particle(*traces)
+            loss += value / self.num_particles
+            surrogate += free / self.num_particles
+        return loss, torch.as_tensor(surrogate)
 
     def _averaged(
         self, step: _Step, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -319,9 +340,11 @@ class CompiledTrace_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
         tensors, rebuild = opened(args, kwargs)
         given = [t.detach().requires_grad_(t.requires_grad) for t in tensors]
         args, kwargs = rebuild(given)
-        loss = super().differentiable_loss(model, guide, *args, **kwargs)
-        own = {id(t) for t in given}
-        leaves = [leaf for leaf in leaves_of(loss) if id(leaf) not in own]
+        _, loss = self._by_particles(model, guide, args, kwargs)
+        _, again = self._by_particles(model, guide, args, kwargs)
+        # A leaf that each run makes anew is nobody's.
+        lasting = {id(leaf) for leaf in leaves_of(again)} - {id(t) for t in given}
+        leaves = [leaf for leaf in leaves_of(loss) if id(leaf) in lasting]
         wanted = [*leaves, *(t for t in given if t.requires_grad)]
         return loss.detach(), leaves, _gradients(loss, wanted)
 
@@ -430,6 +453,17 @@ class _Step:
                     store.state(name, leaf)
 
 
+class _Site(NamedTuple):
+    """What a graph takes for granted of a site."""
+
+    name: str
+    kind: type
+    shape: tuple[int, ...]
+    is_observed: bool
+    enumerated: bool
+    scored: bool  # whether Trace_ELBO's gradient has a term with its score
+
+
 class _WithGradient(torch.autograd.Function):
     """A loss whose gradients are known."""
 
@@ -523,21 +557,21 @@ def _changes(how: str) -> Refused:
     )
 
 
-def _structure(trace: poutine.Trace) -> Iterator[Any]:
+def _structure(trace: poutine.Trace) -> Iterator[_Site]:
     for name, site in samples(trace).items():
-        value = torch.as_tensor(site["value"])
+        shape = tuple(torch.as_tensor(site["value"]).shape)
         enumerated = bool(site["infer"].get("enumerate"))
-        yield name, type(site["fn"]), tuple(value.shape), site["is_observed"], enumerated
+        # The site's own word, as wrappers and has_rsample_() change that of the class.
+        scored = "score_parts" in site and not is_identically_zero(site["score_parts"][1])
+        yield _Site(name, type(site["fn"]), shape, site["is_observed"], enumerated, scored)
 
 
-def _not_reparameterised(guide: list[Any], model: list[Any]) -> str | None:
-    """A site of the guide whose draws have no gradient, if there is one."""
-    for name, *_, enumerated in [*guide, *model]:
-        if enumerated:
+def _not_reparameterised(guide: list[_Site], model: list[_Site]) -> str | None:
+    """A site of the guide whose gradient takes its score, if there is one."""
+    for site in [*guide, *model]:
+        if site.enumerated:
             raise Refused(
-                f"Site '{name}' is enumerated, which is for TraceEnum_ELBO; CompiledTrace_ELBO "
-                "draws at each site."
+                f"Site '{site.name}' is enumerated, which is for TraceEnum_ELBO; "
+                "CompiledTrace_ELBO draws at each site."
             )
-    return next(
-        (name for name, fn, _, observed, _ in guide if not (observed or fn.has_rsample)), None
-    )
+    return next((site.name for site in guide if site.scored), None)

@@ -31,6 +31,7 @@ from . import memory
 from .autoguide import Posterior
 from .distributions import DiagonalNormal
 from .elbo import leaves_of
+from .networks import check_size
 from .passes import SinglePass
 from .scores import Drawn, draw_with_score
 from .supports import bare, support_moves
@@ -64,6 +65,9 @@ class TraceSTL_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
         vectorize_particles: Whether to draw them at once.
         settings: What else ``Trace_ELBO`` takes.
 
+    Raises:
+        ValueError: If ``num_particles`` is no positive int.
+
     Warns:
         UserWarning: Once for each site whose gradient stays as it is: one that is not
             reparameterised, whose support has parameters or is unknown, that can't be scored at a
@@ -94,7 +98,7 @@ class TraceSTL_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
         **settings: Any,
     ) -> None:
         super().__init__(
-            num_particles=num_particles,
+            num_particles=check_size("num_particles", num_particles),
             max_plate_nesting=max_plate_nesting,
             vectorize_particles=vectorize_particles,
             **settings,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from models import MODELS, Regression, arguments, data, one_latent, plates, subsampled_data
 from pyro import poutine
+from pyro.distributions.testing.rejection_gamma import RejectionStandardGamma
 from pyro.infer import SVI, Trace_ELBO, config_enumerate
 from pyro.infer.autoguide import (
     AutoDelta,
@@ -28,6 +29,7 @@ from pyro_iaf import (
     AutoIAF,
     CompiledTrace_ELBO,
     DiagonalNormal,
+    TraceSTL_ELBO,
     backends,
     inverse_autoregressive_flow,
 )
@@ -159,6 +161,15 @@ def test_loops_over_whole_plates_are_written_out(particles):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         assert_same(*both(model, guide, particles=particles))
+
+
+def test_leaves_that_each_run_makes_anew_are_nobodys():
+    def model():
+        loc = torch.tensor(0.5, requires_grad=True)
+        z = pyro.sample("z", dist.Normal(loc, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor(1.0))
+
+    assert_same(*both(model, guide_for(model, ()), num_steps=8))
 
 
 def test_dropout_draws_anew():
@@ -325,7 +336,7 @@ def test_a_cleared_store_is_noticed():
     assert pyro.param("loc").item() != before
 
 
-# Distributions from before the run
+# Distributions from before the run, and what they say of themselves
 
 
 def checked():
@@ -404,6 +415,143 @@ def test_a_value_that_a_distribution_forbids_is_still_found():
             loss.loss_and_grads(model, guide, torch.tensor(y))
         with pytest.raises(ValueError, match="invalid values"):
             loss.loss_and_grads(model, guide, torch.tensor(-1.0))
+
+
+def several(make):
+    return make(torch.full((3,), 0.4) + pyro.param("a", torch.tensor(0.1)))
+
+
+SCORED = {
+    "to_event": lambda: several(dist.Bernoulli).to_event(1),
+    "expand": lambda: dist.Bernoulli(pyro.param("a", torch.tensor(0.5))).expand([3]).to_event(1),
+    "mask": lambda: several(dist.Bernoulli).mask(True).to_event(1),
+    "mask of some": lambda: several(dist.Bernoulli).mask(torch.arange(3) > 0).to_event(1),
+    "expanded": lambda: dist.ExpandedDistribution(several(dist.Poisson), [3]).to_event(1),
+    "has_rsample_": lambda: dist.Normal(several(torch.exp), 1.0).has_rsample_(False).to_event(1),
+    "transformed": lambda: dist.TransformedDistribution(
+        several(dist.Exponential).has_rsample_(False), [dist.transforms.AffineTransform(0.0, 2.0)]
+    ).to_event(1),
+    "mixture": lambda: dist.MixtureSameFamily(
+        dist.Categorical(logits=torch.zeros(2)),
+        dist.Normal(several(torch.exp)[:2, None].expand(2, 3), 1.0).to_event(1),
+    ),
+    "one hot": lambda: several(dist.OneHotCategorical),
+}
+
+
+@pytest.mark.parametrize("make", SCORED.values(), ids=SCORED)
+def test_draws_without_a_gradient_are_told_by_the_site_and_left_to_trace_elbo(make):
+    def model():
+        with pyro.validation_enabled(False):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            pyro.sample("y", dist.Normal(z.sum(-1), 1.0), obs=torch.tensor(1.0))
+
+    def guide():
+        pyro.sample("z", make())
+
+    guide()
+    with pyro.validation_enabled(False), pytest.warns(UserWarning, match="'z' are not reparam"):
+        assert_same(*both(model, guide))
+
+
+REPARAMETERISED = {
+    "mask": lambda: dist.Normal(several(torch.exp), 1.0).mask(True).to_event(1),
+    "expanded": lambda: dist.ExpandedDistribution(
+        dist.Normal(several(torch.exp), 1.0), [3]
+    ).to_event(1),
+    "point": lambda: dist.Delta(several(torch.exp)).to_event(1),
+    "relaxed": lambda: dist.RelaxedBernoulliStraightThrough(
+        torch.tensor(0.7), logits=several(torch.exp)
+    ).to_event(1),
+}
+
+
+@pytest.mark.parametrize("make", REPARAMETERISED.values(), ids=REPARAMETERISED)
+def test_draws_with_a_gradient_are_told_by_it_too(make):
+    def model():
+        z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(z.sum(-1), 1.0), obs=torch.tensor(1.0))
+
+    def guide():
+        pyro.sample("z", make())
+
+    guide()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert_same(*both(model, guide))
+
+
+def test_a_sampler_that_rejects_is_left_to_trace_elbo():
+    def model():
+        pyro.sample("z", dist.Gamma(2.0, 1.0))
+
+    def guide():
+        pyro.sample("z", RejectionStandardGamma(1 + pyro.param("a", torch.tensor(1.0))))
+
+    guide()
+    with pytest.warns(UserWarning, match="'z' are not reparam"):
+        assert_same(*both(model, guide))
+
+
+def test_a_score_of_what_a_guide_observes_is_left_to_trace_elbo():
+    def guide():
+        p = pyro.param("p", torch.tensor(0.5), constraint=dist.constraints.unit_interval)
+        pyro.sample("coin", dist.Bernoulli(p), obs=torch.tensor(1.0), infer={"is_auxiliary": True})
+        pyro.sample("z", dist.Normal(p, 1.0))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of Pyro, out of inference
+        guide()
+    with pytest.warns(UserWarning, match="'coin'"):
+        assert_same(*both(one_latent, guide))
+
+
+# Little to do
+
+
+def nothing():
+    pass
+
+
+def known():
+    pyro.deterministic("a", torch.tensor(1.0))
+
+
+def one_number():
+    pyro.factor("a", pyro.param("p", torch.tensor(2.0)).square())
+
+
+def param_alone():
+    pyro.param("p", torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("particles", [(1, False), (3, True), (2, False)], ids=str)
+@pytest.mark.parametrize("model", [nothing, known, one_number, param_alone])
+@pytest.mark.parametrize("guide", [nothing, param_alone])
+def test_models_and_guides_without_latents_are_scored(model, guide, particles):
+    assert_same(*both(model, guide, particles=particles))
+    found = graph(particles[0], vectorize_particles=particles[1])
+    expected = torch.as_tensor(Trace_ELBO().differentiable_loss(model, guide))
+    for _ in range(3):
+        loss = found.differentiable_loss(model, guide)
+        assert isinstance(loss, torch.Tensor)
+        assert_close(loss, expected)
+
+
+def test_a_loss_that_is_infinite_at_once_is_that_of_trace_elbo():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Delta(z), obs=torch.tensor(1.0))
+
+    eager, compiled = both(model, guide_for(model, (), AutoNormal))
+    assert [value for value, _ in compiled] == [value for value, _ in eager] == 4 * [torch.inf]
+
+
+@pytest.mark.parametrize("elbo", [CompiledTrace_ELBO, TraceSTL_ELBO])
+@pytest.mark.parametrize("num_particles", [0, -1, 1.5, True, None, "2"])
+def test_the_number_of_particles_is_a_positive_int(elbo, num_particles):
+    with pytest.raises(ValueError, match="num_particles should be an int of at least 1"):
+        elbo(num_particles=num_particles)
 
 
 # Refusals
