@@ -50,8 +50,9 @@ class ConditionalInverseAutoregressiveFlow(OnNetwork, ConditionalTransformModule
         gate_bias: Added to the gate.
 
     Raises:
-        ValueError: If the network has no order or takes no context; from ``condition``, if the
-            context doesn't end in ``context_dim`` features.
+        ValueError: If the network has no order or takes no context, ``gated`` is no bool, or
+            ``gate_bias`` no finite number; from ``condition``, if the context doesn't end in
+            ``context_dim`` features.
 
     References:
         Kingma et al. (2016), https://arxiv.org/abs/1606.04934
@@ -158,7 +159,8 @@ def conditional_inverse_autoregressive_flow(
         activation: What follows each hidden layer.
 
     Raises:
-        ValueError: If a size is not positive, or ``order`` is no permutation.
+        ValueError: If a size is not positive, ``order`` is no permutation, ``gated`` no bool, or
+            ``gate_bias`` no finite number.
 
     Example:
         >>> flow = conditional_inverse_autoregressive_flow(10, context_dim=4)

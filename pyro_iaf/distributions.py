@@ -55,7 +55,7 @@ class DiagonalNormal(TorchDistribution):
 
     Raises:
         ValueError: If ``loc`` is no vector, if the shapes don't broadcast, or, under validation,
-            if ``loc`` is NaN or ``scale`` is not positive.
+            if ``loc`` is not finite, or ``scale`` not positive and finite.
 
     Example:
         >>> d = DiagonalNormal(torch.zeros(5, 3), torch.tensor([1.0, 2.0, 4.0]))
@@ -99,7 +99,7 @@ class DiagonalNormal(TorchDistribution):
         if not isinstance(own_scale, Tensor) or own_scale.shape[-1:] != loc.shape[-1:]:
             own_scale = scale
         self.loc, self.scale, self._own_scale = loc, scale, own_scale.to(scale.dtype)
-        # All that Distribution.__init__ does, but with a check at half the price of its own.
+        # All that Distribution.__init__ does, but with checks of our own: its lets infinities pass.
         self._batch_shape, self._event_shape = loc.shape[:-1], loc.shape[-1:]
         if validate_args is not None:  # else Pyro's setting counts, whenever it is asked for
             self._validate_args = validate_args
@@ -195,16 +195,18 @@ def _is_traced() -> bool:
 
 
 def _check_values(loc: Tensor, scale: Tensor) -> None:
-    if not torch._is_all_true(loc == loc):
+    if not torch._is_all_true(loc.isfinite()):
         raise ValueError(
-            f"DiagonalNormal expects a loc without NaN; got {_described(loc)} with "
-            f"{int(loc.isnan().sum())} of them. Look at what computed it."
+            f"DiagonalNormal expects a finite loc; got {_described(loc)} with "
+            f"{int((~loc.isfinite()).sum())} entries that are infinite or NaN. Look at what "
+            "computed it."
         )
-    if not torch._is_all_true(scale > 0):
+    if not (torch._is_all_true(scale > 0) and torch._is_all_true(scale < math.inf)):
+        wrong = ~((scale > 0) & scale.isfinite())
         raise ValueError(
-            f"DiagonalNormal expects a positive scale; got {_described(scale)} with "
-            f"{int((~(scale > 0)).sum())} entries that are not, the smallest {float(scale.min())}. "
-            "exp or softplus makes a positive scale of any number."
+            f"DiagonalNormal expects a positive, finite scale; got {_described(scale)} with "
+            f"{int(wrong.sum())} entries that are not, as {float(scale[wrong][0])}. exp or "
+            "softplus makes a positive scale of any number that is not too large."
         )
 
 

@@ -23,7 +23,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .blocks import Cut, Map, can_be_cut, solve_in_blocks, transposed_in_blocks
 from .sweeps import has_values, runs_eagerly, settle
 
-__all__ = ["attach_gradient", "check_round_trip", "invert", "solve_transposed", "walk_back"]
+__all__ = [
+    "attach_gradient",
+    "check_round_trip",
+    "check_tensors",
+    "invert",
+    "solve_transposed",
+    "walk_back",
+]
 
 METHODS = ("auto", "incremental", "fixed_point")
 ROUND_TRIP = {torch.float64: 1e-10, torch.float32: 1e-4}
@@ -79,7 +86,7 @@ def invert(flow: Any, y: Tensor, method: str = "auto") -> Tensor:
     """
     if method not in METHODS:
         raise ValueError(f"method should be one of {', '.join(METHODS)}; got {method!r}.")
-    _check_tensors(y=y)
+    check_tensors(y=y)
     for part in reversed(_parts(flow)):
         y, _ = part._undo(y.expand(part.inverse_shape(y.shape)), method)
     return y
@@ -118,7 +125,7 @@ def solve_transposed(flow: Any, x: Tensor, v: Tensor) -> Tensor:
             "solve_transposed expects values to look at; there are none under torch.func, "
             "torch.compile and other tracers. Call it outside."
         )
-    _check_tensors(x=x, v=v)
+    check_tensors(x=x, v=v)
     with torch.inference_mode(False), torch.no_grad():
         x, v = x.clone(), v.clone()  # autograd takes no tensors from inference mode
         for part in _parts(flow):
@@ -133,11 +140,17 @@ def solve_transposed(flow: Any, x: Tensor, v: Tensor) -> Tensor:
     return v
 
 
-def _check_tensors(**given: Any) -> None:
+def check_tensors(**given: Any) -> None:
+    """Raises a ValueError unless all these are tensors of floating-point numbers."""
     for name, thing in given.items():
         if not isinstance(thing, Tensor):
             raise ValueError(
                 f"{name} should be a tensor; got {type(thing).__name__}. Use torch.tensor(...)."
+            )
+        if not thing.is_floating_point():
+            raise ValueError(
+                f"{name} should be of floating-point numbers, which a flow scales; got "
+                f"{thing.dtype}. Convert it with .float() or .to(...)."
             )
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -369,6 +369,20 @@ def check_size(name: str, value: object, smallest: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < smallest:
         raise ValueError(f"{name} should be an int of at least {smallest}; got {value!r}.")
     return int(value)
+
+
+def check_flag(name: str, value: object) -> bool:
+    """The value, or a ValueError if it is neither True nor False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} should be True or False; got {value!r}. Left out, it is False.")
+    return value
+
+
+def check_number(name: str, value: object) -> float:
+    """The value as a float, or a ValueError if it is no finite number."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise ValueError(f"{name} should be a finite number; got {value!r}. float(...) makes one.")
+    return float(value)
 
 
 def check_widths(hidden_dims: int | Sequence[int] | None, input_dim: int) -> list[int]:

@@ -15,6 +15,7 @@ from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor, nn
 
 from . import memory
+from .inversion import check_tensors
 
 __all__ = ["Flow", "SinglePass"]
 
@@ -32,6 +33,14 @@ class Flow(TransformModule):
         raise NotImplementedError
 
     def _inv_call(self, y: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _call(self, x: Tensor) -> Tensor:
+        """The value of ``x``, computed whatever is remembered: a name of PyTorch's transforms."""
+        raise NotImplementedError
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        """The noise of ``y``, likewise."""
         raise NotImplementedError
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
@@ -93,6 +102,12 @@ class _InverseFlow(Flow):
     def _inv_call(self, y: Tensor) -> Tensor:
         return self.flow(y)
 
+    def _call(self, x: Tensor) -> Tensor:
+        return self.flow._inverse(x)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self.flow._call(y)
+
     def __repr__(self) -> str:
         return f"{self.flow!r}.inv"
 
@@ -137,18 +152,24 @@ class SinglePass(Flow):
 
     def __call__(self, x: Tensor) -> Tensor:
         """Carries noise to a latent, in one network pass."""
-        if not isinstance(x, Tensor):
-            raise ValueError(
-                f"A flow acts on tensors; got {type(x).__name__}. Use torch.tensor(...)."
-            )
+        check_tensors(x=x)
         y = memory.expected(self._sources, x)
         return self._pass(x)[0] if y is None else y
 
     def _inv_call(self, y: Tensor) -> Tensor:
         return self._walk_back(y)[0]
 
+    def _call(self, x: Tensor) -> Tensor:
+        check_tensors(x=x)
+        return self._compute(x.expand(self.forward_shape(x.shape)))[0]
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        check_tensors(y=y)
+        return self._undo(y.expand(self.inverse_shape(y.shape)))[0]
+
     def _walk_back(self, y: Tensor) -> tuple[Tensor, bool]:
         """The noise of ``y``, and whether it was remembered."""
+        check_tensors(y=y)
         known = memory.pass_to(self._sources, y)
         if known is not None:
             memory.expect(known.partner, y)
@@ -170,6 +191,7 @@ class SinglePass(Flow):
 
         Free where the flow made ``y`` from ``x``; one network pass otherwise, from ``x`` alone.
         """
+        check_tensors(x=x, y=y)
         memory.settle(x)
         self.forward_shape(y.shape)
         known = memory.pass_between(self._sources, x, y)

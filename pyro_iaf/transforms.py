@@ -20,10 +20,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from . import memory
-from .inversion import attach_gradient, check_round_trip, transposed_solution, walk_back
+from .inversion import (
+    attach_gradient,
+    check_round_trip,
+    check_tensors,
+    transposed_solution,
+    walk_back,
+)
 from .networks import (
     MaskedAutoregressiveNetwork,
+    check_flag,
     check_network,
+    check_number,
     check_order,
     check_size,
     in_one_line,
@@ -48,10 +56,10 @@ class OnNetwork:
     network: Any
 
     def _adopt(self, network: Callable[..., Any], gated: bool, gate_bias: float) -> None:
+        self.gated = check_flag("gated", gated)
+        self.gate_bias = check_number("gate_bias", gate_bias)
         self.network = network
         self.input_dim = len(order_of(network))
-        self.gated = bool(gated)
-        self.gate_bias = float(gate_bias)
 
     @property
     def order(self) -> Tensor:
@@ -102,7 +110,8 @@ class InverseAutoregressiveFlow(OnNetwork, SinglePass):
         gate_bias: Added to the gate; at 2 a fresh flow keeps 88 % of the noise.
 
     Raises:
-        ValueError: If the network has no order, does not return two vectors, or wants a context.
+        ValueError: If the network has no order, does not return two vectors, or wants a context; if
+            ``gated`` is no bool, or ``gate_bias`` no finite number.
 
     References:
         Kingma et al. (2016), equations 10, 13 and 14, https://arxiv.org/abs/1606.04934
@@ -217,8 +226,6 @@ class InverseAutoregressiveFlowStack(Flow):
         torch.Size([5])
     """
 
-    autoregressive = False
-
     parts: Sequence[SinglePass]
 
     def __init__(self, parts: Sequence[InverseAutoregressiveFlow]) -> None:
@@ -233,6 +240,16 @@ class InverseAutoregressiveFlowStack(Flow):
         for part in self.parts:
             x = part(x)
         return x
+
+    def _call(self, x: Tensor) -> Tensor:
+        for part in self.parts:
+            x = part._call(x)
+        return x
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        for part in reversed(self.parts):
+            y = part._inverse(y)
+        return y
 
     def _inv_call(self, y: Tensor) -> Tensor:
         x, remembered = y, True
@@ -255,6 +272,7 @@ class InverseAutoregressiveFlowStack(Flow):
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """Log-determinant of the Jacobian at ``x``, in nats, of shape ``batch_shape``."""
+        check_tensors(x=x, y=y)
         terms = self._remembered(x, y)
         if terms is None:
             terms = []
@@ -322,7 +340,8 @@ def inverse_autoregressive_flow(
         activation: What follows each hidden layer, by name or as a module.
 
     Raises:
-        ValueError: If a size is not positive, or ``order`` is no permutation.
+        ValueError: If a size is not positive, ``order`` is no permutation, ``gated`` no bool, or
+            ``gate_bias`` no finite number.
 
     Example:
         >>> flow = inverse_autoregressive_flow(10, num_flows=2)

@@ -272,19 +272,44 @@ def test_integers_are_refused():
         DiagonalNormal(torch.zeros(3, dtype=torch.long), torch.ones(3, dtype=torch.long))
 
 
-@pytest.mark.parametrize("bad", [-1.0, 0.0, float("nan")])
-def test_a_scale_has_to_be_positive(bad):
-    with pytest.raises(ValueError, match=rf"positive scale; got .*\(2,\) with 1 .*smallest {bad}"):
-        DiagonalNormal(torch.zeros(2), torch.tensor([1.0, bad]))
-    DiagonalNormal(torch.zeros(2), torch.tensor([1.0, bad]), validate_args=False)
+@pytest.mark.parametrize("bad", [-1.0, 0.0, float("nan"), float("inf"), float("-inf")])
+def test_a_scale_has_to_be_positive_and_finite(bad):
+    scale = torch.tensor([1.0, bad])
+    for shape in ((2,), (3, 2)):
+        with pytest.raises(ValueError, match=rf"finite scale; got .*\) with \d .*, as {bad}\."):
+            DiagonalNormal(torch.zeros(2), scale.expand(shape))
+    with pytest.raises(ValueError, match="finite scale"):
+        DiagonalNormal(torch.zeros(2), bad)
+    DiagonalNormal(torch.zeros(2), scale, validate_args=False)
     with pyro.validation_enabled(False):
-        DiagonalNormal(torch.zeros(2), torch.tensor([1.0, bad]))
+        DiagonalNormal(torch.zeros(2), scale)
 
 
-def test_nan_is_refused():
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_loc_has_to_be_finite(bad):
+    loc = torch.tensor([0.0, bad])
+    with pytest.raises(ValueError, match=r"finite loc; got .*\(2,\) with 1 entries"):
+        DiagonalNormal(loc, torch.ones(2))
+    with pyro.validation_enabled(False):
+        DiagonalNormal(loc, torch.ones(2))
+
+
+def test_checks_stay_out_of_graphs_and_of_vmap():
+    def density(loc, scale):
+        return DiagonalNormal(loc, scale).log_prob(torch.zeros(2))
+
+    loc, scale = torch.randn(5, 2), torch.rand(5, 2) + 0.1
+    expected = density(loc, scale)
+    compiled = torch.compile(density, backend="aot_eager", fullgraph=True)
+    assert_close(compiled(loc, scale), expected)
+    assert_close(make_fx(density)(loc, scale)(loc, scale), expected)
+    assert_close(torch.func.vmap(density)(loc, scale), expected)
+    slope = torch.func.vmap(torch.func.grad(density))(loc, scale)
+    assert_close(slope, -loc / scale**2)
+
+
+def test_values_that_are_nan_are_refused():
     nan = torch.tensor([0.0, float("nan")])
-    with pytest.raises(ValueError, match=r"loc without NaN; got .*\(2,\) with 1 of them"):
-        DiagonalNormal(nan, torch.ones(2))
     d = DiagonalNormal(torch.zeros(2), torch.ones(2))
     with pytest.raises(ValueError, match="within the support"):
         d.log_prob(nan)

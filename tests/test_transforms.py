@@ -112,6 +112,30 @@ def test_inverse_is_exact_to_rounding(bijection, x):
     assert (residual <= 1e-10 * (1 + y.abs())).all()
 
 
+def test_what_pytorch_itself_calls_computes_anew(bijection, x, count_passes):
+    # Pyro's tests of its transforms go this way, past what a cache knows.
+    y = bijection(x)
+    passes = count_passes(getattr(bijection, "flow", bijection))
+    assert_close(bijection._call(x), y, **tolerance(x))
+    back = bijection._inverse(y)
+    assert passes() > 0
+    assert back is not x
+    assert_close(back, x, **tolerance(x))
+    inverse = bijection.inv
+    assert_close(inverse._call(y), x, **tolerance(x))
+    assert_close(inverse._inverse(x), y, **tolerance(x))
+    before = bijection.log_abs_det_jacobian(x, y)
+    assert_close(bijection.log_abs_det_jacobian(back, y), before, **tolerance(x))
+
+
+def test_what_says_it_is_autoregressive_is(bijection, x):
+    # Pyro's tests ask for a triangular Jacobian wherever there is this word.
+    if hasattr(bijection, "autoregressive"):
+        slope = torch.autograd.functional.jacobian(bijection, x[0])[bijection.order]
+        assert bijection.autoregressive
+        assert (slope[:, bijection.order].triu(1) == 0).all()
+
+
 def test_inverse_of_the_inverse_is_the_flow(bijection, x):
     assert bijection.inv.inv is bijection
     assert isinstance(bijection.inv, torch.nn.Module)
@@ -605,10 +629,58 @@ def test_a_wrong_last_dimension_says_which_is_expected():
         flow_on(flow, 3)
 
 
-def test_only_tensors_flow():
-    flow = inverse_autoregressive_flow(3, [8])
-    with pytest.raises(ValueError, match="acts on tensors; got list"):
-        flow([1.0, 2.0, 3.0])
+@pytest.mark.parametrize("bad", ["a", [1.0, 2.0, 3.0], None, 1.0, torch.ones(3).numpy()])
+def test_only_tensors_flow(bijection, bad):
+    for run in (bijection, bijection.inv, bijection._call, bijection._inverse):
+        with pytest.raises(ValueError, match=f"should be a tensor; got {type(bad).__name__}"):
+            run(bad)
+    x = torch.zeros(dim_and_dtype(bijection)[0])
+    for pair in ((bad, x), (x, bad)):
+        with pytest.raises(ValueError, match=f"should be a tensor; got {type(bad).__name__}"):
+            bijection.log_abs_det_jacobian(*pair)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_only_floating_point_numbers_flow(bijection, dtype):
+    bad = torch.ones(dim_and_dtype(bijection)[0], dtype=dtype)
+    for run in (bijection, bijection.inv, lambda v: bijection.log_abs_det_jacobian(v, v)):
+        with pytest.raises(ValueError, match=f"floating-point numbers.*got {dtype}"):
+            run(bad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_flows_where_the_network_has_it(dtype):
+    flow = rough(inverse_autoregressive_flow(4, [16], num_flows=2))
+    half, x = copy.deepcopy(flow).to(dtype), torch.randn(5, 4)
+    for run in (flow, flow.inv):
+        with pytest.raises(ValueError, match=f"network's dtype, torch.float64; got {dtype}"):
+            run(x.to(dtype))
+    y = half(x.to(dtype))
+    assert y.dtype == dtype
+    # Eight bits of a number, through two networks.
+    assert_close(y.double(), flow(x), rtol=0.05, atol=0.05)
+    assert_close(half.inv(y.clone()).double(), x, rtol=0.05, atol=0.05)
+
+
+MAKERS = {
+    "flow": lambda **settings: inverse_autoregressive_flow(3, [8], **settings),
+    "stack": lambda **settings: inverse_autoregressive_flow(3, [8], num_flows=2, **settings),
+    "conditional": lambda **settings: conditional_inverse_autoregressive_flow(3, 2, **settings),
+    "own network": lambda **settings: InverseAutoregressiveFlow(
+        AutoRegressiveNN(3, [8]), **settings
+    ),
+}
+
+
+@pytest.mark.parametrize("maker", MAKERS.values(), ids=MAKERS)
+def test_gates_are_described_by_a_bool_and_a_finite_number(maker):
+    for bad in ("no", "False", 1, None, torch.tensor(True)):
+        with pytest.raises(ValueError, match="gated should be True or False"):
+            maker(gated=bad)
+    for bad in (math.nan, math.inf, -math.inf, "2", True, None):
+        for gated in (True, False):
+            with pytest.raises(ValueError, match="gate_bias should be a finite number"):
+                maker(gated=gated, gate_bias=bad)
 
 
 def test_a_missing_context_says_how_to_give_one():
