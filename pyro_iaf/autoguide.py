@@ -25,8 +25,15 @@ from .conditional import (
 )
 from .groups import full_size
 from .initialization import Start, or_draw
-from .networks import MaskedAutoregressiveNetwork, check_size, check_widths, in_one_line
+from .networks import (
+    MaskedAutoregressiveNetwork,
+    check_flag,
+    check_size,
+    check_widths,
+    in_one_line,
+)
 from .sites import each_tensor, without_graph
+from .supports import check_unknown
 from .transforms import InverseAutoregressiveFlowStack, inverse_autoregressive_flow
 from .weights import Particles, pareto_k, resampled
 
@@ -77,7 +84,7 @@ class FlowGuide(AutoGuide):
         AutoGuide.__init__(self, model, create_plates=create_plates)
         self.num_flows = check_size("num_flows", num_flows)
         self.hidden_dims = None if hidden_dims is None else check_widths(hidden_dims, 1)
-        self.gated = bool(gated)
+        self.gated = check_flag("gated", gated)
         if scale not in ("auto", "dense", "diagonal"):
             raise ValueError(f'scale should be "auto", "dense" or "diagonal"; got {scale!r}.')
         self.scale = scale
@@ -150,6 +157,7 @@ class FlowGuide(AutoGuide):
         self._model = (self._watched(InitMessenger(self._init_loc_fn)(self.model)),)
         try:
             super()._setup_prototype(*args, **kwargs)
+            check_unknown(self._latent_sites())
             self._build(model[0], args, kwargs)
         except BaseException:
             self.prototype_trace = None  # so that the next call tries again

@@ -12,7 +12,7 @@ from pyro import poutine
 from torch import Tensor
 
 from .joint import compute_log_prob, quietly, samples
-from .supports import bare
+from .supports import bare, is_point
 
 __all__ = ["at_fault", "impossible_data"]
 
@@ -100,7 +100,9 @@ def _sites(model: poutine.Trace, guide: poutine.Trace) -> Iterator[tuple[str, st
     for name, site in samples(model).items():
         log_prob = site["log_prob_sum"]
         if not log_prob.isfinite():
-            yield name, f"its log density is {log_prob.item()}"
+            known = ", as a Delta's, whose value is known: pyro.deterministic states one"
+            why = known if is_point(site["fn"]) and not site["is_observed"] else ""
+            yield name, f"its log density is {log_prob.item()}{why}"
         elif log_prob.requires_grad and leaves:
             slopes = torch.autograd.grad(log_prob, leaves, retain_graph=True, allow_unused=True)
             if any(slope is not None and not slope.isfinite().all() for slope in slopes):

@@ -92,8 +92,8 @@ class AutoIAF(FlowGuide, AutoContinuous):
             guides in one program need two names.
 
     Raises:
-        ValueError: If an argument is out of range, or, at the first call, if a latent is discrete
-            or on a sphere.
+        ValueError: If an argument is out of range, or, at the first call, if a latent is
+            discrete, a Delta or on a sphere.
         RuntimeError: At the first call, if the model has no latents.
         NotImplementedError: At the first call, if a latent is in a plate that is subsampled, or in
             a sequential one.

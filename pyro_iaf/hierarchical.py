@@ -79,7 +79,8 @@ class AutoHierarchicalIAF(GroupedGuide):
 
     Raises:
         ValueError: If an argument is out of range; at the first call, if plates and encoders don't
-            go together, a latent is discrete, or a context has another shape than its plate.
+            go together, a latent is discrete or a Delta, or a context has another shape than its
+            plate.
         NotImplementedError: At the first call, if a plate is sequential, or the support of a
             latent changes from row to row of its plate.
         RuntimeError: At the first call, if the model has no latents.

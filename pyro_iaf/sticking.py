@@ -34,7 +34,7 @@ from .elbo import leaves_of
 from .networks import check_size
 from .passes import SinglePass
 from .scores import Drawn, draw_with_score
-from .supports import bare, support_moves
+from .supports import is_point, support_moves
 from .sweeps import runs_eagerly
 from .transforms import InverseAutoregressiveFlowStack
 
@@ -174,9 +174,9 @@ class TraceSTL_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
             elif name not in self._looked_at:
                 self._looked_at.add(name)
                 if _has_parameters(held, leaves):
-                    is_point = isinstance(bare(site["fn"]), dist.Delta)
                     made = "it is a point with a density of the guide's making"
-                    self._warn_of_site(name, made if is_point else "a handler gave its value")
+                    is_made = is_point(site["fn"])
+                    self._warn_of_site(name, made if is_made else "a handler gave its value")
         return model_trace, guide_trace
 
     def _warn_of_site(self, name: str, why: str) -> None:
@@ -203,8 +203,7 @@ class _Cut(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         fn = msg["fn"]
         is_free = not (msg["done"] or msg["is_observed"]) and msg["value"] is None
-        is_point = isinstance(bare(fn), dist.Delta)
-        if not is_free or is_point or not fn.has_rsample or not torch.is_grad_enabled():
+        if not is_free or is_point(fn) or not fn.has_rsample or not torch.is_grad_enabled():
             return
         drawn = None if msg["args"] or msg["kwargs"] else self._drawn(fn)
         value = fn(*msg["args"], **msg["kwargs"]) if drawn is None else drawn.value

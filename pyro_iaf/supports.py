@@ -1,4 +1,4 @@
-"""Whether the ends of a distribution's support move with its parameters.
+"""What a distribution can be, and whether the ends of that move with its parameters.
 
 Where they do, the score's mean is not zero: what a parameter does at the ends is missing in it.
 """
@@ -6,6 +6,7 @@ Where they do, the score's mean is not zero: what a parameter does at the ends i
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.distributions import Independent, TransformedDistribution, biject_to,
 from .elbo import leaves_of
 from .sites import tensors_in
 
-__all__ = ["bare", "support_moves"]
+__all__ = ["bare", "check_unknown", "is_point", "support_moves"]
 
 
 def support_moves(fn: Any, like: Tensor) -> bool:
@@ -37,6 +38,22 @@ def bare(fn: Any) -> Any:
     while isinstance(fn, Independent | dist.MaskedDistribution | dist.ExpandedDistribution):
         fn = fn.base_dist
     return fn
+
+
+def is_point(fn: Any) -> bool:
+    """Whether a distribution has one value."""
+    return isinstance(bare(fn), dist.Delta)
+
+
+def check_unknown(latents: Mapping[str, Any]) -> None:
+    """Raises a ValueError if the value of a latent site is known."""
+    for name, site in latents.items():
+        if is_point(site["fn"]):
+            raise ValueError(
+                f"A guide finds out values that the model leaves open; site '{name}' is a Delta, "
+                f"whose value is known. State it by pyro.deterministic('{name}', value), and a log "
+                "density by pyro.factor."
+            )
 
 
 def _image_moves(fn: TransformedDistribution, like: Tensor) -> bool:

@@ -9,7 +9,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
 from pyro.nn import AutoRegressiveNN
 from pyro.optim import Adam
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -206,7 +208,7 @@ def test_zuko_flows_work_beside_ours():
 def test_nothing_is_warned_of_at_every_step(kind):
     def masked():
         mask = torch.tensor([True, False, True])
-        with pyro.plate("rows", 3), pyro.poutine.mask(mask=mask):
+        with pyro.plate("rows", 3), poutine.mask(mask=mask):
             w = pyro.sample("w", dist.Normal(0.0, 1.0))
             pyro.sample("y", dist.Normal(w, 1.0), obs=torch.zeros(3))
 
@@ -249,3 +251,46 @@ def test_resampling_is_warned_of_in_the_same_words_at_the_users_line():
     assert len(caught) == 3
     assert len({str(w.message) for w in caught}) == 1  # Python shows such ones once
     assert {w.filename for w in caught} == {__file__}
+
+
+def delta(fn, state=pyro.sample):
+    def model():
+        z = state("z", fn())
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(w + z.sum(), 1.0), obs=torch.tensor(1.0))
+
+    return model
+
+
+POINTS = {
+    "delta": lambda: dist.Delta(torch.tensor(1.0)),
+    "of vectors": lambda: dist.Delta(torch.ones(3), event_dim=1),
+    "to_event": lambda: dist.Delta(torch.ones(3)).to_event(1),
+    "with a density": lambda: dist.Delta(torch.tensor(1.0), log_density=-2.0).mask(True),
+}
+
+
+@pytest.mark.parametrize("fn", POINTS.values(), ids=POINTS)
+@pytest.mark.parametrize("kind", GUIDES)
+def test_a_latent_whose_value_is_known_is_refused_by_name(kind, fn):
+    guide = kind(delta(fn))
+    for start in (guide.setup, guide):
+        with pytest.raises(ValueError, match=r"site 'z' is a Delta.*known.*deterministic\('z'"):
+            start()
+    stated = delta(lambda: fn()(), pyro.deterministic)
+    guide = kind(stated, hidden_dims=[8])
+    assert fit(stated, guide, num_steps=3, progress=False).losses.isfinite().all()
+    assert guide.sample_posterior(2).keys() == {"w"}
+
+
+def test_fit_says_so_of_other_guides():
+    guided = delta(POINTS["delta"])
+    with pytest.raises(FloatingPointError, match=r"'z' \(its log density is -inf, as a Delta's"):
+        fit(guided, AutoNormal(guided), num_steps=20, progress=False)
+
+
+@pytest.mark.parametrize("kind", GUIDES)
+def test_a_guide_gates_by_a_bool(kind):
+    for bad in ("no", 1, None):
+        with pytest.raises(ValueError, match="gated should be True or False"):
+            kind(model, gated=bad)
