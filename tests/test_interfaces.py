@@ -283,6 +283,7 @@ def test_a_latent_whose_value_is_known_is_refused_by_name(kind, fn):
     assert guide.sample_posterior(2).keys() == {"w"}
 
 
+@pytest.mark.filterwarnings("ignore:fit runs its particles")  # as no density is finite
 def test_fit_says_so_of_other_guides():
     guided = delta(POINTS["delta"])
     with pytest.raises(FloatingPointError, match=r"'z' \(its log density is -inf, as a Delta's"):
