@@ -235,9 +235,11 @@ def test_a_mistake_is_named_where_it_is_made():
             invert(stranger, torch.randn(3))
     with pytest.raises(ValueError, match="y should be a tensor; got list"):
         invert(flow, [1.0, 2.0, 3.0])
-    for y in (torch.randn(3).float(), torch.arange(3)):
-        with pytest.raises(ValueError, match=r"network's dtype, torch.float64; got .*\.to\("):
-            flow.inv(y)
+    with pytest.raises(ValueError, match=r"network's dtype, torch.float64; got .*\.to\("):
+        flow.inv(torch.randn(3).float())
+    for run in (flow.inv, lambda y: invert(flow, y), lambda y: solve_transposed(flow, y, y)):
+        with pytest.raises(ValueError, match=r"floating-point numbers.*got torch.int64"):
+            run(torch.arange(3))
     with pytest.raises(ValueError, match=r"vectors of 3 coordinates; got shape \(4,\)"):
         invert(flow, torch.randn(4))
     with pytest.raises(ValueError, match=r"value, \(2, 3\) and .*64; got \(3,\)"):
