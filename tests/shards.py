@@ -2,6 +2,7 @@
 
 import pathlib
 
+import threads
 import torch
 from pyro.infer import Trace_ELBO
 from torch import distributed
@@ -19,6 +20,13 @@ def defined():
     assert found
     exec(compile(code, str(PATH), "exec"), space)
     return space
+
+
+def end(space):
+    """Ends the tutorial's group of processes, and the threads of gloo with it."""
+    del space["loss"]  # it holds the group
+    distributed.destroy_process_group()
+    assert not threads.of_gloo(), "no thread of gloo should outlive its group"
 
 
 def held_still(normal, sample_shape=()):
@@ -60,7 +68,7 @@ def main():
         of_many = gradient(DistributedDataParallel(loss), list(space["loader"]))
         torch.testing.assert_close(of_many, of_one, rtol=1e-9, atol=1e-9 * args.patients)
     print(f"Rank {space['rank']} of {space['num_ranks']} agrees", flush=True)
-    distributed.destroy_process_group()
+    end(space)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import shards
+import threads
 import torch
 from torch.testing import assert_close
 
@@ -23,7 +24,7 @@ def run(*command):
         text=True,
         check=False,
         env={**os.environ, **settings},
-        timeout=300,
+        timeout=1800,  # a hang has to end; a busy machine takes minutes
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -38,6 +39,18 @@ def test_gradients_of_the_ranks_average_to_that_of_all_data():
     size = ["--patients", "60", "--batch", "20"]
     printed = run_ranks(shards.__file__, *size)
     assert all(f"Rank {rank} of 2 agrees" in printed for rank in (0, 1))
+
+
+@pytest.mark.skipif(not threads.TASKS.exists(), reason="only Linux tells the names of threads")
+@pytest.mark.parametrize("name", ["distributed", "distributed_lightning"])
+def test_no_thread_of_gloo_outlives_a_tutorials_group(name, tmp_path):
+    command = [threads.__file__, TUTORIALS / f"{name}.py", "--smoke", "--output", tmp_path]
+    if name == "distributed":
+        printed = run_ranks(*command)
+    else:
+        pytest.importorskip("pytorch_lightning", reason="it takes pip install '.[lightning]'")
+        printed = run(sys.executable, *command, "--processes", 2)
+    assert printed.count("Threads of gloo: none\n") == 2, printed
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +76,7 @@ def posterior(monkeypatch):
         return {name: (value.mean(0), value.std(0)) for name, value in draws.items()}
 
     yield of
-    torch.distributed.destroy_process_group()
+    shards.end(space)
 
 
 def test_two_processes_find_the_posterior_of_one(folders, posterior):

@@ -28,6 +28,7 @@ import matplotlib.pyplot as plt
 import pyro
 import pyro.distributions as dist
 import torch
+import torch.distributed.nn  # before there is a group: its functions hold one that they find
 from pyro.infer import Trace_ELBO
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -234,7 +235,7 @@ if rank == 0 and start_epoch < args.epochs:
 
 # %%
 distributed.barrier()  # nobody hangs up while another still listens
-del loss  # which holds on to the group, and the group to its threads
+del loss  # it holds the group, and the group its threads, which may end the program in an error
 distributed.destroy_process_group()
 if rank:
     sys.exit()

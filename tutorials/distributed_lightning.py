@@ -18,8 +18,9 @@ import matplotlib.pyplot as plt
 import pyro
 import pyro.distributions as dist
 import torch
+import torch.distributed.nn  # before there is a group: its functions hold one that they find
 from pyro.infer import Trace_ELBO
-from torch import nn
+from torch import distributed, nn
 from torch.utils.data import DataLoader
 
 from pyro_iaf import AutoHierarchicalIAF
@@ -118,6 +119,9 @@ trainer = pl.Trainer(
 )
 batches = DataLoader(y, args.batch // args.processes, shuffle=True, drop_last=True)
 trainer.fit(Fit(), batches)
+if distributed.is_initialized():
+    distributed.barrier()  # nobody hangs up while another still listens
+    distributed.destroy_process_group()  # Lightning leaves gloo's threads running at the exit
 if not trainer.is_global_zero:
     sys.exit()
 print(f"{trainer.world_size} processes took {trainer.global_step} steps")
