@@ -1,7 +1,16 @@
+import os
+import tempfile
+
 import pyro
 import pytest
 import torch
 from bijections import flows_in
+
+# PyTorch's compiler keeps what it has made, and gives it out again under another
+# ATEN_CPU_CAPABILITY, where it doesn't compile. So each has a place of its own.
+CAPABILITY = torch.backends.cpu.get_cpu_capability().lower()
+KEPT = os.path.join(tempfile.gettempdir(), f"torchinductor_pyro_iaf_{os.getuid()}_{CAPABILITY}")
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", KEPT)
 
 
 @pytest.fixture(autouse=True)
