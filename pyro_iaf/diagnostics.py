@@ -194,7 +194,7 @@ def _moves(weights: Tensor, sites: Mapping[str, Tensor]) -> dict[str, tuple[floa
         if not draws.is_floating_point():
             continue
         flat = draws.double().reshape(len(draws), -1)
-        mean, sd = flat.mean(0), flat.std(0)
+        mean, sd = flat.mean(0), flat.std(0, correction=min(1, len(flat) - 1))
         weighted = weights @ flat
         spread = (weights @ (flat - weighted).square()).sqrt()
         fixed = sd < 1e-12 * (1 + mean.abs())  # the last part of a Cholesky factor, say

@@ -610,7 +610,10 @@ def test_enumeration_is_refused():
         p = pyro.param("p", torch.tensor(0.5), constraint=dist.constraints.unit_interval)
         pyro.sample("k", dist.Bernoulli(p))
 
-    with pytest.raises(ValueError, match="TraceEnum_ELBO"):
+    with (
+        pytest.warns(UserWarning, match="TraceEnum_ELBO instead"),  # Pyro's own
+        pytest.raises(ValueError, match="TraceEnum_ELBO"),
+    ):
         graph().loss_and_grads(model, config_enumerate(guide))
     with pytest.warns(UserWarning, match="site 'k' are not reparameterised"):
         assert_same(*both(model, guide))

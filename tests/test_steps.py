@@ -186,7 +186,8 @@ def test_arguments_that_cant_be_watched_are_no_obstacle():
         pyro.sample("y", dist.Normal(z, 1.0), obs=torch.as_tensor(x[0]))
 
     x = torch.ones(3).numpy()
-    assert run(model, x, kind=AutoNormal, compile="auto")[0].backend == "eager"
+    with pytest.warns(UserWarning, match="uncompiled: An argument is of type ndarray"):
+        assert run(model, x, kind=AutoNormal, compile="auto")[0].backend == "eager"
     with pytest.raises(ValueError, match="type ndarray"):
         run(model, x, kind=AutoNormal, compile="graph")
 
@@ -275,7 +276,10 @@ def test_a_graph_that_is_wrong_is_not_used(monkeypatch):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         pyro.sample("y", dist.Normal(z + next(counter), 0.5), obs=torch.tensor(1.0))
 
-    with pytest.raises(ValueError, match="changes from run to run"):
+    with (
+        pytest.warns(UserWarning, match="one after the other"),
+        pytest.raises(ValueError, match="changes from run to run"),
+    ):
         run(changing, compile="graph", kind=AutoNormal)
 
 
@@ -314,7 +318,8 @@ def test_minibatches_of_one_kind_are_taken_in_chunks(monkeypatch):
 
     def model(x):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("x", dist.Normal(z, 1.0).expand([len(x)]).to_event(1), obs=x)
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
     data = DataLoader(TensorDataset(torch.randn(40)), batch_size=10)
     run(model, data=lambda: data, compile="graph", num_steps=300, early_stop=False)
@@ -325,7 +330,8 @@ def test_minibatches_of_one_kind_are_taken_in_chunks(monkeypatch):
 def test_minibatches_that_are_each_of_a_kind_of_their_own_are_not_compiled(monkeypatch):
     def model(x):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("x", dist.Normal(z, 1.0).expand([len(x)]).to_event(1), obs=x)
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
     def record(self, *args):
         raise AssertionError("recorded for one step")
