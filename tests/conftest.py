@@ -1,11 +1,17 @@
 import getpass
 import os
 import tempfile
+import warnings
 
 import pyro
 import pytest
 import torch
 from bijections import flows_in
+
+# PyTorch's compiler imports this late, in whichever test compiles first, and is warned for it.
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
+    import torch.utils.mkldnn
 
 # PyTorch's compiler keeps what it has made, and gives it out again under another
 # ATEN_CPU_CAPABILITY, where it doesn't compile. So each has a place of its own.
