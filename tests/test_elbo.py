@@ -74,10 +74,12 @@ def both(model, guide, args=(), *, elbo=graph, particles=(1, False), num_steps=4
 
 def assert_same(eager, compiled):
     for (value, grads), (again, others) in zip(eager, compiled, strict=True):
-        assert again == pytest.approx(value, rel=1e-6)
+        # A hundred roundings of what is summed up.
+        single = any(grad.dtype == torch.float32 for grad in grads.values())
+        scale = 1e-5 if single else 1e-9
+        assert again == pytest.approx(value, rel=scale, abs=scale)
         assert grads.keys() == others.keys()
         for name, grad in grads.items():
-            scale = 1e-5 if grad.dtype == torch.float32 else 1e-9
             assert_close(others[name], grad, rtol=scale, atol=scale * (1 + grad.abs().max().item()))
 
 

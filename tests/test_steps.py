@@ -43,9 +43,12 @@ def assert_same(eager, compiled, rtol=1e-7):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_replayed_steps_are_those_of_the_code(name):
-    # Adam makes whole steps of a gradient that is nothing but rounding: of 5e-3, up to 40 of them.
-    rtol = 1e-3 if name == "single precision" else 1e-7
-    assert_same(run(name), run(name, compile="graph"), rtol=rtol)
+    rtol, settings = 1e-7, {}
+    if name == "single precision":
+        # Pathfinder starts at the posterior of this model. There the gradient is nothing but
+        # rounding, of which Adam makes whole steps: a processor decides where they go.
+        rtol, settings = 1e-3, {"kind": lambda model: AutoIAF(model, hidden_dims=[8], start="init")}
+    assert_same(run(name, **settings), run(name, compile="graph", **settings), rtol=rtol)
 
 
 @needs_compiler
