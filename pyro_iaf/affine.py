@@ -14,7 +14,6 @@ the coordinate that comes first.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -128,10 +127,6 @@ class LocScale(SinglePass):
 
     def _learned(self) -> Tensor:
         return self._below_diagonal(self.coefficients[4:]) + self.coefficients[1].exp().diag()
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Pyro's store leaves a weak reference on what it holds.
-        return {**super().__getstate__(), "_buffers": {"frame": self.frame.detach()}}
 
     def extra_repr(self) -> str:
         kind = "dense" if len(self.coefficients) > 4 else "diagonal"

@@ -24,14 +24,23 @@ __all__ = ["adopt", "declare", "has_from_file", "parameters_of", "state", "state
 
 _makers = WeakIdKeyDictionary()  # a parameter in the store: the guide that put it there, weakly
 _warned: weakref.WeakSet[PyroModule] = weakref.WeakSet()
+_leaves = WeakIdKeyDictionary()  # a frame: a leaf of the same memory, for the store
 
 
 def parameters_of(module: nn.Module, name: str) -> dict[str, Tensor]:
-    """A module's parameters, and its frame, under the names that Pyro gives them in the store."""
+    """A module's parameters, and its frame, under the names that Pyro gives them in the store.
+
+    The frame is not trained, but the others mean nothing without it. All that the store holds may
+    be asked for its gradient, so there it has a leaf, to which no gradient ever comes.
+    """
     named = module.named_parameters()  # under functional_call these are no Parameters
     own: dict[str, Tensor] = {key: p for key, p in named if isinstance(p, nn.Parameter)}
     if own:
-        own.update((key, value) for key, value in module.named_buffers() if key.endswith("frame"))
+        frames = [item for item in module.named_buffers() if item[0].endswith("frame")]
+        for key, frame in frames:
+            if frame not in _leaves:
+                _leaves[frame] = frame.detach().requires_grad_()
+            own[key] = _leaves[frame]
     return {f"{name}$$${key}": value for key, value in own.items()}
 
 
@@ -69,7 +78,7 @@ def declare(guide: PyroModule, own: dict[str, Tensor]) -> None:
     for name, value in own.items():
         if isinstance(value, nn.Parameter) and not value.requires_grad:
             continue
-        if not isinstance(value, nn.Parameter):  # it belongs to the state, and isn't trained
+        if not isinstance(value, nn.Parameter):  # a frame: it is saved, and not trained
             if not local and entries.get(name) is not value:
                 _replace_entry(guide, name, value)
             continue
@@ -132,7 +141,6 @@ def _replace_entry(guide: PyroModule, name: str, value: Tensor) -> None:
                 UserWarning,
                 stacklevel=2,
             )
-    trained = value.requires_grad
-    store.setdefault(name, value)
-    value.requires_grad_(trained)
-    _makers[value] = weakref.ref(guide)
+    if value.requires_grad:  # what is frozen is in no store
+        store.setdefault(name, value)
+        _makers[value] = weakref.ref(guide)

@@ -11,7 +11,7 @@ from pyro.infer.autoguide import AutoGuideList, init_to_feasible
 from pyro.optim import Adam
 from torch.testing import assert_close
 
-from pyro_iaf import AutoIAF
+from pyro_iaf import AutoHierarchicalIAF, AutoIAF
 from pyro_iaf.store import parameters_of
 
 
@@ -155,6 +155,20 @@ def test_frozen_parameters_are_restored_too(tmp_path):
         reload_store(tmp_path / "store")
         guide()
         assert same(values(guide), saved)
+        assert all(value.requires_grad for value in pyro.get_param_store()._params.values())
+
+
+@pytest.mark.parametrize("kind", [AutoIAF, AutoHierarchicalIAF])
+def test_every_entry_takes_a_hook(kind):
+    guide = kind(two_sites)
+    guide()
+    norms = {name: [] for name in pyro.get_param_store()}
+    for name, value in pyro.get_param_store().named_parameters():
+        value.register_hook(lambda slope, name=name: norms[name].append(slope.norm()))
+    train(guide)
+    seen = {name for name, found in norms.items() if found}
+    assert {name for name in norms if name not in seen} == {n for n in norms if "frame" in n}
+    assert all(parameter.grad is not None for parameter in guide.parameters())
 
 
 def test_a_guide_may_join_a_list_later():
