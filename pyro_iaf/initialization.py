@@ -11,16 +11,21 @@ and the one of the highest ELBO is where the guide starts: somewhere on the way,
 where the way leads into the neck of a funnel. Where second derivatives cost too much,
 :math:`\Sigma` comes from the steps of the path itself (L-BFGS), as a diagonal and a matrix of low
 rank. (Zhang et al. 2022, https://arxiv.org/abs/2108.03782)
+
+A density may have no curvature, as that of a Laplace distribution, which is linear on both sides of
+its kink. Along such directions the scale is how far one can go until the density has fallen.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
+import pyro
 import torch
 from torch import Tensor
 from torch.distributions import biject_to
@@ -43,6 +48,12 @@ ARMIJO = 1e-4
 
 # A path ends when a step promises less than this, in nats.
 ENOUGH = 1e-4
+
+# Directions of less curvature than this share of the largest have none. The scale there is a step
+# after which the density has fallen by what a normal's has after a standard deviation, in nats; and
+# so it is where after the scale that curvature tells the density has fallen by much more.
+FLAT, FALL, STEEP = 1e-8, 0.5, 4.0
+REACHES = 2.0 ** torch.arange(-20, 21, dtype=torch.float64)
 
 # So many of the Gaussians on a path of L-BFGS are looked at.
 NUM_LOOKED_AT = 40
@@ -171,7 +182,7 @@ class _Path:
         self.gaussians: list[_Gaussian] = []
         self.climbs = True
 
-    def aim(self, hessian: Tensor | None) -> None:
+    def aim(self, joint: LogJoint, dtype: torch.dtype, hessian: Tensor | None) -> None:
         """Finds the next step, and how much it promises."""
         if hessian is not None and not hessian.isfinite().all():
             self.climbs = False
@@ -180,17 +191,20 @@ class _Path:
         if hessian is None:
             spread = _LowRank(self.diagonal, self.steps)
         else:
-            spread = _Dense.of_precision(-hessian)
+            spread = _Dense.of_precision(-hessian, lambda ways: _reach(joint, self.z, ways, dtype))
             self.gaussians.append(_Gaussian(self.z, spread))
         self.step = spread.times(self.slope)
         self.gaussians.append(_Gaussian(self.z + self.step, spread))
         self.gain = (self.step @ self.slope).item()
         self.climbs = ENOUGH < self.gain < math.inf
 
+    @property
+    def _rounding(self) -> Tensor:
+        return 8 * self.eps * self.value.abs()
+
     def accepts(self, value: Tensor, size: float | Tensor) -> Tensor:
         """Whether steps of this size bring enough of what they promise."""
-        rounding = 8 * self.eps * self.value.abs()
-        return value >= self.value + ARMIJO * size * self.gain - rounding
+        return value >= self.value + ARMIJO * size * self.gain - self._rounding
 
     def move(self, z: Tensor, value: Tensor, slope: Tensor) -> None:
         s, y = z - self.z, self.slope - slope
@@ -232,7 +246,7 @@ def _climb(joint: LogJoint, points: Tensor, exact: bool) -> list[_Gaussian]:
             exact = bool((second != 0).flatten(1).any(-1).all())
             hessians = second if exact else hessians
         for path, hessian in zip(live, hessians, strict=True):
-            path.aim(hessian)
+            path.aim(joint, dtype, hessian)
         live = [path for path in live if path.climbs]
         if not live:
             break
@@ -258,6 +272,23 @@ def _evaluate(joint: LogJoint, z: Tensor, dtype: torch.dtype) -> tuple[Tensor, T
     value, slope = joint.gradient(z.to(dtype))
     usable = value.isfinite() & slope.isfinite().all(-1)
     return torch.where(usable, value.double(), -torch.inf), slope.double()
+
+
+def _fall(joint: LogJoint, z: Tensor, steps: Tensor, dtype: torch.dtype) -> Tensor:
+    """By how much the density has fallen after steps both ways, in the mean, less rounding."""
+    ends = torch.stack([z + steps, z - steps])
+    with torch.no_grad():
+        value = joint(z.unsqueeze(0).to(dtype)).double()
+        values = joint(ends.to(dtype).flatten(0, -2)).double().reshape(ends.shape[:-1])
+    return value - values.mean(0) - 8 * torch.finfo(dtype).eps * value.abs()
+
+
+def _reach(joint: LogJoint, z: Tensor, ways: Tensor, dtype: torch.dtype) -> Tensor:
+    """How far one can go both ways along each of ``(J, D)`` directions, until it has fallen."""
+    reaches = REACHES.to(ways)
+    is_inside = _fall(joint, z, reaches.reshape(-1, 1, 1) * ways, dtype) <= FALL
+    count = is_inside.cumprod(0).sum(0)  # a rise after the fall is another mode's
+    return reaches[(count - 1).clamp(min=0)]
 
 
 def _shorten(paths: list[_Path], joint: LogJoint, dtype: torch.dtype) -> None:
@@ -291,9 +322,24 @@ def _best(joint: LogJoint, gaussians: list[_Gaussian], dtype: torch.dtype) -> _G
         if best:
             # A correlation at a point on the way to a funnel is none of the funnel's.
             best += [_Gaussian(g.loc, _LowRank(g.spread.scale.square(), [])) for g in best]
+            best += _bounded(joint, best[0], dtype)
             elbos = _elbos(joint, best, many, dtype)
             return best[max(range(len(best)), key=elbos.__getitem__)]
     return None
+
+
+def _bounded(joint: LogJoint, gaussian: _Gaussian, dtype: torch.dtype) -> list[_Gaussian]:
+    """The same Gaussian, narrowed where the density falls faster than its curvature tells."""
+    loc, spread = gaussian
+    if len(loc) > EXACT_PATHS:
+        return []
+    root = spread.root if isinstance(spread, _Dense) else spread.scale.diag()
+    is_steep = ~(_fall(joint, loc, root.mT, dtype) < STEEP)  # or not finite
+    if not is_steep.any():
+        return []
+    size = torch.ones_like(loc)
+    size[is_steep] = _reach(joint, loc, root.mT[is_steep], dtype).clamp(max=1)
+    return [_Gaussian(loc, _Dense(root * size))]
 
 
 def _elbos(
@@ -335,17 +381,25 @@ class _Dense(NamedTuple):
     root: Tensor
 
     @classmethod
-    def of_precision(cls, precision: Tensor) -> _Dense:
+    def of_precision(cls, precision: Tensor, reach: Callable[[Tensor], Tensor]) -> _Dense:
         """The covariance of a precision, whose negative directions count as positive ones.
 
         That is settled for latents in units of their own, so that units make no difference.
+
+        Args:
+            precision: Of shape ``(D, D)``.
+            reach: The scales along directions of shape ``(J, D)`` in which there is no precision.
         """
-        biggest = precision.abs().amax(-1).clamp(min=1e-30)
+        biggest = precision.abs().amax(-1)
+        biggest = torch.where(biggest > 0, biggest, 1.0)
         unit = precision.diagonal().abs()
         unit = torch.where(unit > 1e-14 * biggest, unit, biggest).sqrt()
         scaled, axes = torch.linalg.eigh(precision / unit / unit.unsqueeze(-1))
         scaled = scaled.abs()
-        scaled = scaled.clamp(min=1e-13 * scaled.max().item())
+        flat = scaled <= FLAT * scaled.max()
+        if flat.any():
+            ways = axes.mT[flat] / unit
+            scaled[flat] = torch.maximum(scaled[flat], reach(ways) ** -2)
         root = torch.linalg.qr((axes * scaled.rsqrt() / unit.unsqueeze(-1)).mT, mode="r")[1].mT
         return cls(root * root.diagonal().sign())
 
@@ -430,11 +484,16 @@ class _LowRank:
 def or_draw(init_loc_fn: Callable[..., Any]) -> Callable[[dict[str, Any]], Tensor]:
     """Starts where ``init_loc_fn`` says, and at a draw where that says nothing of use.
 
-    It can't where a site can't be sampled; and a mean may be infinite.
+    It can't where a site can't be sampled; and a mean may be infinite. A value that broadcasts to
+    the site is expanded; one for all rows of a plate that is subsampled is indexed as the site is.
     """
 
     def init(site: dict[str, Any]) -> Tensor:
-        to_support = biject_to(site["fn"].support)
+        try:
+            to_support = biject_to(site["fn"].support)
+        except NotImplementedError:  # a reparameteriser may have this site replaced
+            unchecked: Tensor = init_loc_fn(site)
+            return unchecked
         try:
             value = init_loc_fn(site)
         except NotImplementedError:
@@ -445,6 +504,7 @@ def or_draw(init_loc_fn: Callable[..., Any]) -> Callable[[dict[str, Any]], Tenso
             raise ValueError(
                 f"init_loc_fn should return a tensor for site '{site['name']}'; got {value!r}."
             )
+        value = _in_shape(value, site)
         free = to_support.inv(value)
         if not free.isfinite().all():
             warnings.warn(
@@ -459,3 +519,21 @@ def or_draw(init_loc_fn: Callable[..., Any]) -> Callable[[dict[str, Any]], Tenso
         return checked
 
     return init
+
+
+def _in_shape(value: Tensor, site: dict[str, Any]) -> Tensor:
+    """A start in the shape of its site."""
+    shape = torch.Size(site["fn"].shape())
+    if value.shape == shape:
+        return value
+    of_rows = value
+    if any(frame.full_size not in (None, frame.size) for frame in site["cond_indep_stack"]):
+        with pyro.validation_enabled(False):  # a value of another size is told of below
+            of_rows = pyro.subsample(value, event_dim=site["fn"].event_dim)
+    for candidate in (value, of_rows):
+        with contextlib.suppress(RuntimeError):
+            return candidate.expand(shape)
+    raise ValueError(
+        f"init_loc_fn should return a value of shape {tuple(shape)} for site '{site['name']}', or "
+        f"one that broadcasts to it; got shape {tuple(value.shape)}."
+    )

@@ -91,6 +91,50 @@ def test_models_in_single_precision_have_a_start():
     assert_close(loc, torch.full((2,), 4.0 / 9, dtype=torch.float32), atol=1e-4, rtol=0)
 
 
+def lad():
+    """A regression by absolute deviations: the likelihood is linear between its kinks."""
+    x = torch.linspace(-1.0, 1.0, 30)
+    y = 2 * x + torch.linspace(-0.3, 0.3, 30).roll(11)
+    slope = pyro.sample("slope", dist.Normal(0.0, 10.0))
+    with pyro.plate("rows", 30):
+        pyro.sample("y", dist.Laplace(slope * x, 0.3), obs=y)
+
+
+def sum_is_known():
+    z = pyro.sample("z", dist.Laplace(torch.zeros(2), 1.0).to_event(1))
+    pyro.sample("y", dist.Normal(z.sum(-1), 0.1), obs=torch.tensor(0.0))
+
+
+# Models whose density is flat or linear along some direction, and the standard deviations of their
+# latents: of each given the other, where there are two.
+WITHOUT_CURVATURE = {
+    "kink": (lambda: pyro.sample("z", dist.Laplace(0.0, 1.0)), 1.4),
+    "narrow kink": (lambda: pyro.sample("z", dist.Laplace(0.0, 1e-3)), 1.4e-3),
+    "wide kink": (lambda: pyro.sample("z", dist.Laplace(0.0, 1e3)), 1.4e3),
+    "two slopes": (lambda: pyro.sample("z", dist.AsymmetricLaplace(0.0, 1.0, 2.0)), 2.1),
+    "likelihood": (lad, 0.1),
+    "across": (sum_is_known, 0.1),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("beside", [1, 70])  # second derivatives on all paths, and on the best one
+@pytest.mark.parametrize("name", WITHOUT_CURVATURE)
+def test_a_density_without_curvature_has_a_start_of_its_size(name, beside, dtype):
+    torch.set_default_dtype(dtype)
+    linear, sd = WITHOUT_CURVATURE[name]
+
+    def model():
+        linear()
+        pyro.sample("w", dist.Normal(torch.zeros(beside), 1.0).to_event(1))
+
+    loc, scale = start_of(model, scale="diagonal")
+    assert loc.isfinite().all()
+    of_linear = scale[:-beside] / sd
+    assert 0.1 < of_linear.min() <= of_linear.max() < 10  # near enough to train from
+    assert_close(scale[-beside:], torch.ones(beside), rtol=0.2, atol=0)
+
+
 def test_the_neck_of_a_funnel_is_passed_by():
     def model():  # the density has no upper bound where log_scale goes to minus infinity
         log_scale = pyro.sample("log_scale", dist.Normal(0.0, 3.0))
