@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from numbers import Real
 from typing import Any
 
+import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer.autoguide.guides import AutoGuide
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
+from pyro.infer.autoguide.utils import helpful_support_errors
 from torch import Tensor, nn
+from torch.distributions import biject_to
 
 from . import memory, store
 from .affine import LocScale
@@ -23,8 +28,10 @@ from .conditional import (
     ConditionalInverseAutoregressiveFlowStack,
     conditional_inverse_autoregressive_flow,
 )
-from .groups import full_size
+from .groups import full_size, quoted
 from .initialization import Start, or_draw
+from .joint import is_index
+from .masks import Unmasked, log_priors, sites_to_lift, where_counted
 from .networks import (
     MaskedAutoregressiveNetwork,
     check_flag,
@@ -89,7 +96,8 @@ class FlowGuide(AutoGuide):
             raise ValueError(f'scale should be "auto", "dense" or "diagonal"; got {scale!r}.')
         self.scale = scale
         self._init_loc_fn = or_draw(init_to_median if init_loc_fn is None else init_loc_fn)
-        if not (init_scale is None or (isinstance(init_scale, Real) and 0 < init_scale < math.inf)):
+        is_number = isinstance(init_scale, Real) and not isinstance(init_scale, bool)
+        if not (init_scale is None or (is_number and 0 < init_scale < math.inf)):
             raise ValueError(f"init_scale should be a positive number; got {init_scale!r}.")
         self._init_scale = 0.1 if init_scale is None else float(init_scale)
         if name is not None:
@@ -98,8 +106,10 @@ class FlowGuide(AutoGuide):
                     f"name should be a string, not empty and without '$'; got {name!r}."
                 )
             self._pyro_name = name
+        self.lifted: frozenset[str] = frozenset()  # sites whose masks it undoes
         self._conversions: list[Callable[[Tensor], Tensor]] = []  # asked for before the setup
         self._state_was_loaded = False
+        self._loaded_sites: dict[str, list[int]] = {}  # of a state that came before the setup
 
     def __repr__(self) -> str:
         words = [f"num_flows={self.num_flows}"]
@@ -118,13 +128,11 @@ class FlowGuide(AutoGuide):
         if hasattr(self, "latent_dim"):
             words.insert(0, f"latent_dim={self.latent_dim}")
         lines = [in_one_line(self, *words)]
-        for name, site in self._latent_sites().items():
-            shape = list(site["value"].shape)
-            for frame in site["cond_indep_stack"]:
-                shape[frame.dim - site["fn"].event_dim] = full_size(frame)
-            plates = ", ".join(repr(frame.name) for frame in site["cond_indep_stack"])
+        for name, shape in self._site_shapes().items():
+            frames = self._latent_sites()[name]["cond_indep_stack"]
+            plates = ", ".join(repr(frame.name) for frame in frames)
             where = f" in plate {plates}" if plates else ""
-            lines.append(f"  {name}: {tuple(shape)}{where}")
+            lines.append(f"  {name}: {shape}{where}")
         if len(lines) > MOST_LINES:
             lines[MOST_LINES - 1 :] = [f"  and {len(lines) - MOST_LINES + 1} sites more"]
         return "\n".join(lines)
@@ -147,17 +155,24 @@ class FlowGuide(AutoGuide):
                 "load_state_dict."
             )
         master = None if self.master is None else self.master()
-        with poutine.block(), torch.inference_mode(False):
+        predicts = not torch.is_grad_enabled()
+        with poutine.block(), torch.inference_mode(False), torch.set_grad_enabled(not predicts):
             if master is not None and master.prototype_trace is None:
                 master._setup_prototype(*args, **kwargs)
             self._setup_prototype(*args, **kwargs)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         model = self._model
-        self._model = (self._watched(InitMessenger(self._init_loc_fn)(self.model)),)
+        watched = self._watched(InitMessenger(self._init_loc_fn)(self.model))
+        if self._loaded_sites and not torch.is_grad_enabled():
+            # A prediction is made without the data of training: the model draws them.
+            watched = poutine.block(watched, hide_fn=self._is_not_of_the_state)
+        self._model = (watched,)
         try:
             super()._setup_prototype(*args, **kwargs)
-            check_unknown(self._latent_sites())
+            self._check_latents()
+            latents = self._latent_sites()
+            self.lifted = frozenset(sites_to_lift(model[0], latents, args, kwargs))
             self._build(model[0], args, kwargs)
         except BaseException:
             self.prototype_trace = None  # so that the next call tries again
@@ -176,19 +191,101 @@ class FlowGuide(AutoGuide):
         """Builds what has parameters; the model's first run is in ``prototype_trace``."""
         raise NotImplementedError
 
+    def _check_latents(self) -> None:
+        """Raises an error if a latent can't be drawn by flows, or by those that were loaded."""
+        sites = self._latent_sites()
+        check_unknown(sites)
+        for name, site in sites.items():
+            with helpful_support_errors(site):
+                biject_to(site["fn"].support)
+            if name.startswith(f"_{self._pyro_name}_"):
+                raise ValueError(
+                    f"Site '{name}' of the model is called as sites of the guide are. Give it "
+                    f"another name, or the guide: {type(self).__name__}(model, name=...)."
+                )
+            if site["value"].dtype in (torch.float16, torch.bfloat16):
+                raise ValueError(
+                    f"Latents should be in torch.float32 or torch.float64, which triangular "
+                    f"matrices can be solved in; site '{name}' is in {site['value'].dtype}. Give "
+                    "its prior parameters of those, and convert its value in the model."
+                )
+        if not any(site["value"].numel() for site in sites.values()):
+            raise RuntimeError(
+                f"{type(self).__name__} found no latent variables: all sites of the model are "
+                "observed, or of size zero. A model without latents needs no guide but an empty "
+                "function."
+            )
+        theirs = self._loaded_sites
+        if not theirs:
+            return
+        ours = self._latent_sites().keys()
+        if missing := theirs.keys() - ours:
+            raise ValueError(
+                f"The state that was loaded is of a guide with sites {quoted({*theirs})}; in this "
+                f"run of the model {quoted(missing)} is no latent. Load the state of a guide for "
+                "this model, or give the arguments that it was trained with."
+            )
+        if new := ours - theirs.keys():
+            raise ValueError(
+                f"Site {quoted(new)} is latent in this run of the model, and the state that was "
+                f"loaded is of a guide with sites {quoted({*theirs})}: it was observed in "
+                f"training. Give its data, {type(self).__name__}.setup(*args, **kwargs). To "
+                "predict it, draw under torch.no_grad(), as Predictive does."
+            )
+
+    def _is_not_of_the_state(self, site: Any) -> bool:
+        is_latent = site["type"] == "sample" and not (site["is_observed"] or is_index(site))
+        return is_latent and site["name"] not in self._loaded_sites
+
+    def _site_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of all latents, with all rows of their plates."""
+        shapes = {}
+        for name, site in self._latent_sites().items():
+            shape = list(site["value"].shape)
+            for frame in site["cond_indep_stack"]:
+                shape[frame.dim - site["fn"].event_dim] = full_size(frame)
+            shapes[name] = tuple(shape)
+        return shapes
+
     def _warn_of_masks(self) -> None:
         for name, site in self._latent_sites().items():
-            mask = site["mask"]
-            if mask is not None and not torch.as_tensor(mask).all():
-                remedy = "Mask the likelihood alone."
-                if name.endswith("_unobserved"):  # Pyro's word for what obs_mask leaves out
-                    remedy = "Instead of obs_mask=m, observe within pyro.poutine.mask(mask=m)."
+            mask = where_counted(site)
+            if name not in self.lifted and mask is not None and not mask.all():
                 warnings.warn(
-                    f"Site '{name}' is masked in the model: its density counts nothing there, and "
-                    f"nothing holds the guide, which widens without end. {remedy}",
+                    f"Site '{name}' is masked in the model: its density counts nothing there. "
+                    "Unless the data hold it, the guide widens without end. Mask the likelihood "
+                    "alone.",
                     UserWarning,
                     stacklevel=2,
                 )
+
+    def with_priors(self, model: Callable[..., Any]) -> Callable[..., Any]:
+        """A model whose joint density is that of all latents of the guide, the masked ones too."""
+        lifted: Callable[..., Any] = Unmasked(self.lifted)(model) if self.lifted else model
+        return lifted
+
+    def _cancel_priors(
+        self,
+        values: Mapping[str, Tensor],
+        plates: Mapping[str, Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        """States the priors that the model's masks take away, so that they count for nothing."""
+        if not self.lifted:
+            return
+        rows = {
+            name: plate._indices for name, plate in plates.items() if plate._indices is not None
+        }
+        if self._model is None:  # after pickling it draws as before, and can not be trained
+            found = dict.fromkeys(self.lifted, torch.tensor(-math.inf))
+        else:
+            found = log_priors(self.model, self.lifted, {**values, **rows}, args, kwargs)
+        for name, log_prior in found.items():
+            with ExitStack() as stack:
+                for frame in self._latent_sites()[name]["cond_indep_stack"]:
+                    stack.enter_context(plates[frame.name])
+                pyro.factor(f"_{self._pyro_name}_{name}_masked", -log_prior, has_rsample=True)
 
     def _watched(self, model: Callable[..., Any]) -> Callable[..., Any]:
         """The model for its first run."""
@@ -321,22 +418,35 @@ class FlowGuide(AutoGuide):
     # State and copies
 
     def get_extra_state(self) -> Tensor:
-        """Whether the flows gate, for the state: no shape tells that."""
-        return torch.tensor(self.gated)
+        """What no shape of a parameter tells, as the bytes of a text, so that all is tensors."""
+        is_built = self.prototype_trace is not None
+        sites = self._site_shapes() if is_built else self._loaded_sites
+        text = json.dumps({"gated": self.gated, "sites": sites})
+        return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Nothing to set: loading has seen to it."""
 
-    def _gates_of(self, state_dict: dict[str, Any], prefix: str) -> bool:
-        return bool(state_dict.get(f"{prefix}_extra_state", torch.tensor(self.gated)).item())
+    def _told_by(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
+        """What a state has from :meth:`get_extra_state`."""
+        state = state_dict.get(f"{prefix}_extra_state")
+        told: dict[str, Any] = {"gated": self.gated, "sites": {}}
+        return told if state is None else json.loads(bytes(state.tolist()))
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        gated = self._gates_of(state_dict, prefix)
+        gated, theirs = self._told_by(state_dict, prefix).values()
+        error_messages: list[str] = args[4]
         if self.gated != gated:
-            error_messages: list[str] = args[4]
             error_messages.append(f"The state is of a guide with {gated=}; this one is not.")
+        if self.prototype_trace is None:
+            self._loaded_sites = theirs
+        elif theirs and theirs.keys() != (ours := self._latent_sites().keys()):
+            error_messages.append(
+                f"The state is of a guide with sites {quoted({*theirs})}; this one has "
+                f"{quoted({*ours})}."
+            )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FlowGuide:
@@ -395,9 +505,16 @@ def check_callable(word: str, thing: Any, may_be_missing: bool) -> None:
 
 def check_levels(quantiles: Sequence[float] | Tensor | float) -> Tensor:
     """Levels of quantiles, of shape ``(n,)``; raises a ValueError for others."""
-    levels = torch.as_tensor(quantiles, dtype=torch.float64).reshape(-1)
-    if not ((levels >= 0) & (levels <= 1)).all():
-        raise ValueError(f"quantiles should be levels between 0 and 1; got {quantiles}.")
+    try:
+        levels = torch.as_tensor(quantiles, dtype=torch.float64).detach()
+    except (TypeError, ValueError, RuntimeError):  # of what is no number
+        levels = torch.full((), math.nan)
+    levels = levels.reshape(-1) if levels.dim() < 2 else torch.full((1,), math.nan)
+    if not (len(levels) and ((levels >= 0) & (levels <= 1)).all()):
+        raise ValueError(
+            f"quantiles should be a level between 0 and 1 or a list of them, as [0.05, 0.5, 0.95]; "
+            f"got {quantiles!r}."
+        )
     return levels
 
 

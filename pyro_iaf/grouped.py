@@ -152,7 +152,8 @@ class GroupedGuide(FlowGuide):
         for name, shape in group.shapes.items():
             site = self._latent_sites()[name]
             value = biject_to(site["fn"].support).inv(site["value"].detach())
-            parts.append(value.reshape(-1, shape.numel()).mean(0))
+            num_rows = value.shape[: value.dim() - len(shape)].numel()
+            parts.append(value.reshape(num_rows, shape.numel()).mean(0))
         return joined(parts)
 
     def _table_width(self, group: Group) -> int:
@@ -185,7 +186,9 @@ class GroupedGuide(FlowGuide):
         contexts = self._contexts_ahead(args, kwargs)
         plates = self._plates_of(contexts, args, kwargs)
         drawn = self._draw(plates, contexts, args, kwargs)
-        return {name: value for name, (value, _) in drawn.items()}
+        sites = {name: value for name, (value, _) in drawn.items()}
+        self._cancel_priors(sites, plates, args, kwargs)
+        return sites
 
     def _contexts_ahead(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], of_all: bool = False
@@ -383,7 +386,7 @@ class GroupedGuide(FlowGuide):
                 part = {
                     k.removeprefix(start): v for k, v in state_dict.items() if k.startswith(start)
                 }
-                transform = self._rebuilt(part, self._gates_of(state_dict, prefix))
+                transform = self._rebuilt(part, self._told_by(state_dict, prefix)["gated"])
                 if transform is None:
                     break
                 transforms.append(transform)

@@ -208,7 +208,7 @@ class AutoIAF(FlowGuide, AutoContinuous):
         latents: dict[str, Any] = dict(without_graph(self._latent_sites()).nodes)
         with Given({name: site["value"] for name, site in latents.items()}):
             trace = poutine.trace(model).get_trace(*args, **kwargs)  # with data and subsamples
-        joint = LogJoint(model, trace, args, kwargs, latents)
+        joint = LogJoint(self.with_priors(model), trace, args, kwargs, latents)
         try:
             return pathfinder(joint, loc.detach(), self._is_dense(len(loc))), 0.0
         except StartNotFound as why:
@@ -272,6 +272,7 @@ class AutoIAF(FlowGuide, AutoContinuous):
         self._state_parameters()
         with SiteDeltas():
             sites: dict[str, Tensor] = super().forward(*args, **kwargs)
+        self._cancel_priors(sites, self.plates, args, kwargs)
         return sites
 
     @torch.no_grad()
@@ -389,7 +390,7 @@ class AutoIAF(FlowGuide, AutoContinuous):
         given = {k.removeprefix(start): v for k, v in state_dict.items() if k.startswith(start)}
         if self.prototype_trace is None and not self._fits(given):
             # Never set up, so the state says what to build.
-            self.transform = self._rebuilt(given, self._gates_of(state_dict, prefix))
+            self.transform = self._rebuilt(given, self._told_by(state_dict, prefix)["gated"])
             if self.transform is not None:
                 network: Any = self.transform.parts[0].network
                 self.context_dim = network.context_dim or None

@@ -30,6 +30,7 @@ __all__ = [
     "LogJoint",
     "Unchecked",
     "compute_log_prob",
+    "is_index",
     "is_subsampled",
     "join",
     "log_prob_of_particles",
@@ -276,15 +277,13 @@ class Given(Unchecked):
 def samples(trace: poutine.Trace) -> dict[str, Any]:
     """The sample sites of a run, but for the subsamples of plates."""
     nodes: dict[str, Any] = dict(trace.nodes)
-    return {
-        n: site for n, site in nodes.items() if site["type"] == "sample" and not _is_index(site)
-    }
+    return {n: site for n, site in nodes.items() if site["type"] == "sample" and not is_index(site)}
 
 
 def subsamples(trace: poutine.Trace) -> dict[str, Any]:
     """The sites where plates draw their subsamples."""
     nodes: dict[str, Any] = dict(trace.nodes)
-    return {n: site for n, site in nodes.items() if _is_index(site)}
+    return {n: site for n, site in nodes.items() if is_index(site)}
 
 
 def is_subsampled(trace: poutine.Trace) -> bool:
@@ -293,7 +292,8 @@ def is_subsampled(trace: poutine.Trace) -> bool:
     return any(fn.subsample_size not in (None, fn.size) for fn in fns)
 
 
-def _is_index(site: Any) -> bool:
+def is_index(site: Any) -> bool:
+    """Whether a site is a plate's, which draws its subsample."""
     return site["type"] == "sample" and site_is_subsample(site)
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import checkpoints
+from .autoguide import FlowGuide
 from .batches import Batches
 from .faults import at_fault, impossible_data
 from .graphs import Refused
@@ -223,6 +224,8 @@ class Run:
     def _first_look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Loss:
         """Runs model and guide once, with all checks; finds the parameters and the loss."""
         elbo = Trace_ELBO() if self.elbo is None else self.elbo
+        if isinstance(self.guide, FlowGuide):
+            self.guide.setup(*args, **kwargs)
         with torch.no_grad(), poutine.trace(param_only=True) as capture:
             try:
                 elbo.loss(self.model, self.guide, *args, **kwargs)
@@ -257,7 +260,8 @@ class Run:
         if type(self.guide) is AutoIAF:
             latents = self.guide._latent_sites()
             if latents.keys() == particles.latents.keys():  # none is hidden from the guide
-                joint = LogJoint(self.model, particles.first_model, args, kwargs, latents)
+                model = self.guide.with_priors(self.model)
+                joint = LogJoint(model, particles.first_model, args, kwargs, latents)
                 joint.at_once = particles.at_once
                 return LatentLoss(self.model, self.guide, self.num_particles, joint)
         # Flows come so near the posterior that the gradient through the draws has the less noise.

@@ -871,13 +871,3 @@ def test_nothing_has_settled_before_the_rows_were_visited():
         # Of the ordinary gradient, whose noise hides what is still gained.
         result = fit(model, guide, num_steps=1000, loss=Trace_ELBO(), seed=0, progress=False)
         assert result.stopped is stopped
-
-
-@pytest.mark.parametrize("kind", [AutoIAF, AutoHierarchicalIAF])
-def test_masked_latents_are_warned_of(kind):
-    def model():
-        with poutine.mask(mask=torch.tensor([True, False, True])), pyro.plate("rows", 3):
-            pyro.sample("w", dist.Normal(0.0, 1.0))
-
-    with pytest.warns(UserWarning, match="Site 'w' is masked"):
-        kind(model, init_scale=0.1).setup()
