@@ -83,8 +83,8 @@ class Diagnosis:
             self._verdict(),
             f"  k-hat {self.khat:.2f} (below 0.5 good, below {self.threshold:.2f} usable)",
             f"  effective sample size {self.ess:.0f} of {len(self.log_weights)} draws",
-            f"  ELBO {self.elbo:.2f} ± {self.elbo_se:.2f} nats, "
-            f"importance-weighted {self.iw_elbo:.2f} ± {self.iw_elbo_se:.2f}",
+            f"  ELBO {self.elbo:.2f} +/- {self.elbo_se:.2f} nats, "
+            f"importance-weighted {self.iw_elbo:.2f} +/- {self.iw_elbo_se:.2f}",
         ]
         lost = int((~self.log_weights.isfinite()).sum())
         if lost:

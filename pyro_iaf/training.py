@@ -80,7 +80,7 @@ class FitResult:
         >>> result.settled
         (2.5, 0.0)
         >>> print(result)
-        ELBO -2.50 ± 0 nats after 100 steps; 1.0 s
+        ELBO -2.50 +/- 0 nats after 100 steps; 1.0 s
     """
 
     losses: Tensor = field(repr=False)
@@ -99,7 +99,7 @@ class FitResult:
 
     def __str__(self) -> str:
         loss, error = self.settled
-        text = f"ELBO {-loss:.2f} ± {error:.1g} nats after {self.num_steps} steps"
+        text = f"ELBO {-loss:.2f} +/- {error:.1g} nats after {self.num_steps} steps"
         if self.stopped:
             text += ", where it had settled"
         if self.skipped:

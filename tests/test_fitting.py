@@ -475,6 +475,14 @@ def test_bad_arguments_are_told(wrong):
         fit(conjugate, AutoIAF(conjugate), **{"num_steps": 3, "progress": False, **wrong})
 
 
+def test_what_is_printed_is_ascii():
+    guide = AutoIAF(conjugate)
+    result = quick(conjugate, guide)
+    for thing in (result, diagnose(conjugate, guide, num_samples=100), guide):
+        assert str(thing).isascii()
+        assert repr(thing).isascii()
+
+
 def test_calls_that_went_wrong_are_told():
     with pytest.raises(ValueError, match=r"args=\(x,\)"):
         fit(conjugate, AutoIAF(conjugate), Y)
@@ -546,7 +554,7 @@ def test_svi_goes_on_where_fit_ended():
 def test_a_result_says_what_happened():
     result = FitResult(torch.tensor([3.0, 1.0, 1.0, 1.0, 1.0]), 6, False, 1, 2.0)
     assert str(result) == (
-        "ELBO -1.00 ± 0 nats after 6 steps; 1 of them were skipped, since they were not finite; "
+        "ELBO -1.00 +/- 0 nats after 6 steps; 1 of them were skipped, since they were not finite; "
         "2.0 s"
     )
 
