@@ -33,6 +33,7 @@ from .hierarchical import AutoHierarchicalIAF
 from .joint import LogJoint, quietly
 from .losses import LatentLoss, Loss, TraceLoss
 from .networks import MaskedAutoregressiveNetwork
+from .progress import progress_bar
 from .recordings import Recordings
 from .rows import RowAdam
 from .schedule import Schedule
@@ -183,9 +184,7 @@ class Run:
             backend_before="" if saved is None else saved["backend"],
             change=self.batches.change,
         )
-        bar = tqdm(
-            total=self.schedule.num_steps, initial=self.step, disable=not progress, unit="step"
-        )
+        bar = progress_bar(self.schedule.num_steps, self.step, progress)
         with bar:
             try:
                 while self.step < self.schedule.end:

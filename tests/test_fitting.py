@@ -1,4 +1,5 @@
 import copy
+import errno
 import os
 import signal
 import subprocess
@@ -642,3 +643,52 @@ def test_what_obs_mask_leaves_out_is_told_apart():
 
     with pytest.warns(UserWarning, match=r"observe within pyro.poutine.mask"):
         AutoIAF(model, start="init").setup()
+
+
+# Bars
+
+
+class Stream:
+    """A stderr that breaks after so many writes."""
+
+    def __init__(self, error, after):
+        self.error, self.left = error, after
+
+    def write(self, text):
+        self.left -= 1
+        if self.left < 0:
+            raise self.error
+
+    def flush(self):
+        self.write("")
+
+
+ERRORS = {
+    "pipe": BrokenPipeError(errno.EPIPE, "Broken pipe"),
+    "disk": OSError(errno.ENOSPC, "No space left on device"),
+    "closed": ValueError("I/O operation on closed file."),
+    "letters": UnicodeEncodeError("ascii", "x", 0, 1, "ordinal not in range(128)"),
+    "anything": RuntimeError("whatever"),
+}
+
+
+@pytest.mark.parametrize("after", [0, 1, 5])
+@pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS)
+def test_a_bar_that_cant_be_written_is_dropped_without_a_word(monkeypatch, error, after):
+    monkeypatch.setattr(sys, "stderr", Stream(error, after))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = quick(conjugate, AutoNormal(conjugate), progress=True)
+    assert result.num_steps == 60
+    assert sys.stderr.left == -1  # it is left alone from then on
+
+
+def test_a_bar_without_a_stream_is_none(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)  # as where it was closed before the start
+    assert quick(conjugate, AutoNormal(conjugate), progress=True).num_steps == 60
+
+
+def test_a_bar_doesnt_swallow_ctrl_c(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Stream(KeyboardInterrupt(), 3))
+    with pytest.raises(KeyboardInterrupt):
+        quick(conjugate, AutoNormal(conjugate), progress=True, num_steps=1000)

@@ -1,0 +1,46 @@
+"""A progress bar that ends no run, wherever its output goes."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from tqdm.auto import tqdm
+
+__all__ = ["progress_bar"]
+
+
+class _Stream:
+    """A stream that says no more once it can't be written to."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self._is_broken = stream, False
+
+    def write(self, text: str) -> None:
+        self._do("write", text)
+
+    def flush(self) -> None:
+        self._do("flush")
+
+    def _do(self, what: str, *args: str) -> None:
+        try:
+            if not self._is_broken:
+                getattr(self._stream, what)(*args)
+        except Exception:  # a pipe, a disk, an encoding, or None where stderr was closed
+            self._is_broken = True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def progress_bar(num_steps: int, first: int, shown: bool) -> tqdm[Any]:
+    """A bar over a run's steps on stderr."""
+    stream = _Stream(sys.stderr)
+    return tqdm(
+        total=num_steps,
+        initial=first,
+        disable=not shown,
+        unit="step",
+        file=stream,
+        dynamic_ncols=True,
+    )
