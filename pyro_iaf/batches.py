@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .calls import refusal
 
-__all__ = ["Batches", "check_call", "simulated"]
+__all__ = ["Batch", "Batches", "check_call", "simulated"]
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -72,6 +72,10 @@ class Batches:
             kwargs = {**kwargs, **simulated(self.model, args, kwargs, self.simulate)}
         return args, kwargs
 
+    def without_simulated(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
+        """A batch as it was before its simulation."""
+        return args, {name: value for name, value in kwargs.items() if name not in self.simulate}
+
     def _from_data(self) -> Batch:
         if self._iterator is None:
             self._start()
@@ -94,7 +98,7 @@ class Batches:
 
     def _start(self) -> None:
         assert self.data is not None
-        self._before = [generator.get_state() for generator in self._generators()]
+        self._before = self.generators()
         self._iterator, self._taken = iter(self.data), 0
 
     def _generators(self) -> list[torch.Generator]:
@@ -102,6 +106,15 @@ class Batches:
         things.append(getattr(things[-1], "sampler", None))
         own = {id(g): g for t in things if (g := getattr(t, "generator", None)) is not None}
         return [torch.default_generator, *own.values()]
+
+    def generators(self) -> list[Tensor]:
+        """The states of PyTorch's generator and of those that the data have."""
+        return [generator.get_state() for generator in self._generators()]
+
+    def set_generators(self, states: Sequence[Tensor]) -> None:
+        """Sets them so."""
+        for generator, state in zip(self._generators(), states, strict=False):
+            generator.set_state(state)
 
     def state(self) -> dict[str, Any]:
         """Where the walk is, for :meth:`restore`."""
@@ -113,8 +126,7 @@ class Batches:
             return
         again = iter(self.data)
         done = self._taken if again is self._iterator else 0
-        for generator, before in zip(self._generators(), state["before"], strict=False):
-            generator.set_state(before)
+        self.set_generators(state["before"])
         self._iterator = again if again is self._iterator else iter(self.data)
         self._before, self._taken = state["before"], state["taken"]
         for _ in range(self._taken - done):

@@ -9,6 +9,7 @@ from typing import Any
 import pyro
 from pyro.infer.autoguide.guides import AutoGuide
 
+from . import checkpoints
 from .autoguide import FlowGuide
 from .batches import Batches, check_call
 from .elbo import CompiledTrace_ELBO
@@ -75,7 +76,7 @@ def fit(
             or a dict from arguments to sites. With an encoder, one fit then serves all data.
         lr: The rate of loc and scale. Weights of our networks, which count little each, take four
             times that.
-        clip_norm: The gradient's norm at most.
+        clip_norm: The gradient's norm at most; ``math.inf`` leaves it as it is.
         loss: One of Pyro's ELBOs, for instance ``TraceMeanField_ELBO()``, or ours, as
             :class:`~pyro_iaf.TraceSTL_ELBO`; it brings its own number of particles.
         annealing: Over how many steps the weight of the KL divergence to the prior rises to one; or
@@ -86,11 +87,12 @@ def fit(
             more than 200 latents takes longer than the code itself; ``"auto"`` does what
             ``num_steps`` repay, and warns where it can't; ``False`` runs model and guide at each
             step, as they must be where they change from step to step, or branch on numbers.
-        seed: Seeds PyTorch's generator first.
+        seed: Seeds the generators of PyTorch, NumPy and Python first.
         progress: Whether to show a bar, with the ELBO, its trend and the steps per second.
         checkpoint: A file to write everything to every so often, and to go on from where it is
-            there, of the same settings and ``args``. A run that was killed goes on as if it had not
-            been, in the same numbers, unless ``data`` shuffles by other generators than PyTorch's.
+            there, of the same settings, data, model and guide. A run that was killed goes on as if
+            it had not been, in the same numbers, unless ``data`` shuffles by other generators than
+            PyTorch's. The file is replaced as a whole: it is never half of one.
         checkpoint_every: After how many steps.
 
     Returns:
@@ -100,7 +102,18 @@ def fit(
         ValueError: If an argument is out of range, data are outside the support of their site or a
             site has another shape than its plates, the checkpoint is damaged or of another run, or
             with ``compile=True`` the step can't be compiled.
+        OSError: If the checkpoint can't be written; before the first step.
         FloatingPointError: If too many steps were not finite; names the sites at fault.
+        KeyboardInterrupt: By Ctrl-C. The guide then has the parameters of the last step, and so has
+            the checkpoint. ``SIGTERM`` leaves a checkpoint too, and then ends the process.
+
+        An error that ends the run has the :class:`FitResult` of those taken as ``error.result``;
+        where it is not of the numbers themselves, they are in the checkpoint.
+
+    Warns:
+        UserWarning: Once, if a checkpoint can't be written later, on a full disk say: training goes
+            on, and the last one stays. If particles go one after the other; or if long runs can't
+            be compiled.
 
     Example:
         >>> def model():
@@ -111,14 +124,14 @@ def fit(
         >>> len(result.losses)
         100
     """
-    check_size("num_steps", num_steps)
-    check_size("num_particles", num_particles)
-    check_size("checkpoint_every", checkpoint_every)
+    num_steps = check_size("num_steps", num_steps)
+    num_particles = check_size("num_particles", num_particles)
+    checkpoint_every = check_size("checkpoint_every", checkpoint_every)
     for name, number in {"lr": lr, "clip_norm": clip_norm}.items():
         if not (isinstance(number, int | float) and number > 0):
             raise ValueError(f"{name} should be a positive number; got {number!r}.")
     if annealing is not None and not callable(annealing):
-        check_size("annealing", annealing)
+        annealing = check_size("annealing", annealing)
     if isinstance(model, AutoGuide) or isinstance(guide, type):
         raise ValueError(
             "fit takes a model and then a guide for it, as fit(model, AutoIAF(model)); got "
@@ -134,12 +147,14 @@ def fit(
             "simulate= trains a guide for all data sets, and this one can't tell one from another: "
             f"give it an encoder, {type(guide).__name__}(model, encoder=...)."
         )
+    batches = Batches(model, args, kwargs, data, simulate)
+    path = None if checkpoint is None else checkpoints.prepare(checkpoint)
     if seed is not None:
         pyro.set_rng_seed(seed)
     run = Run(
         model=model,
         guide=guide,
-        batches=Batches(model, args, kwargs, data, simulate),
+        batches=batches,
         num_steps=num_steps,
         num_particles=num_particles,
         lr=lr,
@@ -148,7 +163,8 @@ def fit(
         annealing=annealing,
         early_stop=early_stop,
         compile=_compile_of(loss) if compile == "auto" else compile,
-        checkpoint=None if checkpoint is None else Path(checkpoint),
+        seed=seed,
+        checkpoint=path,
         checkpoint_every=checkpoint_every,
     )
     return run.to_the_end(progress)

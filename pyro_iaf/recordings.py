@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from .backends import has_compiler, warm_up
 from .calls import kind_of
 from .carry import MAX_WRITTEN_OUT
+from .digests import digest
 from .elbo import MAX_BUILDS, MAX_GRAPHS
 from .graphs import Refused
 from .losses import LatentLoss
@@ -42,7 +43,7 @@ class Recordings:
         steps: The steps.
         compile: As for :func:`~pyro_iaf.fit`.
         num_steps: Of the run.
-        backend_before: What took the last step before a checkpoint; ``""`` where there is none.
+        before: The :meth:`state` of a run that goes on from a checkpoint.
         change: Whether arguments change from step to step.
     """
 
@@ -52,7 +53,7 @@ class Recordings:
         *,
         compile: bool | str,  # noqa: A002
         num_steps: int,
-        backend_before: str,
+        before: dict[str, Any] | None,
         change: bool,
     ) -> None:
         self.steps, self.compile, self.num_steps = steps, compile, num_steps
@@ -61,14 +62,18 @@ class Recordings:
         replays = compile == "graph" or not has_compiler(device)
         self.best = "graph" if replays else "inductor"
         self.wanted = (self.best,) if compile != "auto" else ("inductor", "graph")
-        self.goes_on = backend_before in self.wanted  # in the same numbers
-        if self.goes_on:
-            self.best, self.wanted = backend_before, (backend_before,)
+        before = before or {"kinds": {}, "left_out": [], "backends": {}, "is_off": False}
+        if before["is_off"] and compile == "auto":
+            self.compile = False
         self.num_found, self.next_check = 0, 1
         self.live: list[str] = []
-        self.kinds: Counter[Any] = Counter()
-        self.builds: Counter[Any] = Counter()
-        self.left_out: set[Any] = set()
+        # By kinds of arguments, in letters that a checkpoint can hold.
+        self.kinds: Counter[str] = Counter(before["kinds"])
+        self.left_out: set[str] = set(before["left_out"])
+        self.builds: Counter[str] = Counter()
+        # What took steps of each kind, and goes on to, so that a run goes on in the same numbers.
+        self.backends: dict[str, str] = dict(before["backends"])
+        self._last: Built | None = None
 
     def find(
         self, step: int, args: tuple[Any, ...], kwargs: dict[str, Any], bar: tqdm[Any]
@@ -86,43 +91,56 @@ class Recordings:
         try:
             built = self.steps.find(args, kwargs, self.wanted)
             if built is None:
-                return self._build(step, args, kwargs, bar)
-            self.num_found += 1
-            # What nobody can watch is looked at the first time, and ever more rarely.
-            if self.num_found == self.next_check:
-                self.next_check *= 4
-                self.steps.check(built, args, kwargs)
+                built = self._build(step, args, kwargs, bar)
+            else:
+                self.num_found += 1
+                # What nobody can watch is looked at the first time, and ever more rarely.
+                if self.num_found == self.next_check:
+                    self.next_check *= 4
+                    self.steps.check(built, args, kwargs)
+            if built is not None and built is not self._last:
+                self.backends[_kind(args, kwargs)] = built.backend
+                self._last = built
             return built
         except Refused as why:
             if self.compile != "auto":
                 raise
             self.compile = False
-            warnings.warn(f"fit takes its steps uncompiled: {why}", UserWarning, stacklevel=5)
+            warnings.warn(f"fit takes its steps uncompiled: {why}", UserWarning, stacklevel=6)
             return None
 
     def is_for(self, built: Built, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a step takes these arguments too."""
-        return self.steps.find(args, kwargs, (built.wanted,)) is built
+        try:
+            return self.steps.find(args, kwargs, (built.wanted,)) is built
+        except Refused:  # they are of no kind that a graph can take
+            return False
+
+    def state(self) -> dict[str, Any]:
+        """What decides on the steps to come, for a run that goes on from here."""
+        return {
+            "kinds": dict(self.kinds),
+            "left_out": sorted(self.left_out),
+            "backends": dict(self.backends),
+            "is_off": self.compile is False,
+        }
 
     def _build(
         self, step: int, args: tuple[Any, ...], kwargs: dict[str, Any], bar: tqdm[Any]
     ) -> Built | None:
         """Builds the step for arguments of this kind, if it comes often enough."""
-        if self.compile == "auto" and self.num_steps - step < FEWEST_STEPS:
-            return None
-        kind = kind_of(None, None, args, kwargs)
-        self.kinds[kind] += 1
-        # The last minibatch of a walk may be smaller, or each is of a kind of its own: not worth
-        # compiling for what comes rarely.
-        is_rare = self.kinds[kind] < (RARE if len(self.kinds) > 1 else 1 + self.change)
-        if is_rare or len(self.kinds) > MAX_GRAPHS or kind in self.left_out:
+        kind = _kind(args, kwargs)
+        best = self.backends.get(kind, "")
+        goes_on = best in self.wanted
+        if not goes_on and not self._is_worth_it(step, kind):
             return None
         self.builds[kind] += 1
         if self.builds[kind] > MAX_BUILDS:
             raise Refused(
                 "A number, a module or a parameter that the compiled step relies on keeps changing."
             )
-        best = self.best
+        if not goes_on:
+            best = self.best
         if best == "inductor" and self.compile != "auto":
             warm_up()
         graph, live = self.steps.record(args, kwargs)
@@ -130,7 +148,7 @@ class Recordings:
         if live != self.live:  # a graph has Adam's averages of one set of parameters
             self.left_out.add(kind)
             return None
-        if self.compile == "auto" and not self.goes_on:
+        if self.compile == "auto" and not goes_on:
             if best == "inductor":
                 best = backend_for(self.num_steps - step, len(graph.module.graph.nodes))
             if best == "graph" and self._is_slower_replayed:
@@ -140,12 +158,28 @@ class Recordings:
             bar.set_postfix_str("compiling the step, once")
         return self.steps.build(args, kwargs, graph, live, best)
 
+    def _is_worth_it(self, step: int, kind: str) -> bool:
+        """Whether arguments of this kind, which came once more, come often enough to compile."""
+        if self.compile == "auto" and self.num_steps - step < FEWEST_STEPS:
+            return False
+        if len(self.kinds) > MAX_GRAPHS:
+            return False
+        self.kinds[kind] += 1
+        # The last minibatch of a walk may be smaller, or each is of a kind of its own: not worth
+        # compiling for what comes rarely.
+        is_rare = self.kinds[kind] < (RARE if len(self.kinds) > 1 else 1 + self.change)
+        return not is_rare and len(self.kinds) <= MAX_GRAPHS and kind not in self.left_out
+
     @property
     def _is_slower_replayed(self) -> bool:
         """Whether flows are so wide that a replay, which writes Adam out, is slower than code."""
         loss = self.steps.loss
         most = MAX_REPLAYED if has_compiler(torch.device("cpu")) else MAX_WRITTEN_OUT
         return isinstance(loss, LatentLoss) and loss.guide.latent_dim > most
+
+
+def _kind(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    return digest(kind_of(None, None, args, kwargs))
 
 
 def backend_for(num_steps: int, num_operations: int) -> str:

@@ -14,13 +14,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import Any
 
 import torch
+from torch import Tensor
 
 __all__ = ["Schedule"]
 
 # The rate rises over the first steps, and falls over this share of all, to this part of itself.
 WARM_UP, FALL, FLOOR = 100, 0.6, 0.01
+
+# At how many steps the weights that a function gave are kept.
+NUM_KEPT = 20
 
 
 class Schedule:
@@ -44,6 +50,8 @@ class Schedule:
         self.num_steps, self.lr = num_steps, lr
         self.annealing, self.early_stop = annealing, early_stop
         self.end = num_steps
+        # What a function gave at some steps, which tells it from another one.
+        self.weights: dict[int, float] = {}
         self.falls_at = math.ceil((1 - FALL) * num_steps)
 
     def rate(self, step: int) -> float:
@@ -59,7 +67,10 @@ class Schedule:
         if self.annealing is None:
             return 1.0
         if callable(self.annealing):
-            return float(self.annealing(step))
+            weight = _checked(self.annealing(step), step)
+            if step % max(1, self.num_steps // NUM_KEPT) == 0:
+                self.weights.setdefault(step, weight)
+            return weight
         return min(1.0, (step + 1) / self.annealing)
 
     @property
@@ -84,3 +95,15 @@ class Schedule:
         before, after = torch.tensor(losses[-2 * size :], dtype=torch.float64).split(size)
         error = ((before.var() + after.var()) / size).sqrt()
         return bool(before.mean() - after.mean() < error)
+
+
+def _checked(weight: Any, step: int) -> float:
+    """A weight that a user's function gave, as a float."""
+    is_number = isinstance(weight, Real) or (isinstance(weight, Tensor) and weight.numel() == 1)
+    if not (is_number and 0 <= float(weight) < math.inf):
+        raise ValueError(
+            "annealing should return the weight of the KL divergence, a finite number of at least "
+            f"0; got {weight!r} at step {step}. A rise over 500 steps is annealing=500, or "
+            "annealing=lambda step: min(1.0, (step + 1) / 500)."
+        )
+    return float(weight)

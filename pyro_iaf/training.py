@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,20 @@ from typing import Any
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO
+from pyro.poutine import runtime
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import checkpoints
 from .autoguide import FlowGuide
-from .batches import Batches
+from .batches import Batch, Batches
+from .digests import Digests, differing, digest, digests_of_sites, in_words
 from .faults import at_fault, impossible_data
 from .graphs import Refused
 from .grouped import row_gradients, tables_of
 from .guides import AutoIAF
 from .hierarchical import AutoHierarchicalIAF
+from .interrupts import Interrupts
 from .joint import LogJoint, quietly
 from .losses import LatentLoss, Loss, TraceLoss
 from .networks import MaskedAutoregressiveNetwork
@@ -127,17 +130,19 @@ class Run:
         annealing: int | Callable[[int], float] | None,
         early_stop: bool,
         compile: bool | str,  # noqa: A002
+        seed: int | None,
         checkpoint: Path | None,
         checkpoint_every: int,
     ) -> None:
         self.model, self.guide, self.batches = model, guide, batches
         self.num_particles, self.clip_norm, self.elbo = num_particles, clip_norm, elbo
         self.schedule = Schedule(num_steps, lr, annealing, early_stop)
-        self.compile = compile
+        self.compile, self.seed = compile, seed
         self.checkpoint, self.checkpoint_every = checkpoint, checkpoint_every
-        self.step, self.resumed_at = 0, 0
-        is_one = checkpoint is not None and not batches.change
-        self.digest = checkpoints.digest(batches.args, batches.kwargs) if is_one else ""
+        self.step, self.resumed_at, self.saved_at = 0, 0, 0
+        self.place: dict[str, Any] = {"step": -1}  # of none yet
+        self.is_whole = True  # False within a step, while it changes the state
+        self.could_save = True
         self.losses: list[float] = []
         self.skipped, self.skipped_in_a_row = 0, 0
         self.params: dict[str, Tensor] = {}
@@ -148,14 +153,55 @@ class Run:
 
     def to_the_end(self, progress: bool) -> FitResult:
         """Takes all steps."""
-        with row_gradients(self.guide):
-            return self._take_all(progress)
+        self.began = time.perf_counter()
+        handlers = list(runtime._PYRO_STACK)
+        try:
+            with row_gradients(self.guide):
+                return self._take_all(progress)
+        except BaseException as error:
+            runtime._PYRO_STACK[:] = handlers  # Ctrl-C may come just as one of them leaves
+            error.result = self._result()  # type: ignore[attr-defined]
+            raise
 
     def _take_all(self, progress: bool) -> FitResult:
-        began = time.perf_counter()
+        first, saved = self._begin()
+        self.waiting = [first] if saved is None else []  # else the run goes on with what follows
+        bar = progress_bar(self.schedule.num_steps, self.step, progress)
+        with bar, Interrupts() as self.interrupts:
+            try:
+                while self.step < self.schedule.end:
+                    self._take_some(bar)
+                    if self.step % self.checkpoint_every == 0:
+                        self._save()
+                    self._show(bar)
+                if self.skipped > max(MAX_SHARE_SKIPPED * self.step, 1):
+                    self._give_up(*first)
+                self._save()
+                self.interrupts.check()
+            except BaseException as error:
+                self.steps.stop()
+                # What is not finite is not worth keeping, and a broken step can't be.
+                if self.is_whole and not isinstance(error, FloatingPointError):
+                    self._save()
+                raise
+            self.steps.stop()
+            bar.total = self.step
+        self._average()
+        if isinstance(self.loss, LatentLoss) and not self.batches.change:
+            self.loss.see_to_tails(self.batches.next)
+        return self._result()
+
+    def _begin(self) -> tuple[Batch, dict[str, Any] | None]:
+        """The first batch and a checkpoint's state, with all that steps need in place."""
         saved = None if self.checkpoint is None else checkpoints.load(self.checkpoint)
         if saved is not None:
-            self._check_saved(saved)
+            self._check_settings(saved)
+            # The same first batch as then, whatever was drawn in this process before.
+            checkpoints.set_generators(saved["generators_before"])
+            self.batches.set_generators(saved["batches_before"])
+        if self.checkpoint is not None:
+            self.generators_before = checkpoints.generators()
+            self.batches_before = self.batches.generators()
         first = self.batches.next()
         self.loss = self._first_look(*first)
         if self.rows.tables and self.compile is not False:
@@ -171,49 +217,37 @@ class Run:
             self.optimizer,
             factors=RATES,
             weighted=self.schedule.annealing is not None,
-            settings=(self.num_particles, *self._settings["loss"]),
+            settings=(self.num_particles, self._settings["loss"]),
         )
-        waiting = [first] if saved is None else []  # else the run goes on with what follows
+        if self.checkpoint is not None:
+            self._look(*first)
         if saved is not None:
-            self._restore(saved)
-        self.resumed_at = self.step
+            self._check_digests(saved)
+            try:
+                self._restore(saved)
+            except (LookupError, RuntimeError, TypeError) as error:
+                raise ValueError(
+                    f"{self.checkpoint} is of another guide or model, or is damaged: {error}. Give "
+                    "another path to begin anew."
+                ) from error
+        self.resumed_at = self.saved_at = self.step
         self.recordings = Recordings(
             self.steps,
             compile=self.compile,
             num_steps=self.schedule.num_steps,
-            backend_before="" if saved is None else saved["backend"],
+            before=None if saved is None else saved["recordings"],
             change=self.batches.change,
         )
-        bar = progress_bar(self.schedule.num_steps, self.step, progress)
-        with bar:
-            try:
-                while self.step < self.schedule.end:
-                    batch = waiting.pop() if waiting else self.batches.next()
-                    built = self.recordings.find(self.step, *batch, bar)
-                    with quietly():
-                        if built is None:
-                            self._take_step(*batch)
-                        else:
-                            waiting += self._replay(built, *batch)
-                    self._show(bar)
-                    if self.checkpoint and self.step % self.checkpoint_every == 0:
-                        self._save()
-            finally:
-                self.steps.stop()
-            bar.total = self.step
-        if self.skipped > max(MAX_SHARE_SKIPPED * self.step, 1):
-            self._give_up(*first)
-        if self.checkpoint:
-            self._save()
-        self._average()
-        if isinstance(self.loss, LatentLoss) and not self.batches.change:
-            self.loss.see_to_tails(self.batches.next)
+        return first, saved
+
+    def _result(self) -> FitResult:
+        end = self.schedule.end
         return FitResult(
             losses=torch.tensor(self.losses, dtype=torch.float64),
             num_steps=self.step,
-            stopped=self.schedule.end < self.schedule.num_steps,
+            stopped=self.step >= end and end < self.schedule.num_steps,
             skipped=self.skipped,
-            seconds=time.perf_counter() - began,
+            seconds=time.perf_counter() - self.began,
             backend=self.backend,
             resumed_at=self.resumed_at,
         )
@@ -254,7 +288,7 @@ class Run:
                 "fails, or its density is another one, or is random. If that takes long, write "
                 "sites with plates, and dimensions counted from the right.",
                 UserWarning,
-                stacklevel=5,
+                stacklevel=6,
             )
         if type(self.guide) is AutoIAF:
             latents = self.guide._latent_sites()
@@ -298,6 +332,23 @@ class Run:
 
     # Steps
 
+    def _take_some(self, bar: tqdm[Any]) -> None:
+        """Takes one step, or as many compiled ones as there are until something else is to do."""
+        args, kwargs = self.waiting.pop() if self.waiting else self._next()
+        with self.interrupts.open():
+            built = self.recordings.find(self.step, args, kwargs, bar)
+        with quietly():
+            if built is None:
+                self._take_step(args, kwargs)
+            else:
+                self._replay(built, args, kwargs)
+
+    def _next(self) -> Batch:
+        """The next batch. A step that fails from here on is taken anew, with the same numbers."""
+        self.place = self._place()
+        with self.interrupts.open():
+            return self.batches.next()
+
     def _take_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.backend = "eager"
         self.steps.stop()
@@ -306,24 +357,30 @@ class Run:
             group["lr"] = rate * factor
         self.optimizer.zero_grad()
         self.loss.covers = bool(covers)
+        health = self.loss.health
         try:
-            with poutine.trace(param_only=True) as capture:
+            with self.interrupts.open(), poutine.trace(param_only=True) as capture:
                 loss = self.loss(args, kwargs, weight)
             if capture.trace.nodes.keys() - self.params.keys():
                 self._add(capture.trace)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # of a matrix that is not finite, say
             loss = torch.tensor(math.nan)
+        except BaseException:
+            self.loss.health = health
+            raise
         trained = [*self.params.values(), *self.rows.gradients()]
         norm = nn.utils.clip_grad_norm_(trained, self.clip_norm)
         value, size = torch.stack([loss.detach(), norm.to(loss)]).tolist()
+        self.is_whole = False
         if math.isfinite(value) and math.isfinite(size):
             self.optimizer.step()
             self.rows.step(rate * RATE_OF_ROWS)
         self._average_in(self.step + 1, self.params)
-        self._account(value, size, args, kwargs)
+        self._account([(value, size)], args, kwargs)
+        self.is_whole = True
 
-    def _replay(self, built: Built, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        """Takes compiled steps until there is something to see to; returns a batch left over."""
+    def _replay(self, built: Built, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Takes compiled steps until there is something to see to."""
         began = time.perf_counter()
         self.backend = built.backend
         self.steps.start(built)
@@ -333,26 +390,30 @@ class Run:
         rows = rows.to(self.steps.views[0].device)
         take = self.steps.bind(built, args, kwargs)
         pairs: list[Tensor] = []
-        left: list[Any] = []
-        with torch.no_grad():
-            for step, numbers in zip(steps, rows.unbind(), strict=True):
-                if pairs and self.batches.change:
-                    with torch.enable_grad():  # as it was when the step was built
-                        batch = self.batches.next()
-                        is_same = self.recordings.is_for(built, *batch)
-                    if not is_same:
-                        left.append(batch)
-                        break
-                    take = self.steps.bind(built, *batch)
-                pairs.append(take(numbers))
-                self._average_in(step + 1, params)
-        self.steps.write()
-        results = torch.stack(pairs).tolist()
-        affordable = SECONDS_A_CHUNK * len(pairs) / (time.perf_counter() - began)
-        self.chunk = max(1, min(int(affordable), 2 * self.chunk, LARGEST_CHUNK))
-        for value, size in results:
-            self._account(value, size, args, kwargs)
-        return left
+        try:
+            with torch.no_grad():
+                for step, numbers in zip(steps, rows.unbind(), strict=True):
+                    if pairs and self.batches.change:
+                        self.step = step
+                        with torch.enable_grad():  # as it was when the step was built
+                            batch = self._next()
+                            is_same = self.recordings.is_for(built, *batch)
+                        if not is_same:
+                            self.waiting.append(batch)
+                            break
+                        take = self.steps.bind(built, *batch)
+                    self.is_whole = False
+                    pairs.append(take(numbers))
+                    self._average_in(step + 1, params)
+                    self.is_whole = True
+        finally:  # whatever ends it, what was taken counts
+            self.step = steps.start
+            if pairs:
+                self.steps.write()
+                results = torch.stack(pairs).tolist()
+                affordable = SECONDS_A_CHUNK * len(pairs) / (time.perf_counter() - began)
+                self.chunk = max(1, min(int(affordable), 2 * self.chunk, LARGEST_CHUNK))
+                self._account(results, args, kwargs)
 
     def _num_undisturbed(self) -> int:
         """How many steps there are to the next that something hangs on."""
@@ -363,21 +424,22 @@ class Run:
         return min(ends) - self.step
 
     def _account(
-        self, value: float, size: float, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, results: Iterable[Sequence[float]], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """Notes what came of a step: its loss, and the norm of its gradient."""
-        self.step += 1
-        if math.isfinite(value) and math.isfinite(size):
-            self.losses.append(value)
-            self.skipped_in_a_row = 0
-        else:
-            self.skipped += 1
-            self.skipped_in_a_row += 1
-            too_many = self.step >= 100 and self.skipped > MAX_SHARE_SKIPPED * self.step
-            if too_many or self.skipped_in_a_row > MAX_SKIPPED:
-                self._give_up(args, kwargs)
-        if self.step % self.schedule.stretch == 0 and self.rows.visits >= FEWEST_VISITS:
-            self.schedule.settle(self.step, self.losses)
+        """Notes what came of steps: the loss of each, and the norm of its gradient."""
+        for value, size in results:
+            self.step += 1
+            if math.isfinite(value) and math.isfinite(size):
+                self.losses.append(value)
+                self.skipped_in_a_row = 0
+            else:
+                self.skipped += 1
+                self.skipped_in_a_row += 1
+                too_many = self.step >= 100 and self.skipped > MAX_SHARE_SKIPPED * self.step
+                if too_many or self.skipped_in_a_row > MAX_SKIPPED:
+                    self._give_up(args, kwargs)
+            if self.step % self.schedule.stretch == 0 and self.rows.visits >= FEWEST_VISITS:
+                self.schedule.settle(self.step, self.losses)
 
     def _give_up(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         fault = at_fault(self.model, self.guide, args, kwargs, self.params)
@@ -437,24 +499,66 @@ class Run:
             "clip_norm": self.clip_norm,
             "early_stop": schedule.early_stop,
             "annealing": "a function" if callable(schedule.annealing) else schedule.annealing,
-            "loss": [type(self.elbo).__name__, getattr(self.elbo, "num_particles", None)],
+            "loss": settings_of(self.elbo),
             "simulate": self.batches.simulate,
-            "args": self.digest,
+            "seed": self.seed,
+            "default dtype": str(torch.get_default_dtype()),
+        }
+
+    def _look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Notes what tells this run's data, model and guide from another's."""
+        batches = self.batches
+        self.data: Digests = {
+            "args": [digest(batches.args)],
+            "kwargs": [digest(batches.kwargs)],
+            "the first minibatch": [digest(batches.without_simulated(args, kwargs))],
+        }
+        generators = checkpoints.generators()
+        try:
+            simulated = set(batches.simulate.values())
+            observed, sites = digests_of_sites(self.model, self.guide, args, kwargs, simulated)
+        except Exception:  # whatever a model may raise at some draw
+            observed, sites = {}, {}
+        finally:
+            checkpoints.set_generators(generators)
+        self.observed, self.sites = observed, sites
+        for what, thing in (("the model", self.model), ("the guide", self.guide)):
+            if isinstance(thing, nn.Module):
+                self.sites[what] = [digest(in_words(thing))]
+
+    def _place(self) -> dict[str, Any]:
+        """Where random numbers, data and recordings are, between two steps."""
+        if self.checkpoint is None:
+            return {"step": self.step}
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        generators = {"torch": torch.get_rng_state(), "cuda": cuda}
+        return {
+            "step": self.step,
+            "generators": generators,
+            "batches": self.batches.state(),
+            "recordings": self.recordings.state(),
         }
 
     def _save(self) -> None:
+        """Writes the state of the steps that were taken, if any were and it can be written."""
+        if self.checkpoint is None or self.step == self.saved_at:
+            return
         modules = {
             name: module.state_dict()
             for name, module in (("model", self.model), ("guide", self.guide))
             if isinstance(module, nn.Module)
         }
-        assert self.checkpoint is not None
         self.steps.stop()
         schedule = self.schedule
         progress = self.step, schedule.end, schedule.falls_at, self.skipped, self.skipped_in_a_row
+        # The batch of a step that was not taken may be drawn already.
+        place = self.place if self.place["step"] == self.step else self._place()
         state = {
             **modules,
             "settings": self._settings,
+            "data": self.data,
+            "sites": self.sites,
+            "observed": self.observed,
             "params": {name: param.detach() for name, param in self.params.items()},
             "optimizer": self.optimizer.state_dict(),
             "rows": self.rows.state(),
@@ -462,35 +566,60 @@ class Run:
             "losses": torch.tensor(self.losses, dtype=torch.float64),
             "health": self.loss.health.item(),
             "backend": self.backend,
+            "recordings": place["recordings"],
             "progress": list(progress),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            "batches": self.batches.state(),
+            "weights": {k: weight for k, weight in schedule.weights.items() if k < self.step},
+            "generators": {**checkpoints.generators(), **place["generators"]},
+            "batches": place["batches"],
+            "generators_before": self.generators_before,
+            "batches_before": self.batches_before,
         }
-        checkpoints.save(self.checkpoint, state)
-
-    def _check_saved(self, saved: dict[str, Any]) -> None:
-        theirs, ours = saved["settings"], self._settings
-        differing = [name for name, value in ours.items() if theirs.get(name) != value]
-        if differing:
-            name = differing[0]
-            if name == "args":
-                raise ValueError(
-                    f"{self.checkpoint} is of a run on other data: args or kwargs hold other "
-                    "tensors. Give the same to go on, or another path to begin anew."
+        try:
+            checkpoints.save(self.checkpoint, state)
+            self.saved_at = self.step
+        except OSError as error:
+            if self.could_save:
+                warnings.warn(
+                    f"fit can't write its checkpoint {self.checkpoint}: {error}. It trains on, "
+                    "keeps the last one that it wrote, and tries again. Make room there.",
+                    UserWarning,
+                    stacklevel=5,
                 )
-            raise ValueError(
-                f"{self.checkpoint} is of a run with {name}={theirs.get(name)!r}; this one has "
-                f"{ours[name]!r}. Give the same settings to go on, or another path to begin anew."
-            )
+            self.could_save = False
+
+    def _check_settings(self, saved: dict[str, Any]) -> None:
+        theirs, ours = saved["settings"], self._settings
+        for name, value in ours.items():
+            if theirs.get(name) != value:
+                raise ValueError(
+                    f"{self.checkpoint} is of a run with {name}={theirs.get(name)!r}; this one has "
+                    f"{value!r}. Give the same settings to go on, or another path to begin anew."
+                )
+        if callable(self.schedule.annealing):
+            for step, before in saved["weights"].items():
+                if (now := self.schedule.weight(step)) != before:
+                    raise ValueError(
+                        f"{self.checkpoint} is of a run with another annealing: its weight at step "
+                        f"{step} was {before!r}, and this one's is {now!r}. Give the same to go "
+                        "on, or another path to begin anew."
+                    )
+
+    def _check_digests(self, saved: dict[str, Any]) -> None:
+        others = "a run on other data", "another guide or model", "a run on other data"
+        for part, other in zip(("data", "sites", "observed"), others, strict=True):
+            if name := differing(saved[part], getattr(self, part)):
+                raise ValueError(
+                    f"{self.checkpoint} is of {other}: what differs is {name}. Give the same to "
+                    "go on, or another path to begin anew."
+                )
 
     def _restore(self, saved: dict[str, Any]) -> None:
-        theirs = {name: tuple(value.shape) for name, value in saved["params"].items()}
-        ours = {name: tuple(value.shape) for name, value in self.params.items()}
+        theirs = {name: _kind(value) for name, value in saved["params"].items()}
+        ours = {name: _kind(value) for name, value in self.params.items()}
         if theirs != ours:
             name = min(dict(theirs.items() ^ ours.items()))
             raise ValueError(
-                f"{self.checkpoint} is of another guide or model: parameter {name} has shape "
+                f"{self.checkpoint} is of another guide or model: parameter {name} is "
                 f"{theirs.get(name, 'missing')} there and {ours.get(name, 'missing')} here. Give "
                 "another path to begin anew."
             )
@@ -507,10 +636,27 @@ class Run:
         self.step, end, falls_at, self.skipped, self.skipped_in_a_row = saved["progress"]
         self.schedule.end, self.schedule.falls_at = end, falls_at
         self.loss.health = self.loss.health.new_tensor(saved["health"])
+        self.backend = saved["backend"]
+        self.schedule.weights = dict(saved["weights"])
         self.batches.restore(saved["batches"])
-        torch.set_rng_state(saved["rng"])
-        if saved["cuda_rng"]:
-            torch.cuda.set_rng_state_all(saved["cuda_rng"])
+        checkpoints.set_generators(saved["generators"])
+
+
+def settings_of(elbo: Any) -> str:
+    """A loss and what it was made with, as far as that decides its numbers."""
+    given = {
+        name: value
+        for name, value in sorted(getattr(elbo, "__dict__", {}).items())
+        if isinstance(value, bool | int | float | str)
+        and not name.startswith("_")
+        and name not in ("backend", "max_plate_nesting")  # which Pyro may find out while it runs
+    }
+    words = ", ".join(f"{name}={value!r}" for name, value in given.items())
+    return f"{type(elbo).__name__}({words})"
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tensor.dtype} of shape {tuple(tensor.shape)}"
 
 
 def _next_multiple(step: int, size: int) -> int:

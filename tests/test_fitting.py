@@ -1,10 +1,4 @@
 import copy
-import errno
-import os
-import signal
-import subprocess
-import sys
-import textwrap
 import warnings
 
 import pyro
@@ -348,105 +342,6 @@ def test_annealing_raises_the_weight_of_the_divergence():
     assert weights[0] == 0
 
 
-# Checkpoints
-
-RUN = textwrap.dedent(
-    """
-    import os, signal, sys
-    import pyro, pyro.distributions as dist, torch
-    from torch.utils.data import DataLoader
-    from pyro_iaf import AutoIAF, fit
-
-    def model(y):
-        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-        with pyro.plate("data", 40, subsample_size=len(y)):
-            pyro.sample("y", dist.Normal(z.sum(-1), 1.0), obs=y)
-
-    path, last = sys.argv[1], int(sys.argv[2])
-    rows = DataLoader(torch.linspace(-1, 1, 40), batch_size=7, shuffle=True)
-    taken = []
-
-    class Deadly:
-        def __iter__(self):
-            for batch in rows:
-                if len(taken) == last:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                taken.append(batch)
-                yield batch
-
-    guide = AutoIAF(model)
-    result = fit(model, guide, data=Deadly(), num_steps=150, seed=1, progress=False,
-                 checkpoint=path, checkpoint_every=7)
-    torch.save({"losses": result.losses, "guide": guide.state_dict()}, path + ".result")
-    """
-)
-
-
-def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path):
-    def run(name, last=-1):
-        command = [sys.executable, "-c", RUN, str(tmp_path / name), str(last)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.run(command, env=environment, check=False).returncode
-
-    assert run("killed", last=60) == -signal.SIGKILL  # between two checkpoints
-    assert (tmp_path / "killed").exists()
-    assert not (tmp_path / "killed.result").exists()
-    assert run("killed") == run("whole") == 0
-    expected, got = (
-        torch.load(tmp_path / f"{name}.result", weights_only=True) for name in ("whole", "killed")
-    )
-    assert torch.equal(got["losses"], expected["losses"])
-    for name, value in expected["guide"].items():
-        assert torch.equal(got["guide"][name], value), name
-
-
-# The guide of a run that is taken up again takes the place of the first on purpose.
-taken_up = pytest.mark.filterwarnings("ignore:Another guide named")
-
-
-@taken_up
-def test_a_finished_run_is_not_run_again(tmp_path):
-    first, second = AutoIAF(conjugate), AutoIAF(conjugate)
-    once = quick(conjugate, first, checkpoint=tmp_path / "run")
-    again = quick(conjugate, second, checkpoint=tmp_path / "run")
-    assert torch.equal(once.losses, again.losses)
-    assert_close(second.state_dict(), first.state_dict(), atol=0, rtol=0)
-
-
-def test_a_checkpoint_loads_without_running_code(tmp_path):
-    quick(conjugate, AutoIAF(conjugate), checkpoint=tmp_path / "run")
-    state = torch.load(tmp_path / "run", weights_only=True)
-    assert state["format"].startswith("pyro_iaf.fit")
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]  # nothing left beside it
-
-
-def test_a_damaged_file_is_told(tmp_path):
-    path = tmp_path / "run"
-    quick(conjugate, AutoIAF(conjugate), checkpoint=path)
-    path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(ValueError, match="damaged"):
-        quick(conjugate, AutoIAF(conjugate), checkpoint=path)
-    assert len(path.read_bytes()) == 500  # and left as it is
-
-
-def test_a_foreign_file_is_told(tmp_path):
-    torch.save({"weights": torch.zeros(3)}, tmp_path / "run")
-    with pytest.raises(ValueError, match="something else"):
-        quick(conjugate, AutoIAF(conjugate), checkpoint=tmp_path / "run")
-
-
-def test_a_checkpoint_of_other_settings_or_another_model_is_told(tmp_path):
-    path = tmp_path / "run"
-    quick(conjugate, AutoIAF(conjugate), checkpoint=path)
-    with pytest.raises(ValueError, match="num_steps=60; this one has 61"):
-        quick(conjugate, AutoIAF(conjugate), checkpoint=path, num_steps=61)
-    model = MODELS["plates"][0]()
-    with pytest.raises(ValueError, match="of another guide or model"):
-        quick(model, AutoIAF(model), checkpoint=path)
-    with pytest.raises(ValueError, match="of another guide or model"):
-        quick(conjugate, AutoNormal(conjugate), checkpoint=path)
-
-
 # Arguments
 
 
@@ -512,25 +407,6 @@ def test_a_short_run_that_failed_throughout_is_told():
         quick(model, AutoIAF(model, start="init"), num_steps=20)
 
 
-@taken_up
-def test_an_interrupted_run_leaves_a_guide_and_a_checkpoint(tmp_path):
-    def run(guide, rows):
-        return quick(conjugate, guide, data=rows, checkpoint=tmp_path / "run", checkpoint_every=10)
-
-    def until_interrupted():
-        for _ in range(35):
-            yield (Y,)
-        raise KeyboardInterrupt
-
-    guide = AutoIAF(conjugate)
-    with pytest.raises(KeyboardInterrupt):
-        run(guide, until_interrupted())
-    assert guide.median()["z"].isfinite().all()
-    result = run(AutoIAF(conjugate), 100 * [(Y,)])
-    expected = quick(conjugate, AutoIAF(conjugate), data=100 * [(Y,)])
-    assert torch.equal(result.losses, expected.losses)
-
-
 def test_a_bar_shows_elbo_trend_and_speed(capfd):
     fit(conjugate, AutoIAF(conjugate), num_steps=300, seed=0)
     shown = capfd.readouterr().err
@@ -593,24 +469,6 @@ def test_data_that_cant_be_are_named(fn, data):
         quick(model, AutoIAF(model, start="init"), args=(torch.tensor(True),))
 
 
-def test_a_checkpoint_of_other_data_is_not_gone_on_with(tmp_path):
-    def model(y):
-        w = pyro.sample("w", dist.Normal(0.0, 1.0))
-        with pyro.plate("n", len(y)):
-            pyro.sample("y", dist.Normal(w, 1.0), obs=y)
-
-    def run(y):
-        pyro.clear_param_store()
-        return quick(model, AutoIAF(model), args=(y,), num_steps=50, checkpoint=tmp_path / "c")
-
-    assert run(torch.ones(5)).resumed_at == 0
-    again = run(torch.ones(5))
-    assert again.resumed_at == 50
-    assert "the first 50 are of a checkpoint" in str(again)
-    with pytest.raises(ValueError, match="of a run on other data"):
-        run(-torch.ones(5))
-
-
 def test_simulated_data_are_for_guides_that_listen():
     with pytest.raises(ValueError, match=r"give it an encoder, AutoIAF\(model, encoder="):
         fit(conjugate, AutoIAF(conjugate), num_steps=3, simulate=["y"])
@@ -643,52 +501,3 @@ def test_what_obs_mask_leaves_out_is_told_apart():
 
     with pytest.warns(UserWarning, match=r"observe within pyro.poutine.mask"):
         AutoIAF(model, start="init").setup()
-
-
-# Bars
-
-
-class Stream:
-    """A stderr that breaks after so many writes."""
-
-    def __init__(self, error, after):
-        self.error, self.left = error, after
-
-    def write(self, text):
-        self.left -= 1
-        if self.left < 0:
-            raise self.error
-
-    def flush(self):
-        self.write("")
-
-
-ERRORS = {
-    "pipe": BrokenPipeError(errno.EPIPE, "Broken pipe"),
-    "disk": OSError(errno.ENOSPC, "No space left on device"),
-    "closed": ValueError("I/O operation on closed file."),
-    "letters": UnicodeEncodeError("ascii", "x", 0, 1, "ordinal not in range(128)"),
-    "anything": RuntimeError("whatever"),
-}
-
-
-@pytest.mark.parametrize("after", [0, 1, 5])
-@pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS)
-def test_a_bar_that_cant_be_written_is_dropped_without_a_word(monkeypatch, error, after):
-    monkeypatch.setattr(sys, "stderr", Stream(error, after))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        result = quick(conjugate, AutoNormal(conjugate), progress=True)
-    assert result.num_steps == 60
-    assert sys.stderr.left == -1  # it is left alone from then on
-
-
-def test_a_bar_without_a_stream_is_none(monkeypatch):
-    monkeypatch.setattr(sys, "stderr", None)  # as where it was closed before the start
-    assert quick(conjugate, AutoNormal(conjugate), progress=True).num_steps == 60
-
-
-def test_a_bar_doesnt_swallow_ctrl_c(monkeypatch):
-    monkeypatch.setattr(sys, "stderr", Stream(KeyboardInterrupt(), 3))
-    with pytest.raises(KeyboardInterrupt):
-        quick(conjugate, AutoNormal(conjugate), progress=True, num_steps=1000)
