@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from numbers import Number
 from typing import Any
 
+import numpy as np
 import torch
 from pyro import poutine
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from .calls import refusal
+from .calls import opened, refusal
 
-__all__ = ["Batch", "Batches", "check_call", "simulated"]
+__all__ = ["Batch", "Batches", "check_call", "odd_data", "simulated"]
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -35,15 +39,24 @@ class Batches:
         data: Iterable[Any] | None,
         simulate: Sequence[str] | Mapping[str, str] | None,
     ) -> None:
-        if isinstance(data, Tensor):
+        if isinstance(data, Tensor | np.ndarray):
+            what = "a tensor" if isinstance(data, Tensor) else "an array"
             raise ValueError(
-                "data should be an iterable of minibatches, and got a tensor, whose rows would be "
+                f"data should be an iterable of minibatches, and got {what}, whose rows would be "
                 "one each. Give args=(tensor,) for all of it at every step, or a DataLoader."
+            )
+        if isinstance(data, Mapping):
+            raise ValueError(
+                "data should be an iterable of minibatches, and got a dict, whose keys would be "
+                "one each. Give kwargs={...} for all of it at every step, or data=[{...}, {...}]."
             )
         if data is not None and args:
             raise ValueError("Give args or data, not both: data holds the model's arguments.")
-        if data is not None and not isinstance(data, Iterable):
-            raise ValueError(f"data should be an iterable of minibatches; got {data!r}.")
+        if data is not None and (isinstance(data, str | bytes) or not isinstance(data, Iterable)):
+            raise ValueError(
+                f"data should be an iterable of minibatches; got {data!r}. A data set becomes one "
+                "by DataLoader(data, batch_size=...)."
+            )
         if isinstance(simulate, str):
             simulate = [simulate]
         names = {} if simulate is None else simulate
@@ -72,6 +85,25 @@ class Batches:
             kwargs = {**kwargs, **simulated(self.model, args, kwargs, self.simulate)}
         return args, kwargs
 
+    def check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Looks at the first batch.
+
+        Raises:
+            TypeError: If the model doesn't take it.
+            ValueError: If it has tensors that no gradient goes through.
+        """
+        if why := refusal(self.model, args, kwargs):
+            raise TypeError(
+                f"{why} Each minibatch of data should be a tuple of its arguments, a dict of them, "
+                "or the one argument; simulate= brings those that it names."
+            )
+        if any(tensor.is_inference() for tensor in opened(args, kwargs)[0]):
+            raise ValueError(
+                "fit needs gradients, and among the model's arguments are tensors that were made "
+                "within torch.inference_mode(), which allow none. Make them outside, or give "
+                "copies by tensor.clone()."
+            )
+
     def without_simulated(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
         """A batch as it was before its simulation."""
         return args, {name: value for name, value in kwargs.items() if name not in self.simulate}
@@ -91,6 +123,11 @@ class Batches:
                     "data has no more minibatches, and can't be walked through again. Give a list "
                     "or a DataLoader, or an iterator that lasts for num_steps."
                 ) from None
+        if item is None or isinstance(item, str | bytes):
+            raise ValueError(
+                "data should give minibatches, each a tuple of the model's arguments, a dict of "
+                f"them, or the one argument; got {item!r}."
+            )
         self._taken += 1
         if isinstance(item, Mapping):
             return (), {**self.kwargs, **item}
@@ -158,6 +195,29 @@ def check_call(args: Any, kwargs: Any, model: Callable[..., Any] | None = None) 
     if model is not None and (why := refusal(model, args, kwargs)):
         raise TypeError(f"{why} Give them as args=(x, y), args=(x,) or kwargs={{'y': y}}.")
     return args, kwargs
+
+
+class _OddData(Messenger):
+    """Looks for data that are neither tensors nor numbers."""
+
+    found = ""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        value = msg["value"]
+        if msg["is_observed"] and not isinstance(value, Tensor | Number) and not self.found:
+            self.found = (
+                f"The data of site '{msg['name']}' should be a tensor or a number; got a "
+                f"{type(value).__name__}, {value!r:.80}. torch.as_tensor(...) makes tensors of "
+                "arrays and lists of numbers; words have to be numbered."
+            )
+
+
+@torch.no_grad()
+def odd_data(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Which data of a model that fails are no data, in words; "" if all are."""
+    with poutine.block(), _OddData() as odd, suppress(Exception):
+        model(*args, **kwargs)
+    return odd.found
 
 
 @torch.no_grad()

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import pyro
+import torch
 from pyro.infer.autoguide.guides import AutoGuide
+from pyro.poutine import runtime
+from pyro.poutine.block_messenger import BlockMessenger
+from pyro.poutine.seed_messenger import SeedMessenger
 
 from . import checkpoints
 from .autoguide import FlowGuide
@@ -18,6 +24,9 @@ from .networks import check_size
 from .training import FitResult, Run
 
 __all__ = ["FitResult", "fit"]
+
+# That NumPy, which pyro.set_rng_seed seeds too, takes.
+LARGEST_SEED = 2**32 - 1
 
 
 def fit(
@@ -101,7 +110,9 @@ def fit(
     Raises:
         ValueError: If an argument is out of range, data are outside the support of their site or a
             site has another shape than its plates, the checkpoint is damaged or of another run, or
-            with ``compile=True`` the step can't be compiled.
+            with ``compile=True`` the step can't be compiled; or for a call within
+            ``torch.inference_mode()`` or one of Pyro's handlers.
+        TypeError: If the model doesn't take ``args``, ``kwargs`` or the first of ``data``.
         OSError: If the checkpoint can't be written; before the first step.
         FloatingPointError: If too many steps were not finite; names the sites at fault.
         KeyboardInterrupt: By Ctrl-C. The guide then has the parameters of the last step, and so has
@@ -124,14 +135,23 @@ def fit(
         >>> len(result.losses)
         100
     """
+    _check_surroundings()
     num_steps = check_size("num_steps", num_steps)
     num_particles = check_size("num_particles", num_particles)
     checkpoint_every = check_size("checkpoint_every", checkpoint_every)
-    for name, number in {"lr": lr, "clip_norm": clip_norm}.items():
-        if not (isinstance(number, int | float) and number > 0):
-            raise ValueError(f"{name} should be a positive number; got {number!r}.")
+    lr = _check_positive("lr", lr, math.inf)
+    clip_norm = _check_positive("clip_norm", clip_norm)
     if annealing is not None and not callable(annealing):
         annealing = check_size("annealing", annealing)
+    for name, switch in {"early_stop": early_stop, "progress": progress}.items():
+        if switch not in (True, False):
+            raise ValueError(f"{name} should be True or False; got {switch!r}.")
+    for name, fn in {"model": model, "guide": guide}.items():
+        if not callable(fn):
+            raise ValueError(
+                f"{name} should be something to call, as in fit(model, AutoIAF(model)) for a Pyro "
+                f"model; got {fn!r}."
+            )
     if isinstance(model, AutoGuide) or isinstance(guide, type):
         raise ValueError(
             "fit takes a model and then a guide for it, as fit(model, AutoIAF(model)); got "
@@ -141,6 +161,8 @@ def fit(
         raise ValueError(f"loss should be one of Pyro's ELBOs, as Trace_ELBO(); got {loss!r}.")
     if compile not in (True, False, "auto", "graph"):
         raise ValueError(f'compile should be True, False, "auto" or "graph"; got {compile!r}.')
+    if not isinstance(compile, str):
+        compile = bool(compile)  # noqa: A001
     args, kwargs = check_call(args, kwargs, None if simulate or data is not None else model)
     if simulate and isinstance(guide, FlowGuide) and guide._encoder is None:
         raise ValueError(
@@ -150,6 +172,9 @@ def fit(
     batches = Batches(model, args, kwargs, data, simulate)
     path = None if checkpoint is None else checkpoints.prepare(checkpoint)
     if seed is not None:
+        seed = check_size("seed", seed, smallest=0)
+        if seed > LARGEST_SEED:
+            raise ValueError(f"seed should be an int of at most {LARGEST_SEED}; got {seed}.")
         pyro.set_rng_seed(seed)
     run = Run(
         model=model,
@@ -161,13 +186,45 @@ def fit(
         clip_norm=clip_norm,
         elbo=loss,
         annealing=annealing,
-        early_stop=early_stop,
+        early_stop=bool(early_stop),
         compile=_compile_of(loss) if compile == "auto" else compile,
         seed=seed,
         checkpoint=path,
         checkpoint_every=checkpoint_every,
     )
-    return run.to_the_end(progress)
+    return run.to_the_end(bool(progress))
+
+
+def _check_surroundings() -> None:
+    """Refuses to run where there are no gradients, or others see each site of each step."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            "fit needs gradients, and got a call within torch.inference_mode(), where there are "
+            "none, nor of what is made there. Call it outside."
+        )
+    handlers: list[Any] = []
+    for handler in runtime._PYRO_STACK:
+        if isinstance(handler, BlockMessenger):  # hides from those before it what comes after
+            handlers.clear()
+        elif not isinstance(handler, SeedMessenger):  # which sees no site
+            handlers.append(handler)
+    if handlers:
+        names = ", ".join(type(handler).__name__ for handler in handlers)
+        raise ValueError(
+            "fit runs model and guide at each step, and no handler should be around it; got a call "
+            f"within {names}. Handle the model, as in fit(poutine.condition(model, ...), guide), "
+            "or hide the call by `with poutine.block():`."
+        )
+
+
+def _check_positive(name: str, number: object, below: float | None = None) -> float:
+    """The number as a float, or a ValueError that names what it is of."""
+    if isinstance(number, Real) and not isinstance(number, bool):
+        value = float(number)
+        if value > 0 and (below is None or value < below):
+            return value
+    finite = "" if below is None else "finite "
+    raise ValueError(f"{name} should be a positive {finite}number; got {number!r}.")
 
 
 def _compile_of(elbo: Any) -> bool | str:

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from . import checkpoints
 from .autoguide import FlowGuide
-from .batches import Batch, Batches
+from .batches import Batch, Batches, odd_data
 from .digests import Digests, differing, digest, digests_of_sites, in_words
 from .faults import at_fault, impossible_data
 from .graphs import Refused
@@ -156,7 +156,7 @@ class Run:
         self.began = time.perf_counter()
         handlers = list(runtime._PYRO_STACK)
         try:
-            with row_gradients(self.guide):
+            with torch.enable_grad(), row_gradients(self.guide):
                 return self._take_all(progress)
         except BaseException as error:
             runtime._PYRO_STACK[:] = handlers  # Ctrl-C may come just as one of them leaves
@@ -203,6 +203,7 @@ class Run:
             self.generators_before = checkpoints.generators()
             self.batches_before = self.batches.generators()
         first = self.batches.next()
+        self.batches.check(*first)
         self.loss = self._first_look(*first)
         if self.rows.tables and self.compile is not False:
             if self.compile != "auto":
@@ -262,8 +263,10 @@ class Run:
         with torch.no_grad(), poutine.trace(param_only=True) as capture:
             try:
                 elbo.loss(self.model, self.guide, *args, **kwargs)
-            except ValueError as error:
-                if "log_prob shape" in str(error):
+            except Exception as error:
+                if fault := odd_data(self.model, args, kwargs):
+                    raise ValueError(fault) from error
+                if not isinstance(error, ValueError) or "log_prob shape" in str(error):
                     raise
                 if fault := impossible_data(self.model, self.guide, args, kwargs):
                     raise ValueError(fault) from error

@@ -464,7 +464,7 @@ def test_what_a_restart_may_change_is_no_other_run(tmp_path):
 
 
 def test_numbers_of_numpy_are_settings_too(tmp_path):
-    settings = {"num_steps": np.int64(4)}
+    settings = {"num_steps": np.int64(4), "lr": np.float32(0.25), "seed": np.int64(1)}
     settings |= {"num_particles": np.int32(2), "checkpoint": str(tmp_path / "run")}
     quick(conjugate, AutoNormal(conjugate), **settings)
     assert quick(conjugate, AutoNormal(conjugate), **settings).resumed_at == 4

@@ -1,6 +1,8 @@
 import copy
+import math
 import warnings
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -363,12 +365,135 @@ def test_annealing_raises_the_weight_of_the_divergence():
         {"annealing": 0.5},
         {"loss": Trace_ELBO},
         {"checkpoint": "."},
+        {"checkpoint": 3},
+        {"seed": -1},
+        {"seed": True},
+        {"seed": 2**32},
+        {"seed": "a"},
+        {"lr": math.inf},
+        {"lr": math.nan},
+        {"lr": True},
+        {"lr": "fast"},
+        {"lr": torch.tensor(0.1)},
+        {"clip_norm": math.nan},
+        {"clip_norm": True},
+        {"clip_norm": None},
+        {"early_stop": "no"},
+        {"progress": "no"},
+        {"compile": "no"},
+        {"annealing": lambda step: "0.5"},
+        {"annealing": lambda step: math.nan},
+        {"annealing": lambda step: -0.1},
+        {"annealing": lambda step: None},
+        {"annealing": lambda step: torch.ones(2)},
+        {"data": "abc"},
+        {"data": {"y": Y}},
+        {"data": Y.numpy()},
+        {"data": ["abc"]},
+        {"data": [None]},
     ],
 )
 def test_bad_arguments_are_told(wrong):
     (name,) = [key for key in wrong if key != "args"]
     with pytest.raises(ValueError, match=name):
         fit(conjugate, AutoIAF(conjugate), **{"num_steps": 3, "progress": False, **wrong})
+
+
+def test_what_is_no_model_and_no_guide_is_named():
+    guide = AutoIAF(conjugate)
+    for name, call in {"model": (None, guide), "guide": (conjugate, None)}.items():
+        with pytest.raises(ValueError, match=f"{name} should be something to call.*got None"):
+            quick(*call)
+    with pytest.raises(ValueError, match=r"guide should be something to call.*got 'x'"):
+        quick(conjugate, "x")
+
+
+def test_a_minibatch_that_the_model_doesnt_take_is_told():
+    for batch in ((Y, Y), {"x": Y}):
+        with pytest.raises(TypeError, match=r"takes \(y=None\).*Each minibatch"):
+            quick(conjugate, AutoNormal(conjugate), data=[batch])
+
+
+@pytest.mark.parametrize("y", ["abc", ["1", "2"], np.array(["a"]), [1.0, 2.0], np.ones(2)])
+@pytest.mark.parametrize("kind", [AutoIAF, AutoNormal])
+def test_data_that_are_no_numbers_are_named(y, kind):
+    def model(y):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    match = f"data of site 'y' should be a tensor or a number; got a {type(y).__name__}"
+    with pytest.raises(ValueError, match=match):
+        quick(model, kind(model), args=(y,))
+
+
+@pytest.mark.parametrize("number", [np.float32(0.25), np.int64(1), 1])
+def test_numbers_of_any_kind_will_do(number):
+    settings = {"lr": number, "clip_norm": number, "num_steps": np.int16(3), "seed": np.int64(3)}
+    settings |= {"early_stop": np.True_, "compile": np.False_}
+    assert quick(conjugate, AutoNormal(conjugate), **settings).num_steps == 3
+
+
+@pytest.mark.parametrize("compile_step", [False, "graph"])
+def test_a_norm_without_a_limit_leaves_gradients_as_they_are(compile_step):
+    def run(clip_norm):
+        pyro.clear_param_store()
+        guide = AutoNormal(conjugate)
+        return quick(conjugate, guide, clip_norm=clip_norm, compile=compile_step).losses
+
+    assert torch.equal(run(math.inf), run(1e9))
+    assert not torch.equal(run(math.inf), run(0.1))
+
+
+def test_annealing_may_return_a_tensor_of_one_number():
+    def run(weight):
+        pyro.clear_param_store()
+        settings = {"annealing": lambda step: weight, "num_steps": 5}
+        return quick(conjugate, AutoNormal(conjugate), **settings).losses
+
+    assert torch.equal(run(torch.tensor(0.5)), run(0.5))
+
+
+# Surroundings
+
+
+def test_it_trains_where_gradients_are_off():
+    expected = quick(conjugate, AutoIAF(conjugate), num_steps=20, compile=False).losses
+    pyro.clear_param_store()
+    with torch.no_grad():
+        found = quick(conjugate, AutoIAF(conjugate), num_steps=20, compile=False).losses
+        assert not torch.is_grad_enabled()
+    assert torch.equal(found, expected)
+
+
+def test_inference_mode_is_told_at_once():
+    def model(y=None):
+        raise AssertionError
+
+    with torch.inference_mode():
+        y = Y.clone()
+        with pytest.raises(ValueError, match=r"outside.*inference_mode|inference_mode.*outside"):
+            quick(model, AutoNormal(model))
+    for given in ({"args": (y,)}, {"data": [(y,)]}):
+        with pytest.raises(ValueError, match=r"made within torch.inference_mode.*clone"):
+            quick(model, AutoNormal(model), **given)
+
+
+def test_handlers_around_it_are_told():
+    def model():
+        raise AssertionError
+
+    for handler in (
+        poutine.trace(),
+        poutine.condition(data={"z": torch.zeros(2)}),
+        poutine.scale(scale=2.0),
+        pyro.plate("rows", 3),
+    ):
+        name = type(handler).__name__
+        with handler, pytest.raises(ValueError, match=f"within {name}.*Handle the model"):
+            quick(model, AutoNormal(model))
+    with poutine.trace() as seen, poutine.block(), poutine.seed(rng_seed=0):
+        assert quick(conjugate, AutoNormal(conjugate), num_steps=3).num_steps == 3
+    assert not seen.trace.nodes
 
 
 def test_what_is_printed_is_ascii():
