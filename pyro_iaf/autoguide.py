@@ -30,7 +30,7 @@ from .conditional import (
 )
 from .groups import full_size, quoted
 from .initialization import Start, or_draw
-from .joint import is_index
+from .joint import is_latent, taking_turns
 from .masks import Unmasked, log_priors, sites_to_lift, where_counted
 from .networks import (
     MaskedAutoregressiveNetwork,
@@ -42,7 +42,7 @@ from .networks import (
 from .sites import each_tensor, without_graph
 from .supports import check_unknown
 from .transforms import InverseAutoregressiveFlowStack, inverse_autoregressive_flow
-from .weights import Particles, pareto_k, resampled
+from .weights import Particles
 
 __all__ = [
     "FlowGuide",
@@ -234,8 +234,7 @@ class FlowGuide(AutoGuide):
             )
 
     def _is_not_of_the_state(self, site: Any) -> bool:
-        is_latent = site["type"] == "sample" and not (site["is_observed"] or is_index(site))
-        return is_latent and site["name"] not in self._loaded_sites
+        return is_latent(site) and site["name"] not in self._loaded_sites
 
     def _site_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of all latents, with all rows of their plates."""
@@ -402,18 +401,9 @@ class FlowGuide(AutoGuide):
         self, num_samples: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> dict[str, Tensor]:
         """Draws chosen by their importance weights from four times as many."""
-        particles = Particles(self.model, self, args, kwargs)
-        log_weights, sites = particles.weighted(max(4 * num_samples, 1000))
-        if pareto_k(log_weights) > 0.7:
-            warnings.warn(
-                "The guide's importance weights have a k-hat above 0.7: resampled draws are no "
-                "draws from the posterior. Train the guide further, or make it wider; diagnose "
-                "says how far off it is.",
-                UserWarning,
-                stacklevel=4,
-            )
-        index = resampled(log_weights, num_samples)
-        return {name: draws[index] for name, draws in sites.items()}
+        with taking_turns:
+            draws = Particles(self.model, self, args, kwargs).weighted(max(4 * num_samples, 1000))
+        return draws.resampled(num_samples)
 
     # State and copies
 

@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from pyro import poutine
+from pyro.infer.autoguide.guides import AutoGuide
+from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from .calls import opened, refusal
 
-__all__ = ["Batch", "Batches", "check_call", "odd_data", "simulated"]
+__all__ = ["Batch", "Batches", "check_call", "check_pair", "odd_data", "simulated"]
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -195,6 +197,18 @@ def check_call(args: Any, kwargs: Any, model: Callable[..., Any] | None = None) 
     if model is not None and (why := refusal(model, args, kwargs)):
         raise TypeError(f"{why} Give them as args=(x, y), args=(x,) or kwargs={{'y': y}}.")
     return args, kwargs
+
+
+def check_pair(caller: str, model: Any, guide: Any) -> None:
+    """Raises a ValueError unless these are a model and a guide, as far as that shows outside."""
+    for word, thing in (("model", model), ("guide", guide)):
+        is_swapped = word == "model" and isinstance(thing, AutoGuide | GuideMessenger)
+        if is_swapped or isinstance(thing, type) or not callable(thing):
+            got = thing if isinstance(thing, type) or not callable(thing) else type(thing)
+            raise ValueError(
+                f"{caller} takes a model and then a guide for it, two callables, as "
+                f"{caller}(model, AutoIAF(model)); got as {word} {got!r}."
+            )
 
 
 class _OddData(Messenger):

@@ -14,14 +14,22 @@ from pyro import poutine
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor
 
-from .batches import check_call
-from .joint import Given, quietly, samples, split_sizes, subsamples
+from .batches import check_call, check_pair
+from .joint import (
+    Given,
+    log_prob_of_each,
+    quietly,
+    samples,
+    split_sizes,
+    subsamples,
+    taking_turns,
+)
 from .networks import check_size
-from .weights import Particles, pareto_k, resampled, smoothed
+from .weights import COARSE, LOWEST, RELIABLE, Particles, imprecise
 
 __all__ = ["Diagnosis", "diagnose", "to_arviz"]
 
-GOOD, USABLE = 0.5, 0.7
+GOOD, USABLE = 0.5, RELIABLE
 
 # How far weighting may move a good guide: its means in standard deviations, its spreads in shares.
 STILL = 0.15
@@ -43,11 +51,13 @@ class Diagnosis:
         iw_elbo: Logarithm of the mean weight: the evidence from below, and nearer than the ELBO.
         iw_elbo_se: Its standard error.
         ess: How many independent draws from the posterior the weighted draws are worth.
-        log_weights: Of the draws, of shape ``(num_samples,)``.
+        log_weights: Of the draws, of shape ``(num_samples,)``, in double precision.
         sites: For each site how far weighting moves its mean at most, in standard deviations of
             the guide, and by which factor it changes the standard deviation at most.
         subsampled: Whether the model subsamples data. Then weights vary by that too.
         is_point: Whether all draws are the same, so that weights tell nothing.
+        rounding: By how many nats the rounding of densities moves a log-weight.
+        improper: Latents whose prior is flat and without ends, and that no density depends on.
 
     Example:
         >>> def model():
@@ -67,6 +77,8 @@ class Diagnosis:
     sites: dict[str, tuple[float, float]]
     subsampled: bool = False
     is_point: bool = False
+    rounding: float = 0.0
+    improper: Sequence[str] = ()
 
     @property
     def threshold(self) -> float:
@@ -105,8 +117,23 @@ class Diagnosis:
     def _verdict(self) -> str:
         if self.is_point:
             return "No verdict: the guide is a point, and weights say nothing of the rest."
-        if not math.isfinite(self.khat) or len(self.log_weights) < FEWEST:
-            return "No verdict: there are too few draws with a finite weight."
+        if self.improper:
+            names = ", ".join(f"'{name}'" for name in self.improper)
+            return (
+                f"No verdict: the posterior is improper, since the prior of {names} is flat and "
+                "the model's density does not change with it. Give it a proper prior."
+            )
+        log_w = self.log_weights
+        num_finite = int(log_w.isfinite().sum())
+        if num_finite < FEWEST:
+            return (
+                f"No verdict: of {len(log_w)} draws {num_finite} have a finite weight, and it "
+                f"takes {FEWEST}."
+            )
+        if self.rounding > COARSE:
+            return f"No verdict: {imprecise(self.rounding)}"
+        if math.isinf(self.khat) and int((log_w > log_w.max() + LOWEST).sum()) >= FEWEST:
+            return "No verdict: so many weights are the same number that they show no tail."
         is_still = all(_severity(move) < STILL for move in self.sites.values())
         is_still = is_still and bool(self.log_weights.isfinite().all())
         if self.khat < min(GOOD, self.threshold) and is_still:
@@ -143,9 +170,17 @@ def diagnose(
         kwargs: Likewise.
         num_samples: How many draws.
 
+    Threads take turns: of several calls, and of fits, one runs at a time. Processes run beside each
+    other.
+
     Raises:
-        ValueError: If ``num_samples`` is not positive, or the model has latents that the guide
-            doesn't.
+        ValueError: If ``num_samples`` is not positive, model and guide are swapped or are none, or
+            the guide's sites are not the model's latents or have other shapes.
+        RuntimeError: If the model raises an error at each draw.
+
+    Warns:
+        UserWarning: If the posterior is improper, since nothing depends on a latent with a flat
+            prior.
 
     References:
         Yao et al. (2018), Yes, but did it work?, https://arxiv.org/abs/1802.02538;
@@ -163,27 +198,29 @@ def diagnose(
         Good: the guide is close to the posterior.
     """
     check_size("num_samples", num_samples)
-    particles = Particles(model, guide, *check_call(args, kwargs, model))
-    log_weights, sites = particles.weighted(num_samples)
-    log_w = log_weights.double()
-    usable = log_w[~log_w.isnan() & (log_w < math.inf)]
-    weights = (log_w - usable.max()).exp().nan_to_num(0.0, posinf=0.0) if len(usable) else log_w * 0
+    check_pair("diagnose", model, guide)
+    args, kwargs = check_call(args, kwargs, model)
+    with taking_turns:
+        particles = Particles(model, guide, args, kwargs)
+        draws = particles.weighted(num_samples)
+    log_w, S = draws.log_weights, num_samples
+    largest = log_w.max()
+    weights = (log_w - largest).exp() if largest.isfinite() else torch.zeros_like(log_w)
     total, squares = weights.sum(), weights.square().sum()
     ess = (total.square() / squares).item() if squares > 0 else 0.0
-    S = num_samples
     return Diagnosis(
-        khat=pareto_k(log_w),
+        khat=draws.khat,
         elbo=log_w.mean().item(),
         elbo_se=(log_w.std() / math.sqrt(S)).item() if S > 1 else math.nan,
         iw_elbo=(log_w.logsumexp(0) - math.log(S)).item(),
         iw_elbo_se=math.sqrt(max(1 / ess - 1 / S, 0.0)) if ess else math.nan,
         ess=ess,
-        log_weights=log_weights,
-        sites=_moves(smoothed(log_w.nan_to_num(-math.inf, posinf=-math.inf)), sites)
-        if total > 0
-        else {},
+        log_weights=log_w,
+        sites=_moves(draws.weights, draws.sites) if total > 0 else {},
         subsampled=particles.subsampled,
-        is_point=S > 1 and all(bool((d == d[:1]).all()) for d in sites.values()),
+        is_point=S > 1 and all(bool((d == d[:1]).all()) for d in draws.sites.values()),
+        rounding=draws.rounding,
+        improper=particles.loose,
     )
 
 
@@ -236,8 +273,16 @@ def to_arviz(
     Returns:
         What ``arviz.from_dict`` makes, an ``InferenceData``, or a ``DataTree`` from ArviZ 1.0 on.
 
+    Threads take turns, as in :func:`diagnose`.
+
     Raises:
         ImportError: If ArviZ is not there.
+        ValueError: As :func:`diagnose`.
+        RuntimeError: Likewise.
+
+    Warns:
+        UserWarning: As :func:`diagnose`; with ``resample`` also if the weights say that resampling
+            can't repair the guide.
 
     Example:
         >>> def model():
@@ -255,14 +300,13 @@ def to_arviz(
             "to_arviz needs ArviZ: pip install 'pyro_iaf[arviz]', or pip install arviz."
         ) from error
     check_size("num_samples", num_samples)
-    particles = Particles(model, guide, *check_call(args, kwargs, model))
-    if resample:
-        log_weights, latents = particles.weighted(4 * num_samples)
-        index = resampled(log_weights, num_samples)
-        latents = {name: draws[index] for name, draws in latents.items()}
-    else:
-        latents = particles.weighted(num_samples).sites
-    groups, dims = _groups(particles, latents, num_samples)
+    check_pair("to_arviz", model, guide)
+    args, kwargs = check_call(args, kwargs, model)
+    with taking_turns:
+        particles = Particles(model, guide, args, kwargs)
+        draws = particles.weighted(4 * num_samples if resample else num_samples)
+        latents = draws.resampled(num_samples) if resample else draws.sites
+        groups, dims = _groups(particles, latents, num_samples)
     arrays: Any = {
         group: {name: value.detach().cpu().numpy() for name, value in values.items()}
         for group, values in groups.items()
@@ -319,12 +363,23 @@ def _replayed(
             for name, draws in latents.items()
         }
         start += size
-        with quietly(), poutine.block(), Given({**kept, **given}):
-            run = particles.in_plate(particles.model, size)
-            free_run = particles.in_plate(_Freed()(particles.model), size)
-            args, kwargs = particles.args, particles.kwargs
-            conditioned = poutine.trace(run).get_trace(*args, **kwargs)
-            yield size, conditioned, poutine.trace(free_run).get_trace(*args, **kwargs)
+        conditioned, free = (
+            _run(particles, model, size, given, kept)
+            for model in (particles.model, _Freed()(particles.model))
+        )
+        yield size, conditioned, free
+
+
+def _run(
+    particles: Particles,
+    model: Callable[..., Any],
+    size: int,
+    given: dict[str, Tensor],
+    kept: dict[str, Any],
+) -> poutine.Trace:
+    run = poutine.trace(particles.in_plate(model, size))
+    with quietly(), poutine.block(), Given(given, kept):
+        return run.get_trace(*particles.args, **particles.kwargs)
 
 
 class _Freed(UnconditionMessenger):
@@ -343,16 +398,7 @@ def _value(site: Any) -> Tensor:
 
 def _log_prob_of_each(site: Any) -> Tensor:
     """The log density of each observation, also where a site sums over many; 0 if masked out."""
-    fn = site["fn"]
-    while isinstance(fn, torch.distributions.Independent):
-        fn = fn.base_dist
-    log_prob: Tensor = fn.log_prob(_value(site))
-    mask = site["mask"]
-    if mask is None:
-        return log_prob
-    mask = torch.as_tensor(mask, device=log_prob.device)
-    extra = log_prob.dim() - len(site["fn"].batch_shape)
-    return torch.where(mask.reshape(mask.shape + (1,) * extra), log_prob, 0.0)
+    return log_prob_of_each({**site, "value": _value(site)})[0]
 
 
 def _is_factor(site: Any) -> bool:

@@ -10,14 +10,13 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.infer.autoguide.guides import AutoGuide
 from pyro.poutine import runtime
 from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.seed_messenger import SeedMessenger
 
 from . import checkpoints
 from .autoguide import FlowGuide
-from .batches import Batches, check_call
+from .batches import Batches, check_call, check_pair
 from .elbo import CompiledTrace_ELBO
 from .losses import RECORDABLE
 from .networks import check_size
@@ -108,10 +107,11 @@ def fit(
         The losses, and how it went.
 
     Raises:
-        ValueError: If an argument is out of range, data are outside the support of their site or a
-            site has another shape than its plates, the checkpoint is damaged or of another run, or
-            with ``compile=True`` the step can't be compiled; or for a call within
-            ``torch.inference_mode()`` or one of Pyro's handlers.
+        ValueError: If an argument is out of range, model and guide are swapped or are none, the
+            guide's sites are not the model's latents or have other shapes, also at a later step,
+            data are outside the support of their site or a site has another shape than its plates,
+            the checkpoint is damaged or of another run, or with ``compile=True`` the step can't be
+            compiled; or for a call within ``torch.inference_mode()`` or one of Pyro's handlers.
         TypeError: If the model doesn't take ``args``, ``kwargs`` or the first of ``data``.
         OSError: If the checkpoint can't be written; before the first step.
         FloatingPointError: If too many steps were not finite; names the sites at fault.
@@ -122,9 +122,10 @@ def fit(
         where it is not of the numbers themselves, they are in the checkpoint.
 
     Warns:
-        UserWarning: Once, if a checkpoint can't be written later, on a full disk say: training goes
-            on, and the last one stays. If particles go one after the other; or if long runs can't
-            be compiled.
+        UserWarning: If the posterior is improper, since nothing depends on a latent with a flat
+            prior; if particles go one after the other; with ``compile="auto"`` if long runs can't
+            be compiled; and once, if a checkpoint can't be written later, on a full disk say:
+            training goes on, and the last one stays.
 
     Example:
         >>> def model():
@@ -146,17 +147,7 @@ def fit(
     for name, switch in {"early_stop": early_stop, "progress": progress}.items():
         if switch not in (True, False):
             raise ValueError(f"{name} should be True or False; got {switch!r}.")
-    for name, fn in {"model": model, "guide": guide}.items():
-        if not callable(fn):
-            raise ValueError(
-                f"{name} should be something to call, as in fit(model, AutoIAF(model)) for a Pyro "
-                f"model; got {fn!r}."
-            )
-    if isinstance(model, AutoGuide) or isinstance(guide, type):
-        raise ValueError(
-            "fit takes a model and then a guide for it, as fit(model, AutoIAF(model)); got "
-            f"{type(model).__name__} and {guide if isinstance(guide, type) else type(guide)}."
-        )
+    check_pair("fit", model, guide)
     if loss is not None and (isinstance(loss, type) or not hasattr(loss, "loss_and_grads")):
         raise ValueError(f"loss should be one of Pyro's ELBOs, as Trace_ELBO(); got {loss!r}.")
     if compile not in (True, False, "auto", "graph"):

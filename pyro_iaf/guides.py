@@ -206,7 +206,7 @@ class AutoIAF(FlowGuide, AutoContinuous):
         if self._start == "init" or store.has_from_file(self._entries):
             return at_loc
         latents: dict[str, Any] = dict(without_graph(self._latent_sites()).nodes)
-        with Given({name: site["value"] for name, site in latents.items()}):
+        with Given({name: site["value"] for name, site in latents.items()}, {}):
             trace = poutine.trace(model).get_trace(*args, **kwargs)  # with data and subsamples
         joint = LogJoint(self.with_priors(model), trace, args, kwargs, latents)
         try:

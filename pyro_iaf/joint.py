@@ -11,28 +11,34 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from threading import Lock, RLock
+from types import TracebackType
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import MaskedDistribution
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.autograd import grad
-from torch.distributions import Distribution, biject_to
+from torch.distributions import Distribution, Independent, biject_to
 from torch.distributions.transforms import identity_transform
 
 __all__ = [
     "Given",
     "LogJoint",
+    "Matching",
+    "Mismatch",
     "Unchecked",
     "compute_log_prob",
-    "is_index",
+    "is_latent",
     "is_subsampled",
     "join",
+    "log_prob_of_each",
     "log_prob_of_particles",
     "log_probs_of_particles",
     "plate_nesting",
@@ -41,10 +47,14 @@ __all__ = [
     "samples",
     "split_sizes",
     "subsamples",
+    "taking_turns",
 ]
 
 # Numbers that a model's sites hold at most in one run, and the graph of a Hessian's rows.
 MAX_NUMBERS = 2**24
+
+# Held while models run, since Pyro has one stack of handlers for all threads.
+taking_turns = RLock()
 
 
 class LogJoint:
@@ -77,6 +87,7 @@ class LogJoint:
         self.nesting = plate_nesting(trace)
         shapes = [torch.Size(site["fn"].shape()) for site in samples(trace).values()]
         self.num_numbers = sum(max(1, shape.numel()) for shape in shapes)
+        self._shapes = {name: site["value"].shape for name, site in self.latents.items()}
         self._layout = []
         for name, site in self.latents.items():
             to_support = biject_to(site["fn"].support)
@@ -112,6 +123,8 @@ class LogJoint:
         try:
             with quietly():
                 return self.density(z)
+        except Mismatch:
+            raise
         except Exception:  # at some point a matrix has no Cholesky factor, or a check fails
             if len(z) <= together:
                 return z.new_full((len(z),), -torch.inf)
@@ -136,6 +149,8 @@ class LogJoint:
                 try:
                     alone.append(self._sites(row.unsqueeze(0), None))
                     fine.append(row)
+                except Mismatch:
+                    raise
                 except Exception as error:  # there, but perhaps not elsewhere
                     failure = error
             if not alone:
@@ -225,7 +240,7 @@ class LogJoint:
         return log_prob + self.weight * log_det
 
     def _trace(self, values: dict[str, Tensor]) -> poutine.Trace:
-        with poutine.block(expose_types=["param"]), Given({**values, **self.subsamples}):
+        with poutine.block(expose_types=["param"]), Given(values, self.subsamples, self._shapes):
             trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
             compute_log_prob(trace)
         return trace
@@ -260,30 +275,166 @@ def _unchecked(fn: Any) -> Any:
     return twin
 
 
-class Given(Unchecked):
-    """Gives sites their values, and leaves all else of them alone."""
+class Mismatch(ValueError):  # noqa: N818
+    """The latents of a model are not those that its guide draws."""
 
-    def __init__(self, values: dict[str, Any]) -> None:
+
+class Matching(Messenger):
+    """Sees to it that a model's run has just these latents, and takes values of their shapes.
+
+    Args:
+        names: Of the latents; asked for when the run begins.
+
+    Raises:
+        Mismatch: If the run has others, not all of them, or one of another shape.
+    """
+
+    def __init__(self, names: Callable[[], Iterable[str]]) -> None:
         super().__init__()
-        self.values = values
+        self._names = names
+
+    def __enter__(self) -> Matching:
+        self._drawn = set(self._names())
+        self._met: set[str] = set()
+        super().__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        super().__exit__(kind, error, traceback)
+        if isinstance(error, Mismatch) and isinstance(error.__cause__, Mismatch):
+            raise error.__cause__ from None  # as it was before Pyro wrote the run's shapes below it
+        if error is None and (strange := self._drawn - self._met):
+            raise Mismatch(
+                f"Each site that a guide draws should be a latent of the model; {_listed(strange)} "
+                f"is none in this run, which has {_listed(self._met)}. Make a guide for this model "
+                "and these arguments. A site that only helps to draw others takes "
+                "infer={'is_auxiliary': True}."
+            )
 
     def _pyro_sample(self, msg: Any) -> None:
+        name = msg["name"]
+        if name in self._drawn and not msg["is_observed"]:
+            self._met.add(name)
+            return
+        if not is_latent(msg):
+            return
+        if msg["infer"].get("enumerate"):
+            raise Mismatch(
+                f"Site '{name}' is to be enumerated, which neither fit's own loss nor importance "
+                "weights do: give fit loss=TraceEnum_ELBO(...), or sum the site out of the model."
+            )
+        raise Mismatch(
+            f"A guide should draw all latents of the model, or they would come from the prior; "
+            f"site '{name}' is a latent in this run, and the guide draws {_listed(self._drawn)}. "
+            "Make a guide for this model and these arguments, observe the site, or sum it out."
+        )
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg):
+            _check_plate(msg)
+        elif msg["name"] in self._met:
+            _check_shape(msg, msg["value"].shape)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"'{name}'" for name in sorted(names)) or "nothing"
+
+
+class Given(Matching):
+    """Gives all latents of a model their values, and leaves all else of them alone.
+
+    Distributions are not checked, as :class:`Unchecked` has it.
+
+    Args:
+        values: Of the latents, all of them and nothing else.
+        kept: Of subsamples and of auxiliary sites, where the model has them.
+        shapes: Of the latents, without the particles that stand before them.
+
+    Raises:
+        Mismatch: If the run has other latents, or one of another shape.
+    """
+
+    def __init__(
+        self,
+        values: Mapping[str, Any],
+        kept: Mapping[str, Any],
+        shapes: Mapping[str, torch.Size] | None = None,
+    ) -> None:
+        super().__init__(values.keys)
+        self.values = {**kept, **values}
+        self.shapes = {} if shapes is None else shapes
+
+    def _pyro_sample(self, msg: Any) -> None:
+        msg["fn"] = _unchecked(msg["fn"])
         super()._pyro_sample(msg)
         if msg["name"] in self.values and not msg["is_observed"]:
             msg["value"] = self.values[msg["name"]]
             msg["done"] = True
+            # Before the model meets the value.
+            if site_is_subsample(msg):
+                _check_plate(msg)
+            elif msg["name"] in self.shapes:
+                _check_shape(msg, self.shapes[msg["name"]])
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        pass
+
+
+def _check_shape(site: Any, shape: torch.Size) -> None:
+    """Raises a Mismatch unless a value, a draw of this shape or several, is one of its site."""
+    expected = torch.Size(site["fn"].shape())
+    own = expected[-len(shape) :] if shape else torch.Size()
+    found = torch.as_tensor(site["value"]).shape
+    if _core(own) != _core(shape) or _core(torch.broadcast_shapes(expected, found)) != _core(found):
+        raise Mismatch(
+            f"A guide should draw values of the shapes that the model's sites have; at site "
+            f"'{site['name']}' it draws shape {tuple(shape)}, and the model has {tuple(expected)}. "
+            "Make a guide for this model and these arguments."
+        )
+
+
+def _check_plate(site: Any) -> None:
+    """Raises a Mismatch unless a plate takes as many rows as it was given indices."""
+    fn, found = site["fn"], len(site["value"])
+    expected = fn.size if fn.subsample_size is None else fn.subsample_size
+    if found != expected:
+        raise Mismatch(
+            f"A plate should have as many rows in the guide as in the model; plate "
+            f"'{site['name']}' has {found} in the guide and {expected} in the model. Make a guide "
+            "for this model and these arguments."
+        )
+
+
+def _core(shape: torch.Size) -> tuple[int, ...]:
+    """A shape without leading ones, which change no density."""
+    sizes = list(shape)
+    while sizes[:1] == [1]:
+        del sizes[0]
+    return tuple(sizes)
+
+
+def is_latent(site: Any) -> bool:
+    """Whether a sample site is drawn by a guide: no data, no subsample, nothing auxiliary."""
+    hidden = ("is_auxiliary", "was_observed")
+    is_free = site["type"] == "sample" and not site["is_observed"]
+    return is_free and not site_is_subsample(site) and not any(map(site["infer"].get, hidden))
 
 
 def samples(trace: poutine.Trace) -> dict[str, Any]:
     """The sample sites of a run, but for the subsamples of plates."""
     nodes: dict[str, Any] = dict(trace.nodes)
-    return {n: site for n, site in nodes.items() if site["type"] == "sample" and not is_index(site)}
+    return {n: site for n, site in nodes.items() if site["type"] == "sample" and not _is_index(site)}
 
 
 def subsamples(trace: poutine.Trace) -> dict[str, Any]:
     """The sites where plates draw their subsamples."""
     nodes: dict[str, Any] = dict(trace.nodes)
-    return {n: site for n, site in nodes.items() if is_index(site)}
+    return {n: site for n, site in nodes.items() if _is_index(site)}
 
 
 def is_subsampled(trace: poutine.Trace) -> bool:
@@ -292,14 +443,55 @@ def is_subsampled(trace: poutine.Trace) -> bool:
     return any(fn.subsample_size not in (None, fn.size) for fn in fns)
 
 
-def is_index(site: Any) -> bool:
+def _is_index(site: Any) -> bool:
     """Whether a site is a plate's, which draws its subsample."""
     return site["type"] == "sample" and site_is_subsample(site)
 
 
-def compute_log_prob(trace: poutine.Trace) -> None:
-    """Scores all sites of a run; a plate's subsample has no density."""
-    trace.compute_log_prob(lambda _, site: not site_is_subsample(site))
+def compute_log_prob(trace: poutine.Trace, *, in_double: bool = False) -> None:
+    """Scores all sites of a run; a plate's subsample has no density.
+
+    Args:
+        trace: The run.
+        in_double: Whether to sum the log densities of single observations in double precision, and
+            to note the square of what their rounding comes to, as ``squared_rounding``.
+    """
+    if not in_double:
+        trace.compute_log_prob(lambda _, site: not site_is_subsample(site))
+        return
+    for site in samples(trace).values():
+        each, num_event = log_prob_of_each(site)
+        each = each if each.is_floating_point() else each.double()
+        flat = each.unsqueeze(-1).flatten(-1 - num_event)
+        size = torch.linalg.vector_norm(flat, dim=-1, dtype=torch.float64)
+        site["log_prob"] = site["scale"] * flat.sum(-1, dtype=torch.float64)
+        site["squared_rounding"] = (site["scale"] * torch.finfo(each.dtype).eps * size).square()
+
+
+def log_prob_of_each(site: Any) -> tuple[Tensor, int]:
+    """The log density of each observation, also where a site sums over many; 0 if masked out.
+
+    And how many of the last dimensions are those of the event.
+    """
+    log_prob, num_event = _of_each(site["fn"], site["value"])
+    return _masked(log_prob, site["mask"], num_event), num_event
+
+
+def _of_each(fn: Any, value: Any) -> tuple[Tensor, int]:
+    if isinstance(fn, MaskedDistribution) and fn._mask is not False:
+        log_prob, num_event = _of_each(fn.base_dist, value)
+        return _masked(log_prob, fn._mask, num_event), num_event
+    if isinstance(fn, Independent):
+        log_prob, num_event = _of_each(fn.base_dist, value)
+        return log_prob, num_event + fn.reinterpreted_batch_ndims
+    return fn.log_prob(value), 0
+
+
+def _masked(log_prob: Tensor, mask: Any, num_event: int) -> Tensor:
+    if mask is None:
+        return log_prob
+    mask = torch.as_tensor(mask, device=log_prob.device)
+    return torch.where(mask.reshape(mask.shape + (1,) * num_event), log_prob, 0.0)
 
 
 def plate_nesting(*traces: poutine.Trace) -> int:
@@ -313,7 +505,11 @@ def plate_nesting(*traces: poutine.Trace) -> int:
 
 
 def log_prob_of_particles(
-    trace: poutine.Trace, num_particles: int, nesting: int | None, weight: float | Tensor = 1.0
+    trace: poutine.Trace,
+    num_particles: int,
+    nesting: int | None,
+    weight: float | Tensor = 1.0,
+    what: str = "log_prob",
 ) -> Tensor:
     """The log densities of a run's particles, which lie left of ``nesting`` plates.
 
@@ -321,18 +517,18 @@ def log_prob_of_particles(
     """
     sites = samples(trace)
     total: Any = 0.0
-    for name, log_prob in log_probs_of_particles(trace, num_particles, nesting).items():
+    for name, log_prob in log_probs_of_particles(trace, num_particles, nesting, what).items():
         total = total + (log_prob if sites[name]["is_observed"] else weight * log_prob)
     return torch.as_tensor(total).expand(num_particles)
 
 
 def log_probs_of_particles(
-    trace: poutine.Trace, num_particles: int, nesting: int | None
+    trace: poutine.Trace, num_particles: int, nesting: int | None, what: str = "log_prob"
 ) -> dict[str, Tensor]:
     """The same, site by site."""
     found = {}
     for name, site in samples(trace).items():
-        log_prob = site["log_prob"]
+        log_prob = site[what]
         beyond = -1 if nesting is None else log_prob.dim() - nesting - 1
         if beyond < 0:  # the same for all
             found[name] = log_prob.sum().expand(num_particles)
@@ -366,9 +562,35 @@ def split_sizes(total: int, size: int) -> list[int]:
     return [min(size, total - start) for start in range(0, total, size)]
 
 
+class _Quiet:
+    """Turns a switch of the whole process once, for all threads that want it turned."""
+
+    def __init__(self) -> None:
+        self.lock, self.num_inside, self.restore = Lock(), 0, ExitStack()
+
+    def enter(self) -> None:
+        with self.lock:
+            if self.num_inside == 0:
+                self.restore.enter_context(pyro.validation_enabled(False))
+                self.restore.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore")
+            self.num_inside += 1
+
+    def leave(self) -> None:
+        with self.lock:
+            self.num_inside -= 1
+            if self.num_inside == 0:
+                self.restore.close()
+
+
+_quiet = _Quiet()
+
+
 @contextmanager
 def quietly() -> Iterator[None]:
     """Without checks and warnings of Pyro and PyTorch about densities that are not finite."""
-    with pyro.validation_enabled(False), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    _quiet.enter()
+    try:
         yield
+    finally:
+        _quiet.leave()

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from pyro import poutine
 from pyro.infer import Trace_ELBO
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
@@ -17,10 +18,10 @@ from torch import Tensor
 from .elbo import CompiledTrace_ELBO, recordable_loss
 from .graphs import Refused
 from .guides import AutoIAF
-from .joint import LogJoint, split_sizes
+from .joint import LogJoint, Matching, is_latent, split_sizes
 from .scores import draw_with_score
 from .sticking import TraceSTL_ELBO
-from .weights import pareto_k
+from .weights import check_guide_site, pareto_k
 
 __all__ = ["RECORDABLE", "LatentLoss", "Loss", "TraceLoss"]
 
@@ -93,9 +94,30 @@ class TraceLoss(Loss):
         return loss.detach()
 
     def _weighted(self, weight: float | Tensor) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        model, guide = self.model, self.guide
+        runs_the_model = isinstance(poutine.unwrap(guide), Messenger)
+        if type(self.elbo) in RECORDABLE and not runs_the_model:  # others enumerate, or draw anew
+            drawn = _Drawn()
+            model, guide = Matching(lambda: drawn.names)(model), drawn(guide)
         if isinstance(weight, float) and weight == 1:
-            return self.model, self.guide
-        return _OfLatents(weight)(self.model), _OfLatents(weight)(self.guide)
+            return model, guide
+        return _OfLatents(weight)(model), _OfLatents(weight)(guide)
+
+
+class _Drawn(Messenger):
+    """Notes the latents that a guide draws, and sees to it that it observes nothing."""
+
+    names: frozenset[str] = frozenset()
+
+    def __enter__(self) -> _Drawn:
+        self.names = frozenset()
+        super().__enter__()
+        return self
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        check_guide_site(msg)
+        if is_latent(msg):
+            self.names |= {msg["name"]}
 
 
 class _OfLatents(Messenger):
@@ -133,10 +155,12 @@ class LatentLoss(Loss):
         z, log_q, score = drawn.value, drawn.log_prob.detach(), drawn.score
         latent = z.detach().requires_grad_()
         log_p = self.joint.on(args, kwargs, weight).density(latent)
-        (-log_p.mean()).backward()
+        slope = weight * score / len(z)
+        if log_p.requires_grad:  # else the model has flat priors and no data
+            (-log_p.mean()).backward()
+            assert latent.grad is not None
+            slope = latent.grad + slope
         log_w = log_p.detach() - weight * log_q
-        assert latent.grad is not None
-        slope = latent.grad + weight * score / len(z)
         if len(z) > 1:
             self.health = self.health + 0.01 * (_effective(log_w) - self.health)
             if self.covers is not False and not self.joint.subsampled:

@@ -34,7 +34,7 @@ from .guides import AutoIAF
 from .hierarchical import AutoHierarchicalIAF
 from .interrupts import Interrupts
 from .joint import LogJoint, quietly
-from .losses import LatentLoss, Loss, TraceLoss
+from .losses import RECORDABLE, LatentLoss, Loss, TraceLoss
 from .networks import MaskedAutoregressiveNetwork
 from .progress import progress_bar
 from .recordings import Recordings
@@ -43,7 +43,7 @@ from .schedule import Schedule
 from .steps import Built, CompiledSteps
 from .sticking import TraceSTL_ELBO
 from .store import stated
-from .weights import Particles
+from .weights import Particles, check_latents
 
 __all__ = ["FitResult", "Run"]
 
@@ -266,6 +266,8 @@ class Run:
             except Exception as error:
                 if fault := odd_data(self.model, args, kwargs):
                     raise ValueError(fault) from error
+                if type(elbo) in RECORDABLE:  # others have latents that the guide has not
+                    check_latents(self.model, self.guide, args, kwargs)
                 if not isinstance(error, ValueError) or "log_prob shape" in str(error):
                     raise
                 if fault := impossible_data(self.model, self.guide, args, kwargs):
@@ -279,12 +281,6 @@ class Run:
         if self.elbo is not None:
             return TraceLoss(self.model, self.guide, self.elbo)
         particles = Particles(self.model, self.guide, args, kwargs)
-        for name in particles.hidden:
-            if particles.latents[name]["infer"].get("enumerate"):
-                raise ValueError(
-                    f"Site '{name}' is to be enumerated, and fit's own loss doesn't: give "
-                    "loss=TraceEnum_ELBO(...), or sum the site out of the model."
-                )
         if not particles.at_once and self.num_particles > 1:
             warnings.warn(
                 "fit runs its particles one after the other: run for several at once the model "
@@ -295,11 +291,10 @@ class Run:
             )
         if type(self.guide) is AutoIAF:
             latents = self.guide._latent_sites()
-            if latents.keys() == particles.latents.keys():  # none is hidden from the guide
-                model = self.guide.with_priors(self.model)
-                joint = LogJoint(model, particles.first_model, args, kwargs, latents)
-                joint.at_once = particles.at_once
-                return LatentLoss(self.model, self.guide, self.num_particles, joint)
+            model = self.guide.with_priors(self.model)
+            joint = LogJoint(model, particles.first_model, args, kwargs, latents)
+            joint.at_once = particles.at_once
+            return LatentLoss(self.model, self.guide, self.num_particles, joint)
         # Flows come so near the posterior that the gradient through the draws has the less noise.
         through_the_draws = isinstance(self.guide, AutoHierarchicalIAF)
         elbo = (TraceSTL_ELBO if through_the_draws else Trace_ELBO)(

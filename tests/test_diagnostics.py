@@ -1,6 +1,7 @@
 import dataclasses
 import math
 import sys
+import warnings
 
 import pyro
 import pyro.distributions as dist
@@ -8,11 +9,12 @@ import pytest
 import torch
 from models import MODELS, make, one_latent, plates, subsampled_data, two_sites
 from pyro import poutine
+from pyro.distributions import constraints
 from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 from pyro.poutine.util import site_is_subsample
 from torch.testing import assert_close
 
-from pyro_iaf import AutoIAF, diagnose, to_arviz
+from pyro_iaf import AutoIAF, diagnose, fit, to_arviz
 
 # The model "one latent": z ~ N(0, 1), y = 1 ~ N(z, 0.5).
 MEAN, SD = 0.8, math.sqrt(0.2)
@@ -352,6 +354,178 @@ def test_a_perfect_guide_is_good_whatever_its_rounding():
         assert found.khat < 0.5
         assert str(found).startswith("Good: ")
     assert len(guide.sample_posterior(100, resample=True)["w"]) == 100
+
+
+# Large log densities
+
+
+def a_constant_inside(size):
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("f", torch.as_tensor(size) - 1.5 * z**2)
+
+    return model, 0.0, 0.5
+
+
+def a_constant_beside(size):
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("constant", torch.as_tensor(size))
+        pyro.factor("f", -1.5 * z**2)
+
+    return model, 0.0, 0.5
+
+
+def rows(size):
+    num_rows = min(round(size / 2.5), 2_000)
+    y, share = 3 * torch.randn(num_rows) + 10, size / 2.5 / num_rows
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1000.0))
+        with pyro.plate("rows", num_rows), poutine.scale(scale=share):
+            pyro.sample("y", dist.Normal(z, 3.0), obs=y)
+
+    return model, y.mean().item(), 3 / math.sqrt(num_rows * share)
+
+
+def rows_of_an_event(size):
+    y = 3 * torch.randn(min(round(size / 2.5), 2_000)) + 10
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1000.0))
+        pyro.sample("y", dist.Normal(z, 3.0).expand(y.shape).to_event(1), obs=y)
+
+    return model, y.mean().item(), 3 / math.sqrt(len(y))
+
+
+def far_data(size):
+    y = math.sqrt(2 * size / 10) * torch.tensor([1.0, -1.0]).repeat(5)
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 10):
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    return model, 0.0, 1 / math.sqrt(11)
+
+
+LARGE = {
+    "a constant inside": a_constant_inside,
+    "a constant beside": a_constant_beside,
+    "rows": rows,
+    "rows of an event": rows_of_an_event,
+    "far data": far_data,
+}
+
+
+@pytest.fixture(params=[torch.float32, torch.float64], ids=["single", "double"])
+def dtype(request):
+    torch.set_default_dtype(request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("size", [1e2, 1e4, 1e5, 1e6, 1e7, 1e8])
+@pytest.mark.parametrize("make_large", LARGE.values(), ids=LARGE)
+def test_no_guide_that_is_wrong_is_good_however_large_the_density(make_large, size, dtype):
+    model, mean, sd = make_large(size)
+    for loc, scale in [(mean, sd / 5), (mean + 2 * sd, sd), (mean - 2 * sd, sd)]:
+        guide = normal_guide(torch.tensor(loc), torch.tensor(scale))
+        for num_samples in (100, 1000):
+            found = str(diagnose(model, guide, num_samples=num_samples))
+            assert found.startswith(("Usable: ", "Not to be trusted: ", "No verdict: log dens"))
+
+
+@pytest.mark.parametrize("size", [1e2, 1e4, 1e5, 1e6, 1e7, 1e8])
+@pytest.mark.parametrize("make_large", LARGE.values(), ids=LARGE)
+def test_a_perfect_guide_is_good_where_densities_are_known(make_large, size, dtype):
+    model, mean, sd = make_large(size)
+    guide = normal_guide(torch.tensor(mean), torch.tensor(sd))
+    found = diagnose(model, guide, num_samples=1000)
+    known = found.rounding < 0.1
+    assert known or (dtype == torch.float32 and size >= 1e6)
+    told = "Good: " if known else "No verdict: log densities are so large"
+    assert str(found).startswith(told)
+    assert not known or found.khat < 0.1
+
+
+@pytest.mark.parametrize("num_rows", [3000, 30_000])
+def test_on_many_rows_a_perfect_guide_is_good_in_single_precision(num_rows):
+    torch.set_default_dtype(torch.float32)
+    for seed in range(3):
+        y = 3 * torch.randn(num_rows) + 10 * seed
+
+        def model(y=y):
+            z = pyro.sample("z", dist.Normal(0.0, 1000.0))
+            with pyro.plate("rows", len(y)):
+                pyro.sample("y", dist.Normal(z, 3.0), obs=y)
+
+        pyro.clear_param_store()
+        guide = AutoIAF(model, num_flows=1, hidden_dims=[4])
+        assert str(diagnose(model, guide, num_samples=1000)).startswith("Good: ")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            guide.sample_posterior(100, resample=True)
+
+
+def test_resampling_warns_where_rounding_hides_the_weights():
+    torch.set_default_dtype(torch.float32)
+    guide = AutoIAF(a_constant_inside(1e8)[0], start="init")
+    with pytest.warns(UserWarning, match="known to 12 nats only") as warned:
+        guide.sample_posterior(100, resample=True)
+    assert warned[0].filename == __file__
+
+
+def test_few_draws_are_counted_and_no_others_called_few():
+    few = diagnose(one_latent, normal_guide(), num_samples=24)
+    assert "of 24 draws 24 have a finite weight, and it takes 25" in str(few)
+    hopeless = diagnose(one_latent, normal_guide(0.0, 1e4))
+    assert str(hopeless).startswith("Not to be trusted: ")
+
+    def coin(share):
+        return lambda: pyro.sample("k", dist.Bernoulli(share))
+
+    assert str(diagnose(coin(0.5), coin(0.4))).startswith("Usable: ")
+    rare = diagnose(coin(1e-2), coin(5e-4))  # a few draws of a weight that none else has
+    assert "so many weights are the same number" in str(rare)
+
+
+# Priors without a total
+
+
+IMPROPER = {
+    "nothing else": lambda z: None,
+    "a constant likelihood": lambda z: pyro.factor("f", torch.tensor(3.0)),
+    "data of other numbers": lambda z: pyro.sample(
+        "y", dist.Normal(z[..., :2], 1.0).to_event(1), obs=torch.zeros(2)
+    ),
+    "a slope of zero": lambda z: pyro.factor("f", 0.0 * z.sum(-1)),
+}
+
+
+@pytest.mark.parametrize("observe", IMPROPER.values(), ids=IMPROPER)
+def test_a_flat_prior_that_nothing_holds_is_told(observe):
+    def model():
+        observe(pyro.sample("z", dist.ImproperUniform(constraints.real_vector, (), (3,))))
+
+    guide = AutoIAF(model, start="init")
+    told = "'z' has a flat prior without ends"
+    with pytest.warns(UserWarning, match=told) as warned:
+        fit(model, guide, num_steps=5, progress=False)
+    assert warned[0].filename == __file__
+    with pytest.warns(UserWarning, match=told):
+        found = str(diagnose(model, guide))
+    assert found.startswith("No verdict: the posterior is improper")
+
+
+@pytest.mark.parametrize("support", [constraints.interval(0.0, 2.0), constraints.unit_interval])
+def test_a_flat_prior_between_ends_is_proper(support):
+    def model():
+        pyro.sample("z", dist.ImproperUniform(support, (), ()))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = diagnose(model, AutoIAF(model, start="init"))
+    assert not found.improper
 
 
 def test_a_guide_whose_draws_the_model_excludes_is_not_good():

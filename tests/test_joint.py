@@ -13,7 +13,7 @@ from torch.distributions import biject_to
 from torch.testing import assert_close
 
 from pyro_iaf import guides
-from pyro_iaf.joint import LogJoint, quietly
+from pyro_iaf.joint import LogJoint, compute_log_prob, log_prob_of_particles, quietly
 
 
 def packed(joint, trace):
@@ -253,3 +253,43 @@ def test_a_guide_looks_for_its_start_at_many_points_at_once(name, monkeypatch):
         warnings.filterwarnings("ignore", "Site '.' is masked")
         guides.AutoIAF(model).setup(*arguments)
     assert [joint.at_once for joint in joints] == [True]
+
+
+# Sums in double precision
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_summed_in_double_is_the_density(name):
+    guide, model, arguments = make(name, hidden_dims=[4], start="init")
+    drawn = poutine.trace(guide).get_trace(*arguments)
+    trace = poutine.trace(poutine.replay(model, drawn)).get_trace(*arguments)
+    compute_log_prob(trace)
+    expected = log_prob_of_particles(trace, 1, None)
+    compute_log_prob(trace, in_double=True)
+    found = log_prob_of_particles(trace, 1, None)
+    assert found.dtype == torch.float64
+    assert_close(found.to(expected), expected)
+
+
+def test_between_two_draws_a_density_errs_by_its_rounding_alone():
+    y = (3 * torch.randn(100_000)).float()
+    locs = torch.tensor([1.0, 1.001]).float()
+
+    def model(loc):
+        pyro.sample("y", dist.Normal(loc, 3.0).expand([len(y)]).to_event(1), obs=y)
+
+    (total, rounding), (other, _) = (in_double(model, loc) for loc in locs)
+    each = [dist.Normal(loc, 3.0).log_prob(y.double()) for loc in locs.double()]
+    expected = (each[0] - each[1]).sum()
+    assert 1e-5 < rounding < 1e-3
+    assert (total - other - expected).abs() < 5 * rounding
+    summed = [poutine.trace(model).get_trace(loc).log_prob_sum().double() for loc in locs]
+    assert (summed[0] - summed[1] - expected).abs() > 5 * rounding  # in single precision
+
+
+def in_double(model, *arguments):
+    """The log density of a run, and what its rounding comes to."""
+    trace = poutine.trace(model).get_trace(*arguments)
+    compute_log_prob(trace, in_double=True)
+    squared_rounding = log_prob_of_particles(trace, 1, None, what="squared_rounding")
+    return log_prob_of_particles(trace, 1, None).squeeze(), squared_rounding.sqrt().squeeze()

@@ -54,7 +54,7 @@ def test_weights_at_once_are_pyros(case):
         settings = {"num_samples": 50, "max_plate_nesting": case.nesting}
         arguments = (case.model, case.guide, *case.args)
         expected, _, guide = seeded(lambda: vectorized_importance_weights(*arguments, **settings))
-    assert_close(found.log_weights, expected)
+    assert_close(found.log_weights.to(expected), expected)
     for name, draws in found.sites.items():
         assert torch.equal(draws.flatten(), guide.nodes[name]["value"].flatten())
 
@@ -72,7 +72,7 @@ def test_weights_one_by_one_are_those_of_single_traces(case):
             sum(s["log_prob_sum"] for s in trace.nodes.values() if "log_prob_sum" in s)
             for trace in (model, guide)
         )
-        assert_close(found.log_weights[k], (log_p - log_q).detach())
+        assert_close(found.log_weights[k], (log_p - log_q).detach(), check_dtype=False)
         for name, draws in found.sites.items():
             assert torch.equal(draws[k], guide.nodes[name]["value"])
 
@@ -143,7 +143,7 @@ def test_models_that_take_no_particles_are_weighted_one_by_one():
 
     particles = Particles(model, guide, (), {})
     assert not particles.at_once
-    log_weights, sites = particles.weighted(9)
+    log_weights, sites, _ = particles.weighted(9)
     expected = dist.Normal(sites["w"].sum(-1), 1.0).log_prob(torch.tensor(1.0))
     assert_close(log_weights, expected)
 
@@ -191,6 +191,89 @@ def test_few_draws_tell_nothing_of_a_tail(num_draws):
     log_weights = torch.randn(num_draws)
     assert num_draws == 1 or pareto_k(log_weights) == math.inf
     assert_close(smoothed(log_weights), log_weights.softmax(0))
+
+
+@pytest.fixture
+def elsewhere():
+    """Tensors are made on another device than those that are at hand, by default."""
+    torch.set_default_device("meta")
+    yield
+    torch.set_default_device(None)
+
+
+def test_tails_and_resampling_stay_with_the_weights_whatever_the_default_device(elsewhere):
+    generator = torch.Generator("cpu").manual_seed(0)
+    log_weights = torch.randn(1000, generator=generator, device="cpu")
+    assert 0 < pareto_k(log_weights) < 0.7
+    assert smoothed(log_weights).device.type == "cpu"
+    assert resampled(log_weights, 100).device.type == "cpu"
+
+
+@pytest.mark.parametrize("size", [1e3, 1e5, 1e7])
+def test_weights_that_differ_by_rounding_have_no_tail(size):
+    noise = torch.randn(4000)
+    for log_weights, rounding in [
+        ((size + 0.1 * noise / 1e7 * size).float(), 0.0),  # of a density in single precision
+        (0.1 * noise / 1e7 * size, size * torch.finfo(torch.float32).eps),
+    ]:
+        assert pareto_k(log_weights, rounding) == 0.0
+        assert_close(smoothed(log_weights, rounding), log_weights.double().softmax(0))
+
+
+def test_a_tail_that_rises_above_rounding_is_seen():
+    log_weights = -1.5 * torch.rand(4000).log()
+    assert pareto_k(log_weights, rounding=1e-2) == pareto_k(log_weights) > 1.2
+    assert pareto_k((log_weights + 1e4).float()) == pytest.approx(pareto_k(log_weights), abs=0.01)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5])
+def test_a_largest_weight_that_many_draws_have_is_no_heavy_tail(share):
+    log_weights = torch.zeros(4000)
+    log_weights[: int(4000 * share)] = -3.0
+    assert pareto_k(log_weights) == 0.0
+
+
+# Models that raise errors
+
+
+def test_an_error_at_each_draw_is_the_models_and_at_some_is_no_density():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        if model.fails_above < z.max():
+            raise KeyError("a mistake of the model")
+        pyro.factor("f", -z)
+
+    def guide():
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    model.fails_above = math.inf
+    particles = Particles(model, guide, (), {})
+    for at_once in (True, False):
+        particles.at_once = at_once
+        model.fails_above = 0.0
+        found = particles.weighted(40)
+        assert torch.equal(found.log_weights.isfinite(), found.sites["z"] <= 0)
+        model.fails_above = -math.inf
+        with pytest.raises(RuntimeError, match=r"at each of 40, .*a mistake") as caught:
+            particles.weighted(40)
+        assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_an_error_at_the_first_draw_is_not_one_at_all():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        model.num_failing -= 1
+        if model.num_failing >= 0:
+            raise torch.linalg.LinAlgError("no Cholesky factor")
+        pyro.factor("f", -z)
+
+    model.num_failing = 3
+    assert (
+        Particles(model, AutoNormal(one_latent), (), {}).weighted(10).log_weights.isfinite().all()
+    )
+    model.num_failing = 10**9
+    with pytest.raises(torch.linalg.LinAlgError):
+        Particles(model, AutoNormal(one_latent), (), {})
 
 
 # Resampling
