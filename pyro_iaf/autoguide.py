@@ -72,6 +72,9 @@ class FlowGuide(AutoGuide):
     arguments are those of :class:`~pyro_iaf.AutoIAF`.
     """
 
+    # Once the setup is over: in its midst another thread finds a guide half built.
+    _is_set_up = False
+
     def __init__(
         self,
         model: Callable[..., Any],
@@ -146,8 +149,14 @@ class FlowGuide(AutoGuide):
         caller's handlers, some hundred times where a start is looked for and once where not, on
         the subsample of its first run. Nothing is drawn from the guide.
         """
-        if self.prototype_trace is not None:
+        if self._is_set_up:
             return
+        with taking_turns:
+            if self.prototype_trace is None:
+                self._set_up(*args, **kwargs)
+            self._is_set_up = True
+
+    def _set_up(self, *args: Any, **kwargs: Any) -> None:
         if self._model is None:
             raise RuntimeError(
                 "This guide was pickled before its first call, and pickling leaves the model "

@@ -18,6 +18,7 @@ from . import checkpoints
 from .autoguide import FlowGuide
 from .batches import Batches, check_call, check_pair
 from .elbo import CompiledTrace_ELBO
+from .joint import taking_turns
 from .losses import RECORDABLE
 from .networks import check_size
 from .training import FitResult, Run
@@ -67,6 +68,9 @@ def fit(
     takes some ten seconds, the same guide, model and shapes once more nothing. The numbers are the
     same but for rounding. Those who want a loop of their own keep :class:`pyro.infer.SVI`, and
     :class:`~pyro_iaf.CompiledTrace_ELBO`.
+
+    Threads take turns: of several fits, and of calls of :func:`~pyro_iaf.diagnose`, one runs at a
+    time, since Pyro has one stack of handlers for all. Processes run beside each other.
 
     Args:
         model: A Pyro model.
@@ -136,7 +140,6 @@ def fit(
         >>> len(result.losses)
         100
     """
-    _check_surroundings()
     num_steps = check_size("num_steps", num_steps)
     num_particles = check_size("num_particles", num_particles)
     checkpoint_every = check_size("checkpoint_every", checkpoint_every)
@@ -166,24 +169,27 @@ def fit(
         seed = check_size("seed", seed, smallest=0)
         if seed > LARGEST_SEED:
             raise ValueError(f"seed should be an int of at most {LARGEST_SEED}; got {seed}.")
-        pyro.set_rng_seed(seed)
-    run = Run(
-        model=model,
-        guide=guide,
-        batches=batches,
-        num_steps=num_steps,
-        num_particles=num_particles,
-        lr=lr,
-        clip_norm=clip_norm,
-        elbo=loss,
-        annealing=annealing,
-        early_stop=bool(early_stop),
-        compile=_compile_of(loss) if compile == "auto" else compile,
-        seed=seed,
-        checkpoint=path,
-        checkpoint_every=checkpoint_every,
-    )
-    return run.to_the_end(bool(progress))
+    with taking_turns:
+        _check_surroundings()
+        if seed is not None:
+            pyro.set_rng_seed(seed)
+        run = Run(
+            model=model,
+            guide=guide,
+            batches=batches,
+            num_steps=num_steps,
+            num_particles=num_particles,
+            lr=lr,
+            clip_norm=clip_norm,
+            elbo=loss,
+            annealing=annealing,
+            early_stop=bool(early_stop),
+            compile=_compile_of(loss) if compile == "auto" else compile,
+            seed=seed,
+            checkpoint=path,
+            checkpoint_every=checkpoint_every,
+        )
+        return run.to_the_end(bool(progress))
 
 
 def _check_surroundings() -> None:

@@ -21,7 +21,7 @@ from torch.distributions import biject_to
 from .autoguide import check_levels, quantiles_of
 from .grouped import GroupedGuide
 from .groups import checked_rows
-from .joint import split_sizes
+from .joint import split_sizes, taking_turns
 from .networks import check_size
 
 __all__ = ["AutoHierarchicalIAF"]
@@ -263,7 +263,7 @@ class AutoHierarchicalIAF(GroupedGuide):
         parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
         for size in split_sizes(num_draws, at_once):
             draws = pyro.plate("num_particles_vectorized", size, dim=-nesting - 1)
-            with poutine.block(), draws:
+            with taking_turns, poutine.block(), draws:
                 drawn = self._draw(plates, contexts, args, kwargs)
             for name, pair in drawn.items():
                 parts.setdefault(name, []).append(self._draws_in_front(name, size, *pair))

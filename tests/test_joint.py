@@ -1,5 +1,6 @@
 import math
 import warnings
+from threading import Barrier, Thread
 
 import pyro
 import pyro.distributions as dist
@@ -12,7 +13,7 @@ from torch.autograd import grad
 from torch.distributions import biject_to
 from torch.testing import assert_close
 
-from pyro_iaf import guides
+from pyro_iaf import AutoHierarchicalIAF, AutoIAF, diagnose, fit, guides
 from pyro_iaf.joint import LogJoint, compute_log_prob, log_prob_of_particles, quietly
 
 
@@ -293,3 +294,131 @@ def in_double(model, *arguments):
     compute_log_prob(trace, in_double=True)
     squared_rounding = log_prob_of_particles(trace, 1, None, what="squared_rounding")
     return log_prob_of_particles(trace, 1, None).squeeze(), squared_rounding.sqrt().squeeze()
+
+
+# Threads
+
+
+def in_threads(*works):
+    """Runs these at once, and returns what each raised."""
+    errors = [None] * len(works)
+    start = Barrier(len(works))
+
+    def run(k):
+        start.wait()
+        try:
+            works[k]()
+        except Exception as error:
+            errors[k] = error
+
+    threads = [Thread(target=run, args=(k,)) for k in range(len(works))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return errors
+
+
+@pytest.fixture(params=[True, False], ids=["checked", "unchecked"])
+def is_checked(request):
+    with pyro.validation_enabled(request.param):
+        yield request.param
+
+
+def switches():
+    return (
+        torch.distributions.Distribution._validate_args,
+        pyro.infer.util.is_validation_enabled(),
+        pyro.poutine.util.is_validation_enabled(),
+        list(warnings.filters),
+    )
+
+
+def test_checks_are_as_before_whichever_thread_leaves_last(is_checked):
+    before = switches()
+    inside, left = Barrier(2), Barrier(2)
+
+    def leaves_first():
+        with quietly():
+            inside.wait()
+        left.wait()
+
+    def leaves_last():
+        inside.wait()
+        with quietly():
+            left.wait()
+            assert not torch.distributions.Distribution._validate_args
+
+    def both_at_once():
+        with quietly():
+            inside.wait()
+            with quietly():
+                left.wait()
+        raise RuntimeError("a mistake of the model")
+
+    assert in_threads(leaves_first, leaves_last) == [None, None]
+    assert switches() == before
+    errors = in_threads(both_at_once, both_at_once)
+    assert [type(error) for error in errors] == [RuntimeError, RuntimeError]
+    assert switches() == before
+
+
+def known(mean, guide_of):
+    """A model with a mean that is known, and a guide for it of its own name."""
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 3):
+            pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor(4 / 3 * mean).expand(3))
+
+    return model, guide_of(model)
+
+
+def fails_in_the_middle():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        model.num_left -= 1
+        if model.num_left < 0:
+            raise KeyError("a mistake of the model")
+        pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor(1.0))
+
+    model.num_left = 60
+    guide = AutoIAF(model, name="failing", start="init")
+    fit(model, guide, num_steps=100, progress=False, compile=False)
+
+
+def test_fits_of_several_threads_are_each_right(is_checked):
+    before = switches()
+    kinds = [AutoIAF, AutoHierarchicalIAF]
+    cases = [
+        known(float(k), lambda model, k=k: kinds[k % 2](model, name=f"guide_{k}")) for k in range(4)
+    ]
+    works = [
+        lambda model=model, guide=guide: fit(
+            model, guide, num_steps=300, progress=False, compile=False
+        )
+        for model, guide in cases
+    ]
+    *errors, failed = in_threads(*works, fails_in_the_middle)
+    assert errors == [None] * 4
+    assert isinstance(failed, KeyError)
+    assert switches() == before
+    for k, (_, guide) in enumerate(cases):
+        draws = guide.sample_posterior(4000)["z"]
+        assert draws.mean().item() == pytest.approx(k, abs=0.05)  # 6 se of 4,000 draws
+        assert draws.std().item() == pytest.approx(0.5, rel=0.1)
+
+
+def test_threads_judge_and_resample_one_guide_that_none_has_set_up():
+    model, guide = known(1.0, AutoIAF)
+    found = []
+    errors = in_threads(
+        *3 * [lambda: found.append(diagnose(model, guide))],
+        *3 * [lambda: found.append(guide.sample_posterior(2000, resample=True)["z"])],
+    )
+    assert errors == [None] * 6
+    for result in found:
+        if isinstance(result, torch.Tensor):
+            assert result.mean().item() == pytest.approx(1.0, abs=0.07)  # 6 se of 2,000 draws
+        else:
+            assert str(result).startswith("Good: ")
