@@ -428,7 +428,9 @@ def is_latent(site: Any) -> bool:
 def samples(trace: poutine.Trace) -> dict[str, Any]:
     """The sample sites of a run, but for the subsamples of plates."""
     nodes: dict[str, Any] = dict(trace.nodes)
-    return {n: site for n, site in nodes.items() if site["type"] == "sample" and not _is_index(site)}
+    return {
+        n: site for n, site in nodes.items() if site["type"] == "sample" and not _is_index(site)
+    }
 
 
 def subsamples(trace: poutine.Trace) -> dict[str, Any]:

@@ -7,6 +7,7 @@ change places: values are copied into them, and they go into the store themselve
 
 from __future__ import annotations
 
+import gc
 import warnings
 import weakref
 from typing import Any
@@ -131,8 +132,7 @@ def _replace_entry(guide: PyroModule, name: str, value: Tensor) -> None:
     if name in store:
         old = store._params.pop(name)
         store._param_to_name.pop(old, None)  # it may have had two names, and be out already
-        maker = _makers.get(old, lambda: None)()
-        if maker not in (None, guide) and guide not in _warned:
+        if guide not in _warned and _has_another_owner(old, guide):
             _warned.add(guide)
             warnings.warn(
                 f"Another guide named '{guide._pyro_name}' is alive. Its parameters leave Pyro's "
@@ -144,3 +144,15 @@ def _replace_entry(guide: PyroModule, name: str, value: Tensor) -> None:
     if value.requires_grad:  # what is frozen is in no store
         store.setdefault(name, value)
         _makers[value] = weakref.ref(guide)
+
+
+def _has_another_owner(value: Tensor, guide: PyroModule) -> bool:
+    """Whether a guide other than this one made the entry, and is still in use."""
+
+    def maker() -> Any:
+        return _makers.get(value, lambda: None)()
+
+    if maker() in (None, guide):
+        return False
+    gc.collect()  # a guide that nobody holds may wait in a cycle
+    return maker() not in (None, guide)

@@ -431,6 +431,7 @@ def test_a_value_that_comes_to_want_gradients_gets_them():
     assert_close(slope, torch.autograd.grad(flow.inv(again).sum(), again)[0])
 
 
+@pytest.mark.usefixtures("no_gc")
 def test_inference_mode_works_and_keeps_nothing():
     flow = rough(inverse_autoregressive_flow(D, [8], num_flows=2))
     posterior = dist.TransformedDistribution(standard_normal(D), [flow])

@@ -100,6 +100,19 @@ def test_a_guide_that_is_gone_leaves_nothing_behind(recwarn):
     assert (second.transform.parts[-1].loc == 0).all()
 
 
+def test_a_guide_that_waits_for_the_collector_is_gone(recwarn):
+    gc.disable()
+    try:
+        first = AutoIAF(two_sites)
+        train(first)
+        first.__dict__["itself"] = first  # as the tracebacks of caught errors do
+        del first
+        train(AutoIAF(two_sites))
+    finally:
+        gc.enable()
+    assert not recwarn.list
+
+
 def test_names_keep_guides_apart(recwarn):
     first, second = AutoIAF(two_sites, name="first"), AutoIAF(two_sites, name="second")
     train(first)
