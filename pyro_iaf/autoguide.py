@@ -18,6 +18,7 @@ from pyro import poutine
 from pyro.infer.autoguide.guides import AutoGuide
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 from pyro.infer.autoguide.utils import helpful_support_errors
+from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 from torch.distributions import biject_to
 
@@ -164,8 +165,13 @@ class FlowGuide(AutoGuide):
                 "load_state_dict."
             )
         master = None if self.master is None else self.master()
-        predicts = not torch.is_grad_enabled()
-        with poutine.block(), torch.inference_mode(False), torch.set_grad_enabled(not predicts):
+        gradients = torch.is_grad_enabled()
+        with (
+            taking_turns,
+            poutine.block(),
+            torch.inference_mode(False),
+            torch.set_grad_enabled(gradients),
+        ):
             if master is not None and master.prototype_trace is None:
                 master._setup_prototype(*args, **kwargs)
             self._setup_prototype(*args, **kwargs)
@@ -280,7 +286,7 @@ class FlowGuide(AutoGuide):
         kwargs: dict[str, Any],
     ) -> None:
         """States the priors that the model's masks take away, so that they count for nothing."""
-        if not self.lifted:
+        if not self.lifted or not am_i_wrapped():  # nobody asks for a density
             return
         rows = {
             name: plate._indices for name, plate in plates.items() if plate._indices is not None

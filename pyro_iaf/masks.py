@@ -24,7 +24,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Independent, biject_to
 
-from .joint import Given, compute_log_prob, quietly, subsamples
+from .joint import Unchecked, compute_log_prob, quietly, subsamples
 
 __all__ = ["Unmasked", "log_priors", "sites_to_lift", "where_counted"]
 
@@ -33,6 +33,20 @@ NUM_POINTS, NUM_MOVES = 4, 2
 
 # What may stand around a distribution that has a mask.
 WRAPPERS: Any = (Independent, dist.ExpandedDistribution, dist.MaskedDistribution)
+
+
+class _Told(Unchecked):
+    """Gives sites values, as far as a run has such sites."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: Any) -> None:
+        super()._pyro_sample(msg)
+        if msg["name"] in self.values and not msg["is_observed"]:
+            msg["value"] = self.values[msg["name"]]
+            msg["done"] = True
 
 
 class Unmasked(Messenger):
@@ -90,7 +104,7 @@ def log_priors(
         args: What the model takes.
         kwargs: Likewise.
     """
-    with poutine.block(), Given(dict(values)):
+    with poutine.block(), _Told(values):
         trace = poutine.trace(model).get_trace(*args, **kwargs)
     found = {}
     for name in names & trace.nodes.keys():
@@ -127,7 +141,7 @@ def sites_to_lift(
         return set()
 
     def run(values: dict[str, Any]) -> poutine.Trace:
-        with poutine.block(), Given(values):
+        with poutine.block(), _Told(values):
             trace = poutine.trace(model).get_trace(*args, **kwargs)
             compute_log_prob(trace)
         return trace
