@@ -31,7 +31,7 @@ from .conditional import (
 )
 from .groups import full_size, quoted
 from .initialization import Start, or_draw
-from .joint import is_latent, taking_turns
+from .joint import Mismatch, is_latent, taking_turns
 from .masks import Unmasked, log_priors, sites_to_lift, where_counted
 from .networks import (
     MaskedAutoregressiveNetwork,
@@ -235,13 +235,13 @@ class FlowGuide(AutoGuide):
             return
         ours = self._latent_sites().keys()
         if missing := theirs.keys() - ours:
-            raise ValueError(
+            raise Mismatch(
                 f"The state that was loaded is of a guide with sites {quoted({*theirs})}; in this "
                 f"run of the model {quoted(missing)} is no latent. Load the state of a guide for "
                 "this model, or give the arguments that it was trained with."
             )
         if new := ours - theirs.keys():
-            raise ValueError(
+            raise Mismatch(
                 f"Site {quoted(new)} is latent in this run of the model, and the state that was "
                 f"loaded is of a guide with sites {quoted({*theirs})}: it was observed in "
                 f"training. Give its data, {type(self).__name__}.setup(*args, **kwargs). To "

@@ -16,6 +16,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from .calls import opened, refusal
+from .joint import quietly
 
 __all__ = ["Batch", "Batches", "check_call", "check_pair", "odd_data", "simulated"]
 
@@ -228,8 +229,9 @@ class _OddData(Messenger):
 
 @torch.no_grad()
 def odd_data(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """Which data of a model that fails are no data, in words; "" if all are."""
-    with poutine.block(), _OddData() as odd, suppress(Exception):
+    """Which data of a model are no data, in words; "" if all are. Leaves random numbers alone."""
+    odd = _OddData()
+    with torch.random.fork_rng([]), poutine.block(), odd, suppress(Exception), quietly():
         model(*args, **kwargs)
     return odd.found
 

@@ -296,6 +296,7 @@ class Matching(Messenger):
     def __enter__(self) -> Matching:
         self._drawn = set(self._names())
         self._met: set[str] = set()
+        self._rows: dict[str, int] = {}
         super().__enter__()
         return self
 
@@ -318,6 +319,8 @@ class Matching(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         name = msg["name"]
+        if site_is_subsample(msg):
+            self._rows[name] = _num_rows(msg)
         if name in self._drawn and not msg["is_observed"]:
             self._met.add(name)
             return
@@ -336,7 +339,7 @@ class Matching(Messenger):
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if site_is_subsample(msg):
-            _check_plate(msg)
+            _check_plate(msg, self._rows[msg["name"]])
         elif msg["name"] in self._met:
             _check_shape(msg, msg["value"].shape)
 
@@ -377,7 +380,7 @@ class Given(Matching):
             msg["done"] = True
             # Before the model meets the value.
             if site_is_subsample(msg):
-                _check_plate(msg)
+                _check_plate(msg, self._rows[msg["name"]])
             elif msg["name"] in self.shapes:
                 _check_shape(msg, self.shapes[msg["name"]])
 
@@ -398,10 +401,17 @@ def _check_shape(site: Any, shape: torch.Size) -> None:
         )
 
 
-def _check_plate(site: Any) -> None:
-    """Raises a Mismatch unless a plate takes as many rows as it was given indices."""
-    fn, found = site["fn"], len(site["value"])
-    expected = fn.size if fn.subsample_size is None else fn.subsample_size
+def _num_rows(site: Any) -> int:
+    """How many rows a plate takes of its own."""
+    fn, own = site["fn"], site["value"]  # None unless the model tells the rows
+    if own is not None:
+        return len(own)
+    return int(fn.size if fn.subsample_size is None else fn.subsample_size)
+
+
+def _check_plate(site: Any, expected: int) -> None:
+    """Raises a Mismatch unless a plate was given indices for as many rows as it takes."""
+    found = len(site["value"])
     if found != expected:
         raise Mismatch(
             f"A plate should have as many rows in the guide as in the model; plate "

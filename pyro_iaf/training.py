@@ -33,7 +33,7 @@ from .grouped import row_gradients, tables_of
 from .guides import AutoIAF
 from .hierarchical import AutoHierarchicalIAF
 from .interrupts import Interrupts
-from .joint import LogJoint, quietly
+from .joint import LogJoint, Mismatch, quietly
 from .losses import RECORDABLE, LatentLoss, Loss, TraceLoss
 from .networks import MaskedAutoregressiveNetwork
 from .progress import progress_bar
@@ -258,14 +258,21 @@ class Run:
     def _first_look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Loss:
         """Runs model and guide once, with all checks; finds the parameters and the loss."""
         elbo = Trace_ELBO() if self.elbo is None else self.elbo
-        if isinstance(self.guide, FlowGuide):
-            self.guide.setup(*args, **kwargs)
-        with torch.no_grad(), poutine.trace(param_only=True) as capture:
-            try:
+        if fault := odd_data(self.model, args, kwargs):
+            raise ValueError(fault)
+
+        def look() -> None:
+            if isinstance(self.guide, FlowGuide):  # with gradients, as for training
+                self.guide.setup(*args, **kwargs)
+            with torch.no_grad():
                 elbo.loss(self.model, self.guide, *args, **kwargs)
+
+        with poutine.trace(param_only=True) as capture:
+            try:
+                look()
+            except Mismatch:
+                raise
             except Exception as error:
-                if fault := odd_data(self.model, args, kwargs):
-                    raise ValueError(fault) from error
                 if type(elbo) in RECORDABLE:  # others have latents that the guide has not
                     check_latents(self.model, self.guide, args, kwargs)
                 if not isinstance(error, ValueError) or "log_prob shape" in str(error):
@@ -274,7 +281,7 @@ class Run:
                     raise ValueError(fault) from error
                 try:  # once more, as it may be of this draw
                     with quietly():
-                        elbo.loss(self.model, self.guide, *args, **kwargs)
+                        look()
                 except ValueError:
                     raise error from None
         self._make_optimizer(capture.trace)

@@ -8,9 +8,10 @@ import pytest
 import torch
 from bijections import flows_in
 
-# PyTorch's compiler imports this late, in whichever test compiles first, and is warned for it.
+# PyTorch imports these late, in whichever test compiles or takes jacfwd first, and warns of it.
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
+    import torch._decomp.decompositions_for_jvp
     import torch.utils.mkldnn
 
 # PyTorch's compiler keeps what it has made, and gives it out again under another

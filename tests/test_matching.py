@@ -125,6 +125,23 @@ def test_a_minibatch_of_another_length_is_told_where_each_row_has_a_latent(
         quick(rows, make_guide(rows), data=[torch.zeros(before), torch.zeros(after)])
 
 
+@pytest.mark.parametrize("kind", ["fit", "diagnose"])
+def test_a_model_that_tells_its_rows_may_have_any(kind):
+    def model(index):
+        with pyro.plate("rows", 12, subsample=index):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=torch.arange(12.0)[index])
+
+    def guide(index, num_rows=None):
+        with pyro.plate("rows", 12, subsample=index[:num_rows]):
+            pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.1)), 1.0))
+
+    index = torch.tensor([3, 5, 7])
+    CALLS[kind](model, guide, (index,))
+    with pytest.raises(ValueError, match="plate 'rows' has 2 in the guide and 3 in the model"):
+        CALLS[kind](model, lambda index: guide(index, 2), (index,))
+
+
 def observable(v=None):
     z = pyro.sample("z", dist.Normal(0.0, 1.0), obs=v)
     w = pyro.sample("w", dist.Normal(z, 1.0))
