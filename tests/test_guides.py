@@ -211,11 +211,6 @@ LOSSES = {
 }
 
 
-# PyTorch retires what Pyro's JitTrace_ELBO and tracing need.
-retired = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-
-
-@retired
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_every_loss_trains_it(loss):
     data = regression_data()
@@ -490,7 +485,6 @@ def test_neutra_keeps_the_joint_density():
     assert_close(energy, expected - transform.log_abs_det_jacobian(x, transform(x)))
 
 
-@retired
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_it_serialises_to_torchscript():
     guide, _, _ = make("supports", hidden_dims=[16])
