@@ -160,6 +160,11 @@ def loss_and_gradients(flow):
     return [torch.tensor(loss), *(p.grad.clone() for p in flow.parameters())]
 
 
+# torch.compile asks each tensor for its gradient, and is warned for it.
+compiling = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+
+
+@compiling
 @pytest.mark.parametrize("make", HAND_MADE.values(), ids=HAND_MADE)
 def test_a_flow_in_a_guide_by_hand_can_be_compiled(make):
     flow = make()
@@ -170,6 +175,7 @@ def test_a_flow_in_a_guide_by_hand_can_be_compiled(make):
     assert frames.frame_count > 0
 
 
+@compiling
 @pytest.mark.skipif(not has_compiler(torch.device("cpu")), reason="there is no C++ compiler")
 def test_a_flow_can_be_compiled_by_inductor():
     flow = HAND_MADE["stack"]()

@@ -8,10 +8,10 @@ from pyro_iaf import FitResult, plot_loss, plot_pairs
 
 @pytest.fixture(autouse=True)
 def no_window():
-    matplotlib = pytest.importorskip("matplotlib")
-    matplotlib.use("Agg")
+    plt = pytest.importorskip("matplotlib.pyplot")
+    plt.switch_backend("Agg")
     yield
-    matplotlib.pyplot.close("all")
+    plt.close("all")
 
 
 def test_the_loss_is_drawn_with_its_level():
