@@ -166,12 +166,7 @@ class FlowGuide(AutoGuide):
             )
         master = None if self.master is None else self.master()
         gradients = torch.is_grad_enabled()
-        with (
-            taking_turns,
-            poutine.block(),
-            torch.inference_mode(False),
-            torch.set_grad_enabled(gradients),
-        ):
+        with poutine.block(), torch.inference_mode(False), torch.set_grad_enabled(gradients):
             if master is not None and master.prototype_trace is None:
                 master._setup_prototype(*args, **kwargs)
             self._setup_prototype(*args, **kwargs)

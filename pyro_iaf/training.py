@@ -176,6 +176,9 @@ class Run:
                     self._show(bar)
                 if self.skipped > max(MAX_SHARE_SKIPPED * self.step, 1):
                     self._give_up(*first)
+                if self.backend != "eager":  # a recording does not notice what comes or goes
+                    with torch.random.fork_rng([]):
+                        check_latents(self.model, self.guide, *first)
                 self._save()
                 self.interrupts.check()
             except BaseException as error:

@@ -144,6 +144,7 @@ class Particles:
             self.first_model, self.first_guide = first = self._first_runs()
         self.nesting = plate_nesting(*first)
         self.latents = _latents(self.first_model)
+        _check_devices(self.first_model)
         shapes = [torch.as_tensor(s["value"]).shape for s in samples(self.first_model).values()]
         self.num_numbers = sum(max(1, shape.numel()) for shape in shapes)
         self.subsampled = is_subsampled(self.first_model)
@@ -349,6 +350,23 @@ class Particles:
             return same(together, join(alone))
         except Exception:  # whatever a model that isn't made for it may raise
             return False
+
+
+def _check_devices(model: poutine.Trace) -> None:
+    """Raises a Mismatch if a model's latents are on one device and its data on another."""
+    places: dict[bool, dict[torch.device, str]] = {False: {}, True: {}}
+    for name, site in samples(model).items():
+        value = site["value"]
+        if isinstance(value, Tensor) and not (site["is_observed"] and value.dim() == 0):
+            places[site["is_observed"]].setdefault(value.device, name)
+    latents, data = places.values()
+    if latents and data and not latents.keys() & data.keys():
+        (here, latent), (there, observed) = next(iter(latents.items())), next(iter(data.items()))
+        raise Mismatch(
+            f"Latents and data should be on one device; site '{latent}' is on {here}, and the data "
+            f"of site '{observed}' on {there}. Put the parameters of the prior there, as in "
+            f"dist.Normal(torch.tensor(0.0, device='{there}'), 1.0)."
+        )
 
 
 def check_guide_site(site: Any) -> None:

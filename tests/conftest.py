@@ -19,8 +19,6 @@ def pytest_collection_modifyitems(items):
     for item in items:
         # PyTorch's own modules, imported late, and Pyro's JitTrace_ELBO use what PyTorch retires.
         item.add_marker(pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"))
-        if "mask and scale" in item.name:  # the model masks a latent on purpose
-            item.add_marker(pytest.mark.filterwarnings("ignore:Site '.' is masked in the model"))
 
 
 @pytest.fixture(autouse=True)

@@ -60,6 +60,18 @@ def test_the_readme_opens_with_two_commands():
     assert second in (ROOT / ".ci" / "run").read_text()
 
 
+def test_every_promise_names_a_test_that_shows_it():
+    text = (ROOT / "docs" / "faults.md").read_text().partition("## What is promised")[2]
+    rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
+    code = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    there = set(re.findall(r"def (test_\w+)", code))
+    assert len(rows) > 15
+    for row in rows:
+        shown_by = re.findall(r"`(test_\w+)`", row)
+        assert shown_by, row
+        assert set(shown_by) <= there, row
+
+
 def test_the_version_is_the_same_wherever_it_stands():
     version = pyro_iaf.__version__
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()

@@ -189,6 +189,40 @@ def test_a_latent_that_comes_or_goes_at_a_later_step_is_told(comes, told, make_g
         fit(model, guide, num_steps=200, progress=False, compile=False, loss=loss and loss())
 
 
+def test_one_that_comes_late_in_a_compiled_run_is_told_at_its_end():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        if model.is_switched:
+            z = z + pyro.sample("w", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor(1.0))
+
+    def annealing(step):
+        model.is_switched = step >= 598
+        return 1.0
+
+    model.is_switched = False
+    settings = {"num_steps": 600, "early_stop": False, "compile": "graph", "progress": False}
+    with pytest.raises(ValueError, match="site 'w' is a latent in this run"):
+        fit(model, AutoIAF(model, hidden_dims=[8]), annealing=annealing, **settings)
+
+
+def test_data_on_another_device_than_the_latents_are_told():
+    """Meta stands for CUDA: a prior is on the CPU unless its parameters say otherwise."""
+
+    def model(y):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    y = torch.zeros(3, device="meta")
+    match = r"site 'z' is on cpu, and the data of site 'y' on meta.*device='meta'"
+    for guide in (AutoNormal(model), AutoIAF(model, start="init")):
+        with pytest.raises(ValueError, match=match):
+            fit(model, guide, (y,), num_steps=5, progress=False)
+        with pytest.raises(ValueError, match=match):
+            diagnose(model, guide, (y,))
+
+
 def test_a_compiled_step_that_is_looked_at_again_tells_it_too():
     def model(x):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
