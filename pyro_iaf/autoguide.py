@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from numbers import Real
@@ -40,6 +39,7 @@ from .networks import (
     check_widths,
     in_one_line,
 )
+from .reporting import warn
 from .sites import each_tensor, without_graph
 from .supports import check_unknown
 from .transforms import InverseAutoregressiveFlowStack, inverse_autoregressive_flow
@@ -260,12 +260,10 @@ class FlowGuide(AutoGuide):
         for name, site in self._latent_sites().items():
             mask = where_counted(site)
             if name not in self.lifted and mask is not None and not mask.all():
-                warnings.warn(
+                warn(
                     f"Site '{name}' is masked in the model: its density counts nothing there. "
                     "Unless the data hold it, the guide widens without end. Mask the likelihood "
-                    "alone.",
-                    UserWarning,
-                    stacklevel=2,
+                    "alone."
                 )
 
     def with_priors(self, model: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,7 +7,6 @@ r"""Losses: the negative ELBO, and gradients of it that are worth their time.
 from __future__ import annotations
 
 import math
-import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -29,6 +28,7 @@ from .calls import by_hash, kind_of, opened
 from .graphs import Graph, Refused, record
 from .joint import quietly, samples
 from .networks import check_size
+from .reporting import warn
 
 __all__ = ["CompiledTrace_ELBO", "agree", "leaves_of", "recordable_loss"]
 
@@ -250,11 +250,7 @@ class CompiledTrace_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
     def _warn(self, why: str) -> None:
         if why not in self._warned:
             self._warned.add(why)
-            warnings.warn(
-                f"CompiledTrace_ELBO takes steps as Trace_ELBO does, uncompiled: {why}.",
-                UserWarning,
-                stacklevel=5,
-            )
+            warn(f"CompiledTrace_ELBO takes steps as Trace_ELBO does, uncompiled: {why}.")
 
     # Building it
 
@@ -319,11 +315,9 @@ class CompiledTrace_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
                 raise
             step = _Step(graph, leaves, names, positions, "graph", tensors)
             self._compare(step, args, kwargs, [loss, *gradients])
-            warnings.warn(
+            warn(
                 "The compiled step does not agree with the code that it was made of, so steps are "
-                "replayed operation by operation.",
-                UserWarning,
-                stacklevel=5,
+                "replayed operation by operation."
             )
         self.backend = step.backend
         return step

@@ -11,7 +11,6 @@ where :math:`f` is a stack of inverse autoregressive flows, nearly the identity 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,6 +36,7 @@ from .groups import full_size
 from .initialization import Start, StartNotFound, pathfinder
 from .joint import Given, LogJoint
 from .networks import check_context, check_size
+from .reporting import warn
 from .sites import SiteDeltas, without_graph
 from .transforms import InverseAutoregressiveFlowStack
 
@@ -212,12 +212,10 @@ class AutoIAF(FlowGuide, AutoContinuous):
         try:
             return pathfinder(joint, loc.detach(), self._is_dense(len(loc))), 0.0
         except StartNotFound as why:
-            warnings.warn(
+            warn(
                 f"AutoIAF looked for a start of the guide by Pathfinder and found none: {why}. It "
                 f"starts at what init_loc_fn says, with standard deviation {self._init_scale}; "
-                'start="init" chooses that without this warning.',
-                UserWarning,
-                stacklevel=2,
+                'start="init" chooses that without this warning.'
             )
             return at_loc
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -31,6 +30,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from .joint import LogJoint
+from .reporting import warn
 
 __all__ = ["Start", "StartNotFound", "or_draw", "pathfinder"]
 
@@ -507,11 +507,9 @@ def or_draw(init_loc_fn: Callable[..., Any]) -> Callable[[dict[str, Any]], Tenso
         value = _in_shape(value, site)
         free = to_support.inv(value)
         if not free.isfinite().all():
-            warnings.warn(
+            warn(
                 f"init_loc_fn starts site '{site['name']}' outside of its support, or infinitely "
-                "far out. What is not finite in unconstrained space starts at a draw instead.",
-                UserWarning,
-                stacklevel=2,
+                "far out. What is not finite in unconstrained space starts at a draw instead."
             )
             draw = torch.empty_like(free).uniform_(-2, 2)
             value = to_support(torch.where(free.isfinite(), free, draw))

@@ -7,7 +7,6 @@ model, or the guide, is of the sort that can't be recorded.
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from typing import Any
 
@@ -21,6 +20,7 @@ from .digests import digest
 from .elbo import MAX_BUILDS, MAX_GRAPHS
 from .graphs import Refused
 from .losses import LatentLoss
+from .reporting import warn
 from .steps import Built, CompiledSteps
 
 __all__ = ["Recordings"]
@@ -106,7 +106,7 @@ class Recordings:
             if self.compile != "auto":
                 raise
             self.compile = False
-            warnings.warn(f"fit takes its steps uncompiled: {why}", UserWarning, stacklevel=6)
+            warn(f"fit takes its steps uncompiled: {why}")
             return None
 
     def is_for(self, built: Built, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -12,7 +12,6 @@ of the guide is cut from its graph, and what the densities say of it goes back t
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -33,6 +32,7 @@ from .distributions import DiagonalNormal
 from .elbo import leaves_of
 from .networks import check_size
 from .passes import SinglePass
+from .reporting import warn
 from .scores import Drawn, draw_with_score
 from .supports import is_point, support_moves
 from .sweeps import runs_eagerly
@@ -185,11 +185,7 @@ class TraceSTL_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
     def _warn(self, key: str, what: str, why: str) -> None:
         if key not in self._warned:
             self._warned.add(key)
-            warnings.warn(
-                f"{what} the ordinary gradient under TraceSTL_ELBO, since {why}.",
-                UserWarning,
-                stacklevel=2,
-            )
+            warn(f"{what} the ordinary gradient under TraceSTL_ELBO, since {why}.")
 
 
 class _Cut(Messenger):

@@ -8,7 +8,6 @@ change places: values are copied into them, and they go into the store themselve
 from __future__ import annotations
 
 import gc
-import warnings
 import weakref
 from typing import Any
 
@@ -20,6 +19,8 @@ from pyro.nn import PyroModule
 from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
+
+from .reporting import warn
 
 __all__ = ["adopt", "declare", "has_from_file", "parameters_of", "state", "stated"]
 
@@ -134,12 +135,10 @@ def _replace_entry(guide: PyroModule, name: str, value: Tensor) -> None:
         store._param_to_name.pop(old, None)  # it may have had two names, and be out already
         if guide not in _warned and _has_another_owner(old, guide):
             _warned.add(guide)
-            warnings.warn(
+            warn(
                 f"Another guide named '{guide._pyro_name}' is alive. Its parameters leave Pyro's "
                 "parameter store for those of this one. Give each a name of its own: "
-                f"{type(guide).__name__}(model, name=...).",
-                UserWarning,
-                stacklevel=2,
+                f"{type(guide).__name__}(model, name=...)."
             )
     if value.requires_grad:  # what is frozen is in no store
         store.setdefault(name, value)

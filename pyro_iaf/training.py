@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +37,7 @@ from .losses import RECORDABLE, LatentLoss, Loss, TraceLoss
 from .networks import MaskedAutoregressiveNetwork
 from .progress import progress_bar
 from .recordings import Recordings
+from .reporting import warn
 from .rows import RowAdam
 from .schedule import Schedule
 from .steps import Built, CompiledSteps
@@ -292,12 +292,10 @@ class Run:
             return TraceLoss(self.model, self.guide, self.elbo)
         particles = Particles(self.model, self.guide, args, kwargs)
         if not particles.at_once and self.num_particles > 1:
-            warnings.warn(
+            warn(
                 "fit runs its particles one after the other: run for several at once the model "
                 "fails, or its density is another one, or is random. If that takes long, write "
-                "sites with plates, and dimensions counted from the right.",
-                UserWarning,
-                stacklevel=6,
+                "sites with plates, and dimensions counted from the right."
             )
         if type(self.guide) is AutoIAF:
             latents = self.guide._latent_sites()
@@ -587,11 +585,9 @@ class Run:
             self.saved_at = self.step
         except OSError as error:
             if self.could_save:
-                warnings.warn(
+                warn(
                     f"fit can't write its checkpoint {self.checkpoint}: {error}. It trains on, "
-                    "keeps the last one that it wrote, and tries again. Make room there.",
-                    UserWarning,
-                    stacklevel=5,
+                    "keeps the last one that it wrote, and tries again. Make room there."
                 )
             self.could_save = False
 

@@ -214,8 +214,9 @@ def test_zuko_flows_work_beside_ours():
 def test_nothing_is_warned_of_at_every_step(kind):
     def masked():
         mask = torch.tensor([True, False, True])
-        with pyro.plate("rows", 3), poutine.mask(mask=mask):
-            w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 3):
+            with poutine.mask(mask=mask):
+                w = pyro.sample("w", dist.Normal(0.0, 1.0))
             pyro.sample("y", dist.Normal(w, 1.0), obs=torch.zeros(3))
 
     with warnings.catch_warnings(record=True) as caught:
@@ -224,7 +225,7 @@ def test_nothing_is_warned_of_at_every_step(kind):
         for _ in range(4):
             svi.step()
         fit(masked, kind(masked, name="fitted"), num_steps=4, progress=False)
-    counts = collections.Counter(str(w.message) for w in caught if "pyro_iaf" in w.filename)
+    counts = collections.Counter(str(w.message) for w in caught)
     assert counts
     assert max(counts.values()) <= 2  # once for each guide
 
