@@ -37,7 +37,7 @@ from .initialization import Start
 from .networks import check_size
 from .rows import make_gradients_sparse
 from .scores import noise_of_draw
-from .sites import SiteDelta
+from .sites import MaskedSiteDelta, SiteDelta
 
 __all__ = ["Contexts", "GroupedGuide", "row_gradients", "tables_of"]
 
@@ -301,7 +301,8 @@ class GroupedGuide(FlowGuide):
             value = constrain(part)
             log_density = constrain.inv.log_abs_det_jacobian(value, part)
             log_density = sum_rightmost(log_density, log_density.dim() - value.dim() + event_dim)
-            yield name, SiteDelta(value, log_density=log_density, event_dim=event_dim), part
+            kind = MaskedSiteDelta if name in self.lifted else SiteDelta
+            yield name, kind(value, log_density=log_density, event_dim=event_dim), part
 
     def _looked_up(
         self, group: Group, plates: Mapping[str, Any], rows: Mapping[str, Any]

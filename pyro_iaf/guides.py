@@ -268,7 +268,7 @@ class AutoIAF(FlowGuide, AutoContinuous):
         """Draws every site of the model; returns them by name."""
         self.setup(*args, **kwargs)
         self._state_parameters()
-        with SiteDeltas():
+        with SiteDeltas(self.lifted):
             sites: dict[str, Tensor] = super().forward(*args, **kwargs)
         self._cancel_priors(sites, self.plates, args, kwargs)
         return sites

@@ -101,7 +101,8 @@ class TraceLoss(Loss):
             model, guide = Matching(lambda: drawn.names)(model), drawn(guide)
         if isinstance(weight, float) and weight == 1:
             return model, guide
-        return _OfLatents(weight)(model), _OfLatents(weight)(guide)
+        # What a guide observes are factors of its density.
+        return _Weighted(weight)(model), _Weighted(weight, observed_too=True)(guide)
 
 
 class _Drawn(Messenger):
@@ -120,15 +121,15 @@ class _Drawn(Messenger):
             self.names |= {msg["name"]}
 
 
-class _OfLatents(Messenger):
-    """Weighs the densities of all sites that are not observed."""
+class _Weighted(Messenger):
+    """Weighs the densities of all sites that are not observed, or of those too."""
 
-    def __init__(self, weight: float | Tensor) -> None:
+    def __init__(self, weight: float | Tensor, observed_too: bool = False) -> None:
         super().__init__()
-        self.weight = weight
+        self.weight, self.observed_too = weight, observed_too
 
     def _pyro_sample(self, msg: Any) -> None:
-        if not msg["is_observed"]:
+        if self.observed_too or not msg["is_observed"]:
             msg["scale"] = msg["scale"] * self.weight
 
 

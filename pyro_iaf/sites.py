@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import pyro.distributions as dist
@@ -16,6 +16,7 @@ from torch import Tensor
 
 __all__ = [
     "KL_DIVERGENCES",
+    "MaskedSiteDelta",
     "SiteDelta",
     "SiteDeltas",
     "each_tensor",
@@ -82,12 +83,29 @@ def _kl_site(p: SiteDelta, q: TorchDistribution) -> Tensor:
     return divergence
 
 
-KL_DIVERGENCES = {(SiteDelta, Distribution): _kl_site}
+class MaskedSiteDelta(SiteDelta):
+    """That of a site which the model masks, and whose prior is a factor of the guide."""
+
+
+def _kl_masked(p: MaskedSiteDelta, q: TorchDistribution) -> Tensor:
+    """None: a loss that asks for it leaves the model's masks out, and takes its draws otherwise."""
+    raise NotImplementedError
+
+
+KL_DIVERGENCES = {(SiteDelta, Distribution): _kl_site, (MaskedSiteDelta, Distribution): _kl_masked}
 
 
 class SiteDeltas(Messenger):
-    """Makes those Deltas of Pyro's :class:`AutoContinuous`."""
+    """Makes those Deltas of Pyro's :class:`AutoContinuous`.
+
+    Args:
+        masked: The sites that the model masks.
+    """
+
+    def __init__(self, masked: Collection[str]) -> None:
+        super().__init__()
+        self.masked = masked
 
     def _pyro_sample(self, msg: Any) -> None:
         if type(msg["fn"]) is dist.Delta:
-            msg["fn"].__class__ = SiteDelta
+            msg["fn"].__class__ = MaskedSiteDelta if msg["name"] in self.masked else SiteDelta

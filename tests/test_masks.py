@@ -5,7 +5,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import SVI, Predictive, Trace_ELBO
+from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import init_to_value
 from pyro.optim import Adam
 from torch.testing import assert_close
@@ -19,6 +19,8 @@ from pyro_iaf import (
     fit,
     to_arviz,
 )
+from pyro_iaf.joint import samples
+from pyro_iaf.losses import TraceLoss
 
 GUIDES = [AutoIAF, AutoHierarchicalIAF]
 N = 12
@@ -123,7 +125,8 @@ def test_all_losses_are_those_of_the_joint_density_without_masks(kind):
     guide = fitted(kind, by_mask)
     covariance = torch.ones(8, 8) + 2 * torch.eye(8)
     evidence = dist.MultivariateNormal(torch.zeros(8), covariance).log_prob(data()[SEEN]).item()
-    for loss in (Trace_ELBO(), TraceSTL_ELBO(), CompiledTrace_ELBO(backend="graph")):
+    losses = [Trace_ELBO(), TraceMeanField_ELBO(), TraceSTL_ELBO()]
+    for loss in [*losses, CompiledTrace_ELBO(backend="graph")]:
         found = torch.tensor([loss.loss_and_grads(by_mask, guide) for _ in range(200)])
         assert -found.mean() == pytest.approx(evidence, abs=0.1)
     assert diagnose(by_mask, guide).iw_elbo == pytest.approx(evidence, abs=0.02)
@@ -132,6 +135,16 @@ def test_all_losses_are_those_of_the_joint_density_without_masks(kind):
     own = [name for name in capture.trace.nodes if name.endswith("_masked")]
     assert own
     assert all(capture.trace.nodes[name]["infer"]["is_auxiliary"] for name in own)
+
+
+@pytest.mark.parametrize("kind", GUIDES)
+def test_annealing_weighs_them_as_all_latents(kind):
+    guide = kind(by_mask)
+    guide.setup()
+    _, weighted = TraceLoss(by_mask, guide, Trace_ELBO())._weighted(0.5)
+    sites = samples(poutine.trace(weighted).get_trace())
+    assert any(name.endswith("_masked") for name in sites)
+    assert {site["scale"] for site in sites.values()} == {0.5}
 
 
 def test_a_mask_may_come_with_each_minibatch():
