@@ -108,7 +108,8 @@ def fit(
         checkpoint_every: After how many steps.
 
     Returns:
-        The losses, and how it went.
+        The losses, and how it went. An error that ends the run has the same of the steps that were
+        taken, as ``error.result``; unless it is of their numbers, they are in the checkpoint too.
 
     Raises:
         ValueError: If an argument is out of range, model and guide are swapped or are none, the
@@ -121,9 +122,6 @@ def fit(
         FloatingPointError: If too many steps were not finite; names the sites at fault.
         KeyboardInterrupt: By Ctrl-C. The guide then has the parameters of the last step, and so has
             the checkpoint. ``SIGTERM`` leaves a checkpoint too, and then ends the process.
-
-        An error that ends the run has the :class:`FitResult` of those taken as ``error.result``;
-        where it is not of the numbers themselves, they are in the checkpoint.
 
     Warns:
         UserWarning: If the posterior is improper, since nothing depends on a latent with a flat

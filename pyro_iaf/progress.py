@@ -33,10 +33,19 @@ class _Stream:
         return getattr(self._stream, name)
 
 
+class _Bar(tqdm):  # type: ignore[misc]
+    """A bar that leaves nothing locked, whatever is raised while it is drawn."""
+
+    def refresh(self, *_: Any, **__: Any) -> None:
+        # tqdm lets go of the lock of all its bars only where drawing ends well.
+        with self.get_lock():
+            super().refresh(nolock=True)
+
+
 def progress_bar(num_steps: int, first: int, shown: bool) -> tqdm[Any]:
     """A bar over a run's steps on stderr."""
     stream = _Stream(sys.stderr)
-    return tqdm(
+    return _Bar(
         total=num_steps,
         initial=first,
         disable=not shown,

@@ -954,3 +954,11 @@ def test_a_bar_doesnt_swallow_ctrl_c(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Stream(KeyboardInterrupt(), 3))
     with pytest.raises(KeyboardInterrupt):
         quick(conjugate, AutoNormal(conjugate), progress=True, num_steps=1000)
+    monkeypatch.undo()
+    settings = {"progress": True, "num_steps": 5}
+    other = threading.Thread(
+        target=quick, args=(conjugate, AutoNormal(conjugate)), kwargs=settings, daemon=True
+    )
+    other.start()
+    other.join(60)
+    assert not other.is_alive()  # all bars share a lock, which it might wait for
