@@ -33,6 +33,7 @@ __all__ = [
     "LogJoint",
     "Matching",
     "Mismatch",
+    "Told",
     "Unchecked",
     "compute_log_prob",
     "is_latent",
@@ -311,9 +312,9 @@ class Matching(Messenger):
             raise error.__cause__ from None  # as it was before Pyro wrote the run's shapes below it
         if error is None and (strange := self._drawn - self._met):
             raise Mismatch(
-                f"Each site that a guide draws should be a latent of the model; {_listed(strange)} "
-                f"is none in this run, which has {_listed(self._met)}. Make a guide for this model "
-                "and these arguments. A site that only helps to draw others takes "
+                f"A guide should draw latents of the model, and this one draws {_listed(strange)}; "
+                f"the model's run has no such latent, but {_listed(self._met)}. Make a guide for "
+                "this model and these arguments. A site that only helps to draw others takes "
                 "infer={'is_auxiliary': True}."
             )
 
@@ -346,6 +347,20 @@ class Matching(Messenger):
 
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(f"'{name}'" for name in sorted(names)) or "nothing"
+
+
+class Told(Unchecked):
+    """Gives sites values, as far as a run has such sites."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: Any) -> None:
+        super()._pyro_sample(msg)
+        if msg["name"] in self.values and not msg["is_observed"]:
+            msg["value"] = self.values[msg["name"]]
+            msg["done"] = True
 
 
 class Given(Matching):
@@ -474,10 +489,15 @@ def compute_log_prob(trace: poutine.Trace, *, in_double: bool = False) -> None:
     for site in samples(trace).values():
         each, num_event = log_prob_of_each(site)
         each = each if each.is_floating_point() else each.double()
-        flat = each.unsqueeze(-1).flatten(-1 - num_event)
-        size = torch.linalg.vector_norm(flat, dim=-1, dtype=torch.float64)
-        site["log_prob"] = site["scale"] * flat.sum(-1, dtype=torch.float64)
-        site["squared_rounding"] = (site["scale"] * torch.finfo(each.dtype).eps * size).square()
+        eps, scale = torch.finfo(each.dtype).eps, site["scale"]
+        if num_event:
+            flat = each.flatten(-num_event)
+            log_prob = flat.sum(-1, dtype=torch.float64)
+            size = torch.linalg.vector_norm(flat, dim=-1, dtype=torch.float64)
+        else:  # sums over a dimension of size 1 would be slow
+            log_prob, size = each.double(), each.abs()
+        site["log_prob"] = scale * log_prob
+        site["squared_rounding"] = (scale * eps * size).square()
 
 
 def log_prob_of_each(site: Any) -> tuple[Tensor, int]:

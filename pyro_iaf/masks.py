@@ -24,29 +24,15 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Independent, biject_to
 
-from .joint import Unchecked, compute_log_prob, quietly, subsamples
+from .joint import Told, compute_log_prob, quietly, subsamples
 
 __all__ = ["Unmasked", "log_priors", "sites_to_lift", "where_counted"]
 
-# At how many points, and how often at each, other values are tried for what is masked.
-NUM_POINTS, NUM_MOVES = 4, 2
+# How far, in unconstrained space, and how often other values are tried for what is masked.
+SIZES, NUM_MOVES = (2.0, 2.0, 0.5, 0.1, 0.01), 2
 
 # What may stand around a distribution that has a mask.
 WRAPPERS: Any = (Independent, dist.ExpandedDistribution, dist.MaskedDistribution)
-
-
-class _Told(Unchecked):
-    """Gives sites values, as far as a run has such sites."""
-
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        super().__init__()
-        self.values = values
-
-    def _pyro_sample(self, msg: Any) -> None:
-        super()._pyro_sample(msg)
-        if msg["name"] in self.values and not msg["is_observed"]:
-            msg["value"] = self.values[msg["name"]]
-            msg["done"] = True
 
 
 class Unmasked(Messenger):
@@ -104,7 +90,7 @@ def log_priors(
         args: What the model takes.
         kwargs: Likewise.
     """
-    with poutine.block(), _Told(values):
+    with poutine.block(), Told(values):
         trace = poutine.trace(model).get_trace(*args, **kwargs)
     found = {}
     for name in names & trace.nodes.keys():
@@ -136,40 +122,41 @@ def sites_to_lift(
         args: What the model takes.
         kwargs: Likewise.
     """
-    masked = {name for name, site in latents.items() if where_counted(site) is not None}
+    masked = [name for name, site in latents.items() if where_counted(site) is not None]
     if not masked:
         return set()
 
     def run(values: dict[str, Any]) -> poutine.Trace:
-        with poutine.block(), _Told(values):
+        with poutine.block(), Told(values):
             trace = poutine.trace(model).get_trace(*args, **kwargs)
             compute_log_prob(trace)
         return trace
 
     starts = {name: site["value"] for name, site in latents.items()}
+    still: set[str] = set()
+    changing: set[str] = set()
     try:
         with quietly():
             first = run(starts)
             kept = {name: site["value"] for name, site in subsamples(first).items()}
-            for _ in range(NUM_POINTS):
-                values = {n: _moved(site, starts[n]) for n, site in latents.items()} | kept
+            for size in SIZES:
+                values = {n: _moved(site, starts[n], size) for n, site in latents.items()} | kept
                 density = torch.as_tensor(run(values).log_prob_sum())
-                for name in sorted(masked):
+                for name in masked if density.isfinite() else ():
                     counts: Any = where_counted(first.nodes[name])
                     for _ in range(NUM_MOVES):
-                        others = _moved(latents[name], values[name])
+                        others = _moved(latents[name], values[name], size)
                         moved = {**values, name: torch.where(counts, values[name], others)}
                         again = torch.as_tensor(run(moved).log_prob_sum())
-                        if again != density or not again.isfinite():
-                            masked.discard(name)
+                        (changing if again != density else still).add(name)
     except Exception:  # of the model, whatever it is, at values that it doesn't expect
         return set()
-    return masked
+    return still - changing
 
 
-def _moved(site: Any, value: Tensor) -> Tensor:
+def _moved(site: Any, value: Tensor, size: float) -> Tensor:
     """Another value in the support of a site."""
     to_support = biject_to(site["fn"].support)
     free = to_support.inv(value)
-    moved: Tensor = to_support(free + 2 * torch.randn_like(free))
+    moved: Tensor = to_support(free + size * torch.randn_like(free))
     return moved

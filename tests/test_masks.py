@@ -197,6 +197,21 @@ def test_a_masked_prior_that_the_data_hold_stays_flat(kind):
     assert draws.std() == pytest.approx(1.0, abs=0.07)
 
 
+def test_a_density_that_overflows_farther_out_is_no_obstacle():
+    x = torch.tensor([1.0, -1.0, 30.0, 1.0, 30.0, 2.0])
+    seen = x < 30
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 6):
+            scale = (x * z).exp()
+            pyro.sample("y", dist.Normal(z, scale), obs=torch.ones(6), obs_mask=seen)
+
+    guide = AutoIAF(model)
+    guide.setup()
+    assert guide.lifted == {"y_unobserved"}
+
+
 def test_a_step_in_what_is_masked_is_not_overlooked():
     """The slope is zero, and yet the data depend on it."""
 
