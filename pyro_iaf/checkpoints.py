@@ -67,8 +67,9 @@ def prepare(path: str | os.PathLike[str]) -> Path:
                     "another."
                 )
         file.parent.mkdir(parents=True, exist_ok=True)
-        _clear(file)
-        _write(file, b"").unlink()
+        with _writing:  # another thread may be about to write there
+            _clear(file)
+            _write(file, b"").unlink()
     except OSError as error:
         raise OSError(
             error.errno,

@@ -20,11 +20,11 @@ import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
-from torch.distributions import Distribution, Transform
+from torch.distributions import Distribution, Transform, biject_to
 from torch.distributions.constraints import Constraint
 from torch.distributions.utils import lazy_property
 
-from .joint import quietly, samples
+from .joint import Told, compute_log_prob, quietly, samples
 
 __all__ = ["Digests", "differing", "digest", "digests_of_sites", "in_words"]
 
@@ -33,6 +33,9 @@ Digests = dict[str, list[str | float]]
 
 # What a model computes differs by rounding from one processor to another, and by no more.
 ROUNDING = 1e-4
+
+# Multiples of it, but for the whole, are spread evenly: weights that tell an order.
+GOLDEN = 0.6180339887498949
 
 # Objects are opened so far and no farther, as one may lead to all others.
 DEPTH = 8
@@ -143,7 +146,8 @@ def digests_of_sites(
     """What tells the data that a model observes, and the sites of model and guide, from others.
 
     Of a site count its shape, dtype, distribution and support, and the numbers in these as far as
-    they don't depend on latents or parameters. Seeds the generators; runs guide and model twice.
+    they don't depend on latents or parameters; and its log density at latents that are always the
+    same, unless parameters change it. Seeds the generators; runs the model four times.
 
     Args:
         model: A Pyro model.
@@ -171,7 +175,58 @@ def digests_of_sites(
         sites[f"site '{name}' of the model"] = [digest(words), *(m for pair in means for m in pair)]
     for name, site in drawn.items():
         sites[f"site '{name}' of the guide"] = [digest(_opened(site)[0])]
+    if not (isinstance(model, nn.Module) and any(True for _ in model.buffers())):  # which learn
+        values = {n: _fixed(site) for n, site in seen.items() if not site["is_observed"]}
+        densities = _densities(model, values, args, kwargs)
+        with _Moved():
+            of_others = _densities(model, values, args, kwargs)
+        for name, density in densities.items():
+            if name not in simulated and density == of_others.get(name):
+                data[f"the density of site '{name}'"] = [*density]
     return data, sites
+
+
+def _fixed(site: Any) -> Tensor:
+    """A value in a site's support that is the same in every process."""
+    value = torch.as_tensor(site["value"]).detach()
+    try:
+        to_support = biject_to(site["fn"].support)
+    except NotImplementedError:
+        return value
+    free = to_support.inv(value)
+    steps = torch.arange(1, free.numel() + 1, device=free.device).to(free)
+    fixed: Tensor = to_support(steps.sin().reshape(free.shape))
+    return fixed
+
+
+@torch.enable_grad()
+def _densities(
+    model: Callable[..., Any],
+    values: Mapping[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> dict[str, tuple[float, float]]:
+    """What sites of a model without parameters have as log densities, always at the same rows.
+
+    None where the model doesn't allow that.
+    """
+    pyro.set_rng_seed(0)
+    try:
+        with quietly(), poutine.block(expose_types=["param"]), Told(values):
+            trace = poutine.trace(model).get_trace(*args, **kwargs)
+            compute_log_prob(trace)
+    except Exception:  # whatever a model may raise at values of ours
+        return {}
+    found = {name: site["log_prob"] for name, site in samples(trace).items()}
+    return {name: _summary(p) for name, p in found.items() if not p.requires_grad}
+
+
+def _summary(numbers: Tensor) -> tuple[float, float]:
+    """Two numbers that tell tensors and their order apart, of one sign each: rounding is little."""
+    flat = numbers.detach().double().nan_to_num().flatten()
+    weights = 1 + (torch.arange(len(flat), device=flat.device) * GOLDEN) % 1
+    parts = flat.clamp(min=0), flat.clamp(max=0)
+    return tuple((part * weights.to(part)).mean().item() for part in parts)  # type: ignore[return-value]
 
 
 class _Moved(Messenger):
@@ -212,9 +267,7 @@ def _opened(site: Any) -> tuple[list[str], list[tuple[float, float]]]:
     words = [str(value.dtype), str(tuple(value.shape)), str(site["is_observed"])]
     numbers: list[Tensor] = []
     _open("", (fn, support, site["scale"], site["mask"]), words, numbers)
-    # Means of one sign each, so that rounding changes them by little.
-    found = [number.double().nan_to_num() for number in numbers]
-    return words, [(x.clamp(min=0).mean().item(), x.clamp(max=0).mean().item()) for x in found]
+    return words, [_summary(number) for number in numbers]
 
 
 def _open(name: str, thing: Any, words: list[str], numbers: list[Tensor]) -> None:

@@ -18,6 +18,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from models import MODELS
+from pyro import poutine
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 from torch.testing import assert_close
@@ -330,6 +331,59 @@ def test_a_model_of_the_same_shapes_is_another(tmp_path, other, site, loss):
     assert run(normal()).resumed_at == 4
     with pytest.raises(ValueError, match=f"what differs is {site}"):
         run(other)
+
+
+def with_numbers(prior=(0.0, 1.0), slope=1.0, link=torch.sin, seen=(True, False), goal=1.0):
+    """A model whose data and constants are in it, where nothing but a density tells of them."""
+
+    def model():
+        with pyro.plate("rows", 2), poutine.mask(mask=torch.tensor(seen)):
+            z = pyro.sample("z", dist.Normal(torch.tensor(prior), 1.0))
+            pyro.sample("y", dist.Normal(link(slope * z), 1.0), obs=torch.ones(2))
+        pyro.factor("f", -((z.sum(-1) - goal) ** 2))
+
+    return model
+
+
+OTHER_NUMBERS = {
+    "order of a prior": {"prior": (1.0, 0.0)},
+    "slope": {"slope": -50.0},
+    "slopes": {"slope": torch.tensor([2.0, 1.0])},
+    "link": {"link": torch.cos},
+    "mask": {"seen": (False, True)},
+    "factor": {"goal": -50.0},
+}
+
+
+@pytest.mark.parametrize("other", OTHER_NUMBERS.values(), ids=OTHER_NUMBERS)
+def test_a_model_with_other_numbers_in_it_is_another(tmp_path, other):
+    def run(model):
+        pyro.clear_param_store()
+        settings = {"num_steps": 4, "num_particles": 1, "checkpoint": tmp_path / "run"}
+        return quick(model, AutoNormal(model), **settings)
+
+    run(with_numbers())
+    assert run(with_numbers()).resumed_at == 4
+    with pytest.raises(ValueError, match=r"what differs is .*site '[zyf]'"):
+        run(with_numbers(**other))
+
+
+def test_what_a_model_learns_makes_it_no_other(tmp_path):
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(1, 1)
+
+        def forward(self):
+            pyro.module("net", self)
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(self.layer(z.reshape(1))[0], 1.0), obs=torch.tensor(1.0))
+
+    model = Net()
+    for resumed_at in (0, 4):
+        settings = {"num_steps": 4, "num_particles": 1, "checkpoint": tmp_path / "run"}
+        assert quick(model, AutoNormal(model), **settings).resumed_at == resumed_at
+        pyro.clear_param_store()
 
 
 OTHER_SETTINGS = {
