@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.distributions import biject_to
 
+from .groups import full_size
 from .joint import LogJoint
 from .reporting import warn
 
@@ -520,18 +521,25 @@ def or_draw(init_loc_fn: Callable[..., Any]) -> Callable[[dict[str, Any]], Tenso
 
 
 def _in_shape(value: Tensor, site: dict[str, Any]) -> Tensor:
-    """A start in the shape of its site."""
-    shape = torch.Size(site["fn"].shape())
+    """A start in the shape of its site, and of floating-point numbers."""
+    fn, frames = site["fn"], [f for f in site["cond_indep_stack"] if f.vectorized]
+    value = value if value.is_floating_point() else value.to(torch.get_default_dtype())
+    shape = torch.Size(fn.shape())
     if value.shape == shape:
         return value
-    of_rows = value
-    if any(frame.full_size not in (None, frame.size) for frame in site["cond_indep_stack"]):
-        with pyro.validation_enabled(False):  # a value of another size is told of below
-            of_rows = pyro.subsample(value, event_dim=site["fn"].event_dim)
-    for candidate in (value, of_rows):
+    candidates = [value]
+    if any(full_size(frame) != frame.size for frame in frames) and all(
+        value.shape[frame.dim - fn.event_dim] == full_size(frame)
+        for frame in frames
+        if value.dim() >= fn.event_dim - frame.dim
+    ):
+        candidates.append(pyro.subsample(value, event_dim=fn.event_dim))
+    for candidate in candidates:
         with contextlib.suppress(RuntimeError):
-            return candidate.expand(shape)
+            whole = candidate.expand(shape)
+            if fn.support.check(whole).all():  # one number for all of a simplex is none in it
+                return whole
     raise ValueError(
         f"init_loc_fn should return a value of shape {tuple(shape)} for site '{site['name']}', or "
-        f"one that broadcasts to it; got shape {tuple(value.shape)}."
+        f"one that broadcasts to it and is in its support; got shape {tuple(value.shape)}."
     )

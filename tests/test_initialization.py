@@ -89,6 +89,33 @@ def test_a_start_for_all_rows_is_that_of_the_rows_drawn():
     assert torch.equal(value, of_all[rows])
 
 
+@pytest.mark.parametrize("num_rows", [5, 7])
+def test_a_start_for_another_number_of_rows_is_told(num_rows):
+    def model():
+        with pyro.plate("rows", 6, subsample_size=3):
+            pyro.sample("w", dist.Normal(0.0, 1.0))
+
+    guide = AutoHierarchicalIAF(
+        model, init_loc_fn=init_to_value(values={"w": torch.zeros(num_rows)})
+    )
+    with pytest.raises(ValueError, match=rf"of shape \(3,\) for site 'w'.*got shape \({num_rows},"):
+        guide()
+
+
+@pytest.mark.parametrize("kind", [AutoIAF, AutoHierarchicalIAF])
+def test_a_start_of_whole_numbers_will_do(kind):
+    guide = kind(vector, init_loc_fn=init_to_value(values={"w": torch.tensor([1, 2, 3])}))
+    assert guide.sample_posterior(3)["w"].shape == (3, 3)
+
+
+def test_one_number_is_no_start_for_a_simplex():
+    def model():
+        pyro.sample("p", dist.Dirichlet(torch.ones(3)))
+
+    with pytest.raises(ValueError, match="is in its support; got shape"):
+        AutoIAF(model, init_loc_fn=init_to_value(values={"p": torch.ones(1)}))()
+
+
 @pytest.mark.parametrize("kind", [AutoIAF, AutoHierarchicalIAF])
 def test_sites_that_are_replaced_need_no_bijection(kind):
     def model():
