@@ -239,8 +239,8 @@ class FlowGuide(AutoGuide):
             raise Mismatch(
                 f"Site {quoted(new)} is latent in this run of the model, and the state that was "
                 f"loaded is of a guide with sites {quoted({*theirs})}: it was observed in "
-                f"training. Give its data, {type(self).__name__}.setup(*args, **kwargs). To "
-                "predict it, draw under torch.no_grad(), as Predictive does."
+                "training. Call guide.setup(...) with its data. To predict it, draw under "
+                "torch.no_grad(), as Predictive does."
             )
 
     def _is_not_of_the_state(self, site: Any) -> bool:

@@ -20,6 +20,7 @@ from pyro.distributions import constraints
 from pyro.ops.stats import fit_generalized_pareto
 from pyro.poutine.guide import GuideMessenger
 from torch import Tensor
+from torch.distributions import ComposeTransform, IndependentTransform, biject_to
 
 from .joint import (
     MAX_NUMBERS,
@@ -69,6 +70,9 @@ LOWEST = math.log(torch.finfo(torch.float64).tiny)
 
 # At so many draws a density has to stand still before a latent is said to move none.
 NUM_LOOKS = 3
+
+# Rounding is looked for at so many draws.
+NUM_NUDGED = 16
 
 # Whether draws can go at once is tried on so many: a number that few plates have.
 NUM_TRIED = 7
@@ -145,6 +149,7 @@ class Particles:
         self.nesting = plate_nesting(*first)
         self.latents = _latents(self.first_model)
         _check_devices(self.first_model)
+        _check_supports(self.guide, self.latents)
         shapes = [torch.as_tensor(s["value"]).shape for s in samples(self.first_model).values()]
         self.num_numbers = sum(max(1, shape.numel()) for shape in shapes)
         self.subsampled = is_subsampled(self.first_model)
@@ -183,7 +188,31 @@ class Particles:
         log_weights = torch.cat([part.log_weights for part in parts])
         log_weights = log_weights.nan_to_num(-math.inf, posinf=-math.inf, neginf=-math.inf)
         sites = {n: torch.cat([part.sites[n] for part in parts]) for n in parts[0].sites}
-        return Draws(log_weights, sites, max(part.rounding for part in parts))
+        roundings = [self._found_rounding(), *(part.rounding for part in parts)]
+        return Draws(log_weights, sites, max(roundings))
+
+    def _found_rounding(self) -> float:
+        """What rounding moves a log density by, as it shows when latents move by their own.
+
+        An error that all observations share, as that of a rate's logarithm, is the sum of theirs.
+        """
+        if self.subsampled:
+            return 0.0
+        size = NUM_NUDGED if self.at_once else None
+        try:
+            with quietly(), poutine.block():
+                guide = self._run_guide(size)
+                here, again = (self._scored(self._run_model(guide, size), size)[0] for _ in "12")
+                for site in _latents(guide).values():
+                    if site["value"].is_floating_point():
+                        site["value"] = torch.nextafter(site["value"], torch.tensor(math.inf))
+                there, _ = self._scored(self._run_model(guide, size), size)
+        except Exception:  # whatever a model may raise there
+            return 0.0
+        moves = (there - here)[(there - here).isfinite()]
+        if not (len(moves) and torch.equal(here, again)):  # or chance moves it
+            return 0.0
+        return moves.square().mean().sqrt().item() / math.sqrt(2)
 
     def _weigh(self, size: int) -> tuple[Draws, list[Exception]]:
         """Draws of one run, and the errors that the model raises at them one by one."""
@@ -367,6 +396,28 @@ def _check_devices(model: poutine.Trace) -> None:
             f"of site '{observed}' on {there}. Put the parameters of the prior there, as in "
             f"dist.Normal(torch.tensor(0.0, device='{there}'), 1.0)."
         )
+
+
+def _check_supports(guide: Any, latents: dict[str, Any]) -> None:
+    """Raises a Mismatch if a guide was made for sites of other supports."""
+    trace = getattr(guide, "prototype_trace", None)
+    for name, own in _latents(trace).items() if isinstance(trace, poutine.Trace) else ():
+        supports = [site["fn"].support for site in (own, latents.get(name, own))]
+        if len({_kinds(biject_to(support)) for support in supports}) > 1:
+            raise Mismatch(
+                f"A guide should draw values in the supports that the model's sites have; at site "
+                f"'{name}' it draws in {supports[0]}, and the model has {supports[1]}. Make a "
+                "guide for this model and these arguments."
+            )
+
+
+def _kinds(transform: Any) -> tuple[str, ...]:
+    """What a transform is made of, but for the numbers in it."""
+    if isinstance(transform, IndependentTransform):
+        return _kinds(transform.base_transform)
+    if isinstance(transform, ComposeTransform):
+        return tuple(kind for part in transform.parts for kind in _kinds(part))
+    return (type(transform).__name__,)
 
 
 def check_guide_site(site: Any) -> None:

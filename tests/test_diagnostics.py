@@ -555,3 +555,25 @@ def test_what_sites_determine_is_no_data_for_arviz():
     assert_close(b, 2 * a)
     assert found.posterior_predictive["y"].shape == (1, 100, 5)
     assert found.log_likelihood["y"].shape == (1, 100, 5)
+
+
+@pytest.mark.parametrize(("rate", "num_rows"), [(20.0, 1000), (200.0, 100_000), (5000.0, 10_000)])
+def test_rounding_that_all_rows_share_is_found(rate, num_rows):
+    """That of a rate's logarithm counts as often as there are counts."""
+
+    def diagnosed(dtype):
+        torch.set_default_dtype(dtype)
+        y = torch.poisson(torch.full((num_rows,), rate))
+        total = y.double().sum()
+        loc, scale = (total / num_rows).log().to(dtype), total.rsqrt().to(dtype)
+
+        def model():
+            z = pyro.sample("z", dist.Normal(5.0, 5.0))
+            with pyro.plate("rows", num_rows):
+                pyro.sample("y", dist.Poisson(z.exp()), obs=y)
+
+        return diagnose(model, lambda: pyro.sample("z", dist.Normal(loc, scale)), num_samples=500)
+
+    assert diagnosed(torch.float64).rounding < 1e-6
+    is_told = "leaves them known to" in str(diagnosed(torch.float32))
+    assert is_told == (rate > 20)

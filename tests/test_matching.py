@@ -78,7 +78,11 @@ OTHERS = {
         "site 'w' is a latent in this run, and the guide draws 'z'",
     ),
     "one more": ({"z": 2}, {"z": 2, "w": 1}, "site 'w' is a latent in this run"),
-    "one less": ({"z": 2, "w": 1}, {"z": 2}, "'w' is none in this run, which has 'z'"),
+    "one less": (
+        {"z": 2, "w": 1},
+        {"z": 2},
+        "draws 'w'; the model's run has no such latent, but 'z'",
+    ),
 }
 
 
@@ -151,7 +155,7 @@ def observable(v=None):
 def test_a_latent_that_is_observed_now_is_told(make_guide, call):
     guide = make_guide(observable)
     guide()
-    with pytest.raises(ValueError, match="'z' is none in this run"):
+    with pytest.raises(ValueError, match="draws 'z'; the model's run has no such"):
         call(observable, guide, (torch.tensor(1.0),))
 
 
@@ -178,7 +182,8 @@ class Switch:
 
 @pytest.mark.parametrize("loss", [None, TraceSTL_ELBO])
 @pytest.mark.parametrize(
-    ("comes", "told"), [(True, "site 'w' is a latent in this run"), (False, "'w' is none in this")]
+    ("comes", "told"),
+    [(True, "site 'w' is a latent in this run"), (False, "draws 'w'; the model's run has no")],
 )
 def test_a_latent_that_comes_or_goes_at_a_later_step_is_told(comes, told, make_guide, loss):
     model = Switch(comes)
@@ -204,6 +209,20 @@ def test_one_that_comes_late_in_a_compiled_run_is_told_at_its_end():
     settings = {"num_steps": 600, "early_stop": False, "compile": "graph", "progress": False}
     with pytest.raises(ValueError, match="site 'w' is a latent in this run"):
         fit(model, AutoIAF(model, hidden_dims=[8]), annealing=annealing, **settings)
+
+
+@pytest.mark.parametrize("kind", [AutoIAF, AutoHierarchicalIAF, AutoNormal])
+def test_a_guide_for_another_support_is_told(kind):
+    def model(prior):
+        return lambda: pyro.sample("z", prior)
+
+    guide = kind(model(dist.Normal(0.0, 1.0)))
+    guide()
+    for prior in (dist.HalfNormal(1.0), dist.Beta(2.0, 2.0)):
+        for call in (fit, diagnose):
+            with pytest.raises(ValueError, match=r"in the supports that .* at site 'z' it"):
+                call(model(prior), guide)
+    diagnose(model(dist.Normal(3.0, 1.0)), guide)  # other numbers in a prior are no other site
 
 
 def test_data_on_another_device_than_the_latents_are_told():
