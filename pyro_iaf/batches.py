@@ -219,11 +219,18 @@ class _OddData(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         value = msg["value"]
-        if msg["is_observed"] and not isinstance(value, Tensor | Number) and not self.found:
+        if not msg["is_observed"] or self.found:
+            return
+        if not isinstance(value, Tensor | Number):
             self.found = (
                 f"The data of site '{msg['name']}' should be a tensor or a number; got a "
                 f"{type(value).__name__}, {value!r:.80}. torch.as_tensor(...) makes tensors of "
                 "arrays and lists of numbers; words have to be numbered."
+            )
+        elif torch.as_tensor(value).is_complex():
+            self.found = (
+                f"The data of site '{msg['name']}' should be real, as densities are; got complex "
+                "numbers. torch.view_as_real(...) makes two real ones of each."
             )
 
 

@@ -426,6 +426,15 @@ def test_data_that_are_no_numbers_are_named(y, kind):
         quick(model, kind(model), args=(y,))
 
 
+def test_complex_data_are_told():
+    def model(y):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    with pytest.raises(ValueError, match="data of site 'y' should be real"):
+        quick(model, AutoIAF(model), args=(torch.tensor(1.0 + 2.0j),))
+
+
 @pytest.mark.parametrize("number", [np.float32(0.25), np.int64(1), 1])
 def test_numbers_of_any_kind_will_do(number):
     settings = {"lr": number, "clip_norm": number, "num_steps": np.int16(3), "seed": np.int64(3)}
