@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import runpy
 import subprocess
 import sys
 
@@ -54,18 +55,25 @@ def test_the_vae_reads_mnist_packed_or_not(tmp_path):
     assert "The pictures are in" in done.stdout
 
 
-def test_the_vae_says_what_is_wrong_with_its_files(tmp_path):
-    done = run_vae(tmp_path, tmp_path)
-    assert "no train-images-idx3-ubyte" in done.stderr
+def test_the_vae_says_what_is_wrong_with_its_files(tmp_path, monkeypatch):
+    def read():
+        settings = ["--smoke", "--output", str(tmp_path), "--mnist", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", ["vae_iaf.py", *settings])
+        runpy.run_path(str(FOLDER / "vae_iaf.py"))
+
+    with pytest.raises(FileNotFoundError, match="no train-images-idx3-ubyte"):
+        read()
     plain, packed = (tmp_path / f"train-images-idx3-ubyte{end}" for end in ("", ".gz"))
     broken = [b"<html>not found</html>", idx(120, 8, 8)[:-1], b"", idx(120), idx(120, 8, 7)]
     for data in [*broken, idx(0, 8, 8)]:
         plain.write_bytes(data)
-        assert "is damaged" in run_vae(tmp_path, tmp_path).stderr
+        with pytest.raises(ValueError, match="is damaged"):
+            read()
     plain.unlink()
     for data in (b"<html>not found</html>", gzip.compress(idx(120, 8, 8))[:-9]):
         packed.write_bytes(data)
-        assert "is damaged" in run_vae(tmp_path, tmp_path).stderr
+        with pytest.raises(ValueError, match="is damaged"):
+            read()
 
 
 CHORALES = {"train": 6 * [[[60, 64], [], [59]], [[60]]], "test": 2 * [[[48], [60, 67]], [[72]]]}
