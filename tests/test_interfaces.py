@@ -167,6 +167,7 @@ compiling = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 @compiling
 @pytest.mark.parametrize("make", HAND_MADE.values(), ids=HAND_MADE)
 def test_a_flow_in_a_guide_by_hand_can_be_compiled(make):
+    torch._dynamo.reset()  # tests before this one may have used up its compilations of a function
     flow = make()
     expected = loss_and_gradients(flow)
     frames = CompileCounterWithBackend("aot_eager")
