@@ -205,7 +205,7 @@ class Particles:
                 here, again = (self._scored(self._run_model(guide, size), size)[0] for _ in "12")
                 for site in _latents(guide).values():
                     if site["value"].is_floating_point():
-                        site["value"] = torch.nextafter(site["value"], torch.tensor(math.inf))
+                        site["value"] = site["value"].nextafter(site["value"].new_tensor(math.inf))
                 there, _ = self._scored(self._run_model(guide, size), size)
         except Exception:  # whatever a model may raise there
             return 0.0
@@ -401,14 +401,24 @@ def _check_devices(model: poutine.Trace) -> None:
 def _check_supports(guide: Any, latents: dict[str, Any]) -> None:
     """Raises a Mismatch if a guide was made for sites of other supports."""
     trace = getattr(guide, "prototype_trace", None)
-    for name, own in _latents(trace).items() if isinstance(trace, poutine.Trace) else ():
-        supports = [site["fn"].support for site in (own, latents.get(name, own))]
-        if len({_kinds(biject_to(support)) for support in supports}) > 1:
+    if not isinstance(trace, poutine.Trace):
+        return
+    for name, site in _latents(trace).items():
+        own, here = (s["fn"].support for s in (site, latents.get(name, site)))
+        if _bijection_onto(own) != _bijection_onto(here):
             raise Mismatch(
                 f"A guide should draw values in the supports that the model's sites have; at site "
-                f"'{name}' it draws in {supports[0]}, and the model has {supports[1]}. Make a "
+                f"'{name}' it draws in {own}, and the model has {here}. Make a "
                 "guide for this model and these arguments."
             )
+
+
+def _bijection_onto(support: Any) -> tuple[str, ...]:
+    """The kinds of the transforms to a support; none if it has no bijection, as discrete ones."""
+    try:
+        return _kinds(biject_to(support))
+    except NotImplementedError:
+        return ()
 
 
 def _kinds(transform: Any) -> tuple[str, ...]:

@@ -6,7 +6,12 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO
-from pyro.infer.autoguide import AutoNormal, AutoNormalMessenger
+from pyro.infer.autoguide import (
+    AutoDiscreteParallel,
+    AutoGuideList,
+    AutoNormal,
+    AutoNormalMessenger,
+)
 
 from pyro_iaf import AutoHierarchicalIAF, AutoIAF, TraceSTL_ELBO, diagnose, fit, to_arviz
 
@@ -223,6 +228,20 @@ def test_a_guide_for_another_support_is_told(kind):
             with pytest.raises(ValueError, match=r"in the supports that .* at site 'z' it"):
                 call(model(prior), guide)
     diagnose(model(dist.Normal(3.0, 1.0)), guide)  # other numbers in a prior are no other site
+
+
+def test_discrete_latents_have_no_bijection_and_need_none():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        b = pyro.sample("b", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+        pyro.sample("y", dist.Normal(z + b, 1.0), obs=torch.tensor(1.0))
+
+    guide = AutoGuideList(model)
+    guide.append(AutoNormal(poutine.block(model, hide=["b"])))
+    guide.append(AutoDiscreteParallel(poutine.block(model, hide=["z"])))
+    guide()
+    found = diagnose(model, guide, num_samples=200)
+    assert found.ess > 1
 
 
 def test_data_on_another_device_than_the_latents_are_told():
