@@ -175,7 +175,7 @@ def digests_of_sites(
         sites[f"site '{name}' of the model"] = [digest(words), *(m for pair in means for m in pair)]
     for name, site in drawn.items():
         sites[f"site '{name}' of the guide"] = [digest(_opened(site)[0])]
-    if not (isinstance(model, nn.Module) and any(True for _ in model.buffers())):  # which learn
+    if not (isinstance(model, nn.Module) and [*model.buffers()]):  # which learn
         values = {n: _fixed(site) for n, site in seen.items() if not site["is_observed"]}
         densities = _densities(model, values, args, kwargs)
         with _Moved():
@@ -208,7 +208,7 @@ def _densities(
 ) -> dict[str, tuple[float, float]]:
     """What sites of a model without parameters have as log densities, always at the same rows.
 
-    None where the model doesn't allow that.
+    Of no site where the model doesn't allow that.
     """
     pyro.set_rng_seed(0)
     try:
@@ -224,9 +224,8 @@ def _densities(
 def _summary(numbers: Tensor) -> tuple[float, float]:
     """Two numbers that tell tensors and their order apart, of one sign each: rounding is little."""
     flat = numbers.detach().double().nan_to_num().flatten()
-    weights = 1 + (torch.arange(len(flat), device=flat.device) * GOLDEN) % 1
-    parts = flat.clamp(min=0), flat.clamp(max=0)
-    return tuple((part * weights.to(part)).mean().item() for part in parts)  # type: ignore[return-value]
+    weighted = flat * (1 + torch.arange(len(flat)).to(flat) * GOLDEN % 1)
+    return weighted.clamp(min=0).mean().item(), weighted.clamp(max=0).mean().item()
 
 
 class _Moved(Messenger):
