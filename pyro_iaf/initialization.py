@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, Protocol
 import pyro
 import torch
 from torch import Tensor
-from torch.distributions import biject_to
+from torch.distributions import biject_to, constraints
 
 from .groups import full_size
 from .joint import LogJoint
@@ -527,6 +527,9 @@ def _in_shape(value: Tensor, site: dict[str, Any]) -> Tensor:
     shape = torch.Size(fn.shape())
     if value.shape == shape:
         return value
+    support = fn.support
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
     candidates = [value]
     if any(full_size(frame) != frame.size for frame in frames) and all(
         value.shape[frame.dim - fn.event_dim] == full_size(frame)
@@ -537,7 +540,8 @@ def _in_shape(value: Tensor, site: dict[str, Any]) -> Tensor:
     for candidate in candidates:
         with contextlib.suppress(RuntimeError):
             whole = candidate.expand(shape)
-            if fn.support.check(whole).all():  # one number for all of a simplex is none in it
+            # One number for all of a simplex is none in it; numbers one by one are seen to later.
+            if not support.event_dim or support.check(whole).all():
                 return whole
     raise ValueError(
         f"init_loc_fn should return a value of shape {tuple(shape)} for site '{site['name']}', or "

@@ -116,6 +116,16 @@ def test_one_number_is_no_start_for_a_simplex():
         AutoIAF(model, init_loc_fn=init_to_value(values={"p": torch.ones(1)}))()
 
 
+@pytest.mark.parametrize("value", [torch.tensor(-1.0), -torch.ones(3)], ids=["one", "each"])
+def test_a_start_outside_of_the_support_warns_in_any_shape(value):
+    def model():
+        pyro.sample("g", dist.Gamma(2.0, torch.ones(3)).to_event(1))
+
+    guide = AutoIAF(model, start="init", init_loc_fn=init_to_value(values={"g": value}))
+    with pytest.warns(UserWarning, match="starts site 'g' outside of its support"):
+        guide.setup()
+
+
 @pytest.mark.parametrize("kind", [AutoIAF, AutoHierarchicalIAF])
 def test_sites_that_are_replaced_need_no_bijection(kind):
     def model():
