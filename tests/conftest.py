@@ -1,5 +1,6 @@
 import getpass
 import os
+import signal
 import tempfile
 
 import pyro
@@ -12,6 +13,10 @@ from bijections import flows_in
 CAPABILITY = torch.backends.cpu.get_cpu_capability().lower()
 KEPT = os.path.join(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}_{CAPABILITY}")
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", KEPT)
+
+# A shell has its background jobs ignore Ctrl-C, and what they start too; tests send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
