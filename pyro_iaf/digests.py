@@ -24,7 +24,7 @@ from torch.distributions import Distribution, Transform, biject_to
 from torch.distributions.constraints import Constraint
 from torch.distributions.utils import lazy_property
 
-from .joint import Told, compute_log_prob, quietly, samples
+from .joint import Unchecked, compute_log_prob, quietly, samples
 
 __all__ = ["Digests", "differing", "digest", "digests_of_sites", "in_words"]
 
@@ -164,7 +164,7 @@ def digests_of_sites(
     }
     with _Moved():  # what is no constant of the model is another number now, detached or not
         again, _ = _look(model, guide, args, kwargs, seed=1)
-    latents = [name for name, site in seen.items() if not site["is_observed"]]
+    latents = {n: site["value"] for n, site in seen.items() if not site["is_observed"]}
     # A latent that is discrete may be the same once more, with all that depends on it.
     is_seen = all(n in drawn and drawn[n]["value"].requires_grad for n in latents)
     sites: Digests = {}
@@ -176,33 +176,49 @@ def digests_of_sites(
     for name, site in drawn.items():
         sites[f"site '{name}' of the guide"] = [digest(_opened(site)[0])]
     if not (isinstance(model, nn.Module) and [*model.buffers()]):  # which learn
-        values = {n: _fixed(site) for n, site in seen.items() if not site["is_observed"]}
-        densities = _densities(model, values, args, kwargs)
+        densities = _densities(model, latents, args, kwargs)
         with _Moved():
-            of_others = _densities(model, values, args, kwargs)
+            of_others = _densities(model, latents, args, kwargs)
         for name, density in densities.items():
             if name not in simulated and density == of_others.get(name):
                 data[f"the density of site '{name}'"] = [*density]
     return data, sites
 
 
-def _fixed(site: Any) -> Tensor:
-    """A value in a site's support that is the same in every process."""
-    value = torch.as_tensor(site["value"]).detach()
-    try:
-        to_support = biject_to(site["fn"].support)
-    except NotImplementedError:
-        return value
-    free = to_support.inv(value)
-    steps = torch.arange(1, free.numel() + 1, device=free.device).to(free)
-    fixed: Tensor = to_support(steps.sin().reshape(free.shape))
-    return fixed
+class _Fixed(Unchecked):
+    """Gives latents values that are the same in every run, whatever a guide has learnt.
+
+    Supports are those of the run, since they may depend on latents that were given before.
+    """
+
+    def __init__(self, like: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.like = like
+
+    def _pyro_sample(self, msg: Any) -> None:
+        super()._pyro_sample(msg)
+        if msg["name"] in self.like and not msg["is_observed"]:
+            msg["value"] = _fixed(msg["fn"], torch.as_tensor(self.like[msg["name"]]).detach())
+            msg["done"] = True
+
+
+def _fixed(fn: Any, like: Tensor) -> Tensor:
+    """A value in a distribution's support, of the shape and dtype of another."""
+    if fn.support.is_discrete:
+        zeros = torch.zeros_like(like)
+        if fn.support.check(zeros).all():
+            return zeros
+        return fn.enumerate_support()[0].to(like).expand_as(like)  # type: ignore[no-any-return]
+    to_support = biject_to(fn.support)
+    shape = to_support.inverse_shape(like.shape)
+    steps = torch.arange(1, 1 + shape.numel(), device=like.device).to(like)
+    return to_support(steps.sin().reshape(shape))  # type: ignore[no-any-return]
 
 
 @torch.enable_grad()
 def _densities(
     model: Callable[..., Any],
-    values: Mapping[str, Tensor],
+    latents: Mapping[str, Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> dict[str, tuple[float, float]]:
@@ -212,7 +228,7 @@ def _densities(
     """
     pyro.set_rng_seed(0)
     try:
-        with quietly(), poutine.block(expose_types=["param"]), Told(values):
+        with quietly(), poutine.block(expose_types=["param"]), _Fixed(latents):
             trace = poutine.trace(model).get_trace(*args, **kwargs)
             compute_log_prob(trace)
     except Exception:  # whatever a model may raise at values of ours

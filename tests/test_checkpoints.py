@@ -19,13 +19,15 @@ import pytest
 import torch
 from models import MODELS
 from pyro import poutine
+from pyro.distributions import constraints
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoNormal
+from torch.distributions import AffineTransform
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
 from pyro_iaf import AutoIAF, TraceSTL_ELBO, checkpoints, fit, recordings
-from pyro_iaf.digests import digest
+from pyro_iaf.digests import digest, digests_of_sites
 
 Y = torch.tensor([1.0, 2.0, 0.5, 1.5])
 
@@ -366,6 +368,46 @@ def test_a_model_with_other_numbers_in_it_is_another(tmp_path, other):
     assert run(with_numbers()).resumed_at == 4
     with pytest.raises(ValueError, match=r"what differs is .*site '[zyf]'"):
         run(with_numbers(**other))
+
+
+def discrete():
+    b = pyro.sample("b", dist.Bernoulli(0.3))
+    c = pyro.sample("c", dist.OneHotCategorical(torch.ones(3)))
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(3 * b + z + c[..., 0], 1.0), obs=torch.tensor(3.0))
+
+
+def of_discrete():
+    q = pyro.param("q", torch.tensor(0.01), constraint=constraints.unit_interval)
+    p = pyro.param("p", torch.tensor([0.9, 0.05, 0.05]), constraint=constraints.simplex)
+    pyro.sample("b", dist.Bernoulli(q))
+    pyro.sample("c", dist.OneHotCategorical(p))
+    pyro.sample("z", dist.Normal(pyro.param("l", torch.tensor(0.0)), 1.0))
+
+
+def within_another():
+    z = pyro.sample("z", dist.Gamma(2.0, 1.0))
+    u = pyro.sample("u", dist.Uniform(0.0, z))
+    pyro.sample("y", dist.Normal(u, 1.0), obs=torch.tensor(2.0))
+
+
+def of_within_another():
+    z = pyro.sample("z", dist.LogNormal(pyro.param("l", torch.tensor(0.0)), 0.3))
+    a = pyro.param("a", torch.tensor(2.0), constraint=constraints.positive)
+    share = dist.TransformedDistribution(dist.Beta(a, 2.0), [AffineTransform(0.0, z)])
+    pyro.sample("u", share)
+
+
+@pytest.mark.parametrize(
+    ("model", "guide"), [(discrete, of_discrete), (within_another, of_within_another)]
+)
+def test_a_guide_that_has_learnt_makes_the_data_no_other(model, guide):
+    guide()
+    data, sites = digests_of_sites(model, guide, (), {})
+    assert "the density of site 'y'" in data
+    pyro.get_param_store()["q" if model is discrete else "a"] = torch.tensor(0.95)
+    pyro.get_param_store()["l"] = torch.tensor(1.0)
+    assert digests_of_sites(model, guide, (), {}) == (data, sites)
 
 
 def test_what_a_model_learns_makes_it_no_other(tmp_path):
