@@ -522,7 +522,7 @@ def or_draw(init_loc_fn: Callable[..., Any]) -> Callable[[dict[str, Any]], Tenso
 
 def _in_shape(value: Tensor, site: dict[str, Any]) -> Tensor:
     """A start in the shape of its site, and of floating-point numbers."""
-    fn, frames = site["fn"], [f for f in site["cond_indep_stack"] if f.vectorized]
+    fn = site["fn"]
     value = value if value.is_floating_point() else value.to(torch.get_default_dtype())
     shape = torch.Size(fn.shape())
     if value.shape == shape:
@@ -530,18 +530,22 @@ def _in_shape(value: Tensor, site: dict[str, Any]) -> Tensor:
     support = fn.support
     while isinstance(support, constraints.independent):
         support = support.base_constraint
+    of_event = shape[len(shape) - support.event_dim :]
     candidates = [value]
-    if any(full_size(frame) != frame.size for frame in frames) and all(
-        value.shape[frame.dim - fn.event_dim] == full_size(frame)
+    frames = [f for f in site["cond_indep_stack"] if f.vectorized and full_size(f) != f.size]
+    if frames and all(
+        value.shape[frame.dim - fn.event_dim] in (1, full_size(frame))
         for frame in frames
         if value.dim() >= fn.event_dim - frame.dim
     ):
-        candidates.append(pyro.subsample(value, event_dim=fn.event_dim))
+        with pyro.validation_enabled(False):  # other sizes are told of below
+            candidates.append(pyro.subsample(value, event_dim=fn.event_dim))
     for candidate in candidates:
         with contextlib.suppress(RuntimeError):
             whole = candidate.expand(shape)
-            # One number for all of a simplex is none in it; numbers one by one are seen to later.
-            if not support.event_dim or support.check(whole).all():
+            # One number for all of a simplex is none in it; what is whole is seen to later.
+            is_whole = candidate.shape[max(0, candidate.dim() - support.event_dim) :] == of_event
+            if is_whole or support.check(whole).all():
                 return whole
     raise ValueError(
         f"init_loc_fn should return a value of shape {tuple(shape)} for site '{site['name']}', or "

@@ -116,6 +116,36 @@ def test_one_number_is_no_start_for_a_simplex():
         AutoIAF(model, init_loc_fn=init_to_value(values={"p": torch.ones(1)}))()
 
 
+@pytest.mark.parametrize("shape", [(10,), (1, 10), (3, 10), (4,), (3, 1), (1, 4), (1,)])
+def test_a_start_may_broadcast_beside_a_plate_that_is_subsampled(shape):
+    def model():
+        with pyro.plate("groups", 3, dim=-2), pyro.plate("rows", 10, subsample_size=4, dim=-1):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    start = torch.arange(math.prod(shape)).reshape(shape) * 1.0
+    AutoHierarchicalIAF(model, init_loc_fn=init_to_value(values={"z": start}))()
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (1, 10), (4, 10), (1, 1)])
+def test_a_start_may_broadcast_where_two_plates_are_subsampled(shape):
+    def model():
+        groups = pyro.plate("groups", 4, subsample_size=2, dim=-2)
+        with groups, pyro.plate("rows", 10, subsample_size=5, dim=-1):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    start = init_to_value(values={"z": torch.zeros(shape)})
+    AutoHierarchicalIAF(model, init_loc_fn=start)()
+
+
+def test_one_row_of_a_simplex_is_a_start_for_all_rows_in_the_precision_it_has():
+    def model():
+        with pyro.plate("rows", 5):
+            pyro.sample("p", dist.Dirichlet(torch.ones(3)))
+
+    start = torch.full((3,), 0.3333)
+    AutoIAF(model, init_loc_fn=init_to_value(values={"p": start}))()
+
+
 @pytest.mark.parametrize("value", [torch.tensor(-1.0), -torch.ones(3)], ids=["one", "each"])
 def test_a_start_outside_of_the_support_warns_in_any_shape(value):
     def model():
