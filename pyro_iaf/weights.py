@@ -20,7 +20,12 @@ from pyro.distributions import constraints
 from pyro.ops.stats import fit_generalized_pareto
 from pyro.poutine.guide import GuideMessenger
 from torch import Tensor
-from torch.distributions import ComposeTransform, IndependentTransform, biject_to
+from torch.distributions import (
+    AffineTransform,
+    ComposeTransform,
+    IndependentTransform,
+    biject_to,
+)
 
 from .joint import (
     MAX_NUMBERS,
@@ -198,13 +203,13 @@ class Particles:
         """
         if self.subsampled:
             return 0.0
-        size = NUM_NUDGED if self.at_once else None
+        size = min(NUM_NUDGED, self.most_at_once) if self.at_once else None
         try:
-            with quietly(), poutine.block():
+            with torch.random.fork_rng([]), quietly(), poutine.block():
                 guide = self._run_guide(size)
                 here, again = (self._scored(self._run_model(guide, size), size)[0] for _ in "12")
                 for site in _latents(guide).values():
-                    if site["value"].is_floating_point():
+                    if not site["fn"].support.is_discrete:
                         site["value"] = site["value"].nextafter(site["value"].new_tensor(math.inf))
                 there, _ = self._scored(self._run_model(guide, size), size)
         except Exception:  # whatever a model may raise there
@@ -422,11 +427,13 @@ def _bijection_onto(support: Any) -> tuple[str, ...]:
 
 
 def _kinds(transform: Any) -> tuple[str, ...]:
-    """What a transform is made of, but for the numbers in it."""
+    """What a transform is made of, but for the numbers in it, and for shifts and scales."""
     if isinstance(transform, IndependentTransform):
         return _kinds(transform.base_transform)
     if isinstance(transform, ComposeTransform):
         return tuple(kind for part in transform.parts for kind in _kinds(part))
+    if isinstance(transform, AffineTransform) and (torch.as_tensor(transform.scale) > 0).all():
+        return ()  # the interval from 0 to 1 comes with it or without
     return (type(transform).__name__,)
 
 

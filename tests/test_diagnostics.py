@@ -15,6 +15,7 @@ from pyro.poutine.util import site_is_subsample
 from torch.testing import assert_close
 
 from pyro_iaf import AutoIAF, diagnose, fit, to_arviz
+from pyro_iaf.weights import Particles
 
 # The model "one latent": z ~ N(0, 1), y = 1 ~ N(z, 0.5).
 MEAN, SD = 0.8, math.sqrt(0.2)
@@ -555,6 +556,36 @@ def test_what_sites_determine_is_no_data_for_arviz():
     assert_close(b, 2 * a)
     assert found.posterior_predictive["y"].shape == (1, 100, 5)
     assert found.log_likelihood["y"].shape == (1, 100, 5)
+
+
+@pytest.mark.parametrize("is_one", [lambda b: b.bool(), lambda b: b == 1, lambda b: b != 0])
+def test_what_is_discrete_is_not_rounded(is_one):
+    def model():
+        b = pyro.sample("b", dist.Bernoulli(0.3))
+        loc = torch.where(is_one(b), 3.0, -1.0)
+        pyro.sample("y", dist.Normal(loc, 2.0), obs=torch.tensor(1.5))
+
+    log_p = dist.Normal(torch.tensor([-1.0, 3.0]), 2.0).log_prob(torch.tensor(1.5))
+    posterior = (torch.tensor([0.7, 0.3]).log() + log_p).softmax(0)[1]
+    found = diagnose(model, lambda: pyro.sample("b", dist.Bernoulli(posterior)))
+    assert str(found).startswith("Good: ")
+
+
+def test_looking_for_rounding_takes_no_random_numbers_and_no_more_memory(monkeypatch):
+    particles = Particles(one_latent, normal_guide(), (), {})
+    monkeypatch.setattr("pyro_iaf.weights.MAX_NUMBERS", 3 * particles.num_numbers)
+    sizes = []
+    run_guide = Particles._run_guide
+
+    def spy(self, size):
+        sizes.append(size)
+        return run_guide(self, size)
+
+    monkeypatch.setattr(Particles, "_run_guide", spy)
+    before = torch.get_rng_state()
+    particles._found_rounding()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert sizes == [3]
 
 
 @pytest.mark.parametrize(("rate", "num_rows"), [(20.0, 1000), (200.0, 100_000), (5000.0, 10_000)])

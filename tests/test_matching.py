@@ -5,6 +5,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.distributions import constraints
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import (
     AutoDiscreteParallel,
@@ -228,6 +229,20 @@ def test_a_guide_for_another_support_is_told(kind):
             with pytest.raises(ValueError, match=r"in the supports that .* at site 'z' it"):
                 call(model(prior), guide)
     diagnose(model(dist.Normal(3.0, 1.0)), guide)  # other numbers in a prior are no other site
+
+
+def test_one_set_in_two_writings_is_one_support():
+    interval = constraints.interval(torch.tensor(0.0), torch.tensor(1.0))
+
+    def model(prior):
+        z = pyro.sample("z", prior)
+        pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor(0.4))
+
+    guide = AutoNormal(model)
+    guide(dist.Beta(1.0, 1.0))
+    diagnose(model, guide, (dist.ImproperUniform(interval, (), ()),))
+    with pytest.raises(ValueError, match="in the supports that"):
+        diagnose(model, guide, (dist.HalfNormal(1.0),))
 
 
 def test_discrete_latents_have_no_bijection_and_need_none():
