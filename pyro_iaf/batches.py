@@ -227,11 +227,18 @@ class _OddData(Messenger):
                 f"{type(value).__name__}, {value!r:.80}. torch.as_tensor(...) makes tensors of "
                 "arrays and lists of numbers; words have to be numbered."
             )
-        elif torch.as_tensor(value).is_complex():
+        elif torch.as_tensor(value).is_complex() and not _has_real_density(msg["fn"], value):
             self.found = (
                 f"The data of site '{msg['name']}' should be real, as densities are; got complex "
                 "numbers. torch.view_as_real(...) makes two real ones of each."
             )
+
+
+def _has_real_density(fn: Any, value: Any) -> bool:
+    """Whether a distribution is one of complex numbers, as what ``deterministic`` has is."""
+    with suppress(Exception):
+        return not fn.log_prob(value).is_complex()
+    return False
 
 
 @torch.no_grad()

@@ -435,6 +435,15 @@ def test_complex_data_are_told():
         quick(model, AutoIAF(model), args=(torch.tensor(1.0 + 2.0j),))
 
 
+def test_what_is_computed_may_be_complex():
+    def model():
+        x = pyro.sample("x", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+        pyro.deterministic("f", torch.fft.fft(x), event_dim=1)
+        pyro.sample("y", dist.Normal(x.sum(-1), 1.0), obs=torch.tensor(1.0))
+
+    assert len(quick(model, AutoNormal(model), num_steps=5).losses) == 5
+
+
 @pytest.mark.parametrize("number", [np.float32(0.25), np.int64(1), 1])
 def test_numbers_of_any_kind_will_do(number):
     settings = {"lr": number, "clip_norm": number, "num_steps": np.int16(3), "seed": np.int64(3)}
