@@ -7,7 +7,8 @@ Noise ``x`` to latent ``y`` in one network pass; the density of what was drawn c
 """
 
 from ._registration import register
-from .diagnostics.diagnose import Diagnosis, diagnose, to_arviz
+from .diagnostics.arviz import to_arviz
+from .diagnostics.diagnose import Diagnosis, diagnose
 from .diagnostics.plots import plot_loss, plot_pairs
 from .distributions import DiagonalNormal
 from .elbo.compiled import CompiledTrace_ELBO
@@ -22,10 +23,10 @@ from .flows.conditional import (
     ConditionalInverseAutoregressiveFlowStack,
     conditional_inverse_autoregressive_flow,
 )
+from .flows.inverse import invert, solve_transposed
 from .guides.auto_hierarchical import AutoHierarchicalIAF
 from .guides.auto_iaf import AutoIAF
 from .nn.made import MaskedAutoregressiveNetwork
-from .solvers.implicit import invert, solve_transposed
 from .training.fit import FitResult, fit
 
 __version__ = "0.1.0"

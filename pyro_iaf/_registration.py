@@ -16,8 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import distributions
 from .flows import autoregressive, conditional, pass_cache
-from .guides import auto_hierarchical, auto_iaf
-from .models import constraints
+from .guides import auto_hierarchical, auto_iaf, site_delta
 
 __all__ = ["register"]
 
@@ -62,7 +61,7 @@ def register() -> None:
             UserWarning,
             stacklevel=2,
         )
-    divergences = distributions.KL_DIVERGENCES | constraints.KL_DIVERGENCES
+    divergences = distributions.KL_DIVERGENCES | site_delta.KL_DIVERGENCES
     for (p, q), divergence in divergences.items():
         register_kl(p, q)(divergence)
     if not _counts_steps:

@@ -11,8 +11,9 @@ from pyro.infer.importance import psis_diagnostic, vectorized_importance_weights
 from pyro.poutine.util import site_is_subsample
 from torch.testing import assert_close
 
-from pyro_iaf.importance import Particles, pareto_k, resampled, smoothed
-from pyro_iaf.models.log_joint import quietly
+from pyro_iaf.importance import pareto_k, resampled, smoothed
+from pyro_iaf.models.particles import Particles
+from pyro_iaf.models.traces import quietly
 
 EVIDENCE = dist.Normal(0.0, math.sqrt(1.25)).log_prob(torch.tensor(1.0)).item()
 
@@ -126,7 +127,7 @@ def test_a_guide_that_is_the_posterior_has_one_weight():
 def test_draws_that_take_several_runs_are_all_there(monkeypatch):
     guide, model, arguments = by_ours("plates")
     particles = Particles(model, guide, arguments, {})
-    monkeypatch.setattr("pyro_iaf.importance.MAX_NUMBERS", 3 * particles.num_numbers)
+    monkeypatch.setattr("pyro_iaf.models.particles.MAX_NUMBERS", 3 * particles.num_numbers)
     assert particles.most_at_once == 3
     draws = particles.weighted(7)
     assert draws.log_weights.unique().shape == (7,)

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from pyro import poutine
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .capture import Refused, kind_of_tensor
 
-__all__ = ["by_hash", "kind_of", "opened", "refusal"]
+__all__ = ["MAX_BUILDS", "MAX_GRAPHS", "MAX_KINDS", "agree", "by_hash", "kind_of", "opened"]
 
 # Arguments, besides tensors, that are part of a graph.
 PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, nn.Module)
 NUMPY_SCALARS = ("float64", "float32", "int64", "int32", "bool")
+
+# Graphs that one loss holds at most, and how many kinds of calls it remembers beyond.
+MAX_GRAPHS, MAX_KINDS = 8, 64
+
+# How often the graph for one kind of call is built, where what it took for granted changes.
+MAX_BUILDS = 4
+
+# How far a graph's numbers may be from those of the code, relative to 1 + their size: loss and
+# gradients, which are sums of what nearly cancels.
+TOLERANCES = {torch.float64: (1e-8, 1e-6), torch.float32: (1e-4, 2e-3)}
 
 
 def opened(
@@ -35,20 +43,6 @@ def opened(
         return tree_unflatten(filled, spec)
 
     return tensors, rebuild
-
-
-def refusal(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """What a model has against arguments, in words; "" if nothing, or if it doesn't tell."""
-    fn = poutine.unwrap(model)
-    try:
-        takes = inspect.signature(fn.forward if isinstance(fn, nn.Module) else fn)
-    except (TypeError, ValueError):  # a builtin
-        return ""
-    try:
-        takes.bind(*args, **kwargs)
-    except TypeError as error:
-        return f"The model takes {takes}: {error}."
-    return ""
 
 
 def kind_of(
@@ -99,3 +93,15 @@ class _ById:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _ById) and other.thing is self.thing
+
+
+def agree(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+    """Whether a loss and gradients are the same, but for rounding."""
+    for k, (a, b) in enumerate(zip(found, expected, strict=True)):
+        if a.shape != b.shape or not torch.equal(a.isfinite(), b.isfinite()):
+            return False
+        a, b = (x.nan_to_num(0.0, 0.0, 0.0) for x in (a, b))
+        tolerance = TOLERANCES.get(b.dtype, (5e-2, 5e-2))[min(k, 1)]
+        if (a - b).norm() > tolerance * (1 + b.norm()):
+            return False
+    return True

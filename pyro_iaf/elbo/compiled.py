@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions.util import is_identically_zero
 from pyro.infer import Trace_ELBO
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
@@ -22,25 +21,16 @@ from pyro.util import warn_if_nan
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._reporting import warn
+from .._validation import check_size, warn
 from ..compiler.capture import Graph, Refused, record
 from ..compiler.lowering import BACKENDS, Lowered, choose_backend, lower, warm_up
-from ..compiler.recorder import by_hash, kind_of, opened
+from ..compiler.recorder import MAX_BUILDS, MAX_GRAPHS, MAX_KINDS, agree, by_hash, kind_of, opened
 from ..models import param_store
-from ..models.log_joint import quietly, samples
-from ..nn.made import check_size
+from ..models.traces import quietly
+from ..solvers.implicit import leaves_of
+from .trace import ScoredSite, not_reparameterised, structure_of, trace_loss
 
-__all__ = ["CompiledTrace_ELBO", "agree", "leaves_of", "recordable_loss"]
-
-# Graphs that one loss holds at most, and how many kinds of calls it remembers beyond.
-MAX_GRAPHS, MAX_KINDS = 8, 64
-
-# How often the graph for one kind of call is built, where what it took for granted changes.
-MAX_BUILDS = 4
-
-# How far a graph's numbers may be from those of the code, relative to 1 + their size: loss and
-# gradients, which are sums of what nearly cancels.
-TOLERANCES = {torch.float64: (1e-8, 1e-6), torch.float32: (1e-4, 2e-3)}
+__all__ = ["CompiledTrace_ELBO"]
 
 
 class CompiledTrace_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
@@ -110,7 +100,7 @@ class CompiledTrace_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
         self._kinds: OrderedDict[Any, None] = OrderedDict()
         self._builds: Counter[Any] = Counter()
         self._warned: set[str] = set()
-        self._structures: list[tuple[list[_Site], list[_Site]]] = []
+        self._structures: list[tuple[list[ScoredSite], list[ScoredSite]]] = []
 
     def loss_and_grads(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
@@ -284,7 +274,7 @@ class CompiledTrace_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
             if self.backend == "inductor":
                 warm_up()
             structure = self._structures[0]
-            if site := _not_reparameterised(*structure):
+            if site := not_reparameterised(*structure):
                 self._warn(
                     f"the guide's draws at site '{site}' are not reparameterised, which takes a "
                     "gradient of another kind"
@@ -349,12 +339,12 @@ class CompiledTrace_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Tensor:
-        loss = _trace_loss(*next(self._get_traces(model, guide, args, kwargs)))
+        loss = trace_loss(*next(self._get_traces(model, guide, args, kwargs)))
         return loss / self.num_particles if self.vectorize_particles else loss
 
     def _get_trace(self, *args: Any) -> Any:
         model_trace, guide_trace = super()._get_trace(*args)
-        self._structures.append((list(_structure(guide_trace)), list(_structure(model_trace))))
+        self._structures.append((list(structure_of(guide_trace)), list(structure_of(model_trace))))
         return model_trace, guide_trace
 
     def _check(
@@ -447,17 +437,6 @@ class _Step:
                     param_store.state(name, leaf)
 
 
-class _Site(NamedTuple):
-    """What a graph takes for granted of a site."""
-
-    name: str
-    kind: type
-    shape: tuple[int, ...]
-    is_observed: bool
-    enumerated: bool
-    scored: bool  # whether Trace_ELBO's gradient has a term with its score
-
-
 class _WithGradient(torch.autograd.Function):
     """A loss whose gradients are known."""
 
@@ -472,74 +451,10 @@ class _WithGradient(torch.autograd.Function):
         return (None, None, *(slope * gradient for gradient in ctx.gradients))
 
 
-def _trace_loss(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> Tensor:
-    """The negative ELBO of a run; its gradient is Trace_ELBO's if all draws are reparameterised."""
-    elbo: Any = 0.0
-    for sign, trace in ((1, model_trace), (-1, guide_trace)):
-        for site in trace.nodes.values():
-            if site["type"] == "sample":
-                elbo = elbo + sign * site["log_prob_sum"]
-    return -torch.as_tensor(elbo)
-
-
-def recordable_loss(
-    elbo: Trace_ELBO,
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Tensor:
-    """What ``elbo`` is of these, in operations that a graph can hold.
-
-    An ELBO with gradients of its own says in ``recordable_particle`` what they are.
-
-    Raises:
-        Refused: If a site is enumerated, or not reparameterised.
-    """
-    total: Any = 0.0
-    for model_trace, guide_trace in elbo._get_traces(model, guide, args, kwargs):
-        site = _not_reparameterised(list(_structure(guide_trace)), list(_structure(model_trace)))
-        if site:
-            raise Refused(
-                f"The guide's draws at site '{site}' are not reparameterised, which takes a "
-                "gradient of another kind than a graph has: compile=False."
-            )
-        of_traces = getattr(elbo, "recordable_particle", _trace_loss)
-        total = total + of_traces(model_trace, guide_trace) / elbo.num_particles
-    return torch.as_tensor(total)
-
-
-def leaves_of(loss: Tensor) -> list[Tensor]:
-    """The tensors whose gradient a backward pass would fill, and somebody could read."""
-    found: dict[int, Tensor] = {}
-    seen, queue = set(), [loss.grad_fn]
-    while queue:
-        node = queue.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable") and not hasattr(node.variable, "is_passing"):
-            found[id(node.variable)] = node.variable
-        queue += [source for source, _ in node.next_functions]
-    return list(found.values())
-
-
 def _gradients(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
     if not leaves or not loss.requires_grad:
         return [torch.zeros_like(leaf) for leaf in leaves]
     return list(torch.autograd.grad(loss, leaves, materialize_grads=True))
-
-
-def agree(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
-    """Whether a loss and gradients are the same, but for rounding."""
-    for k, (a, b) in enumerate(zip(found, expected, strict=True)):
-        if a.shape != b.shape or not torch.equal(a.isfinite(), b.isfinite()):
-            return False
-        a, b = (x.nan_to_num(0.0, 0.0, 0.0) for x in (a, b))
-        tolerance = TOLERANCES.get(b.dtype, (5e-2, 5e-2))[min(k, 1)]
-        if (a - b).norm() > tolerance * (1 + b.norm()):
-            return False
-    return True
 
 
 def _changes(how: str) -> Refused:
@@ -549,23 +464,3 @@ def _changes(how: str) -> Refused:
         "NumPy, or a module that changes itself in training (.eval() ends that). Train by "
         "Trace_ELBO, or fit(..., compile=False)."
     )
-
-
-def _structure(trace: poutine.Trace) -> Iterator[_Site]:
-    for name, site in samples(trace).items():
-        shape = tuple(torch.as_tensor(site["value"]).shape)
-        enumerated = bool(site["infer"].get("enumerate"))
-        # The site's own word, as wrappers and has_rsample_() change that of the class.
-        scored = "score_parts" in site and not is_identically_zero(site["score_parts"][1])
-        yield _Site(name, type(site["fn"]), shape, site["is_observed"], enumerated, scored)
-
-
-def _not_reparameterised(guide: list[_Site], model: list[_Site]) -> str | None:
-    """A site of the guide whose gradient takes its score, if there is one."""
-    for site in [*guide, *model]:
-        if site.enumerated:
-            raise Refused(
-                f"Site '{site.name}' is enumerated, which is for TraceEnum_ELBO; "
-                "CompiledTrace_ELBO draws at each site."
-            )
-    return next((site.name for site in guide if site.scored), None)

@@ -6,18 +6,17 @@ Where they do, the score's mean is not zero: what a parameter does at the ends i
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from pyro import distributions as dist
 from torch import Tensor
-from torch.distributions import Independent, TransformedDistribution, biject_to, constraints
+from torch.distributions import TransformedDistribution, biject_to, constraints
 
 from ..models.constraints import tensors_in
-from .compiled import leaves_of
+from ..models.traces import bare
+from ..solvers.implicit import leaves_of
 
-__all__ = ["bare", "check_unknown", "is_point", "support_moves"]
+__all__ = ["support_moves"]
 
 
 def support_moves(fn: Any, like: Tensor) -> bool:
@@ -31,29 +30,6 @@ def support_moves(fn: Any, like: Tensor) -> bool:
     if type(fn).support is TransformedDistribution.support:  # which doesn't say
         return support_moves(fn.base_dist, like) or _image_moves(fn, like)
     return any(tensor.requires_grad for tensor in tensors_in(fn.support))
-
-
-def bare(fn: Any) -> Any:
-    """A distribution without what Pyro wraps around it."""
-    while isinstance(fn, Independent | dist.MaskedDistribution | dist.ExpandedDistribution):
-        fn = fn.base_dist
-    return fn
-
-
-def is_point(fn: Any) -> bool:
-    """Whether a distribution has one value."""
-    return isinstance(bare(fn), dist.Delta)
-
-
-def check_unknown(latents: Mapping[str, Any]) -> None:
-    """Raises a ValueError if the value of a latent site is known."""
-    for name, site in latents.items():
-        if is_point(site["fn"]):
-            raise ValueError(
-                f"A guide finds out values that the model leaves open; site '{name}' is a Delta, "
-                f"whose value is known. State it by pyro.deterministic('{name}', value), and a log "
-                "density by pyro.factor."
-            )
 
 
 def _image_moves(fn: TransformedDistribution, like: Tensor) -> bool:

@@ -17,11 +17,14 @@ from torch import Tensor
 
 from ..compiler.capture import Refused
 from ..guides.auto_iaf import AutoIAF
-from ..importance import check_guide_site, pareto_k
-from ..models.log_joint import LogJoint, Matching, is_latent, split_sizes
+from ..importance import pareto_k
+from ..models.log_joint import LogJoint
+from ..models.matching import Matching, check_guide_site
+from ..models.traces import is_latent, split_sizes
 from ..solvers.path_score import draw_with_score
-from .compiled import CompiledTrace_ELBO, recordable_loss
+from .compiled import CompiledTrace_ELBO
 from .stl import TraceSTL_ELBO
+from .trace import recordable_loss
 
 __all__ = ["RECORDABLE", "LatentLoss", "Loss", "TraceLoss"]
 

@@ -26,17 +26,17 @@ from pyro.util import warn_if_nan
 from torch import Tensor
 from torch.distributions import Independent, TransformedDistribution, constraints
 
-from .._reporting import warn
+from .._validation import check_size, warn
 from ..distributions import DiagonalNormal
 from ..flows import pass_cache
 from ..flows.autoregressive import InverseAutoregressiveFlowStack
 from ..flows.base import SinglePass
-from ..guides.base import Posterior
-from ..nn.made import check_size
+from ..flows.posterior import Posterior
+from ..models.traces import is_point
 from ..solvers.fixed_point import runs_eagerly
+from ..solvers.implicit import leaves_of
 from ..solvers.path_score import Drawn, draw_with_score
-from .compiled import leaves_of
-from .moving_support import is_point, support_moves
+from .moving_support import support_moves
 
 __all__ = ["TraceSTL_ELBO"]
 

@@ -19,24 +19,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..nn.made import (
-    MaskedAutoregressiveNetwork,
+from .._validation import (
     check_flag,
-    check_network,
     check_number,
     check_order,
     check_size,
-    in_one_line,
-    order_of,
-)
-from ..solvers.fixed_point import runs_eagerly
-from ..solvers.implicit import (
-    attach_gradient,
-    check_round_trip,
     check_tensors,
-    transposed_solution,
-    walk_back,
+    in_one_line,
 )
+from ..nn.made import MaskedAutoregressiveNetwork, check_network, order_of
+from ..solvers.fixed_point import runs_eagerly
+from ..solvers.implicit import attach_gradient, check_round_trip, transposed_solution, walk_back
 from . import pass_cache
 from .base import Flow, SinglePass
 

@@ -14,7 +14,7 @@ from pyro.distributions import constraints
 from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor, nn
 
-from ..solvers.implicit import check_tensors
+from .._validation import check_tensors
 from . import pass_cache
 
 __all__ = ["Flow", "SinglePass"]

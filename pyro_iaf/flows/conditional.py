@@ -16,7 +16,8 @@ from pyro.distributions import constraints
 from pyro.distributions.conditional import ConditionalTransformModule
 from torch import Tensor, nn
 
-from ..nn.made import check_context, check_network
+from .._validation import check_context
+from ..nn.made import check_network
 from .autoregressive import (
     InverseAutoregressiveFlow,
     InverseAutoregressiveFlowStack,

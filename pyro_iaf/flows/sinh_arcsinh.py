@@ -18,7 +18,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..nn.made import in_one_line
+from .._validation import in_one_line
 from .base import SinglePass
 
 __all__ = ["LocScale"]

@@ -18,9 +18,9 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import biject_to
 
-from ..models.log_joint import split_sizes, taking_turns
-from ..nn.made import check_size
-from .base import check_levels, quantiles_of
+from .._validation import check_levels, check_size
+from ..models.traces import split_sizes, taking_turns
+from .base import quantiles_of
 from .hierarchical import GroupedGuide
 from .plates import checked_rows
 

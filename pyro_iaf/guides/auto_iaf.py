@@ -21,24 +21,18 @@ from pyro.infer.autoguide.guides import AutoContinuous
 from torch import Tensor, nn
 from torch.distributions import biject_to
 
-from .._reporting import warn
+from .._validation import check_callable, check_context, check_levels, check_size, warn
 from ..distributions import DiagonalNormal
 from ..flows.autoregressive import InverseAutoregressiveFlowStack
+from ..flows.posterior import Posterior
 from ..models import param_store
-from ..models.constraints import SiteDeltas, without_graph
-from ..models.log_joint import Given, LogJoint
-from ..nn.made import check_context, check_size
-from .base import (
-    FlowGuide,
-    Posterior,
-    Transform,
-    check_callable,
-    check_levels,
-    joined,
-    quantiles_of,
-)
+from ..models.constraints import without_graph
+from ..models.log_joint import LogJoint
+from ..models.matching import Given
+from ..models.traces import full_size
+from .base import FlowGuide, Transform, joined, quantiles_of
 from .pathfinder import Start, StartNotFound, pathfinder
-from .plates import full_size
+from .site_delta import SiteDeltas
 
 __all__ = ["AutoIAF"]
 

@@ -11,7 +11,6 @@ from numbers import Real
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer.autoguide.guides import AutoGuide
@@ -21,43 +20,26 @@ from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 from torch.distributions import biject_to
 
-from .._reporting import warn
-from ..compiler.recorder import refusal
-from ..elbo.moving_support import check_unknown
-from ..flows import pass_cache
+from .._validation import check_callable, check_flag, check_size, check_widths, in_one_line, warn
 from ..flows.autoregressive import InverseAutoregressiveFlowStack, inverse_autoregressive_flow
 from ..flows.conditional import (
     ConditionalInverseAutoregressiveFlowStack,
     conditional_inverse_autoregressive_flow,
 )
 from ..flows.sinh_arcsinh import LocScale
-from ..importance import Particles
 from ..models import param_store
+from ..models.arguments import refusal
 from ..models.constraints import each_tensor, without_graph
-from ..models.log_joint import Mismatch, is_latent, taking_turns
 from ..models.masks import Unmasked, log_priors, sites_to_lift, where_counted
-from ..nn.made import (
-    MaskedAutoregressiveNetwork,
-    check_flag,
-    check_size,
-    check_widths,
-    in_one_line,
-)
+from ..models.matching import Mismatch
+from ..models.particles import Particles
+from ..models.traces import full_size, is_latent, is_point, taking_turns
+from ..nn.made import MaskedAutoregressiveNetwork
 from .pathfinder import Start, or_draw
-from .plates import full_size, quoted
+from .plates import quoted
 
-__all__ = [
-    "FlowGuide",
-    "Posterior",
-    "Transform",
-    "check_callable",
-    "check_levels",
-    "joined",
-    "quantiles_of",
-]
-
+__all__ = ["FlowGuide", "Transform", "check_unknown", "joined", "quantiles_of"]
 GATE_BIAS = 2.0
-
 Transform = InverseAutoregressiveFlowStack | ConditionalInverseAutoregressiveFlowStack
 
 # More latents than this have a scale for each by default, and not a matrix.
@@ -478,45 +460,6 @@ class FlowGuide(AutoGuide):
         return twin
 
 
-class Posterior(dist.TransformedDistribution):  # type: ignore[misc]
-    """A guide's distribution, which knows its last draw again without its graph."""
-
-    _drawn: Tensor | None = None
-
-    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
-        self._drawn = super().rsample(sample_shape)
-        return self._drawn
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        if self._drawn is not None:  # reweighted wake-sleep scores its draws after detach()
-            pass_cache.recognise(value, self._drawn)
-        (transform,) = self.transforms
-        x, log_det = transform._noise_and_log_det(value)
-        log_prob: Tensor = self.base_dist.log_prob(x) - log_det
-        return log_prob
-
-
-def check_callable(word: str, thing: Any, may_be_missing: bool) -> None:
-    """Raises a ValueError unless this argument is a callable."""
-    if not callable(thing) and not (thing is None and may_be_missing):
-        raise ValueError(f"{word} should be a callable; got {thing!r}.")
-
-
-def check_levels(quantiles: Sequence[float] | Tensor | float) -> Tensor:
-    """Levels of quantiles, of shape ``(n,)``; raises a ValueError for others."""
-    try:
-        levels = torch.as_tensor(quantiles, dtype=torch.float64).detach()
-    except (TypeError, ValueError, RuntimeError):  # of what is no number
-        levels = torch.full((), math.nan)
-    levels = levels.reshape(-1) if levels.dim() < 2 else torch.full((1,), math.nan)
-    if not (len(levels) and ((levels >= 0) & (levels <= 1)).all()):
-        raise ValueError(
-            f"quantiles should be a level between 0 and 1 or a list of them, as [0.05, 0.5, 0.95]; "
-            f"got {quantiles!r}."
-        )
-    return levels
-
-
 def quantiles_of(draws: Tensor, levels: Tensor) -> Tensor:
     """Quantiles along the first axis, of tensors of any size and precision."""
     draws = draws if draws.dtype == torch.float64 else draws.float()  # no half quantiles
@@ -532,3 +475,14 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
     device = next((part.device for part in parts if part.device.type != "cpu"), None)
     loc = torch.cat([part.to(device) for part in parts])
     return loc if loc.is_floating_point() else loc.to(torch.get_default_dtype())
+
+
+def check_unknown(latents: Mapping[str, Any]) -> None:
+    """Raises a ValueError if the value of a latent site is known."""
+    for name, site in latents.items():
+        if is_point(site["fn"]):
+            raise ValueError(
+                f"A guide finds out values that the model leaves open; site '{name}' is a Delta, "
+                f"whose value is known. State it by pyro.deterministic('{name}', value), and a log "
+                "density by pyro.factor."
+            )

@@ -22,29 +22,19 @@ from torch import Tensor, nn
 from torch.distributions import biject_to
 from torch.nn import functional
 
+from .._validation import check_callable, check_size
 from ..distributions import DiagonalNormal
-from ..models.constraints import MaskedSiteDelta, SiteDelta
-from ..nn.made import check_size
+from ..flows.posterior import Posterior
+from ..models.constraints import one_row
+from ..models.traces import full_size
 from ..solvers.path_score import noise_of_draw
-from ..training.optimizers import make_gradients_sparse
-from .base import FlowGuide, Posterior, check_callable, joined
+from .base import FlowGuide, joined
+from .contexts import TABLE_WIDTH, Contexts, Encoders, make_gradients_sparse
 from .pathfinder import Start
-from .plates import (
-    Encoders,
-    GivenSubsamples,
-    Group,
-    QuickSubsamples,
-    full_size,
-    groups_of,
-    one_row,
-)
+from .plates import GivenSubsamples, Group, QuickSubsamples, groups_of
+from .site_delta import MaskedSiteDelta, SiteDelta
 
-__all__ = ["Contexts", "GroupedGuide", "row_gradients", "tables_of"]
-
-# Contexts by the plates of a group: those that are there before the plates are.
-Contexts = Mapping[tuple[str, ...], Tensor]
-
-TABLE_WIDTH = 8
+__all__ = ["GroupedGuide", "row_gradients", "tables_of"]
 
 
 class GroupedGuide(FlowGuide):

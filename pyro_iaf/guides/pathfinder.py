@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 from torch.distributions import biject_to
 
-from .._reporting import warn
+from .._validation import warn
 from ..models.log_joint import LogJoint
-from .plates import full_size
+from ..models.traces import full_size
 
 __all__ = ["Start", "StartNotFound", "or_draw", "pathfinder"]
 

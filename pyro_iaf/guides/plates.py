@@ -8,22 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from pyro.poutine import subsample_messenger
 from pyro.poutine.messenger import Messenger
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import biject_to
 
-from ..models.constraints import each_tensor, tensors_in
+from ..models.constraints import one_row, tensors_in
+from .contexts import Encoders
 
-__all__ = [
-    "Encoders",
-    "GivenSubsamples",
-    "Group",
-    "QuickSubsamples",
-    "checked_rows",
-    "full_size",
-    "groups_of",
-    "one_row",
-    "quoted",
-]
+__all__ = ["GivenSubsamples", "Group", "QuickSubsamples", "checked_rows", "groups_of", "quoted"]
 
 # Plates of so many rows are subsampled without putting all in random order.
 LARGE = 10_000
@@ -149,24 +140,6 @@ def _row_shape(site: dict[str, Any]) -> torch.Size:
     return value.shape[num_batch:]
 
 
-def one_row(support: Any, event_dim: int) -> Any:
-    """A support that is the same for all rows of a plate, as that of one."""
-
-    def first(bound: Tensor) -> Tensor:
-        num_batch = bound.dim() - event_dim
-        if num_batch <= 0 or not bound.numel():
-            return bound
-        rows = bound.flatten(0, num_batch - 1)
-        return rows[0] if bool((rows == rows[0]).all()) else bound
-
-    return each_tensor(support, first)
-
-
-def full_size(frame: Any) -> int:
-    """How many rows a plate has, drawn or not."""
-    return int(frame.full_size or frame.size)
-
-
 def checked_rows(
     rows: Mapping[str, Sequence[int] | Tensor], sizes: Mapping[str, int]
 ) -> dict[str, Tensor]:
@@ -190,23 +163,6 @@ def checked_rows(
             raise ValueError(f"rows[{name!r}] should be between 0 and {size - 1}; got {chosen!r}.")
         checked[name] = index
     return checked
-
-
-class Encoders(nn.Module):
-    """Encoders by the names of their plates, modules and functions."""
-
-    def __init__(self, encoders: Mapping[str, Any]) -> None:
-        super().__init__()
-        modules = {k: e for k, e in encoders.items() if isinstance(e, nn.Module)}
-        self.functions = {k: e for k, e in encoders.items() if k not in modules}
-        # By number, since names of plates may be no names of modules.
-        self.places = {name: k for k, name in enumerate(modules)}
-        self.parts = nn.ModuleList(modules.values())
-
-    def of_plates(self, name: str) -> Any:
-        """The encoder for a group of plates, if there is one."""
-        place = self.places.get(name)
-        return self.functions.get(name) if place is None else self.parts[place]
 
 
 class GivenSubsamples(Messenger):

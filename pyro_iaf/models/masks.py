@@ -24,7 +24,8 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Independent, biject_to
 
-from .log_joint import Told, compute_log_prob, quietly, subsamples
+from .matching import Told
+from .traces import compute_log_prob, quietly, subsamples
 
 __all__ = ["Unmasked", "log_priors", "sites_to_lift", "where_counted"]
 

@@ -11,8 +11,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from ..elbo.moving_support import bare, is_point
-from .log_joint import compute_log_prob, quietly, samples
+from .traces import bare, compute_log_prob, is_point, quietly, samples
 
 __all__ = ["at_fault", "impossible_data"]
 

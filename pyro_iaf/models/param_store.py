@@ -20,7 +20,7 @@ from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .._reporting import warn
+from .._validation import warn
 
 __all__ = ["adopt", "declare", "has_from_file", "parameters_of", "state", "stated"]
 

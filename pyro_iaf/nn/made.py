@@ -13,17 +13,17 @@ so the Jacobian of every output is strictly triangular in the order, with exact 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
-from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["MaskedAutoregressiveNetwork"]
+from .._validation import check_context, check_order, check_size, check_widths, in_one_line
 
+__all__ = ["MaskedAutoregressiveNetwork"]
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "elu": nn.ELU,
     "gelu": nn.GELU,
@@ -35,8 +35,6 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "softplus": nn.Softplus,
     "tanh": nn.Tanh,
 }
-
-
 LARGEST_SHARED = 2**17  # half a megabyte; measured, by the step of SVI, to pay below and not above
 
 
@@ -294,13 +292,6 @@ class MaskedAutoregressiveNetwork(nn.Module):
         return in_one_line(self, *self.words(), f"num_params={self.num_params}")
 
 
-def in_one_line(module: nn.Module, *words: str) -> str:
-    """A module's public name, these words, and how many parameters it has."""
-    count = sum(param.numel() for param in module.parameters())
-    name = next(kind.__name__ for kind in type(module).__mro__ if kind.__name__[0] != "_")
-    return f"{name}({', '.join(words)}; {count:,} parameters)"
-
-
 def product(factors: Sequence[Tensor]) -> Tensor:
     """What one or two factors come to."""
     return factors[0] if len(factors) == 1 else factors[0] * factors[1]
@@ -351,65 +342,6 @@ def check_network(network: Any) -> None:
             "A flow expects a network with num_params=2, a shift and a log-scale; got "
             f"{num_params}."
         )
-
-
-def check_context(context: Tensor, context_dim: int | None) -> None:
-    """Raises a ValueError unless ``context`` ends in ``context_dim`` features."""
-    if isinstance(context, Tensor) and context.dim() and context_dim in (None, context.shape[-1]):
-        return
-    got = f"a tensor of shape {tuple(context.shape)}" if isinstance(context, Tensor) else context
-    raise ValueError(
-        f"context should end in context_dim={context_dim} features, one row per batch element; "
-        f"got {got}. An encoder's last layer sets this size."
-    )
-
-
-def check_size(name: str, value: object, smallest: int = 1) -> int:
-    """The value as an int, or a ValueError that names what it is of."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < smallest:
-        raise ValueError(f"{name} should be an int of at least {smallest}; got {value!r}.")
-    return int(value)
-
-
-def check_flag(name: str, value: object) -> bool:
-    """The value, or a ValueError if it is neither True nor False."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} should be True or False; got {value!r}. Left out, it is False.")
-    return value
-
-
-def check_number(name: str, value: object) -> float:
-    """The value as a float, or a ValueError if it is no finite number."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise ValueError(f"{name} should be a finite number; got {value!r}. float(...) makes one.")
-    return float(value)
-
-
-def check_widths(hidden_dims: int | Sequence[int] | None, input_dim: int) -> list[int]:
-    if hidden_dims is None:
-        return 2 * [max(64, 2 * input_dim)]
-    widths = list(hidden_dims) if isinstance(hidden_dims, Iterable) else [hidden_dims]
-    if not widths:
-        raise ValueError(
-            "hidden_dims should be an int, or a list of one int for each hidden layer; got an "
-            "empty list. None gives the default."
-        )
-    return [check_size(f"hidden_dims[{i}]", width) for i, width in enumerate(widths)]
-
-
-def check_order(order: Sequence[int] | Tensor | None, input_dim: int) -> list[int]:
-    """The order as a list, or a ValueError if it is no permutation."""
-    if order is None:
-        return list(range(input_dim))
-    given = order.tolist() if isinstance(order, Tensor) else order
-    as_list = list(given) if isinstance(given, Iterable) else []
-    whole = all(isinstance(k, Integral) for k in as_list)
-    if not whole or len(as_list) != input_dim or set(as_list) != set(range(input_dim)):
-        raise ValueError(
-            f"order should be a permutation of 0, ..., {input_dim - 1}, where order[k] is the "
-            f"coordinate that comes k-th; got {given}."
-        )
-    return as_list
 
 
 def _activation(activation: str | nn.Module) -> nn.Module:

@@ -10,17 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from pyro import poutine
-from pyro.infer.autoguide.guides import AutoGuide
-from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from ..compiler.recorder import opened, refusal
-from ..models.log_joint import quietly
+from ..compiler.recorder import opened
+from ..models.arguments import Batch, refusal
+from ..models.traces import quietly
 
-__all__ = ["Batch", "Batches", "check_call", "check_pair", "odd_data", "simulated"]
-
-Batch = tuple[tuple[Any, ...], dict[str, Any]]
+__all__ = ["Batches", "odd_data", "simulated"]
 
 
 class Batches:
@@ -175,41 +172,6 @@ class Batches:
                     f"The checkpoint was written after {self._taken} minibatches of data, and now "
                     "data has fewer. Give the same data, or another path to begin anew."
                 )
-
-
-def check_call(args: Any, kwargs: Any, model: Callable[..., Any] | None = None) -> Batch:
-    """The arguments of a model.
-
-    Raises:
-        ValueError: If they are not a tuple and a dict.
-        TypeError: If they are not what this model takes.
-    """
-    if not isinstance(args, tuple | list):
-        raise ValueError(
-            f"args should be a tuple of what the model takes, as args=(x, y) or args=(x,); got "
-            f"{type(args).__name__}."
-        )
-    if not isinstance(kwargs, Mapping | None):
-        raise ValueError(
-            f"kwargs should be a dict of what the model takes by keyword; got "
-            f"{type(kwargs).__name__}. Several arguments go into one tuple, args=(x, y)."
-        )
-    args, kwargs = tuple(args), dict(kwargs or {})
-    if model is not None and (why := refusal(model, args, kwargs)):
-        raise TypeError(f"{why} Give them as args=(x, y), args=(x,) or kwargs={{'y': y}}.")
-    return args, kwargs
-
-
-def check_pair(caller: str, model: Any, guide: Any) -> None:
-    """Raises a ValueError unless these are a model and a guide, as far as that shows outside."""
-    for word, thing in (("model", model), ("guide", guide)):
-        is_swapped = word == "model" and isinstance(thing, AutoGuide | GuideMessenger)
-        if is_swapped or isinstance(thing, type) or not callable(thing):
-            got = thing if isinstance(thing, type) or not callable(thing) else type(thing)
-            raise ValueError(
-                f"{caller} takes a model and then a guide for it, two callables, as "
-                f"{caller}(model, AutoIAF(model)); got as {word} {got!r}."
-            )
 
 
 class _OddData(Messenger):

@@ -21,90 +21,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..compiler.capture import Graph, Refused, record
 from ..compiler.lowering import Lowered, lower
-from ..compiler.recorder import by_hash, kind_of, opened
-from ..elbo.compiled import agree
+from ..compiler.recorder import agree, by_hash, kind_of, opened
 from ..elbo.objectives import Loss
-from ..models.log_joint import quietly
+from ..models.traces import quietly
 from ..solvers.score_kernel import load_kernel
-from .optimizers import BETA_1, BETA_2, EPS
+from .optimizers import BETA_1, BETA_2, EPS, Adam
 
-__all__ = ["Adam", "CompiledSteps"]
-
-
-class Adam:
-    """Parameters and the state of Adam in flat tensors.
-
-    Args:
-        params: The parameters, of one dtype and device.
-        optimizer: The optimiser whose state it takes over, and gives back.
-        factors: By how much the rate of each of the optimiser's groups differs from the rate.
-
-    Raises:
-        Refused: If the parameters have several dtypes or devices, or came one after the other.
-    """
-
-    def __init__(
-        self, params: Sequence[Tensor], optimizer: torch.optim.Adam, factors: Sequence[float]
-    ) -> None:
-        self.params, self.optimizer = list(params), optimizer
-        if len({(param.dtype, param.device) for param in params}) != 1:
-            raise Refused(
-                "Parameters of several dtypes or devices can't be trained by compiled steps: give "
-                "compile=False, or convert the guide and the model to one."
-            )
-        self.sizes = [param.numel() for param in params]
-        factor_of = {
-            id(param): factor
-            for group, factor in zip(optimizer.param_groups, factors, strict=True)
-            for param in group["params"]
-        }
-        rates = [p.detach().new_full((p.numel(),), factor_of[id(p)]) for p in params]
-        self.rates = torch.cat(rates)
-        self.load()
-
-    @torch.no_grad()
-    def load(self) -> None:
-        """Reads parameters and state."""
-        self.values = self._flat(lambda p: p)
-        self.first = self._flat(lambda p: self._state_of(p).get("exp_avg", torch.zeros_like(p)))
-        self.second = self._flat(lambda p: self._state_of(p).get("exp_avg_sq", torch.zeros_like(p)))
-        taken = {float(self._state_of(param).get("step", 0)) for param in self.params}
-        if len(taken) != 1:
-            raise Refused(
-                "Some parameters were trained for more steps than others, which compiled steps "
-                "can't go on with: compile=False."
-            )
-        # The loss's health, and how many steps were taken.
-        self.state = torch.tensor([0.0, *taken], dtype=torch.float64, device=self.values.device)
-        self.views = self.in_shape(self.values)
-
-    @torch.no_grad()
-    def store(self) -> None:
-        """Writes the parameters."""
-        torch._foreach_copy_(self.params, self.views)
-
-    @torch.no_grad()
-    def store_state(self) -> None:
-        """Writes the optimiser's state."""
-        averages = zip(self.in_shape(self.first), self.in_shape(self.second), strict=True)
-        for param, (first, second) in zip(self.params, averages, strict=True):
-            self.optimizer.state[param] = {
-                "step": self.state[1].float(),
-                "exp_avg": first.clone(),
-                "exp_avg_sq": second.clone(),
-            }
-
-    def in_shape(self, flat: Tensor) -> list[Tensor]:
-        """The parts of a flat tensor, in the shapes of the parameters."""
-        parts = flat.split_with_sizes(self.sizes)
-        return [part.view(param.shape) for part, param in zip(parts, self.params, strict=True)]
-
-    def _flat(self, of: Callable[[Tensor], Tensor]) -> Tensor:
-        return torch.cat([of(param).detach().reshape(-1) for param in self.params])
-
-    def _state_of(self, param: Tensor) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = self.optimizer.state.get(param, {})
-        return state
+__all__ = ["CompiledSteps"]
 
 
 class Built(NamedTuple):

@@ -24,7 +24,8 @@ from torch.distributions import Distribution, Transform, biject_to
 from torch.distributions.constraints import Constraint
 from torch.distributions.utils import lazy_property
 
-from ..models.log_joint import Told, compute_log_prob, quietly, samples
+from ..models.matching import Told
+from ..models.traces import compute_log_prob, quietly, samples
 
 __all__ = ["Digests", "differing", "digest", "digests_of_sites", "in_words"]
 

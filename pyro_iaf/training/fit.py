@@ -14,14 +14,16 @@ from pyro.poutine import runtime
 from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.seed_messenger import SeedMessenger
 
+from .._validation import check_size
 from ..elbo.compiled import CompiledTrace_ELBO
 from ..elbo.objectives import RECORDABLE
 from ..guides.base import FlowGuide
-from ..models.log_joint import taking_turns
-from ..nn.made import check_size
+from ..models.arguments import check_call, check_pair
+from ..models.traces import taking_turns
 from . import checkpoints
-from .batches import Batches, check_call, check_pair
-from .run import FitResult, Run
+from .batches import Batches
+from .result import FitResult
+from .run import Run
 
 __all__ = ["FitResult", "fit"]
 

@@ -12,20 +12,18 @@ for the rows :math:`i` that have a gradient, and Adam's step for these, each by 
 from __future__ import annotations
 
 import math
-import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["BETA_1", "BETA_2", "EPS", "RowAdam", "make_gradients_sparse"]
+from ..compiler.capture import Refused
+
+__all__ = ["BETA_1", "BETA_2", "EPS", "Adam", "RowAdam"]
 
 # Those of torch.optim.Adam.
 BETA_1, BETA_2, EPS = 0.9, 0.999, 1e-8
-
-_made_sparse: Any = WeakIdKeyDictionary()  # parameters, and whose they are
 
 
 class RowAdam:
@@ -87,15 +85,77 @@ class RowAdam:
                 own.copy_(value)
 
 
-def make_gradients_sparse(param: Tensor, guide: Any) -> None:
-    """Gives a parameter's gradients the form that ``SparseAdam`` wants, while its guide does."""
-    if param not in _made_sparse:
-        param.register_post_accumulate_grad_hook(_make_sparse)
-    _made_sparse[param] = weakref.ref(guide)
+class Adam:
+    """Parameters and the state of Adam in flat tensors.
 
+    Args:
+        params: The parameters, of one dtype and device.
+        optimizer: The optimiser whose state it takes over, and gives back.
+        factors: By how much the rate of each of the optimiser's groups differs from the rate.
 
-def _make_sparse(param: Tensor) -> None:
-    guide = _made_sparse[param]() if param in _made_sparse else None
-    is_wanted = guide is not None and guide.embedding_grad == "sparse" and not guide.rows_alone
-    if is_wanted and param.grad is not None and not param.grad.is_sparse:
-        param.grad = param.grad.to_sparse()
+    Raises:
+        Refused: If the parameters have several dtypes or devices, or came one after the other.
+    """
+
+    def __init__(
+        self, params: Sequence[Tensor], optimizer: torch.optim.Adam, factors: Sequence[float]
+    ) -> None:
+        self.params, self.optimizer = list(params), optimizer
+        if len({(param.dtype, param.device) for param in params}) != 1:
+            raise Refused(
+                "Parameters of several dtypes or devices can't be trained by compiled steps: give "
+                "compile=False, or convert the guide and the model to one."
+            )
+        self.sizes = [param.numel() for param in params]
+        factor_of = {
+            id(param): factor
+            for group, factor in zip(optimizer.param_groups, factors, strict=True)
+            for param in group["params"]
+        }
+        rates = [p.detach().new_full((p.numel(),), factor_of[id(p)]) for p in params]
+        self.rates = torch.cat(rates)
+        self.load()
+
+    @torch.no_grad()
+    def load(self) -> None:
+        """Reads parameters and state."""
+        self.values = self._flat(lambda p: p)
+        self.first = self._flat(lambda p: self._state_of(p).get("exp_avg", torch.zeros_like(p)))
+        self.second = self._flat(lambda p: self._state_of(p).get("exp_avg_sq", torch.zeros_like(p)))
+        taken = {float(self._state_of(param).get("step", 0)) for param in self.params}
+        if len(taken) != 1:
+            raise Refused(
+                "Some parameters were trained for more steps than others, which compiled steps "
+                "can't go on with: compile=False."
+            )
+        # The loss's health, and how many steps were taken.
+        self.state = torch.tensor([0.0, *taken], dtype=torch.float64, device=self.values.device)
+        self.views = self.in_shape(self.values)
+
+    @torch.no_grad()
+    def store(self) -> None:
+        """Writes the parameters."""
+        torch._foreach_copy_(self.params, self.views)
+
+    @torch.no_grad()
+    def store_state(self) -> None:
+        """Writes the optimiser's state."""
+        averages = zip(self.in_shape(self.first), self.in_shape(self.second), strict=True)
+        for param, (first, second) in zip(self.params, averages, strict=True):
+            self.optimizer.state[param] = {
+                "step": self.state[1].float(),
+                "exp_avg": first.clone(),
+                "exp_avg_sq": second.clone(),
+            }
+
+    def in_shape(self, flat: Tensor) -> list[Tensor]:
+        """The parts of a flat tensor, in the shapes of the parameters."""
+        parts = flat.split_with_sizes(self.sizes)
+        return [part.view(param.shape) for part, param in zip(parts, self.params, strict=True)]
+
+    def _flat(self, of: Callable[[Tensor], Tensor]) -> Tensor:
+        return torch.cat([of(param).detach().reshape(-1) for param in self.params])
+
+    def _state_of(self, param: Tensor) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.optimizer.state.get(param, {})
+        return state

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from .._reporting import warn
+from .._validation import warn
 from ..compiler.capture import Refused
 from ..compiler.lowering import has_compiler, warm_up
-from ..compiler.recorder import kind_of
-from ..elbo.compiled import MAX_BUILDS, MAX_GRAPHS
+from ..compiler.recorder import MAX_BUILDS, MAX_GRAPHS, kind_of
 from ..elbo.objectives import LatentLoss
 from ..solvers.score_kernel import MAX_WRITTEN_OUT
 from .compiled_step import Built, CompiledSteps

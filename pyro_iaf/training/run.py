@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from pyro.poutine import runtime
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .._reporting import warn
+from .._validation import warn
 from ..compiler.capture import Refused
 from ..elbo.objectives import RECORDABLE, LatentLoss, Loss, TraceLoss
 from ..elbo.stl import TraceSTL_ELBO
@@ -30,31 +29,34 @@ from ..guides.auto_hierarchical import AutoHierarchicalIAF
 from ..guides.auto_iaf import AutoIAF
 from ..guides.base import FlowGuide
 from ..guides.hierarchical import row_gradients, tables_of
-from ..importance import Particles, check_latents
-from ..models.log_joint import LogJoint, Mismatch, quietly
+from ..models.arguments import Batch
+from ..models.log_joint import LogJoint
+from ..models.matching import Mismatch
 from ..models.nonfinite import at_fault, impossible_data
 from ..models.param_store import stated
+from ..models.particles import Particles, check_latents
+from ..models.traces import quietly
 from ..nn.made import MaskedAutoregressiveNetwork
 from . import checkpoints
-from .batches import Batch, Batches, odd_data
+from .batches import Batches, odd_data
 from .compiled_step import Built, CompiledSteps
 from .digests import Digests, differing, digest, digests_of_sites, in_words
 from .interrupts import Interrupts
 from .optimizers import RowAdam
 from .progress import progress_bar
 from .recordings import Recordings
+from .result import AVERAGED, FitResult
 from .schedule import Schedule
 
-__all__ = ["FitResult", "Run"]
-
-# The share of steps, the last ones, whose parameters are averaged.
-AVERAGED = 0.2
+__all__ = ["Run"]
 
 # A weight of our networks counts one over the square root of its unit's inputs, so it may move by
 # more than a loc or a scale.
 RATES = (1.0, 4.0)
+
 # That of a table's rows, which steps come by rarely.
 RATE_OF_ROWS = 10.0
+
 # In how many steps each row of a table has been, in the mean, before all has settled.
 FEWEST_VISITS = 30
 
@@ -64,53 +66,6 @@ MAX_SKIPPED, MAX_SHARE_SKIPPED = 25, 0.2
 # Compiled steps between two looks at the losses and the parameters: the first time, and the most;
 # it should not take more seconds.
 FIRST_CHUNK, LARGEST_CHUNK, SECONDS_A_CHUNK = 50, 500, 0.2
-
-
-@dataclass
-class FitResult:
-    """What :func:`~pyro_iaf.fit` did.
-
-    Attributes:
-        losses: The loss of every step that was taken, the negative ELBO in nats.
-        num_steps: How many steps were tried.
-        stopped: Whether the ELBO had settled before the steps that were asked for were over.
-        skipped: How many steps had a loss or a gradient that was not finite, and were not taken.
-        seconds: How long it took, without what an earlier process did before a checkpoint.
-        backend: What took the last step: ``"inductor"``, ``"graph"`` or, uncompiled, ``"eager"``.
-        resumed_at: The step from which a checkpoint went on; 0 where there was none.
-
-    Example:
-        >>> result = FitResult(torch.full((100,), 2.5), 100, False, 0, 1.0)
-        >>> result.settled
-        (2.5, 0.0)
-        >>> print(result)
-        ELBO -2.50 +/- 0 nats after 100 steps; 1.0 s
-    """
-
-    losses: Tensor = field(repr=False)
-    num_steps: int
-    stopped: bool
-    skipped: int
-    seconds: float
-    backend: str = "eager"
-    resumed_at: int = 0
-
-    @property
-    def settled(self) -> tuple[float, float]:
-        """The mean loss while parameters were averaged, and its standard error."""
-        last = self.losses[-max(1, int(AVERAGED * self.num_steps)) :]
-        return last.mean().item(), (last.var(correction=0) / len(last)).sqrt().item()
-
-    def __str__(self) -> str:
-        loss, error = self.settled
-        text = f"ELBO {-loss:.2f} +/- {error:.1g} nats after {self.num_steps} steps"
-        if self.stopped:
-            text += ", where it had settled"
-        if self.skipped:
-            text += f"; {self.skipped} of them were skipped, since they were not finite"
-        if self.resumed_at:
-            text += f"; the first {self.resumed_at} are of a checkpoint"
-        return text + f"; {self.seconds:.1f} s"
 
 
 class Run:

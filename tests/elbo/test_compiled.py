@@ -33,7 +33,7 @@ from pyro_iaf import (
     inverse_autoregressive_flow,
 )
 from pyro_iaf.compiler import lowering
-from pyro_iaf.elbo.compiled import MAX_GRAPHS
+from pyro_iaf.compiler.recorder import MAX_GRAPHS
 
 needs_compiler = pytest.mark.skipif(
     not lowering.has_compiler(torch.device("cpu")), reason="there is no C++ compiler"

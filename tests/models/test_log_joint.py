@@ -15,7 +15,8 @@ from torch.testing import assert_close
 
 from pyro_iaf import AutoHierarchicalIAF, AutoIAF, diagnose, fit
 from pyro_iaf.guides import auto_iaf
-from pyro_iaf.models.log_joint import LogJoint, compute_log_prob, log_prob_of_particles, quietly
+from pyro_iaf.models.log_joint import LogJoint
+from pyro_iaf.models.traces import compute_log_prob, log_prob_of_particles, quietly
 
 
 def packed(joint, trace):

@@ -20,7 +20,7 @@ from pyro_iaf import (
     to_arviz,
 )
 from pyro_iaf.elbo.objectives import TraceLoss
-from pyro_iaf.models.log_joint import samples
+from pyro_iaf.models.traces import samples
 
 GUIDES = [AutoIAF, AutoHierarchicalIAF]
 N = 12

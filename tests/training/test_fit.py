@@ -25,8 +25,8 @@ from pyro_iaf import (
     to_arviz,
 )
 from pyro_iaf.elbo.objectives import LatentLoss
-from pyro_iaf.importance import Particles
 from pyro_iaf.models.log_joint import LogJoint
+from pyro_iaf.models.particles import Particles
 
 Y = torch.tensor([1.0, 2.0, 0.5, 1.5])
 
