@@ -21,7 +21,8 @@ from pyro.infer.autoguide import AutoIAFNormal, AutoMultivariateNormal, AutoNorm
 
 from benchmarks.common import save
 from pyro_iaf import AutoIAF, fit
-from pyro_iaf.weights import Particles, pareto_k
+from pyro_iaf.importance import pareto_k
+from pyro_iaf.models.particles import Particles
 
 NUM_STEPS, NUM_PARTICLES, NUM_DRAWS = 3000, 16, 10_000
 

@@ -115,7 +115,7 @@ def stepper(contender, name, particles):
 
         return run
     # What a fit does for the guide's tails after its last step is no part of a step.
-    pyro_iaf.losses.LatentLoss.see_to_tails = lambda self, batch: None
+    pyro_iaf.elbo.objectives.LatentLoss.see_to_tails = lambda self, batch: None
     guide = pyro_iaf.AutoIAF(model, hidden_dims=widths, start="init")
     how = {"eager": False, "graph": "graph", "compiled": True}[contender.removeprefix("fit, ")]
 

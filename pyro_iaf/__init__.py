@@ -6,27 +6,28 @@ r"""Inverse autoregressive flows for Pyro.
 Noise ``x`` to latent ``y`` in one network pass; the density of what was drawn comes for free.
 """
 
-from .conditional import (
-    ConditionalInverseAutoregressiveFlow,
-    ConditionalInverseAutoregressiveFlowStack,
-    conditional_inverse_autoregressive_flow,
-)
-from .diagnostics import Diagnosis, diagnose, to_arviz
+from ._registration import register
+from .diagnostics.arviz import to_arviz
+from .diagnostics.diagnose import Diagnosis, diagnose
+from .diagnostics.plots import plot_loss, plot_pairs
 from .distributions import DiagonalNormal
-from .elbo import CompiledTrace_ELBO
-from .fitting import FitResult, fit
-from .guides import AutoIAF
-from .hierarchical import AutoHierarchicalIAF
-from .inversion import invert, solve_transposed
-from .networks import MaskedAutoregressiveNetwork
-from .plots import plot_loss, plot_pairs
-from .registration import register
-from .sticking import TraceSTL_ELBO
-from .transforms import (
+from .elbo.compiled import CompiledTrace_ELBO
+from .elbo.stl import TraceSTL_ELBO
+from .flows.autoregressive import (
     InverseAutoregressiveFlow,
     InverseAutoregressiveFlowStack,
     inverse_autoregressive_flow,
 )
+from .flows.conditional import (
+    ConditionalInverseAutoregressiveFlow,
+    ConditionalInverseAutoregressiveFlowStack,
+    conditional_inverse_autoregressive_flow,
+)
+from .flows.inverse import invert, solve_transposed
+from .guides.auto_hierarchical import AutoHierarchicalIAF
+from .guides.auto_iaf import AutoIAF
+from .nn.made import MaskedAutoregressiveNetwork
+from .training.fit import FitResult, fit
 
 __version__ = "0.1.0"
 

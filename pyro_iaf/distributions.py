@@ -218,7 +218,7 @@ def _described(value: object) -> str:
 
 # Kullback-Leibler divergences, KL(p | q) in nats. Each is half of
 #     tr(C_q^-1 C_p) + (m_q - m_p)' C_q^-1 (m_q - m_p) - D + log det C_q - log det C_p.
-# `registration` enters this table in torch's registry.
+# `_registration` enters this table in torch's registry.
 
 
 def _kl_diagonal_diagonal(p: DiagonalNormal, q: DiagonalNormal) -> Tensor:

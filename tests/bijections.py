@@ -10,8 +10,8 @@ from pyro_iaf import (
     InverseAutoregressiveFlow,
     conditional_inverse_autoregressive_flow,
     inverse_autoregressive_flow,
-    networks,
 )
+from pyro_iaf.nn import made
 
 # Inductor needs a C++ compiler; without one the same graphs are captured and run in eager mode.
 BACKEND = "inductor" if shutil.which("g++") or shutil.which("clang++") else "aot_eager"
@@ -24,13 +24,13 @@ def foreign(input_dim):
 
 
 def separate(make):
-    """What ``make`` makes, with a parameter for each matrix, as in big networks."""
-    largest = networks.LARGEST_SHARED
+    """What ``make`` makes, with a parameter for each matrix, as in big made."""
+    largest = made.LARGEST_SHARED
     try:
-        networks.LARGEST_SHARED = 0
+        made.LARGEST_SHARED = 0
         return make()
     finally:
-        networks.LARGEST_SHARED = largest
+        made.LARGEST_SHARED = largest
 
 
 BIJECTIONS = {

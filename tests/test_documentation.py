@@ -18,7 +18,7 @@ from torch.distributions import AffineTransform
 import pyro_iaf
 
 ROOT = pathlib.Path(__file__).parent.parent
-MODULES = ["pyro_iaf", *(f"pyro_iaf.{m.name}" for m in pkgutil.iter_modules(pyro_iaf.__path__))]
+MODULES = ["pyro_iaf", *(m.name for m in pkgutil.walk_packages(pyro_iaf.__path__, "pyro_iaf."))]
 PUBLIC = sorted(set(pyro_iaf.__all__))
 
 
@@ -63,7 +63,7 @@ def test_the_readme_opens_with_two_commands():
 def test_every_promise_names_a_test_that_shows_it():
     text = (ROOT / "docs" / "faults.md").read_text().partition("## What is promised")[2]
     rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
-    code = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    code = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     there = set(re.findall(r"def (test_\w+)", code))
     assert len(rows) > 15
     for row in rows:

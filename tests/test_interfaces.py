@@ -29,7 +29,7 @@ from pyro_iaf import (
     fit,
     inverse_autoregressive_flow,
 )
-from pyro_iaf.backends import has_compiler
+from pyro_iaf.compiler.lowering import has_compiler
 
 
 def model(y=None):

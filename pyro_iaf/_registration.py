@@ -1,0 +1,69 @@
+"""Everything that importing pyro_iaf adds to Pyro and PyTorch, in one list.
+
+Names are added where they are free; nothing that was there changes. The hook counts optimiser
+steps, so that no flow returns a value from before the last one.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import pyro.distributions
+import pyro.distributions.transforms
+import pyro.infer.autoguide
+from torch.distributions.kl import register_kl
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from . import distributions
+from .flows import autoregressive, conditional, pass_cache
+from .guides import auto_hierarchical, auto_iaf, site_delta
+
+__all__ = ["register"]
+
+NAMES = [
+    (pyro.distributions, distributions.DiagonalNormal),
+    *(
+        (pyro.distributions.transforms, getattr(module, name))
+        for module in (autoregressive, conditional)
+        for name in module.__all__
+    ),
+    (pyro.infer.autoguide, auto_iaf.AutoIAF),
+    (pyro.infer.autoguide, auto_hierarchical.AutoHierarchicalIAF),
+]
+
+_counts_steps = False
+
+
+def register() -> None:
+    """Adds this package's names to Pyro, and its KL divergences and its hook to PyTorch.
+
+    Called once by ``import pyro_iaf``; calling it again does nothing.
+
+    Warns:
+        UserWarning: If Pyro has some of the names already, which it then keeps.
+
+    Example:
+        >>> register()
+        >>> pyro.distributions.transforms.inverse_autoregressive_flow is inverse_autoregressive_flow
+        True
+    """
+    global _counts_steps
+    taken = []
+    for host, thing in NAMES:
+        if getattr(host, thing.__name__, thing) is not thing:
+            taken.append(f"{host.__name__}.{thing.__name__}")
+        else:
+            setattr(host, thing.__name__, thing)
+    if taken:
+        warnings.warn(
+            f"pyro_iaf leaves these names of Pyro as they are: {', '.join(taken)}. Import its own "
+            "from pyro_iaf.",
+            UserWarning,
+            stacklevel=2,
+        )
+    divergences = distributions.KL_DIVERGENCES | site_delta.KL_DIVERGENCES
+    for (p, q), divergence in divergences.items():
+        register_kl(p, q)(divergence)
+    if not _counts_steps:
+        register_optimizer_step_post_hook(pass_cache.count_optimizer_step)
+        _counts_steps = True

@@ -1,0 +1,1 @@
+"""PyTorch alone: record a function, lower it, keep it."""

@@ -1,0 +1,1 @@
+"""Judge a fit, refine it, hand it on."""

@@ -1,0 +1,155 @@
+"""Pictures of a fit: how the loss went, and the draws beside those of a reference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..training.fit import FitResult
+
+__all__ = ["plot_loss", "plot_pairs"]
+
+BLUE, GREY, RED = "#1f5c99", "#9aa5b1", "#c44536"
+
+
+def plot_loss(result: FitResult, ax: Any = None) -> Any:
+    """The loss of each step, its running mean, and the level at which it settled.
+
+    Args:
+        result: What :func:`~pyro_iaf.fit` returned.
+        ax: Matplotlib axes to draw on; by default new ones.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ImportError: If Matplotlib is not there.
+
+    Example:
+        >>> result = FitResult(torch.linspace(3.0, 1.0, 200), 200, False, 0, 1.0)
+        >>> plot_loss(result).get_xlabel()
+        'step'
+    """
+    plt = _pyplot()
+    if ax is None:
+        _, ax = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    losses = result.losses.double()
+    steps = torch.arange(1, len(losses) + 1)
+    level, error = result.settled
+    ax.plot(steps, losses, color=GREY, lw=0.5, label="each step")
+    size = max(1, len(losses) // 50)
+    means = losses.unfold(0, size, 1).mean(-1)
+    ax.plot(steps[size - 1 :], means, color=BLUE, lw=1.5, label=f"mean of {size} steps")
+    ax.axhline(level, color=RED, lw=1, ls="--", label=f"settled at {level:.2f} ± {error:.1g}")
+    # The first steps may be worse by orders of magnitude: what matters is the way to the level.
+    late = losses[len(losses) // 10 :]
+    low, high = late.quantile(0.001).item(), late.quantile(0.999).item()
+    margin = 0.1 * (high - low) or 1.0
+    ax.set(xlabel="step", ylabel="loss, nats", ylim=(min(low, level) - margin, high + margin))
+    ax.legend(frameon=False)
+    return ax
+
+
+def plot_pairs(
+    draws: Mapping[str, Tensor],
+    reference: Mapping[str, Any] | None = None,
+    sites: Sequence[str] | None = None,
+    max_numbers: int = 6,
+) -> Any:
+    """Each number of the sites against each other, beside reference draws where there are some.
+
+    The guide's draws are blue and below the diagonal, those of the reference red and above it.
+
+    Args:
+        draws: Sites with their draws in front, as ``guide.sample_posterior(1000)`` returns them.
+        reference: The same from elsewhere, a long run of NUTS for instance; tensors or arrays.
+        sites: Which sites, in this order; by default all.
+        max_numbers: How many numbers at most, the first ones.
+
+    Returns:
+        The Matplotlib figure.
+
+    Raises:
+        ImportError: If Matplotlib is not there.
+        ValueError: If a site is in neither, or in one of them alone.
+
+    Example:
+        >>> figure = plot_pairs({"z": torch.randn(100, 2)}, {"z": torch.randn(50, 2)})
+        >>> len(figure.axes)
+        4
+    """
+    plt = _pyplot()
+    names = list(draws) if sites is None else list(sites)
+    for given, what in ((draws, "draws"), (reference, "reference")):
+        missing = [] if given is None else [name for name in names if name not in given]
+        if missing:
+            raise ValueError(
+                f"{what} should have all sites to plot; site '{missing[0]}' is not there, but "
+                f"{sorted(given or ())} are. Choose with sites=[...]."
+            )
+    columns = _columns(draws, names, max_numbers)
+    others = {} if reference is None else _columns(reference, names, max_numbers)
+    n = len(columns)
+    figure, axes = plt.subplots(
+        n, n, figsize=(1.9 * n + 0.6, 1.9 * n), squeeze=False, layout="constrained"
+    )
+    labels = list(columns)
+    for i, row in enumerate(labels):
+        for j, column in enumerate(labels):
+            ax = axes[i, j]
+            across, up = (_range(columns[k], others.get(k)) for k in (column, row))
+            if i == j:
+                for values, color, label in ((others, RED, "reference"), (columns, BLUE, "guide")):
+                    if values:
+                        style = {"histtype": "step", "density": True, "bins": 40, "color": color}
+                        ax.hist(values[row], range=across, label=label, **style)
+                ax.set_yticks([])
+            elif i > j or others:
+                # As many of both, so that one cloud doesn't look denser than the other.
+                size = min(len(v[row]) for v in (columns, others) if v)
+                values, color = (columns, BLUE) if i > j else (others, RED)
+                ax.scatter(values[column][:size], values[row][:size], s=2, color=color, lw=0)
+                ax.set_ylim(up)
+            else:
+                ax.axis("off")
+            ax.set_xlim(across)
+            ax.set(xlabel=column if i == n - 1 else "", ylabel=row if j == 0 and i else "")
+            ax.tick_params(labelbottom=i == n - 1, labelleft=j == 0 and i > 0)
+    if others:
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
+    return figure
+
+
+def _columns(draws: Mapping[str, Any], names: Sequence[str], most: int) -> dict[str, Any]:
+    """The numbers of the sites, as arrays by label."""
+    columns = {}
+    for name in names:
+        values = torch.as_tensor(draws[name]).detach().cpu()
+        flat = values.reshape(len(values), -1)
+        for i, column in enumerate(flat.unbind(-1)):
+            index = torch.unravel_index(torch.tensor(i), values.shape[1:] or (1,))
+            place = ", ".join(str(int(k)) for k in index)
+            columns[f"{name}[{place}]" if values.dim() > 1 else name] = column.numpy()
+    return dict(list(columns.items())[:most])
+
+
+def _range(*columns: Any) -> tuple[float, float]:
+    """Where nearly all draws are."""
+    given = [torch.as_tensor(column).double() for column in columns if column is not None]
+    low = min(values.quantile(0.002).item() for values in given)
+    high = max(values.quantile(0.998).item() for values in given)
+    margin = 0.05 * (high - low) or 1.0
+    return low - margin, high + margin
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ImportError(
+            "Plots need Matplotlib: pip install 'pyro_iaf[plot]', or pip install matplotlib."
+        ) from error
+    return plt

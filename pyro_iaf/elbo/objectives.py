@@ -1,0 +1,234 @@
+r"""What :func:`~pyro_iaf.fit` minimises: the negative ELBO, and gradients worth their time.
+
+.. math::
+    -\mathrm{ELBO} = \mathbb{E}_{z \sim q} \bigl[ \log q(z) - \log p(x, z) \bigr]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.infer import Trace_ELBO
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from ..compiler.capture import Refused
+from ..guides.auto_iaf import AutoIAF
+from ..importance import pareto_k
+from ..models.log_joint import LogJoint
+from ..models.matching import Matching, check_guide_site
+from ..models.traces import is_latent, split_sizes
+from ..solvers.path_score import draw_with_score
+from .compiled import CompiledTrace_ELBO
+from .stl import TraceSTL_ELBO
+from .trace import recordable_loss
+
+__all__ = ["RECORDABLE", "LatentLoss", "Loss", "TraceLoss"]
+
+# Pyro's losses, and ours in their place, that a graph can hold.
+RECORDABLE = (Trace_ELBO, CompiledTrace_ELBO, TraceSTL_ELBO)
+
+# How much heavier tails may become, at which cost in nats, so that weights of so many draws have
+# a tail of this shape.
+TAILS, TAIL_COST, GOOD_K, NUM_TAIL = (0.01, 0.02, 0.04), 0.02, 0.5, 10_000
+
+
+class Loss:
+    """The negative ELBO of a model and a guide, and its gradient.
+
+    Args:
+        model: A Pyro model.
+        guide: A Pyro guide.
+    """
+
+    # Whether gradients lean towards particles that the guide draws too rarely; 0 or 1 in a graph.
+    covers: bool | Tensor = False
+
+    def __init__(self, model: Callable[..., Any], guide: Any) -> None:
+        self.model, self.guide = model, guide
+        # The share of effective particles, averaged over a hundred steps.
+        self.health = torch.zeros((), dtype=torch.float64)
+
+    def __call__(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: float | Tensor
+    ) -> Tensor:
+        """An estimate of the loss, in nats; its gradient is added to that of the parameters.
+
+        Args:
+            args: What model and guide take.
+            kwargs: Likewise.
+            weight: Of the KL divergence to the prior; 1 is the ELBO.
+        """
+        raise NotImplementedError
+
+    def recordable(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: float | Tensor
+    ) -> Tensor:
+        """The same, in operations that a graph can hold; raises ``Refused`` if there are none."""
+        return self(args, kwargs, weight)
+
+
+class TraceLoss(Loss):
+    """The loss of any model and guide, by one of Pyro's ELBOs."""
+
+    def __init__(self, model: Callable[..., Any], guide: Callable[..., Any], elbo: Any) -> None:
+        super().__init__(model, guide)
+        self.elbo = elbo
+
+    def __call__(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: float | Tensor
+    ) -> Tensor:
+        model, guide = self._weighted(weight)
+        return torch.as_tensor(self.elbo.loss_and_grads(model, guide, *args, **kwargs))
+
+    def recordable(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: float | Tensor
+    ) -> Tensor:
+        if type(self.elbo) not in RECORDABLE:
+            raise Refused(
+                f"{type(self.elbo).__name__} can't be compiled. fit compiles its own loss, "
+                "Trace_ELBO and TraceSTL_ELBO; with another, give compile=False."
+            )
+        loss = recordable_loss(self.elbo, *self._weighted(weight), args, kwargs)
+        loss.backward()
+        return loss.detach()
+
+    def _weighted(self, weight: float | Tensor) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        model, guide = self.model, self.guide
+        runs_the_model = isinstance(poutine.unwrap(guide), Messenger)
+        if type(self.elbo) in RECORDABLE and not runs_the_model:  # others enumerate, or draw anew
+            drawn = _Drawn()
+            model, guide = Matching(lambda: drawn.names)(model), drawn(guide)
+        if isinstance(weight, float) and weight == 1:
+            return model, guide
+        # What a guide observes are factors of its density.
+        return _Weighted(weight)(model), _Weighted(weight, observed_too=True)(guide)
+
+
+class _Drawn(Messenger):
+    """Notes the latents that a guide draws, and sees to it that it observes nothing."""
+
+    names: frozenset[str] = frozenset()
+
+    def __enter__(self) -> _Drawn:
+        self.names = frozenset()
+        super().__enter__()
+        return self
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        check_guide_site(msg)
+        if is_latent(msg):
+            self.names |= {msg["name"]}
+
+
+class _Weighted(Messenger):
+    """Weighs the densities of all sites that are not observed, or of those too."""
+
+    def __init__(self, weight: float | Tensor, observed_too: bool = False) -> None:
+        super().__init__()
+        self.weight, self.observed_too = weight, observed_too
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if self.observed_too or not msg["is_observed"]:
+            msg["scale"] = msg["scale"] * self.weight
+
+
+class LatentLoss(Loss):
+    """The loss of a guide over one vector of latents.
+
+    Its gradient goes through the draws alone, with the guide's score held still: exact in mean, and
+    of little variance near the posterior (:func:`~pyro_iaf.scores.draw_with_score`). Where it
+    covers, it leans from the gradient of KL(q | p) towards that of KL(p | q).
+    """
+
+    def __init__(
+        self, model: Callable[..., Any], guide: AutoIAF, num_particles: int, joint: LogJoint
+    ) -> None:
+        super().__init__(model, guide)
+        self.num_particles, self.joint = num_particles, joint
+
+    def __call__(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: float | Tensor
+    ) -> Tensor:
+        transform = self.guide.get_transform(*args, **kwargs)
+        x = self.guide.get_base_dist().sample((self.num_particles,))
+        drawn = draw_with_score(transform.parts, x)
+        z, log_q, score = drawn.value, drawn.log_prob.detach(), drawn.score
+        latent = z.detach().requires_grad_()
+        log_p = self.joint.on(args, kwargs, weight).density(latent)
+        slope = weight * score / len(z)
+        if log_p.requires_grad:  # else the model has flat priors and no data
+            (-log_p.mean()).backward()
+            assert latent.grad is not None
+            slope = latent.grad + slope
+        log_w = log_p.detach() - weight * log_q
+        if len(z) > 1:
+            self.health = self.health + 0.01 * (_effective(log_w) - self.health)
+            if self.covers is not False and not self.joint.subsampled:
+                lean = self.covers * _leaning(log_w, self.health)
+                slope = slope * (1 + lean).unsqueeze(-1)
+        z.backward(slope)
+        return -log_w.mean()
+
+    @torch.no_grad()
+    def see_to_tails(self, batch: Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]) -> None:
+        """Makes the guide's tails a shade heavier if weights have heavy ones, and it costs little.
+
+        Training hardly sees the tails, and importance weights are about nothing else.
+
+        Args:
+            batch: Gives what model and guide take.
+        """
+        joint = self.joint
+        if joint.subsampled or not joint.at_once or joint.num_at_once < NUM_TAIL / 100:
+            return
+        weights = self._log_weights(*batch(), NUM_TAIL)
+        if pareto_k(weights) < GOOD_K:
+            return
+        log_tail: Tensor = self.guide.transform.parts[-1].coefficients[3]  # one for each latent
+        before = log_tail.clone()
+        state = torch.get_rng_state()
+        for more in TAILS:
+            torch.set_rng_state(state)
+            log_tail.copy_(before + more)
+            wider = self._log_weights(*batch(), NUM_TAIL)
+            if weights.mean() - wider.mean() > TAIL_COST:
+                break
+            if pareto_k(wider) < GOOD_K:
+                return
+        log_tail.copy_(before)
+
+    def _log_weights(self, args: tuple[Any, ...], kwargs: dict[str, Any], num_draws: int) -> Tensor:
+        """Logarithms of importance weights of fresh draws."""
+        joint = self.joint.on(args, kwargs)
+        transform = self.guide.get_transform(*args, **kwargs)
+        base = self.guide.get_base_dist()
+        parts = []
+        for size in split_sizes(num_draws, joint.num_at_once):
+            x = base.sample((size,))
+            z = transform(x)
+            log_q = base.log_prob(x) - transform.log_abs_det_jacobian(x, z)
+            parts.append(joint(z) - log_q)
+        return torch.cat(parts)
+
+
+def _effective(log_weights: Tensor) -> Tensor:
+    """The effective sample size of particles, as a share of their number."""
+    share = 1 / log_weights.softmax(0).square().sum() / len(log_weights)
+    return share.nan_to_num(0.0, 0.0, 0.0)
+
+
+def _leaning(log_weights: Tensor, health: Tensor) -> Tensor:
+    """How much more than one each particle's gradient counts: more where the guide draws rarely.
+
+    By their weights, and less for one that has it all (Tucker et al. 2018,
+    https://arxiv.org/abs/1810.04152). Where few particles mostly have most of it, far from the
+    posterior, all count the same.
+    """
+    share = log_weights.softmax(0)
+    share = share * (1 - share)
+    share = share / share.sum().clamp(min=1e-9)
+    return (2 * health - 1).clamp(min=0).to(share.dtype) * (len(share) * share - 1)

@@ -1,0 +1,1 @@
+"""Bijections on vectors, and what remembers their passes."""

@@ -1,0 +1,204 @@
+r"""Flows that wait for a context, and become flows when they get one.
+
+.. math::
+    y = m(x, c) + e^{s(x, c)} \odot x
+
+One set of parameters serves all contexts: an encoder's output, a state of a sequence, the latents
+that a plate shares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pyro.distributions import constraints
+from pyro.distributions.conditional import ConditionalTransformModule
+from torch import Tensor, nn
+
+from .._validation import check_context
+from ..nn.made import check_network
+from .autoregressive import (
+    InverseAutoregressiveFlow,
+    InverseAutoregressiveFlowStack,
+    OnNetwork,
+    check_parts,
+    fresh_networks,
+    stack_in_one_line,
+)
+from .base import Flow
+
+__all__ = [
+    "ConditionalInverseAutoregressiveFlow",
+    "ConditionalInverseAutoregressiveFlowStack",
+    "conditional_inverse_autoregressive_flow",
+]
+
+
+class ConditionalInverseAutoregressiveFlow(OnNetwork, ConditionalTransformModule):
+    r"""A flow that waits for a context: ``flow.condition(context)`` is the flow.
+
+    The context feeds every layer of the network and carries batch shape: with one of shape
+    ``(B, C)``, the conditioned flow makes ``batch_shape (B,)``, and row b of its values depends on
+    row b of the context alone. Shapes ``(C,)`` and ``(P, B, C)`` broadcast likewise.
+
+    Args:
+        network: As for :class:`~pyro_iaf.InverseAutoregressiveFlow`, called as
+            ``network(x, context=context)``; a
+            :class:`~pyro_iaf.MaskedAutoregressiveNetwork` with a ``context_dim``, or
+            ``pyro.nn.ConditionalAutoRegressiveNN``.
+        gated: Whether to gate instead of shift and scale.
+        gate_bias: Added to the gate.
+
+    Raises:
+        ValueError: If the network has no order or takes no context, ``gated`` is no bool, or
+            ``gate_bias`` no finite number; from ``condition``, if the context doesn't end in
+            ``context_dim`` features.
+
+    References:
+        Kingma et al. (2016), https://arxiv.org/abs/1606.04934
+
+    Example:
+        >>> network = MaskedAutoregressiveNetwork(3, [16], context_dim=2)
+        >>> flow = ConditionalInverseAutoregressiveFlow(network)
+        >>> base = DiagonalNormal(torch.zeros(3), torch.ones(3))
+        >>> posterior = dist.ConditionalTransformedDistribution(base, [flow])
+        >>> posterior.condition(torch.randn(5, 2)).batch_shape
+        torch.Size([5])
+    """
+
+    domain = constraints.real_vector
+    codomain = constraints.real_vector
+    bijective = True
+
+    def __init__(
+        self, network: Callable[..., Any], *, gated: bool = False, gate_bias: float = 2.0
+    ) -> None:
+        super().__init__()
+        if getattr(network, "context_dim", None) == 0:
+            raise ValueError(
+                "ConditionalInverseAutoregressiveFlow expects a network with a context; got one "
+                "with context_dim=0. Give it a context_dim, or use InverseAutoregressiveFlow."
+            )
+        check_network(network)
+        self._adopt(network, gated, gate_bias)
+
+    def condition(self, context: Tensor) -> InverseAutoregressiveFlow:
+        """The flow at this context, with the same parameters."""
+        check_context(context, getattr(self.network, "context_dim", None))
+        return _ConditionedFlow(self, context)
+
+    compile = Flow.compile
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        raise _missing_context()
+
+
+class ConditionalInverseAutoregressiveFlowStack(ConditionalTransformModule):
+    """Several conditional flows, one after the other, that share a context.
+
+    Args:
+        parts: The flows, all of one ``input_dim``.
+
+    Raises:
+        ValueError: If there are no parts, or they are no conditional flows, or of several sizes.
+
+    Example:
+        >>> stack = conditional_inverse_autoregressive_flow(3, 2, num_flows=2)
+        >>> flow = stack.condition(torch.randn(5, 2))
+        >>> flow(torch.randn(3)).shape
+        torch.Size([5, 3])
+    """
+
+    domain = constraints.real_vector
+    codomain = constraints.real_vector
+    bijective = True
+
+    parts: Sequence[ConditionalInverseAutoregressiveFlow]
+
+    def __init__(self, parts: Sequence[ConditionalInverseAutoregressiveFlow]) -> None:
+        super().__init__()
+        parts = check_parts(
+            parts, ConditionalInverseAutoregressiveFlow, "ConditionalInverseAutoregressiveFlow"
+        )
+        self.parts = nn.ModuleList(parts)  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return stack_in_one_line(self)
+
+    def condition(self, context: Tensor) -> InverseAutoregressiveFlowStack:
+        """The stack at this context, with the same parameters."""
+        return InverseAutoregressiveFlowStack([part.condition(context) for part in self.parts])
+
+    compile = Flow.compile
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        raise _missing_context()
+
+
+def conditional_inverse_autoregressive_flow(
+    input_dim: int,
+    context_dim: int,
+    hidden_dims: int | Sequence[int] | None = None,
+    *,
+    num_flows: int = 1,
+    gated: bool = False,
+    gate_bias: float = 2.0,
+    order: Sequence[int] | Tensor | None = None,
+    activation: str | nn.Module = "elu",
+) -> ConditionalInverseAutoregressiveFlow | ConditionalInverseAutoregressiveFlowStack:
+    """A conditional inverse autoregressive flow with its network, or a stack of them.
+
+    Args:
+        input_dim: Number of coordinates, D.
+        context_dim: Size of the context's last axis, C.
+        hidden_dims: This and all that follows as for :func:`inverse_autoregressive_flow`.
+        num_flows: How many flows.
+        gated: Whether to gate.
+        gate_bias: Added to the gate.
+        order: The order of the coordinates in the first flow.
+        activation: What follows each hidden layer.
+
+    Raises:
+        ValueError: If a size is not positive, ``order`` is no permutation, ``gated`` no bool, or
+            ``gate_bias`` no finite number.
+
+    Example:
+        >>> flow = conditional_inverse_autoregressive_flow(10, context_dim=4)
+        >>> flow.condition(torch.randn(5, 4))(torch.randn(5, 10)).shape
+        torch.Size([5, 10])
+    """
+    parts = [
+        ConditionalInverseAutoregressiveFlow(network, gated=gated, gate_bias=gate_bias)
+        for network in fresh_networks(
+            num_flows, input_dim, hidden_dims, context_dim, order, activation
+        )
+    ]
+    return parts[0] if num_flows == 1 else ConditionalInverseAutoregressiveFlowStack(parts)
+
+
+class _ConditionedFlow(InverseAutoregressiveFlow):
+    """A conditional flow that has its context."""
+
+    def __init__(self, flow: ConditionalInverseAutoregressiveFlow, context: Tensor) -> None:
+        Flow.__init__(self)
+        # Past Module.__setattr__, which is slow; and a context that is a Parameter belongs to
+        # whoever made it.
+        own = {name: flow.__dict__[name] for name in ("input_dim", "gated", "gate_bias")}
+        if isinstance(flow.network, nn.Module):
+            self._modules["network"] = flow.network
+        else:
+            own["network"] = flow.network
+        self.__dict__.update(own, context=context)
+
+    def words(self) -> list[str]:
+        return [*super().words(), f"at a context of shape {tuple(self.context.shape)}"]  # type: ignore[union-attr]
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        context = state["context"]
+        return {**state, "context": context if context.is_leaf else context.detach()}  # no graph
+
+
+def _missing_context() -> ValueError:
+    return ValueError("A conditional flow waits for its context: flow.condition(context)(x).")

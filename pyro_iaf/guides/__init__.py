@@ -1,0 +1,1 @@
+"""Guides that write themselves from a model."""

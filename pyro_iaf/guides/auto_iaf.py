@@ -1,0 +1,398 @@
+r"""Guides that write themselves: a flow over all the latents of a model.
+
+.. math::
+    z = c + R \, \bigl( \mu + S \, b(f(x)) \bigr), \qquad x \sim N(0, I)
+
+where :math:`f` is a stack of inverse autoregressive flows, nearly the identity at first, and
+:math:`z` holds the model's latents, each carried to the real line, one after the other. The frame
+:math:`c, R` is where the guide starts, the rest is learnt in its units (:mod:`pyro_iaf.affine`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.infer.autoguide.guides import AutoContinuous
+from torch import Tensor, nn
+from torch.distributions import biject_to
+
+from .._validation import check_callable, check_context, check_levels, check_size, warn
+from ..distributions import DiagonalNormal
+from ..flows.autoregressive import InverseAutoregressiveFlowStack
+from ..flows.posterior import Posterior
+from ..models import param_store
+from ..models.constraints import without_graph
+from ..models.log_joint import LogJoint
+from ..models.matching import Given
+from ..models.traces import full_size
+from .base import FlowGuide, Transform, joined, quantiles_of
+from .pathfinder import Start, StartNotFound, pathfinder
+from .site_delta import SiteDeltas
+
+__all__ = ["AutoIAF"]
+
+# Medians and quantiles are read off this many draws and their mirror images.
+NUM_MIRRORED = 5000
+
+
+class AutoIAF(FlowGuide, AutoContinuous):
+    r"""A guide over all the continuous latents of a model, by inverse autoregressive flows.
+
+    Noise from a :class:`~pyro_iaf.DiagonalNormal` goes through ``num_flows`` flows, a learned
+    bend of each coordinate, and a learned loc and scale, and comes out as one vector of latents in
+    unconstrained space, which Pyro's bijections carry to the sites. It sees correlations, skewness
+    and funnels that a mean-field guide can't. A fresh guide is nearly a normal where it starts.
+
+    Use it as any of Pyro's guides. A step of SVI costs one network pass per flow, O(D H + H²) per
+    particle for D latents and widths H. The structure of the model, its shapes and the supports of
+    its latents have to stay as they are at the first call.
+
+    A guide owns the entries under its ``name`` in Pyro's parameter store. Entries that came from a
+    file are adopted; those of another guide are replaced, with a warning if that guide is alive.
+    A state that was loaded with ``load_state_dict``, also before the first call, wins over the
+    store. Pickling leaves the model behind, and what belongs to it: ``init_loc_fn`` and
+    ``create_plates``.
+
+    Args:
+        model: A Pyro model.
+        num_flows: How many flows; each has the order of the one before it reversed.
+        hidden_dims: Widths of each network's hidden layers, a list or one int. By default two
+            layers of ``max(64, D)``.
+        gated: Whether the flows gate instead of shift and scale.
+        start: Where a fresh guide sits: ``"pathfinder"``, at the Gaussian of the highest ELBO that
+            a few short climbs of the log joint density meet; or ``"init"``, around what
+            ``init_loc_fn`` says. By default ``"pathfinder"``, unless ``init_scale`` is given.
+        init_loc_fn: Says where each site starts, as for Pyro's guides; by default
+            ``init_to_median``. Sites that can't be sampled, as improper priors, start at a draw in
+            unconstrained space. With ``"pathfinder"`` the first path begins there.
+        init_scale: Standard deviation of a fresh guide in unconstrained space that starts at
+            ``"init"``; by default 0.1.
+        scale: Whether the last step learns a ``"dense"`` lower-triangular scale or a ``"diagonal"``
+            one; ``"auto"`` is dense for up to 400 latents.
+        encoder: What the guide sees of the model's arguments: a module or a function that takes
+            them and returns a context, of shape ``(context_dim,)``. The flows listen to it at every
+            layer, so that one guide holds the posteriors of many data sets; ``fit(...,
+            simulate=...)`` trains it on data from the prior. Such a guide starts at ``"init"``, and
+            wants the arguments wherever it draws.
+        context_dim: Size of the context; by default what the encoder returns at the first call.
+        create_plates: A function of the model's arguments that returns a plate, or several, for
+            the guide to use.
+        name: What the guide's parameters are called in the store, by default ``"AutoIAF"``. Two
+            guides in one program need two names.
+
+    Raises:
+        ValueError: If an argument is out of range, or, at the first call, if a latent is
+            discrete, a Delta or on a sphere.
+        RuntimeError: At the first call, if the model has no latents.
+        NotImplementedError: At the first call, if a latent is in a plate that is subsampled, or in
+            a sequential one.
+
+    References:
+        Kingma et al. (2016), https://arxiv.org/abs/1606.04934
+
+    Example:
+        >>> def model():
+        ...     scale = pyro.sample("scale", dist.HalfNormal(torch.tensor(1.0)))
+        ...     pyro.sample("weights", dist.Normal(torch.zeros(3), scale).to_event(1))
+        >>> guide = AutoIAF(model)
+        >>> elbo = pyro.infer.Trace_ELBO()
+        >>> svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), elbo)
+        >>> losses = [svi.step() for _ in range(10)]
+        >>> guide.sample_posterior(100)["weights"].shape
+        torch.Size([100, 3])
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        num_flows: int = 2,
+        hidden_dims: int | Sequence[int] | None = None,
+        gated: bool = False,
+        start: str | None = None,
+        init_loc_fn: Callable[..., Any] | None = None,
+        init_scale: float | None = None,
+        scale: str = "auto",
+        encoder: Callable[..., Tensor] | None = None,
+        context_dim: int | None = None,
+        create_plates: Callable[..., Any] | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            num_flows=num_flows,
+            hidden_dims=hidden_dims,
+            gated=gated,
+            init_loc_fn=init_loc_fn,
+            init_scale=init_scale,
+            scale=scale,
+            create_plates=create_plates,
+            name=name,
+        )
+        if start not in (None, "init", "pathfinder"):
+            raise ValueError(
+                f'start should be "pathfinder" or "init", or None for the default; got {start!r}.'
+            )
+        if start == "pathfinder" and init_scale is not None:
+            raise ValueError(
+                'init_scale belongs to start="init": with start="pathfinder" the scale is found.'
+            )
+        # Pathfinder starts at the posterior of one data set.
+        found = init_scale is None and encoder is None
+        self._start = start or ("pathfinder" if found else "init")
+        check_callable("encoder", encoder, may_be_missing=True)
+        if context_dim is not None and encoder is None:
+            raise ValueError("context_dim is the size of what an encoder returns; give an encoder.")
+        self.encoder = encoder
+        self.context_dim = None if context_dim is None else check_size("context_dim", context_dim)
+        self.transform: Transform | None = None
+
+    # Building
+
+    def _build(
+        self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self._refuse_subsamples()
+        loc = self._init_loc()
+        transform = self._transform
+        if self._encoder is not None:
+            self.context_dim = self._context(args, kwargs).shape[-1]
+        if transform is None:
+            start, log_scale = self._find_start(model, loc, args, kwargs)
+            transform = self._fresh_transform(start, log_scale, self.context_dim or 0)
+            self.transform = transform
+        elif self.latent_dim != (loaded := transform.parts[-1].input_dim):
+            raise ValueError(
+                f"The state that was loaded is of a guide over {loaded} numbers in "
+                f"unconstrained space; the latents of this model have {self.latent_dim}. "
+                "Load one that fits."
+            )
+        transform.to(loc)  # a state may come from another device
+
+    def _refuse_subsamples(self) -> None:
+        for name, site in self._latent_sites().items():
+            for frame in site["cond_indep_stack"]:
+                if frame.size != full_size(frame):
+                    raise NotImplementedError(
+                        f"Site '{name}' is local to plate '{frame.name}', which is subsampled: "
+                        f"{frame.size} of {full_size(frame)}. AutoIAF holds all latents in one "
+                        "vector, so it can't follow a subsample. Take AutoHierarchicalIAF(model), "
+                        "which can; or run the model on all the data."
+                    )
+
+    def _init_loc(self) -> Tensor:
+        parts = [
+            biject_to(site["fn"].support).inv(site["value"].detach()).reshape(-1)
+            for site in self._latent_sites().values()
+        ]
+        return joined(parts)
+
+    def _find_start(
+        self, model: Callable[..., Any], loc: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Start, float]:
+        """The frame of a fresh guide, and the logarithm of its scale in that frame."""
+        at_loc = Start(loc.detach().clone(), torch.ones_like(loc)), math.log(self._init_scale)
+        if self._start == "init" or param_store.has_from_file(self._entries):
+            return at_loc
+        latents: dict[str, Any] = dict(without_graph(self._latent_sites()).nodes)
+        with Given({name: site["value"] for name, site in latents.items()}, {}):
+            trace = poutine.trace(model).get_trace(*args, **kwargs)  # with data and subsamples
+        joint = LogJoint(self.with_priors(model), trace, args, kwargs, latents)
+        try:
+            return pathfinder(joint, loc.detach(), self._is_dense(len(loc))), 0.0
+        except StartNotFound as why:
+            warn(
+                f"AutoIAF looked for a start of the guide by Pathfinder and found none: {why}. It "
+                f"starts at what init_loc_fn says, with standard deviation {self._init_scale}; "
+                'start="init" chooses that without this warning.'
+            )
+            return at_loc
+
+    # Drawing
+
+    def get_base_dist(self) -> DiagonalNormal:
+        """The noise: a standard normal over vectors."""
+        origin: Tensor = self._built().parts[-1].frame[0]  # type: ignore[index]
+        zeros = torch.zeros_like(origin)
+        return DiagonalNormal(zeros, torch.ones_like(zeros), validate_args=False)
+
+    def get_transform(self, *args: Any, **kwargs: Any) -> InverseAutoregressiveFlowStack:
+        """What carries the noise to all latents in unconstrained space, as one transform."""
+        transform = self._built(*args, **kwargs)
+        if isinstance(transform, InverseAutoregressiveFlowStack):
+            return transform
+        return transform.condition(self._context(args, kwargs))
+
+    def _context(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """What the encoder makes of the model's arguments."""
+        assert self._encoder is not None
+        context = self._encode(self._encoder, args, kwargs)
+        if not isinstance(context, Tensor) or context.dim() != 1:
+            got = tuple(context.shape) if isinstance(context, Tensor) else type(context).__name__
+            raise ValueError(
+                f"An encoder should return one context for all the data, of shape (context_dim,); "
+                f"got {got}. Sum or average over the data, or flatten."
+            )
+        check_context(context, self.context_dim)
+        return context
+
+    def get_posterior(self, *args: Any, **kwargs: Any) -> dist.TransformedDistribution:
+        """The guide's distribution over all latents, as one vector in unconstrained space."""
+        transform = self.get_transform(*args, **kwargs)
+        return Posterior(self.get_base_dist(), [transform], validate_args=False)
+
+    def _built(self, *args: Any, **kwargs: Any) -> Transform:
+        """The transform, built if need be."""
+        if self._transform is None:
+            self._setup_on_demand(*args, **kwargs)
+        assert self._transform is not None
+        return self._transform
+
+    @property
+    def _transform(self) -> Transform | None:
+        """Without telling Pyro, which makes statements of all parameters if asked by attribute."""
+        return self._modules.get("transform")  # type: ignore[return-value]
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Draws every site of the model; returns them by name."""
+        self.setup(*args, **kwargs)
+        self._state_parameters()
+        with SiteDeltas(self.lifted):
+            sites: dict[str, Tensor] = super().forward(*args, **kwargs)
+        self._cancel_priors(sites, self.plates, args, kwargs)
+        return sites
+
+    @torch.no_grad()
+    def sample_posterior(
+        self, num_samples: int, *args: Any, resample: bool = False, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Draws from the guide, all at once, in the units of the model.
+
+        Args:
+            num_samples: How many draws.
+            args: What the model takes; needed only if the guide was never called or set up, if it
+                has an encoder, and to resample.
+            resample: Whether to resample the draws, from four times as many, by their importance
+                weights. That brings them nearer to the posterior where the guide is good enough:
+                see :func:`~pyro_iaf.diagnose`. The model runs for it.
+            kwargs: Likewise.
+
+        Returns:
+            For each site a tensor of shape ``(num_samples,) + shape`` of its value in the model.
+
+        Warns:
+            UserWarning: If the weights say that resampling can't repair the guide.
+        """
+        check_size("num_samples", num_samples)
+        posterior = self._ready_posterior(*args, **kwargs)
+        if resample:
+            return self._resampled(num_samples, args, kwargs)
+        return self._sites(posterior.sample((num_samples,)))
+
+    @torch.no_grad()
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """The median of each latent: coordinate by coordinate in unconstrained space.
+
+        It lies in the support, and where a constraint acts on each number by itself, it is the
+        median of that number. Read off 10,001 draws in mirrored pairs, the same at every call.
+
+        Args:
+            args: What the model takes; needed only if the guide was never called or set up, or has
+                an encoder.
+            kwargs: Likewise.
+        """
+        draws = self._mirrored(*args, **kwargs)
+        return self._sites(quantiles_of(draws, check_levels(0.5))[0])
+
+    @torch.no_grad()
+    def quantiles(
+        self, quantiles: Sequence[float] | Tensor | float, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Quantiles of each number of each site, in the units of the model.
+
+        Read off 10,001 draws in mirrored pairs, the same at every call.
+
+        Args:
+            quantiles: Levels between 0 and 1.
+            args: What the model takes; needed only if the guide was never called or set up, or has
+                an encoder.
+            kwargs: Likewise.
+
+        Returns:
+            For each site a tensor of shape ``(len(quantiles),) + shape``, increasing where the
+            levels are.
+        """
+        levels = check_levels(quantiles)
+        sites = self._sites(self._mirrored(*args, **kwargs))
+        return {name: quantiles_of(draws, levels) for name, draws in sites.items()}
+
+    def _ready_posterior(self, *args: Any, **kwargs: Any) -> dist.TransformedDistribution:
+        self._setup_on_demand(*args, **kwargs)
+        self._adopt_parameters()
+        return self.get_posterior(*args, **kwargs)
+
+    @property
+    def _entries(self) -> str:
+        """What the names of this guide's entries in the store begin with."""
+        return f"{self._pyro_name}.transform"
+
+    def _own_modules(self) -> dict[str, nn.Module]:
+        own: dict[str, nn.Module] = {"transform": self._built()}
+        if isinstance(self._encoder, nn.Module):
+            own["encoder"] = self._encoder
+        return own
+
+    def _mirrored(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Latents of noise that is symmetric about zero, an odd number of them.
+
+        The median of a guide that is symmetric itself is exact; the middle one of an odd number
+        commutes with every monotone map.
+        """
+        posterior = self._ready_posterior(*args, **kwargs)
+        loc = posterior.base_dist.loc
+        generator = torch.Generator(loc.device).manual_seed(0)
+        shape = (NUM_MIRRORED, *loc.shape)
+        noise = torch.randn(shape, generator=generator, dtype=loc.dtype, device=loc.device)
+        noise = torch.cat([noise, -noise, torch.zeros_like(noise[:1])])
+        (transform,) = posterior.transforms
+        latents: Tensor = transform(noise)
+        return latents if latents.dtype == torch.float64 else latents.float()  # no half quantiles
+
+    def _sites(self, latent: Tensor) -> dict[str, Tensor]:
+        """The sites of latents of shape ``batch_shape + (D,)``; the batch stands to their left."""
+        sites, start = {}, 0
+        for name, site in self._latent_sites().items():
+            shape = self._unconstrained_shapes[name]
+            part = latent[..., start : start + shape.numel()]
+            start += shape.numel()
+            sites[name] = biject_to(site["fn"].support)(part.reshape(latent.shape[:-1] + shape))
+        return sites
+
+    # State and copies
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        start = f"{prefix}transform."
+        given = {k.removeprefix(start): v for k, v in state_dict.items() if k.startswith(start)}
+        if self.prototype_trace is None and not self._fits(given):
+            # Never set up, so the state says what to build.
+            self.transform = self._rebuilt(given, self._told_by(state_dict, prefix)["gated"])
+            if self.transform is not None:
+                network: Any = self.transform.parts[0].network
+                self.context_dim = network.context_dim or None
+        self._state_was_loaded = self._state_was_loaded or self._fits(given)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _fits(self, state: dict[str, Tensor]) -> bool:
+        transform = self._transform
+        return transform is not None and _shapes(transform.state_dict()) == _shapes(state)
+
+
+def _shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in state.items()}

@@ -1,0 +1,1 @@
+"""Running a user's Pyro model: log joint, particles, traces, supports, the parameter store."""

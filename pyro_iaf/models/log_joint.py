@@ -1,0 +1,239 @@
+r"""The log joint density of a model, as a function of its latents in unconstrained space.
+
+.. math::
+    \ell(z) = \log p(x, T(z)) + \log |\det \partial T / \partial z|
+
+for many :math:`z` at once, as a particle plate outside the model's own plates has it; or one after
+the other, where the model doesn't take such a plate.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+from torch.autograd import grad
+from torch.distributions import biject_to
+from torch.distributions.transforms import identity_transform
+
+from .matching import Given, Mismatch
+from .particles import MAX_NUMBERS
+from .traces import (
+    compute_log_prob,
+    is_subsampled,
+    join,
+    log_prob_of_particles,
+    log_probs_of_particles,
+    plate_nesting,
+    quietly,
+    same,
+    samples,
+    subsamples,
+)
+
+__all__ = ["LogJoint"]
+
+
+class LogJoint:
+    r"""The log joint density of a model at latents of shape ``(K, D)``, of shape ``(K,)``, in nats.
+
+    The model runs away from the caller's handlers, on the subsamples of ``trace``, and without
+    checks of what its distributions are given: where it has no density, that is ``-inf``.
+
+    Args:
+        model: A Pyro model.
+        trace: One run of it, which tells its sites, plates and subsamples.
+        args: The model's arguments.
+        kwargs: Likewise.
+        latents: The sites that make up the vector, in its order; by default all latents there are.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        trace: poutine.Trace,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        latents: dict[str, Any] | None = None,
+    ) -> None:
+        self.model, self.args, self.kwargs = model, args, kwargs
+        self.subsamples = {name: site["value"] for name, site in subsamples(trace).items()}
+        self.subsampled = is_subsampled(trace)
+        drawn = {name: s for name, s in samples(trace).items() if not s["is_observed"]}
+        self.latents = drawn if latents is None else latents
+        self.nesting = plate_nesting(trace)
+        shapes = [torch.Size(site["fn"].shape()) for site in samples(trace).values()]
+        self.num_numbers = sum(max(1, shape.numel()) for shape in shapes)
+        self._shapes = {name: site["value"].shape for name, site in self.latents.items()}
+        self._layout = []
+        for name, site in self.latents.items():
+            to_support = biject_to(site["fn"].support)
+            shape = to_support.inverse_shape(site["value"].shape)
+            missing = self.nesting - (len(shape) - to_support.domain.event_dim)
+            self._layout.append((name, to_support, [1] * missing + list(shape), shape.numel()))
+        self.at_once = True
+        self.weight: float | Tensor = 1.0
+
+    @property
+    def num_at_once(self) -> int:
+        """How many particles a call should have at most."""
+        return max(1, MAX_NUMBERS // self.num_numbers)
+
+    def on(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: float | Tensor = 1.0
+    ) -> LogJoint:
+        """The same on other data, with fresh subsamples, the latents' densities weighted."""
+        other = copy.copy(self)
+        other.args, other.kwargs, other.subsamples, other.weight = args, kwargs, {}, weight
+        return other
+
+    def __call__(self, z: Tensor, together: int = 1) -> Tensor:
+        """The log densities; ``-inf`` for particles at which the model raises an error.
+
+        Args:
+            z: Latents of shape ``(K, D)``.
+            together: So many particles after one another share that fate.
+        """
+        if len(z) > max(self.num_at_once, together):
+            size = together * max(1, self.num_at_once // together)
+            return torch.cat([self(part, together) for part in z.split(size)])
+        try:
+            with quietly():
+                return self.density(z)
+        except Mismatch:
+            raise
+        except Exception:  # at some point a matrix has no Cholesky factor, or a check fails
+            if len(z) <= together:
+                return z.new_full((len(z),), -torch.inf)
+            half = together * (len(z) // together // 2) or together
+            return torch.cat([self(part, together) for part in (z[:half], z[half:])])
+
+    def density(self, z: Tensor) -> Tensor:
+        """The log densities, or the error that the model raises."""
+        if self.at_once:
+            return self._of_particles(z)
+        return torch.cat([self._of_one(row) for row in z.unbind()])
+
+    def check(self, z: Tensor) -> str | None:
+        """What speaks against this density, if anything; finds out whether particles go at once.
+
+        Args:
+            z: Two points at least, not too near to each other.
+        """
+        alone, fine, failure = [], [], None
+        with quietly():
+            for row in z:
+                try:
+                    alone.append(self._sites(row.unsqueeze(0), None))
+                    fine.append(row)
+                except Mismatch:
+                    raise
+                except Exception as error:  # there, but perhaps not elsewhere
+                    failure = error
+            if not alone:
+                return f"the model fails there, {type(failure).__name__}: {failure}"
+            again = self._sites(fine[0].unsqueeze(0), None)
+        if len(alone) == 1:
+            alone, fine = 2 * alone, 2 * fine
+        if not same(alone[0], again):
+            return "its log density changes from one run to the next"
+        try:
+            with quietly():
+                together = self._sites(torch.stack(fine), self.nesting)
+            self.at_once = same(together, join(alone))
+        except Exception:  # whatever a model that isn't made for it may raise
+            self.at_once = False
+        return None
+
+    def _sites(self, z: Tensor, nesting: int | None) -> dict[str, Tensor]:
+        values, _ = self._constrain(z)
+        values = self._single(values) if nesting is None else values
+        return log_probs_of_particles(self._trace(values), len(z), nesting)
+
+    def _single(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The values of one particle, as a run without particles has them."""
+        return {name: v.reshape(self.latents[name]["value"].shape) for name, v in values.items()}
+
+    def gradient(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Values and gradients, of shapes ``(K,)`` and ``(K, D)``."""
+        if len(z) > self.num_at_once:
+            parts = [self.gradient(part) for part in z.split(self.num_at_once)]
+            values, slopes = zip(*parts, strict=True)
+            return torch.cat(values), torch.cat(slopes)
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            value = self(z)
+            if not value.requires_grad:
+                return value, torch.zeros_like(z)
+            (slope,) = grad(value.sum(), z)
+        return value.detach(), slope
+
+    def hessian(self, z: Tensor) -> Tensor:
+        """Second derivatives, of shape ``(K, D, D)``."""
+        K, D = z.shape
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            (slope,) = grad(self(z).sum(), z, create_graph=True)
+            if not slope.requires_grad:
+                return z.new_zeros(K, D, D)
+            units = torch.eye(D, dtype=z.dtype, device=z.device).unsqueeze(1).expand(D, K, D)
+            if K * D * self.num_numbers <= MAX_NUMBERS:
+                try:
+                    rows = grad(slope, z, units, retain_graph=True, is_grads_batched=True)[0]
+                    return rows.transpose(0, 1)
+                except RuntimeError:
+                    pass  # an operation without a batching rule
+            rows = torch.stack([grad(slope, z, unit, retain_graph=True)[0] for unit in units])
+        return rows.transpose(0, 1)
+
+    def diagonal(self, z: Tensor, num_probes: int = 16) -> Tensor:
+        """Estimates of the second derivatives in each latent alone, at ``z`` of shape ``(D,)``.
+
+        From products of the Hessian with random signs (Bekas et al. 2007). They err by what the
+        other latents bring, and are no smaller than a tenth of what that may be.
+        """
+        z = z.expand(1 if not self.at_once else min(num_probes, self.num_at_once), -1)
+        estimates = []
+        for _ in range(-(-num_probes // len(z))):
+            with torch.enable_grad():
+                z = z.detach().clone().requires_grad_()
+                (slope,) = grad(self(z).sum(), z, create_graph=True)
+                signs = torch.empty_like(z).bernoulli_() * 2 - 1
+                estimates.append(signs * grad((slope * signs).sum(), z)[0])
+        found = torch.cat(estimates)
+        mean, size = found.mean(0), found.square().mean(0).sqrt()
+        return torch.where(mean.abs() > size / 10, mean, -size / 10)
+
+    def _of_particles(self, z: Tensor) -> Tensor:
+        # No plate is needed for them: densities broadcast over what the latents bring.
+        values, log_det = self._constrain(z)
+        log_prob = log_prob_of_particles(self._trace(values), len(z), self.nesting, self.weight)
+        return log_prob + self.weight * log_det
+
+    def _of_one(self, z: Tensor) -> Tensor:
+        values, log_det = self._constrain(z.unsqueeze(0))
+        trace = self._trace(self._single(values))
+        log_prob = log_prob_of_particles(trace, 1, None, self.weight)
+        return log_prob + self.weight * log_det
+
+    def _trace(self, values: dict[str, Tensor]) -> poutine.Trace:
+        with poutine.block(expose_types=["param"]), Given(values, self.subsamples, self._shapes):
+            trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
+            compute_log_prob(trace)
+        return trace
+
+    def _constrain(self, z: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Values of the sites, with the particles left of all plates; and the log-determinant."""
+        values, log_det = {}, z.new_zeros(len(z))
+        parts = z.split([size for *_, size in self._layout], -1)
+        for part, (name, to_support, shape, _) in zip(parts, self._layout, strict=True):
+            part = part.reshape(len(z), *shape)
+            values[name] = value = to_support(part)
+            if to_support is not identity_transform:
+                own = to_support.log_abs_det_jacobian(part, value)
+                log_det = log_det + own.reshape(len(z), -1).sum(-1)
+        return values, log_det

@@ -1,0 +1,108 @@
+"""Which sites and parameters are at fault where a loss is not finite."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from .traces import bare, compute_log_prob, is_point, quietly, samples
+
+__all__ = ["at_fault", "impossible_data"]
+
+NUM_DRAWS = 16
+
+
+def at_fault(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    params: Mapping[str, Tensor],
+) -> str:
+    """What is not finite in a few runs of guide and model, and among the parameters, in words."""
+    found: Counter[str] = Counter()
+    for _ in range(NUM_DRAWS):
+        try:
+            with quietly():
+                model_trace, guide_trace = _run(model, guide, args, kwargs)
+                for trace in (guide_trace, model_trace):
+                    compute_log_prob(trace)
+        except (RuntimeError, ValueError) as error:
+            found[f"an error of the model, {type(error).__name__}: {str(error)[:200]}"] += 1
+            continue
+        found.update(f"site '{name}' ({what})" for name, what in _sites(model_trace, guide_trace))
+    texts = [f"{text} in {count} of {NUM_DRAWS} draws" for text, count in found.items()]
+    for name, param in params.items():
+        for what, thing in (("its value", param), ("its gradient", param.grad)):
+            if thing is not None and not thing.isfinite().all():
+                texts.append(f"parameter '{name}' ({what})")
+    return "; ".join(texts) or f"nothing that {NUM_DRAWS} more draws could show"
+
+
+def impossible_data(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> str:
+    """Which data are NaN or outside the support of their distribution, in words; "" if none."""
+    with quietly(), torch.no_grad(), poutine.block():
+        model_trace, _ = _run(model, guide, args, kwargs)
+    for name, site in samples(model_trace).items():
+        value, fn = torch.as_tensor(site["value"]), site["fn"]
+        if not site["is_observed"] or isinstance(bare(fn), dist.Delta | dist.Unit):
+            continue
+        try:
+            is_wrong = ~fn.support.check(value)
+        except NotImplementedError:
+            continue
+        for mask in (site["mask"], getattr(fn, "_mask", None)):
+            if mask is not None:
+                is_wrong = is_wrong & torch.as_tensor(mask)
+        if is_wrong.any():
+            where = is_wrong.nonzero()[0].tolist()
+            kind = type(bare(fn)).__name__
+            return (
+                f"The data of site '{name}' should be in the support of {kind}, which is "
+                f"{bare(fn).support}; {int(is_wrong.sum())} of {is_wrong.numel()} are not, the "
+                f"first at index {where}. Leave out or mask what is missing, with a number in its "
+                "place."
+            )
+    return ""
+
+
+def _run(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[poutine.Trace, poutine.Trace]:
+    """The traces of the model, on a draw of the guide, and of the guide."""
+    guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    replayed = poutine.replay(model, guide_trace)
+    return poutine.trace(replayed).get_trace(*args, **kwargs), guide_trace
+
+
+def _sites(model: poutine.Trace, guide: poutine.Trace) -> Iterator[tuple[str, str]]:
+    """Sites whose value, density or density's gradient is not finite, and which of these it is."""
+    draws = {name: torch.as_tensor(site["value"]) for name, site in samples(guide).items()}
+    for name, draw in draws.items():
+        if not draw.isfinite().all():
+            yield name, "its value in the guide is not finite"
+    leaves = [draw for draw in draws.values() if draw.requires_grad]
+    for name, site in samples(model).items():
+        log_prob = site["log_prob_sum"]
+        if not log_prob.isfinite():
+            known = ", as a Delta's, whose value is known: pyro.deterministic states one"
+            why = known if is_point(site["fn"]) and not site["is_observed"] else ""
+            yield name, f"its log density is {log_prob.item()}{why}"
+        elif log_prob.requires_grad and leaves:
+            slopes = torch.autograd.grad(log_prob, leaves, retain_graph=True, allow_unused=True)
+            if any(slope is not None and not slope.isfinite().all() for slope in slopes):
+                yield name, "the gradient of its log density is not finite"

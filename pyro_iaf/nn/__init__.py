@@ -1,0 +1,1 @@
+"""The masked network, and the univariate maps that its outputs parametrise."""

@@ -1,0 +1,1 @@
+"""Triangular mathematics: inverses, implicit gradients, scores along a pass."""

@@ -1,0 +1,425 @@
+r"""A masked network solved block by block: its map turned round, and its transposed Jacobian.
+
+The units of our networks stand in the order of their degrees, so a block of coordinates that follow
+one another can be settled by itself on top of those before it. What lies between blocks is computed
+once,
+
+.. math::
+    h^{(k+1)}_b = a\Bigl( W_{bb}\, h^{(k)}_b + \bigl[ W_{b,<b}\, h^{(k)}_{<b} + c_b \bigr] \Bigr),
+
+and the bracket is all that a block knows of it. The transposed Jacobian is triangular the other way
+round, and linear; it is solved in the same blocks, from the last to the first.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..nn.made import ACTIVATIONS, MaskedAutoregressiveNetwork, product
+from .fixed_point import has_values, runs_eagerly, settle
+
+__all__ = ["Cut", "Map", "can_be_cut", "solve_in_blocks", "transposed_in_blocks"]
+
+# Sweeps that a first block is expected to take; others take about as many as the one before them,
+# so nobody looks whether they have settled before the last but one of these.
+FEWEST = 3
+
+# What acts on each unit by itself, whatever stands beside it.
+ELEMENTWISE = {*ACTIVATIONS.values(), nn.CELU, nn.Hardtanh, nn.Hardswish, nn.Identity, nn.Mish}
+
+
+class Map(Protocol):
+    """An autoregressive map: what a network returns, and how it is read."""
+
+    network: Any
+    context: Tensor | None
+
+    @property
+    def order(self) -> Tensor: ...
+
+    def _coefficients(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The shift and the log-scale at ``x``, in one pass of the network."""
+
+    @property
+    def _read(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Makes the same of what the network returned, coordinate by coordinate."""
+
+
+class Layer(NamedTuple):
+    """What leads from one level of a block to the next: weights, and what follows row by row."""
+
+    weight: Tensor
+    then: Callable[..., Any]
+    arguments: Sequence[Tensor]
+
+    def __call__(self, units: Tensor) -> Tensor:
+        made: Tensor = self.then(self.weight @ units, *self.arguments)
+        return made
+
+
+def can_be_cut(flow: Map) -> bool:
+    """Whether the network is one of ours and computes what its weights say, unit by unit."""
+    network = flow.network
+    return (
+        type(network) is MaskedAutoregressiveNetwork
+        and "forward" not in network.__dict__
+        and type(network.activation) in ELEMENTWISE
+        and not any(m._forward_hooks or m._forward_pre_hooks for m in (network, network.activation))
+        and not network.mask.is_meta
+        and not torch.is_autocast_enabled(network.mask.device.type)
+    )
+
+
+def solve_in_blocks(flow: Map, y: Tensor, method: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The inverse of ``y``, and the shift and the log-scale there, all of its shape."""
+    cut = Cut(flow, y.shape, method)
+    network, L, offsets = cut.network, cut.L, cut.offsets
+    y = cut.features_first(y)
+    known = [y[:0] for _ in range(L + 1)]  # the units of each level before this block
+    solved: list[Tensor] = []
+    num_sweeps = FEWEST
+    for a, b in cut.blocks:
+        if b - a == cut.D:
+            *hidden, (weight, offset) = zip(cut.whole(), offsets, strict=True)
+        else:
+            *hidden, (weight, offset) = _beside_what_is_known(cut, a, b, known, offsets)
+        layers = [Layer(w, functools.partial(_activate, network), (o,)) for w, o in hidden]
+        layers.append(Layer(weight, torch.add, (offset,)))
+        if cut.one_by_one:
+            sizes = [cut.units_of_each(k, a, b) for k in range(L + 1)]
+            x, levels, *coefficients = _solve_one_by_one(cut, layers, sizes, y[a:b])
+        else:
+            x, (levels, *coefficients), num_sweeps = _solve_block(
+                cut, layers, y[a:b], method, num_sweeps - 1
+            )
+        if b < cut.D:
+            known = [torch.cat(pair) for pair in zip(known, [x, *levels], strict=True)]
+        solved.append(torch.stack([x, *coefficients]))
+    x, shift, log_scale = map(cut.as_given, torch.cat(solved, 1))
+    return x, shift, log_scale
+
+
+def _beside_what_is_known(
+    cut: Cut, a: int, b: int, known: list[Tensor], offsets: list[Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each layer's weights within a block, and offsets that tell of the units before it."""
+    now = [cut.units(k, a, b) for k in range(cut.L + 1)]
+    for k in range(cut.L):
+        before, within = _split(cut.hidden(k, now[k + 1], slice(now[k].stop)), now[k].start)
+        yield within, _plus(offsets[k][now[k + 1]], before, known[k])
+    # The outputs, shifts and then log-scales, read the last hidden layer and the coordinates.
+    last, offset = [], _stacked(offsets[-1].view(2, cut.D, -1)[:, a:b])
+    for k in (cut.L, 0):
+        weight = _stacked(cut.output(slice(a, b), k, slice(now[k].stop)))
+        before, within = _split(weight, now[k].start)
+        last.append(within)
+        offset = _plus(offset, before, known[k])
+    yield torch.cat(last, 1), offset
+
+
+def _solve_block(
+    cut: Cut, layers: list[Layer], y: Tensor, method: str, first: int
+) -> tuple[Tensor, Any, int]:
+    def sweep(x: Tensor) -> tuple[Tensor, Any]:
+        *levels, out = _through(layers, x)
+        shift, log_scale = cut.read(*out.chunk(2))
+        return (y - shift) / log_scale.exp(), (levels, shift, log_scale)
+
+    def size(found: tuple[Any, Tensor, Tensor]) -> Tensor:
+        return y / found[-1].exp()
+
+    position = torch.arange(len(y), device=y.device)[:, None]
+    return settle(sweep, torch.zeros_like(y), position, method, size=size, first=first)
+
+
+def _solve_one_by_one(
+    cut: Cut, layers: list[Layer], sizes: list[list[int]], y: Tensor
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    found: list[tuple[Tensor, Tensor]] = []
+
+    def finish(j: int, out: Tensor) -> Tensor:
+        shift, log_scale = cut.read(*out.split(1))
+        found.append((shift, log_scale))
+        return (y[j] - shift) / log_scale.exp()
+
+    x, levels = _one_by_one(layers, [*sizes, None], torch.zeros_like(y), range(len(y)), finish)
+    shifts, log_scales = zip(*found, strict=True)
+    return x, levels, torch.cat(shifts), torch.cat(log_scales)
+
+
+def transposed_in_blocks(cut: Cut, x: Tensor, v: Tensor) -> Tensor:
+    """The ``u`` with ``J^T u = v``, where J is the Jacobian at ``x``; of the shape of ``v``."""
+    L, (slopes, by_outputs, scale) = cut.L, _linearised(cut, x)
+    one_by_one = cut.one_by_one and has_values(v)
+    v = cut.features_first(v)
+    # Gradients in the units of each hidden layer after this block, and in the outputs there.
+    later, outputs_later = [v[:0] for _ in range(L + 1)], by_outputs[:, :0]
+    solved = v[:0]
+    num_sweeps = FEWEST
+    for a, b in reversed(cut.blocks):
+        # Units of degree d hear from outputs d and after, and speak to the d coordinates before.
+        now = [slice(a, b), *(cut.units(k, a + 1, b + 1) for k in range(1, L + 1))]
+        layers: list[Layer] = []
+        within, offset = cut.from_outputs(L, now, outputs_later)
+        for k in range(L, 0, -1):
+            slope = slopes[k][now[k]]
+            layers.append(Layer(within, _times_plus, (slope * offset, slope)))
+            weight = cut.hidden(k - 1, slice(now[k].start, None), now[k - 1]).T
+            within, after = _split(weight, now[k].stop - now[k].start)
+            offset = after @ later[k]
+        x_within, x_offset = cut.from_outputs(0, now, outputs_later)
+        start = (v[a:b] - offset - x_offset) / scale[a:b]
+        layers.append(
+            Layer(torch.cat([within, x_within], 1), _times_plus, (start, -1 / scale[a:b]))
+        )
+        if one_by_one:
+            sizes = [cut.units_of_each(k, a + 1, b + 1) for k in range(L, 0, -1)]
+            u, levels = _solve_transposed_one_by_one(layers, sizes, by_outputs[:, a:b], start)
+        else:
+            u, levels, num_sweeps = _solve_transposed_block(
+                layers, by_outputs[:, a:b], start, num_sweeps - 1
+            )
+        solved = torch.cat([u, solved])
+        outputs_later = torch.cat([by_outputs[:, a:b] * u, outputs_later], 1)
+        later[1:] = [torch.cat(pair) for pair in zip(reversed(levels), later[1:], strict=True)]
+    return cut.as_given(solved)
+
+
+def _solve_transposed_block(
+    layers: list[Layer], by_outputs: Tensor, start: Tensor, first: int
+) -> tuple[Tensor, Any, int]:
+    def sweep(u: Tensor) -> tuple[Tensor, Any]:
+        *levels, u = _through(layers, _stacked(by_outputs * u))
+        return u, levels
+
+    position = torch.arange(len(start) - 1, -1, -1, device=start.device)[:, None]
+    return settle(sweep, start, position, "auto", size=lambda _: start, first=first)
+
+
+def _solve_transposed_one_by_one(
+    layers: list[Layer], sizes: list[list[int]], by_outputs: Tensor, start: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    n = len(start)
+    found: list[Tensor] = []
+
+    def finish(j: int, u: Tensor) -> Tensor:
+        found.insert(0, u)
+        return by_outputs[:, j] * u
+
+    outputs = by_outputs.new_zeros(2 * n, start.shape[1])
+    rows = [None, *sizes, [1] * n]
+    _, levels = _one_by_one(layers, rows, outputs, range(n - 1, -1, -1), finish)
+    return torch.cat(found), levels
+
+
+def _one_by_one(
+    layers: list[Layer],
+    sizes: list[list[int] | None],
+    first: Tensor,
+    positions: Iterable[int],
+    finish: Callable[[int, Tensor], Tensor],
+) -> tuple[Tensor, list[Tensor]]:
+    """Settles a block coordinate by coordinate, each with the units that it adds to each level.
+
+    ``sizes`` counts these, level by level; None is for outputs, the shifts of all coordinates and
+    then their log-scales. ``finish`` makes of what the last layer says of a coordinate its rows of
+    the first level, which are zero so far. Returns the first level, and the hidden ones.
+    """
+    levels = [first.new_zeros(len(layer.weight), first.shape[1]) for layer in layers[:-1]]
+    both = torch.cat([levels[-1], first])  # as the last layer reads them
+    levels[-1], first = both.split([len(levels[-1]), len(first)])
+    rows, *rows_of_levels = map(_by_coordinate, [first, *levels], sizes)
+    *pieces, last_pieces = map(_layer_by_coordinate, layers, sizes[1:])
+    for j in positions:
+        source = first
+        for piece, level, level_rows in zip(pieces, levels, rows_of_levels, strict=True):
+            if len(level_rows[j]):
+                level_rows[j].copy_(piece[j](source))
+            source = level
+        rows[j].copy_(finish(j, last_pieces[j](both)))
+    return first, levels
+
+
+def _by_coordinate(level: Tensor, sizes: list[int] | None) -> Sequence[Tensor]:
+    pairs = level.unflatten(0, (2, -1)) if sizes is None else level
+    rows: Sequence[Tensor] = pairs.unbind(1) if sizes is None else level.split(sizes)
+    return rows
+
+
+def _layer_by_coordinate(layer: Layer, sizes: list[int] | None) -> list[Layer]:
+    rows = (_by_coordinate(t, sizes) for t in (layer.weight, *layer.arguments))
+    return [Layer(weight, layer.then, rest) for weight, *rest in zip(*rows, strict=True)]
+
+
+def _activate(network: MaskedAutoregressiveNetwork, z: Tensor, offset: Tensor) -> Tensor:
+    units: Tensor = network.activation(z + offset)
+    return units
+
+
+def _times_plus(z: Tensor, added: Tensor, factor: Tensor) -> Tensor:
+    return torch.addcmul(added, factor, z)
+
+
+def _through(layers: list[Layer], x: Tensor) -> list[Tensor]:
+    """What each layer makes of the one before; the last reads ``x`` too."""
+    levels, h = [], x
+    for layer in layers[:-1]:
+        h = layer(h)
+        levels.append(h)
+    return [*levels, layers[-1](torch.cat([h, x]))]
+
+
+def _linearised(cut: Cut, x: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+    """The slopes of the activations at ``x`` by level, dy / d outputs, and dy / dx itself."""
+    x = h = cut.features_first(x.detach())
+    *hidden, output = zip(cut.whole(), cut.offsets, strict=True)
+    slopes = [x]
+    with torch.enable_grad():
+        for weight, offset in hidden:
+            z = (weight @ h + offset).detach().requires_grad_()
+            h = cut.network.activation(z.clone())  # it may write in place
+            slopes += torch.autograd.grad(h.sum(), z)
+            h = h.detach()
+        weight, offset = output
+        out = (weight @ torch.cat([h, x]) + offset).view(2, cut.D, -1).detach().requires_grad_()
+        shift, log_scale = cut.read(*out)
+        scale = log_scale.exp()
+        (by_outputs,) = torch.autograd.grad((shift + scale * x).sum(), out)
+    return slopes, by_outputs, scale.detach()
+
+
+class Cut:
+    """A flow's network, cut into blocks of coordinates that follow one another in its order.
+
+    Features come first here, in that order, and the batch after them: units of one degree stand
+    together. Level 0 are the coordinates, levels 1 to L the hidden layers; outputs are the shifts
+    of all coordinates and then their log-scales.
+
+    Args:
+        flow: The flow, as it is now.
+        shape: Of the values.
+        method: As for :func:`~pyro_iaf.invert`.
+        keep: Whether to hold on to the weights of now, whatever becomes of the network.
+    """
+
+    def __init__(self, flow: Map, shape: torch.Size, method: str, keep: bool = False) -> None:
+        self.network: MaskedAutoregressiveNetwork = flow.network
+        self.order, self.shape, self.read = flow.order, shape, flow._read
+        self.D, self.L = shape[-1], len(self.network.hidden_dims)
+        self.natural = self.network.in_natural_order
+        factors = self.network.factors()
+        if keep:
+            factors = [(product(factor).detach(),) for factor in factors]
+            self.order = self.order.clone()
+        *self._hidden, self._output, offsets = factors
+        self.offsets = self._offsets(product(offsets), flow.context)
+        num_columns = shape[:-1].numel()
+        # In big batches arithmetic counts, and every sweep does all of it again.
+        auto_one_by_one = method == "auto" and num_columns > 8 * self.D + 64
+        self.one_by_one = runs_eagerly() and (method == "incremental" or auto_one_by_one)
+        size = block_size(num_columns, self.one_by_one, self.order.device)
+        size = self.D if method == "fixed_point" else size
+        self.blocks = [(a, min(a + size, self.D)) for a in range(0, self.D, size)]
+
+    def features_first(self, y: Tensor) -> Tensor:
+        y = y.reshape(-1, self.D).T
+        return y.contiguous() if self.natural else y[self.order]
+
+    def as_given(self, x: Tensor) -> Tensor:
+        x = x if self.natural else x[torch.argsort(self.order)]
+        return x.T.reshape(self.shape).clone(memory_format=torch.contiguous_format)
+
+    def units(self, k: int, a: int, b: int) -> slice:
+        """The units of level k that the coordinates from position a to b add."""
+        return self.network.units_between(k - 1, a, b) if k else slice(a, b)
+
+    def units_of_each(self, k: int, a: int, b: int) -> list[int]:
+        """How many units of level k each of these positions adds."""
+        return [
+            units.stop - units.start for units in (self.units(k, d, d + 1) for d in range(a, b))
+        ]
+
+    def whole(self) -> list[Tensor]:
+        """All weights: from each level to the next, and from the last and the first to outputs."""
+        first, *hidden, output = map(product, [*self._hidden, self._output])
+        if not self.natural:
+            first = first[:, self.order]
+            H = output.shape[1] - self.D
+            columns = torch.cat([torch.arange(H, device=output.device), H + self.order])
+            output = self._outputs_in_order(output)[:, columns]
+        return [first, *hidden, output]
+
+    def hidden(self, k: int, rows: slice, columns: slice) -> Tensor:
+        """Weights from level k to the next."""
+        where = columns if k else self._at(columns)
+        return product([_take(factor, rows, where) for factor in self._hidden[k]])
+
+    def output(self, rows: slice, k: int, columns: slice) -> Tensor:
+        """Weights from level k, L or 0, to the outputs, of shape (2, rows, columns)."""
+        H = self.network.hidden_dims[-1]
+        half, where = (slice(H), columns) if k else (slice(H, None), self._at(columns))
+        pairs = [factor.view(2, self.D, -1)[..., half] for factor in self._output]
+        return product([_take(pair, self._at(rows), where) for pair in pairs])
+
+    def from_outputs(self, k: int, now: list[slice], gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights from a block's outputs back to level k, and what the outputs after it bring."""
+        a, b = now[0].start, now[0].stop
+        weight = self.output(slice(a, None), k, now[k])
+        within, after = (_stacked(part).T for part in _split(weight, b - a, 1))
+        return within, after @ _stacked(gradient)
+
+    def _offsets(self, offsets: Tensor, context: Tensor | None) -> list[Tensor]:
+        """What is added to the units of each hidden layer and to the outputs.
+
+        The last dimension is the batch, or one if it is the same for all.
+        """
+        if context is not None:
+            offsets = functional.linear(context, offsets[:, 1:], offsets[:, 0])
+            if context.dim() > 1:
+                offsets = offsets.expand(*self.shape[:-1], -1)
+            offsets = offsets.reshape(-1, offsets.shape[-1]).T
+        *hidden, output = offsets.split_with_sizes([*self.network.hidden_dims, 2 * self.D])
+        return [*hidden, output if self.natural else self._outputs_in_order(output)]
+
+    def _outputs_in_order(self, rows: Tensor) -> Tensor:
+        return rows[torch.cat([self.order, self.D + self.order])]
+
+    def _at(self, positions: slice) -> slice | Tensor:
+        """Where the coordinates at these positions of the order are."""
+        return positions if self.natural else self.order[positions]
+
+
+def block_size(num_columns: int, one_by_one: bool, device: torch.device) -> int:
+    """How many coordinates to settle together, by measurement."""
+    if not runs_eagerly():
+        return 16  # each coordinate takes a sweep of its block
+    if one_by_one:
+        return 32
+    if device.type != "cpu":
+        return 512  # not measured: launching costs more than arithmetic
+    return min(max(8192 // max(num_columns, 1), 32), 128)
+
+
+def _take(matrix: Tensor, rows: slice | Tensor, columns: slice | Tensor) -> Tensor:
+    if isinstance(columns, slice):  # a view, which leaves less to gather
+        return matrix[..., columns][..., rows, :]
+    return matrix[..., rows, :][..., columns]
+
+
+def _split(weight: Tensor, size: int, dim: int = -1) -> tuple[Tensor, Tensor]:
+    return weight.narrow(dim, 0, size), weight.narrow(dim, size, weight.shape[dim] - size)
+
+
+def _stacked(pair: Tensor) -> Tensor:
+    """Shifts and log-scales, of shape (2, n, _), one below the other."""
+    return pair.reshape(2 * pair.shape[1], pair.shape[2])
+
+
+def _plus(offset: Tensor, weight: Tensor, units: Tensor) -> Tensor:
+    return offset + weight @ units if len(units) else offset

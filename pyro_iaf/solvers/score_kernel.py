@@ -1,0 +1,241 @@
+r"""The score of a density, carried through flows, as one operation of a graph.
+
+.. math::
+    J^{\mathsf T} u = v, \qquad v = \nabla_x \log q(x) - \nabla_x \log |\det J|
+
+The Jacobian of an autoregressive map is triangular, so the coordinates of :math:`u` are found one
+after the other, and with each the units of the network that hear of no other. That is the work of
+one backward pass, in as many small parts as there are coordinates: nothing for PyTorch, so there is
+a kernel in C++ for it, and where there is no compiler the same in slow.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ..nn.made import MaskedAutoregressiveNetwork
+
+__all__ = ["MAX_WRITTEN_OUT", "Carrier", "by_jacobian", "carried", "has_kernel", "load_kernel"]
+
+# Up to so many coordinates a Jacobian is written out where there is no kernel.
+MAX_WRITTEN_OUT = 64
+
+# A thread should have so many multiplications to do.
+WORK_PER_THREAD = 2_000_000
+
+FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-pthread"]
+
+_kernel: list[ctypes.CDLL] = []
+_libraries: list[torch.library.Library] = []
+_defined: list[str] = []
+_loading = threading.Lock()
+
+
+def load_kernel() -> None:
+    """Compiles the kernel, or loads it where that was done; leaves it out where neither works."""
+    with _loading:
+        try:
+            if not _kernel and shutil.which(os.environ.get("CXX", "g++")):
+                _kernel.append(ctypes.CDLL(str(_compiled_kernel())))
+                for name in _defined:
+                    _register(name)
+        except (OSError, subprocess.CalledProcessError) as error:
+            why = getattr(error, "stderr", None) or error
+            logging.getLogger(__name__).warning("no kernel for scores: %s", why)
+
+
+@functools.cache
+def has_kernel() -> bool:
+    """Whether the kernel is there; loads it."""
+    load_kernel()
+    return bool(_kernel)
+
+
+def _compiled_kernel() -> Path:
+    from torch._inductor.runtime.cache_dir_utils import cache_dir  # which changes warnings' filters
+
+    source = Path(__file__).with_suffix(".cpp")
+    libraries = Path(torch.__file__).parent / "lib"
+    command = [os.environ.get("CXX", "g++"), *FLAGS, str(source)]
+    command += [f"-L{libraries}", "-ltorch_cpu", f"-Wl,-rpath,{libraries}"]
+    made_for = [source.read_text(), *command, torch.__version__, platform.platform(), _processor()]
+    name = f"pyro_iaf_carry_{hashlib.sha256(repr(made_for).encode()).hexdigest()[:16]}.so"
+    library = Path(cache_dir()) / name
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:  # whole or not at all
+            fresh = Path(folder) / name
+            command += ["-o", str(fresh)]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            fresh.replace(library)
+    return library
+
+
+def _register(name: str) -> None:
+    if _kernel[0].register_carry(name.encode()):
+        raise OSError(f"PyTorch does not take the kernel of {name}")
+
+
+def _processor() -> str:
+    """What the machine code may use, for caches that several machines share."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+class Carrier(NamedTuple):
+    """What a flow's score is carried by.
+
+    Attributes:
+        slopes: The scale, the value's slopes in the shift and in the log-scale that the network
+            returned, and the slope of the log-determinant in the latter; of the noise's shape.
+        bends: The slopes of the activations, one tensor for each hidden layer.
+        weights: Masked, of the hidden layers and of the outputs.
+        network: The network, of which sizes and order are used.
+    """
+
+    slopes: Sequence[Tensor]
+    bends: Sequence[Tensor]
+    weights: Sequence[Tensor]
+    network: MaskedAutoregressiveNetwork
+
+
+def carried(score: Tensor, flows: Sequence[Carrier]) -> Tensor:
+    """The score of what flows with equally many hidden layers made of noise, as one operation.
+
+    Args:
+        score: Of the noise, of shape ``batch_shape + (D,)``.
+        flows: The flows, the first acts on the noise.
+    """
+    K, D = score.shape[:-1].numel(), score.shape[-1]
+    tensors: list[Tensor] = []
+    for slopes, bends, weights, network in flows:
+        wide = [part.expand(*score.shape[:-1], -1) for part in (*slopes, *bends)]
+        tensors += [part.reshape(K, -1) for part in wide]
+        with _disable_current_modes():  # it follows from the sizes, so it is not part of a graph
+            bounds = torch.arange(D + 1, device=score.device)
+            starts = torch.stack([torch.searchsorted(d, bounds) for d in network.hidden_degrees()])
+        tensors += [*weights, network.order.contiguous(), starts]
+    numbers = K * sum(weight.numel() for _, _, weights, _ in flows for weight in weights)
+    num_threads = max(1, min(torch.get_num_threads(), K, numbers // WORK_PER_THREAD))
+    run = _operation(len(tensors)) if score.dtype in (torch.float32, torch.float64) else _in_slow
+    found: Tensor = run(score.reshape(K, D), *tensors, len(flows), num_threads)
+    return found.reshape(score.shape)
+
+
+@functools.cache
+def _operation(count: int) -> Any:
+    # With so many arguments and not with a list, which compiled code would hand over by way of
+    # headers that take the compiler six seconds to read.
+    name = f"carry_{count}"
+    arguments = ", ".join(["Tensor score", *(f"Tensor t{k}" for k in range(count))])
+    library = torch.library.Library("pyro_iaf", "FRAGMENT")
+    library.define(f"{name}({arguments}, int num_flows, int num_threads) -> Tensor")
+    library.impl(name, _in_slow, "CompositeExplicitAutograd")  # where no kernel is registered
+    library.impl(name, lambda score, *_: score.new_empty(score.shape), "Meta")
+    _libraries.append(library)  # an operation lasts as long as its library
+    _defined.append(name)
+    if _kernel:
+        _register(name)
+    return getattr(torch.ops.pyro_iaf, name).default
+
+
+def _num_layers(tensors: list[Tensor], num_flows: int) -> int:
+    return (len(tensors) // num_flows - 7) // 2
+
+
+def _in_slow(score: Tensor, *arguments: Any) -> Tensor:
+    """The same without the kernel."""
+    *tensors, num_flows, _ = arguments
+    L = _num_layers(tensors, num_flows)
+    for k in range(0, len(tensors), 2 * L + 7):
+        slopes, bends, weights, (order, starts) = (
+            tensors[k + a : k + b]
+            for a, b in ((0, 4), (4, 4 + L), (4 + L, 5 + 2 * L), (5 + 2 * L, 7 + 2 * L))
+        )
+        score = _through_one(score, slopes, bends, weights, order, starts)
+    return score.contiguous()
+
+
+def _through_one(
+    score: Tensor,
+    slopes: list[Tensor],
+    bends: list[Tensor],
+    weights: list[Tensor],
+    order: Tensor,
+    starts: Tensor,
+) -> Tensor:
+    if score.shape[1] <= MAX_WRITTEN_OUT:
+        return by_jacobian(score, slopes, bends, weights, order)
+    return _one_by_one(score, slopes, bends, weights, order.tolist(), starts.tolist())
+
+
+def by_jacobian(
+    score: Tensor,
+    slopes: Sequence[Tensor],
+    bends: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    order: Tensor,
+) -> Tensor:
+    """The score of what one flow made, by its Jacobian, written out layer by layer."""
+    scale, by_m, by_s, slope = slopes
+    *hidden, output = weights
+    H = output.shape[1] - score.shape[-1]
+    rows: Any = None
+    for weight, bend in zip(hidden, bends, strict=True):
+        rows = bend.unsqueeze(-1) * (weight if rows is None else weight @ rows)
+    of_m, of_s = (output[:, :H] @ rows + output[:, H:]).chunk(2, -2)
+    score = score - (slope.unsqueeze(-2) @ of_s).squeeze(-2)
+    jacobian = torch.addcmul(by_m.unsqueeze(-1) * of_m, by_s.unsqueeze(-1), of_s)
+    jacobian.diagonal(dim1=-2, dim2=-1).add_(scale)
+    jacobian, rows = jacobian[..., order, :][..., order], score[..., order].unsqueeze(-2)
+    solved: Tensor = torch.linalg.solve_triangular(jacobian, rows, upper=False, left=False)
+    return solved.squeeze(-2)[..., torch.argsort(order)]
+
+
+def _one_by_one(
+    score: Tensor,
+    slopes: list[Tensor],
+    bends: list[Tensor],
+    weights: list[Tensor],
+    order: list[int],
+    starts: list[list[int]],
+) -> Tensor:
+    """The same as in the kernel, for all particles at once."""
+    scale, by_m, by_s, slope = slopes
+    *hidden, output = weights
+    D, H = score.shape[1], bends[-1].shape[1]
+    in_x = torch.zeros_like(score)
+    in_units = [torch.zeros_like(bend) for bend in bends]
+    solved = torch.empty_like(score)
+    for p in range(D - 1, -1, -1):
+        for k in range(len(hidden) - 1, -1, -1):
+            if p + 1 < D:
+                units = slice(*starts[k][p + 1 : p + 3])
+                below = in_units[k - 1] if k else in_x
+                below += (in_units[k][:, units] * bends[k][:, units]) @ hidden[k][units]
+        i = order[p]
+        solved[:, i] = u = (score[:, i] - in_x[:, i]) / scale[:, i]
+        pair = torch.stack([by_m[:, i] * u, by_s[:, i] * u + slope[:, i]], 1)
+        pushed = pair @ output[[i, D + i]]
+        in_units[-1] += pushed[:, :H]
+        in_x += pushed[:, H:]
+    return solved

@@ -1,0 +1,1 @@
+"""Run a fit to its end."""

@@ -1,0 +1,234 @@
+"""What a model is fitted to: its arguments, minibatches of them, or data of its own making."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from numbers import Number
+from typing import Any
+
+import numpy as np
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from ..compiler.recorder import opened
+from ..models.arguments import Batch, refusal
+from ..models.traces import quietly
+
+__all__ = ["Batches", "odd_data", "simulated"]
+
+
+class Batches:
+    """An endless row of arguments for a model, that can be taken up again where it was left.
+
+    Args:
+        model: The model, for simulated data.
+        args: Its arguments.
+        kwargs: Likewise.
+        data: Minibatches instead of ``args``, walked through again and again.
+        simulate: Sites to simulate, by the keyword that takes them.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        data: Iterable[Any] | None,
+        simulate: Sequence[str] | Mapping[str, str] | None,
+    ) -> None:
+        if isinstance(data, Tensor | np.ndarray):
+            what = "a tensor" if isinstance(data, Tensor) else "an array"
+            raise ValueError(
+                f"data should be an iterable of minibatches, and got {what}, whose rows would be "
+                "one each. Give args=(tensor,) for all of it at every step, or a DataLoader."
+            )
+        if isinstance(data, Mapping):
+            raise ValueError(
+                "data should be an iterable of minibatches, and got a dict, whose keys would be "
+                "one each. Give kwargs={...} for all of it at every step, or data=[{...}, {...}]."
+            )
+        if data is not None and args:
+            raise ValueError("Give args or data, not both: data holds the model's arguments.")
+        if data is not None and (isinstance(data, str | bytes) or not isinstance(data, Iterable)):
+            raise ValueError(
+                f"data should be an iterable of minibatches; got {data!r}. A data set becomes one "
+                "by DataLoader(data, batch_size=...)."
+            )
+        if isinstance(simulate, str):
+            simulate = [simulate]
+        names = {} if simulate is None else simulate
+        if not isinstance(names, Mapping | Sequence):
+            raise ValueError(
+                f"simulate should be names of sites, or a dict from arguments to sites; got "
+                f"{simulate!r}."
+            )
+        self.simulate = dict(
+            names if isinstance(names, Mapping) else zip(names, names, strict=True)
+        )
+        self.model, self.args, self.kwargs, self.data = model, args, kwargs, data
+        self._iterator: Iterator[Any] | None = None
+        self._before: list[torch.Tensor] = []  # states of the generators before this walk
+        self._taken = 0
+
+    @property
+    def change(self) -> bool:
+        """Whether one step's arguments are not the next one's."""
+        return self.data is not None or bool(self.simulate)
+
+    def next(self) -> Batch:
+        """The arguments of the next step."""
+        args, kwargs = (self.args, self.kwargs) if self.data is None else self._from_data()
+        if self.simulate:
+            kwargs = {**kwargs, **simulated(self.model, args, kwargs, self.simulate)}
+        return args, kwargs
+
+    def check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Looks at the first batch.
+
+        Raises:
+            TypeError: If the model doesn't take it.
+            ValueError: If it has tensors that no gradient goes through.
+        """
+        if why := refusal(self.model, args, kwargs):
+            raise TypeError(
+                f"{why} Each minibatch of data should be a tuple of its arguments, a dict of them, "
+                "or the one argument; simulate= brings those that it names."
+            )
+        if any(tensor.is_inference() for tensor in opened(args, kwargs)[0]):
+            raise ValueError(
+                "fit needs gradients, and among the model's arguments are tensors that were made "
+                "within torch.inference_mode(), which allow none. Make them outside, or give "
+                "copies by tensor.clone()."
+            )
+
+    def without_simulated(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
+        """A batch as it was before its simulation."""
+        return args, {name: value for name, value in kwargs.items() if name not in self.simulate}
+
+    def _from_data(self) -> Batch:
+        if self._iterator is None:
+            self._start()
+        assert self._iterator is not None
+        try:
+            item = next(self._iterator)
+        except StopIteration:
+            self._start()
+            try:
+                item = next(self._iterator)
+            except StopIteration:
+                raise ValueError(
+                    "data has no more minibatches, and can't be walked through again. Give a list "
+                    "or a DataLoader, or an iterator that lasts for num_steps."
+                ) from None
+        if item is None or isinstance(item, str | bytes):
+            raise ValueError(
+                "data should give minibatches, each a tuple of the model's arguments, a dict of "
+                f"them, or the one argument; got {item!r}."
+            )
+        self._taken += 1
+        if isinstance(item, Mapping):
+            return (), {**self.kwargs, **item}
+        return tuple(item) if isinstance(item, tuple | list) else (item,), self.kwargs
+
+    def _start(self) -> None:
+        assert self.data is not None
+        self._before = self.generators()
+        self._iterator, self._taken = iter(self.data), 0
+
+    def _generators(self) -> list[torch.Generator]:
+        things = [self.data, *(getattr(self.data, a, None) for a in ("sampler", "batch_sampler"))]
+        things.append(getattr(things[-1], "sampler", None))
+        own = {id(g): g for t in things if (g := getattr(t, "generator", None)) is not None}
+        return [torch.default_generator, *own.values()]
+
+    def generators(self) -> list[Tensor]:
+        """The states of PyTorch's generator and of those that the data have."""
+        return [generator.get_state() for generator in self._generators()]
+
+    def set_generators(self, states: Sequence[Tensor]) -> None:
+        """Sets them so."""
+        for generator, state in zip(self._generators(), states, strict=False):
+            generator.set_state(state)
+
+    def state(self) -> dict[str, Any]:
+        """Where the walk is, for :meth:`restore`."""
+        return {"before": self._before, "taken": self._taken}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes the walk up where it was; leaves PyTorch's generator anywhere."""
+        if self.data is None or not state["before"]:
+            return
+        again = iter(self.data)
+        done = self._taken if again is self._iterator else 0
+        self.set_generators(state["before"])
+        self._iterator = again if again is self._iterator else iter(self.data)
+        self._before, self._taken = state["before"], state["taken"]
+        for _ in range(self._taken - done):
+            if next(self._iterator, None) is None:
+                raise ValueError(
+                    f"The checkpoint was written after {self._taken} minibatches of data, and now "
+                    "data has fewer. Give the same data, or another path to begin anew."
+                )
+
+
+class _OddData(Messenger):
+    """Looks for data that are neither tensors nor numbers."""
+
+    found = ""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        value = msg["value"]
+        if not msg["is_observed"] or self.found:
+            return
+        if not isinstance(value, Tensor | Number):
+            self.found = (
+                f"The data of site '{msg['name']}' should be a tensor or a number; got a "
+                f"{type(value).__name__}, {value!r:.80}. torch.as_tensor(...) makes tensors of "
+                "arrays and lists of numbers; words have to be numbered."
+            )
+        elif torch.as_tensor(value).is_complex() and not _has_real_density(msg["fn"], value):
+            self.found = (
+                f"The data of site '{msg['name']}' should be real, as densities are; got complex "
+                "numbers. torch.view_as_real(...) makes two real ones of each."
+            )
+
+
+def _has_real_density(fn: Any, value: Any) -> bool:
+    """Whether a distribution is one of complex numbers, as what ``deterministic`` has is."""
+    with suppress(Exception):
+        return not fn.log_prob(value).is_complex()
+    return False
+
+
+@torch.no_grad()
+def odd_data(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Which data of a model are no data, in words; "" if all are. Leaves random numbers alone."""
+    odd = _OddData()
+    with torch.random.fork_rng([]), poutine.block(), odd, suppress(Exception), quietly():
+        model(*args, **kwargs)
+    return odd.found
+
+
+@torch.no_grad()
+def simulated(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    simulate: Mapping[str, str],
+) -> dict[str, Any]:
+    """One draw of sites from the model's prior, by the keywords that take them."""
+    with poutine.block():
+        trace = poutine.trace(model).get_trace(*args, **kwargs)
+    for keyword, name in simulate.items():
+        site = trace.nodes.get(name, {"type": "missing"})
+        if site["type"] != "sample" or site["is_observed"]:
+            what = "is observed" if site["type"] == "sample" else "is no sample site of the model"
+            raise ValueError(
+                f"simulate should draw {keyword!r} from site '{name}', but that {what}. Run "
+                f"without its data the model has to sample it: leave {keyword!r} out of the "
+                "arguments, and give it the default None in the model."
+            )
+    return {keyword: trace.nodes[name]["value"] for keyword, name in simulate.items()}

@@ -1,0 +1,325 @@
+"""What tells one run's data, model and guide from another's, in few letters and numbers.
+
+Every leaf of the data counts. What may differ after a restart doesn't: devices, addresses, threads,
+and the numbers of what is trained.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import suppress
+from types import FunctionType, MethodType, ModuleType
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
+from torch.distributions import Distribution, Transform, biject_to
+from torch.distributions.constraints import Constraint
+from torch.distributions.utils import lazy_property
+
+from ..models.matching import Unchecked
+from ..models.traces import compute_log_prob, quietly, samples
+
+__all__ = ["Digests", "differing", "digest", "digests_of_sites", "in_words"]
+
+#: By what they are of: letters, and numbers that rounding may change.
+Digests = dict[str, list[str | float]]
+
+# What a model computes differs by rounding from one processor to another, and by no more.
+ROUNDING = 1e-4
+
+# Multiples of it, but for the whole, are spread evenly: weights that tell an order.
+GOLDEN = 0.6180339887498949
+
+# Objects are opened so far and no farther, as one may lead to all others.
+DEPTH = 8
+
+# What a site's distribution is made of.
+PARTS = (Distribution, Transform, Constraint)
+
+
+def digest(thing: Any) -> str:
+    """The same letters for equal things, in every process; others for others.
+
+    An object counts by its type, what it says of itself besides its address, and what it holds;
+    what is trained, a module or a tensor with a gradient, by its shapes.
+
+    Example:
+        >>> digest([torch.ones(3), "a"]) == digest([torch.ones(3), "a"])
+        True
+        >>> digest({"y": 1.0}) == digest({"y": -50.0})
+        False
+    """
+    found = hashlib.sha256()
+    for part in _parts(thing, ()):
+        data = memoryview(part).cast("B")
+        found.update(len(data).to_bytes(8, "little"))  # so that no two parts run into one
+        found.update(data)
+    return found.hexdigest()
+
+
+def in_words(thing: Any) -> str:
+    """What an object says of itself, without its address."""
+    try:
+        return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(thing))
+    except Exception:  # whatever a user's class may raise
+        return type(thing).__qualname__
+
+
+def _parts(thing: Any, within: tuple[int, ...]) -> Iterator[Any]:
+    if isinstance(thing, Tensor):
+        yield from _of_tensor(thing)
+        return
+    if not isinstance(thing, np.ndarray) and hasattr(type(thing), "__array__"):
+        with suppress(Exception):  # another library's arrays, which may be out of reach
+            thing = np.asarray(thing)
+    if isinstance(thing, np.ndarray):
+        yield f"{thing.dtype.str} {thing.shape}".encode()
+        yield np.ma.getmaskarray(thing).tobytes()
+        if not thing.dtype.hasobject:
+            yield thing.tobytes()
+            return
+        thing = thing.tolist()
+    yield type(thing).__qualname__.encode()
+    if id(thing) in within or len(within) == DEPTH:
+        return
+    within = (*within, id(thing))
+    if isinstance(thing, Mapping | Set):  # in any order
+        pairs = thing.items() if isinstance(thing, Mapping) else ((item, None) for item in thing)
+        thing = sorted(([digest(key), value] for key, value in pairs), key=lambda pair: pair[0])
+    if isinstance(thing, list | tuple):
+        yield str(len(thing)).encode()
+        for item in thing:
+            yield from _parts(item, within)
+        return
+    yield in_words(thing).encode()
+    if isinstance(thing, nn.Module):
+        state = thing.state_dict(keep_vars=True)
+        shapes = {name: tuple(v.shape) for name, v in state.items() if isinstance(v, Tensor)}
+        yield from _parts(shapes, within)
+    elif not isinstance(thing, type | FunctionType | MethodType | ModuleType):
+        for name, value in _held_by(thing).items():
+            yield name.encode()
+            yield from _parts(value, within)
+
+
+def _of_tensor(tensor: Tensor) -> Iterator[Any]:
+    if tensor.is_nested:
+        for part in tensor.unbind():
+            yield from _of_tensor(part)
+        return
+    yield f"{tensor.dtype} {tuple(tensor.shape)}".encode()
+    if tensor.requires_grad or tensor.is_meta:
+        return
+    tensor = tensor.cpu()
+    if tensor.is_quantized:
+        tensor = tensor.dequantize()
+    if tensor.layout != torch.strided:
+        sparse = tensor.to_dense().to_sparse() if tensor.is_mkldnn else tensor.to_sparse()
+        yield from _of_tensor(sparse.coalesce().indices())
+        tensor = sparse.coalesce().values()
+    flat = tensor.resolve_conj().resolve_neg().contiguous().reshape(-1)
+    yield flat.view(torch.uint8).numpy()
+
+
+def _held_by(thing: Any) -> dict[str, Any]:
+    """The attributes of an object that are its own."""
+    slots = [s for kind in type(thing).__mro__ for s in getattr(kind, "__slots__", ())]
+    held = {name: getattr(thing, name) for name in slots if hasattr(thing, name)}
+    held |= getattr(thing, "__dict__", {})
+    return {name: held[name] for name in sorted(held) if not name.startswith("__")}
+
+
+def digests_of_sites(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    simulated: Set[str] = frozenset(),
+) -> tuple[Digests, Digests]:
+    """What tells the data that a model observes, and the sites of model and guide, from others.
+
+    Of a site count its shape, dtype, distribution and support, and the numbers in these as far as
+    they don't depend on latents or parameters; and its log density at latents that are always the
+    same, unless parameters change it. Seeds the generators; runs the model four times.
+
+    Args:
+        model: A Pyro model.
+        guide: A guide that was run before.
+        args: What they take.
+        kwargs: Likewise.
+        simulated: Sites whose data are drawn from the model itself.
+    """
+    seen, drawn = _look(model, guide, args, kwargs, seed=0)
+    data: Digests = {
+        f"the data of site '{name}'": [digest(site["value"])]
+        for name, site in seen.items()
+        if site["is_observed"] and name not in simulated
+    }
+    with _Moved():  # what is no constant of the model is another number now, detached or not
+        again, _ = _look(model, guide, args, kwargs, seed=1)
+    latents = {n: site["value"] for n, site in seen.items() if not site["is_observed"]}
+    # A latent that is discrete may be the same once more, with all that depends on it.
+    is_seen = all(n in drawn and drawn[n]["value"].requires_grad for n in latents)
+    sites: Digests = {}
+    for name, site in seen.items():
+        words, numbers = _opened(site)
+        constants = zip(numbers, _opened(again[name])[1] if is_seen else [], strict=False)
+        means = [a for a, b in constants if a == b]
+        sites[f"site '{name}' of the model"] = [digest(words), *(m for pair in means for m in pair)]
+    for name, site in drawn.items():
+        sites[f"site '{name}' of the guide"] = [digest(_opened(site)[0])]
+    if not (isinstance(model, nn.Module) and [*model.buffers()]):  # which learn
+        densities = _densities(model, latents, args, kwargs)
+        with _Moved():
+            of_others = _densities(model, latents, args, kwargs)
+        for name, density in densities.items():
+            if name not in simulated and density == of_others.get(name):
+                data[f"the density of site '{name}'"] = [*density]
+    return data, sites
+
+
+class _Fixed(Unchecked):
+    """Gives latents values that are the same in every run, whatever a guide has learnt.
+
+    Supports are those of the run, since they may depend on latents that were given before.
+    """
+
+    def __init__(self, like: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.like = like
+
+    def _pyro_sample(self, msg: Any) -> None:
+        super()._pyro_sample(msg)
+        if msg["name"] in self.like and not msg["is_observed"]:
+            msg["value"] = _fixed(msg["fn"], torch.as_tensor(self.like[msg["name"]]).detach())
+            msg["done"] = True
+
+
+def _fixed(fn: Any, like: Tensor) -> Tensor:
+    """A value in a distribution's support, of the shape and dtype of another."""
+    if fn.support.is_discrete:
+        zeros = torch.zeros_like(like)
+        if fn.support.check(zeros).all():
+            return zeros
+        return fn.enumerate_support()[0].to(like).expand_as(like)  # type: ignore[no-any-return]
+    to_support = biject_to(fn.support)
+    shape = to_support.inverse_shape(like.shape)
+    steps = torch.arange(1, 1 + shape.numel(), device=like.device).to(like)
+    return to_support(steps.sin().reshape(shape))  # type: ignore[no-any-return]
+
+
+@torch.enable_grad()
+def _densities(
+    model: Callable[..., Any],
+    latents: Mapping[str, Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> dict[str, tuple[float, float]]:
+    """What sites of a model without parameters have as log densities, always at the same rows.
+
+    Of no site where the model doesn't allow that.
+    """
+    pyro.set_rng_seed(0)
+    try:
+        with quietly(), poutine.block(expose_types=["param"]), _Fixed(latents):
+            trace = poutine.trace(model).get_trace(*args, **kwargs)
+            compute_log_prob(trace)
+    except Exception:  # whatever a model may raise at values of ours
+        return {}
+    found = {name: site["log_prob"] for name, site in samples(trace).items()}
+    return {name: _summary(p) for name, p in found.items() if not p.requires_grad}
+
+
+def _summary(numbers: Tensor) -> tuple[float, float]:
+    """Two numbers that tell tensors and their order apart, of one sign each: rounding is little."""
+    flat = numbers.detach().double().nan_to_num().flatten()
+    weighted = flat * (1 + torch.arange(len(flat)).to(flat) * GOLDEN % 1)
+    return weighted.clamp(min=0).mean().item(), weighted.clamp(max=0).mean().item()
+
+
+class _Moved(Messenger):
+    """Gives a run other parameters than there are."""
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        msg["value"] = 0.9 * msg["value"]
+
+
+def _look(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    seed: int,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The sites of a model and a guide, where what depends on a latent has a gradient."""
+    pyro.set_rng_seed(seed)
+    with quietly():
+        with torch.no_grad():
+            guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        drawn = samples(guide_trace)
+        for site in drawn.values():
+            value = torch.as_tensor(site["value"]).detach()
+            site["value"] = value.requires_grad_(value.is_floating_point())
+        with torch.enable_grad():
+            replayed = poutine.replay(model, guide_trace)
+            return samples(poutine.trace(replayed).get_trace(*args, **kwargs)), drawn
+
+
+def _opened(site: Any) -> tuple[list[str], list[tuple[float, float]]]:
+    """What a site is, in words, and the constants in it, each by two means."""
+    fn, value = site["fn"], torch.as_tensor(site["value"])
+    try:
+        support = fn.support
+    except NotImplementedError:
+        support = None
+    words = [str(value.dtype), str(tuple(value.shape)), str(site["is_observed"])]
+    numbers: list[Tensor] = []
+    _open("", (fn, support, site["scale"], site["mask"]), words, numbers)
+    return words, [_summary(number) for number in numbers]
+
+
+def _open(name: str, thing: Any, words: list[str], numbers: list[Tensor]) -> None:
+    """Notes what there is in a distribution or a support, and its numbers without a gradient."""
+    if isinstance(thing, float):
+        thing = torch.tensor(thing, dtype=torch.float64)
+    if isinstance(thing, Tensor):
+        words.append(f"{name} {thing.dtype} {tuple(thing.shape)}")
+        if not thing.requires_grad and not thing.is_complex() and thing.numel():
+            numbers.append(thing.detach().cpu().to_dense() if thing.is_sparse else thing.detach())
+    elif isinstance(thing, list | tuple):
+        for item in thing:
+            _open(name, item, words, numbers)
+    elif isinstance(thing, PARTS) and not isinstance(thing, nn.Module):
+        words.append(f"{name} {type(thing).__qualname__}")
+        for key, value in sorted(vars(thing).items()):
+            # What is there only once somebody has asked for it tells nothing.
+            is_kept = isinstance(getattr(type(thing), key, None), lazy_property)
+            if not is_kept and not key.startswith(("_cache", "_inv", "_validate")):
+                _open(key, value, words, numbers)
+    elif isinstance(thing, bool | int | str | None):
+        words.append(f"{name} {thing}")
+    else:
+        words.append(f"{name} {type(thing).__qualname__}")
+
+
+def differing(theirs: Digests, ours: Digests) -> str:
+    """The first part in which they differ, in words; "" if there is none."""
+    for name in [*ours, *theirs]:
+        one, other = theirs.get(name, []), ours.get(name, [])
+        if len(one) != len(other) or not all(map(_is_same, one, other)):
+            return name
+    return ""
+
+
+def _is_same(one: str | float, other: str | float) -> bool:
+    if isinstance(one, str) or isinstance(other, str):
+        return one == other
+    return math.isclose(one, other, rel_tol=ROUNDING)

@@ -1,0 +1,231 @@
+"""Training a guide to the end: one call, and nothing lost on the way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from pyro.poutine import runtime
+from pyro.poutine.block_messenger import BlockMessenger
+from pyro.poutine.seed_messenger import SeedMessenger
+
+from .._validation import check_size
+from ..elbo.compiled import CompiledTrace_ELBO
+from ..elbo.objectives import RECORDABLE
+from ..guides.base import FlowGuide
+from ..models.arguments import check_call, check_pair
+from ..models.traces import taking_turns
+from . import checkpoints
+from .batches import Batches
+from .result import FitResult
+from .run import Run
+
+__all__ = ["FitResult", "fit"]
+
+# That NumPy, which pyro.set_rng_seed seeds too, takes.
+LARGEST_SEED = 2**32 - 1
+
+
+def fit(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    num_steps: int = 3000,
+    num_particles: int = 16,
+    data: Iterable[Any] | None = None,
+    simulate: Sequence[str] | Mapping[str, str] | None = None,
+    lr: float = 5e-3,
+    clip_norm: float = 10.0,
+    loss: Any = None,
+    annealing: int | Callable[[int], float] | None = None,
+    early_stop: bool = True,
+    compile: bool | str = "auto",  # noqa: A002
+    seed: int | None = None,
+    progress: bool = True,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 200,
+) -> FitResult:
+    r"""Fits a guide to a model by maximising the ELBO.
+
+    Adam, at a rate that rises over the first hundred steps, stays until the ELBO has settled or
+    four tenths of the steps are over, and then falls to a hundredth; the parameters of the last
+    fifth are averaged. Gradients are clipped. A step whose loss or gradient is not finite is
+    skipped.
+
+    For an :class:`~pyro_iaf.AutoIAF` or :class:`~pyro_iaf.AutoHierarchicalIAF` and without a
+    ``loss``, gradients go through the draws alone ("sticking the landing"): the ELBO is the same,
+    its gradient in mean too, and near the posterior it has little noise. For guides by hand
+    ``loss=TraceSTL_ELBO(...)`` does the same. Particles are drawn at once where the model takes
+    them, which is tried beforehand, and one after the other where it doesn't.
+
+    Long runs are compiled: model, guide, gradient, clipping and Adam are run once in Python and
+    become one call. A step then costs what its arithmetic does, instead of milliseconds; compiling
+    takes some ten seconds, the same guide, model and shapes once more nothing. The numbers are the
+    same but for rounding. Those who want a loop of their own keep :class:`pyro.infer.SVI`, and
+    :class:`~pyro_iaf.CompiledTrace_ELBO`.
+
+    Threads take turns: of several fits, and of calls of :func:`~pyro_iaf.diagnose`, one runs at a
+    time, since Pyro has one stack of handlers for all. Processes run beside each other.
+
+    Args:
+        model: A Pyro model.
+        guide: A guide, by hand or any of Pyro's or ours.
+        args: What they take.
+        kwargs: Likewise.
+        num_steps: How many steps at most.
+        num_particles: How many draws the gradient of a step is taken from.
+        data: An iterable or a ``DataLoader`` of minibatches, instead of ``args``: each a tuple of
+            the model's arguments, a dict of keyword arguments, or the one argument. It is walked
+            through as often as needed. The model has to scale its likelihood, by a plate's ``size``
+            and ``subsample_size`` or by ``poutine.scale``.
+        simulate: Sites to draw from the model's own prior, afresh at every step, and to hand to
+            model and guide as keyword arguments: names where the argument is called like the site,
+            or a dict from arguments to sites. With an encoder, one fit then serves all data.
+        lr: The rate of loc and scale. Weights of our networks, which count little each, take four
+            times that.
+        clip_norm: The gradient's norm at most; ``math.inf`` leaves it as it is.
+        loss: One of Pyro's ELBOs, for instance ``TraceMeanField_ELBO()``, or ours, as
+            :class:`~pyro_iaf.TraceSTL_ELBO`; it brings its own number of particles.
+        annealing: Over how many steps the weight of the KL divergence to the prior rises to one; or
+            a function from steps to weights.
+        early_stop: Whether to start the fall of the rate once the ELBO has settled.
+        compile: ``True`` compiles the step, or replays it operation by operation where there is
+            no C++ compiler; ``"graph"`` does the latter in any case, which for an ``AutoIAF`` of
+            more than 200 latents takes longer than the code itself; ``"auto"`` does what
+            ``num_steps`` repay, and warns where it can't; ``False`` runs model and guide at each
+            step, as they must be where they change from step to step, or branch on numbers.
+        seed: Seeds the generators of PyTorch, NumPy and Python first.
+        progress: Whether to show a bar, with the ELBO, its trend and the steps per second.
+        checkpoint: A file to write everything to every so often, and to go on from where it is
+            there, of the same settings, data, model and guide. A run that was killed goes on as if
+            it had not been, in the same numbers, unless ``data`` shuffles by other generators than
+            PyTorch's. The file is replaced as a whole: it is never half of one.
+        checkpoint_every: After how many steps.
+
+    Returns:
+        The losses, and how it went. An error that ends the run has the same of the steps that were
+        taken, as ``error.result``; unless it is of their numbers, they are in the checkpoint too.
+
+    Raises:
+        ValueError: If an argument is out of range, model and guide are swapped or are none, the
+            guide's sites are not the model's latents or have other shapes, also at a later step,
+            data are outside the support of their site or a site has another shape than its plates,
+            the checkpoint is damaged or of another run, or with ``compile=True`` the step can't be
+            compiled; or for a call within ``torch.inference_mode()`` or one of Pyro's handlers.
+        TypeError: If the model doesn't take ``args``, ``kwargs`` or the first of ``data``.
+        OSError: If the checkpoint can't be written; before the first step.
+        FloatingPointError: If too many steps were not finite; names the sites at fault.
+        KeyboardInterrupt: By Ctrl-C. The guide then has the parameters of the last step, and so has
+            the checkpoint. ``SIGTERM`` leaves a checkpoint too, and then ends the process.
+
+    Warns:
+        UserWarning: If the posterior is improper, since nothing depends on a latent with a flat
+            prior; if particles go one after the other; with ``compile="auto"`` if long runs can't
+            be compiled; and once, if a checkpoint can't be written later, on a full disk say:
+            training goes on, and the last one stays.
+
+    Example:
+        >>> def model():
+        ...     z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        ...     pyro.sample("y", dist.Normal(z.sum(-1), 0.5), obs=torch.tensor(1.0))
+        >>> guide = AutoIAF(model)
+        >>> result = fit(model, guide, num_steps=100, seed=0, progress=False)
+        >>> len(result.losses)
+        100
+    """
+    num_steps = check_size("num_steps", num_steps)
+    num_particles = check_size("num_particles", num_particles)
+    checkpoint_every = check_size("checkpoint_every", checkpoint_every)
+    lr = _check_positive("lr", lr, math.inf)
+    clip_norm = _check_positive("clip_norm", clip_norm)
+    if annealing is not None and not callable(annealing):
+        annealing = check_size("annealing", annealing)
+    for name, switch in {"early_stop": early_stop, "progress": progress}.items():
+        if switch not in (True, False):
+            raise ValueError(f"{name} should be True or False; got {switch!r}.")
+    check_pair("fit", model, guide)
+    if loss is not None and (isinstance(loss, type) or not hasattr(loss, "loss_and_grads")):
+        raise ValueError(f"loss should be one of Pyro's ELBOs, as Trace_ELBO(); got {loss!r}.")
+    if compile not in (True, False, "auto", "graph"):
+        raise ValueError(f'compile should be True, False, "auto" or "graph"; got {compile!r}.')
+    if not isinstance(compile, str):
+        compile = bool(compile)  # noqa: A001
+    args, kwargs = check_call(args, kwargs, None if simulate or data is not None else model)
+    if simulate and isinstance(guide, FlowGuide) and guide._encoder is None:
+        raise ValueError(
+            "simulate= trains a guide for all data sets, and this one can't tell one from another: "
+            f"give it an encoder, {type(guide).__name__}(model, encoder=...)."
+        )
+    batches = Batches(model, args, kwargs, data, simulate)
+    path = None if checkpoint is None else checkpoints.prepare(checkpoint)
+    if seed is not None:
+        seed = check_size("seed", seed, smallest=0)
+        if seed > LARGEST_SEED:
+            raise ValueError(f"seed should be an int of at most {LARGEST_SEED}; got {seed}.")
+    with taking_turns:
+        _check_surroundings()
+        if seed is not None:
+            pyro.set_rng_seed(seed)
+        run = Run(
+            model=model,
+            guide=guide,
+            batches=batches,
+            num_steps=num_steps,
+            num_particles=num_particles,
+            lr=lr,
+            clip_norm=clip_norm,
+            elbo=loss,
+            annealing=annealing,
+            early_stop=bool(early_stop),
+            compile=_compile_of(loss) if compile == "auto" else compile,
+            seed=seed,
+            checkpoint=path,
+            checkpoint_every=checkpoint_every,
+        )
+        return run.to_the_end(bool(progress))
+
+
+def _check_surroundings() -> None:
+    """Refuses to run where there are no gradients, or others see each site of each step."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            "fit needs gradients, and got a call within torch.inference_mode(), where there are "
+            "none, nor of what is made there. Call it outside."
+        )
+    handlers: list[Any] = []
+    for handler in runtime._PYRO_STACK:
+        if isinstance(handler, BlockMessenger):  # hides from those before it what comes after
+            handlers.clear()
+        elif not isinstance(handler, SeedMessenger):  # which sees no site
+            handlers.append(handler)
+    if handlers:
+        names = ", ".join(type(handler).__name__ for handler in handlers)
+        raise ValueError(
+            "fit runs model and guide at each step, and no handler should be around it; got a call "
+            f"within {names}. Handle the model, as in fit(poutine.condition(model, ...), guide), "
+            "or hide the call by `with poutine.block():`."
+        )
+
+
+def _check_positive(name: str, number: object, below: float | None = None) -> float:
+    """The number as a float, or a ValueError that names what it is of."""
+    if isinstance(number, Real) and not isinstance(number, bool):
+        value = float(number)
+        if value > 0 and (below is None or value < below):
+            return value
+    finite = "" if below is None else "finite "
+    raise ValueError(f"{name} should be a positive {finite}number; got {number!r}.")
+
+
+def _compile_of(elbo: Any) -> bool | str:
+    """What a loss says of compiling."""
+    if isinstance(elbo, CompiledTrace_ELBO):
+        return "graph" if elbo.backend == "graph" else True
+    return "auto" if elbo is None or type(elbo) in RECORDABLE else False

@@ -1,0 +1,75 @@
+import pytest
+import torch
+from bijections import rough
+from torch.testing import assert_close
+
+from pyro_iaf import inverse_autoregressive_flow
+from pyro_iaf.compiler import lowering
+from pyro_iaf.solvers import path_score, score_kernel
+from pyro_iaf.solvers.path_score import draw_with_score
+
+FLOWS = {
+    "one coordinate": (1, {"hidden_dims": [4]}),
+    "narrow": (5, {"hidden_dims": [7, 3]}),
+    "some order": (6, {"hidden_dims": [9, 8, 7], "order": [3, 1, 0, 5, 2, 4]}),
+    "gated": (12, {"hidden_dims": [16, 16], "gated": True}),
+    "many coordinates": (100, {"hidden_dims": [100, 100]}),
+}
+
+
+@pytest.fixture(params=["kernel", "without"])
+def kernel(request, monkeypatch):
+    if request.param == "without":
+        monkeypatch.setattr(score_kernel, "_operation", lambda count: score_kernel._in_slow)
+        return
+    if not lowering.has_compiler(torch.device("cpu")):
+        pytest.skip("there is no C++ compiler")
+    score_kernel.load_kernel()
+    assert score_kernel._kernel
+
+
+@pytest.mark.parametrize("num_flows", [1, 2])
+@pytest.mark.parametrize("name", FLOWS)
+def test_a_carried_score_is_the_gradient_of_the_log_density(kernel, monkeypatch, name, num_flows):
+    D, settings = FLOWS[name]
+    flow = rough(inverse_autoregressive_flow(D, num_flows=num_flows, **settings), 0.3)
+    x = torch.randn(3, D)
+    monkeypatch.setattr(path_score, "_goes_by_kernel", lambda *_: True)
+    parts = flow.parts if num_flows > 1 else [flow]
+    y, log_q, score, *_ = draw_with_score(parts, x)
+    y = y.detach().requires_grad_()
+    noise = flow.inv(y)
+    log_prob = -0.5 * (noise**2 + torch.tensor(2 * torch.pi).log()).sum(-1)
+    log_prob = log_prob - flow.log_abs_det_jacobian(noise, y)
+    assert_close(log_q, log_prob)
+    (slope,) = torch.autograd.grad(log_prob.sum(), y)
+    assert_close(score, slope, rtol=1e-6, atol=1e-8 * slope.abs().max().item())
+
+
+@pytest.mark.parametrize("batch_shape", [(), (1,), (2, 3)])
+def test_it_takes_batches_of_any_shape(kernel, monkeypatch, batch_shape):
+    flow = rough(inverse_autoregressive_flow(4, [8], num_flows=2), 0.3)
+    x = torch.randn(*batch_shape, 4)
+    plain = draw_with_score(flow.parts, x).score
+    monkeypatch.setattr(path_score, "_goes_by_kernel", lambda *_: True)
+    assert_close(draw_with_score(flow.parts, x).score, plain)
+
+
+def test_single_precision_and_several_threads(kernel, monkeypatch):
+    flow = rough(inverse_autoregressive_flow(40, [64], num_flows=2).float(), 0.2)
+    x = torch.randn(33, 40, dtype=torch.float32)
+    plain = draw_with_score(flow.parts, x).score
+    monkeypatch.setattr(score_kernel, "WORK_PER_THREAD", 1)
+    monkeypatch.setattr(path_score, "_goes_by_kernel", lambda *_: True)
+    assert_close(draw_with_score(flow.parts, x).score, plain, rtol=1e-3, atol=1e-3)
+
+
+def test_the_score_lies_in_memory_as_compiled_code_takes_it(kernel, monkeypatch):
+    flow = rough(inverse_autoregressive_flow(4, [8]), 0.3)
+    monkeypatch.setattr(path_score, "_goes_by_kernel", lambda *_: True)
+    x = torch.randn(4, 3).T
+    assert draw_with_score([flow], x).score.is_contiguous()
+    operation = score_kernel._operation(1)
+    if operation is not score_kernel._in_slow:
+        meta = x.to("meta")
+        assert operation(meta, meta, 1, 1).is_contiguous()
