@@ -16,12 +16,11 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from ..compiler.capture import Refused
-from ..guides.auto_iaf import AutoIAF
+from ..flows.scored_guide import ScoredGuide
 from ..importance import pareto_k
 from ..models.log_joint import LogJoint
 from ..models.matching import Matching, check_guide_site
 from ..models.traces import is_latent, split_sizes
-from ..solvers.path_score import draw_with_score
 from .compiled import CompiledTrace_ELBO
 from .stl import TraceSTL_ELBO
 from .trace import recordable_loss
@@ -137,15 +136,21 @@ class _Weighted(Messenger):
 
 
 class LatentLoss(Loss):
-    """The loss of a guide over one vector of latents.
+    """The loss of a guide over one vector of latents that scores its own draws.
 
     Its gradient goes through the draws alone, with the guide's score held still: exact in mean, and
-    of little variance near the posterior (:func:`~pyro_iaf.scores.draw_with_score`). Where it
-    covers, it leans from the gradient of KL(q | p) towards that of KL(p | q).
+    of little variance near the posterior. Where it covers, it leans from the gradient of KL(q | p)
+    towards that of KL(p | q).
+
+    Args:
+        model: A Pyro model.
+        guide: A guide for it.
+        num_particles: How many draws a step takes.
+        joint: The model's log density in unconstrained space.
     """
 
     def __init__(
-        self, model: Callable[..., Any], guide: AutoIAF, num_particles: int, joint: LogJoint
+        self, model: Callable[..., Any], guide: ScoredGuide, num_particles: int, joint: LogJoint
     ) -> None:
         super().__init__(model, guide)
         self.num_particles, self.joint = num_particles, joint
@@ -153,10 +158,8 @@ class LatentLoss(Loss):
     def __call__(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: float | Tensor
     ) -> Tensor:
-        transform = self.guide.get_transform(*args, **kwargs)
-        x = self.guide.get_base_dist().sample((self.num_particles,))
-        drawn = draw_with_score(transform.parts, x)
-        z, log_q, score = drawn.value, drawn.log_prob.detach(), drawn.score
+        z, log_q, score = self.guide.sample_with_score(self.num_particles, *args, **kwargs)
+        log_q, score = log_q.detach(), score.detach()
         latent = z.detach().requires_grad_()
         log_p = self.joint.on(args, kwargs, weight).density(latent)
         slope = weight * score / len(z)
@@ -171,7 +174,8 @@ class LatentLoss(Loss):
                 lean = self.covers * _leaning(log_w, self.health)
                 slope = slope * (1 + lean).unsqueeze(-1)
         z.backward(slope)
-        return -log_w.mean()
+        loss: Tensor = -log_w.mean()
+        return loss
 
     @torch.no_grad()
     def see_to_tails(self, batch: Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]) -> None:
@@ -182,35 +186,32 @@ class LatentLoss(Loss):
         Args:
             batch: Gives what model and guide take.
         """
-        joint = self.joint
-        if joint.subsampled or not joint.at_once or joint.num_at_once < NUM_TAIL / 100:
+        widen, joint = getattr(self.guide, "widen_tails", None), self.joint
+        if widen is None or joint.subsampled or not joint.at_once:
+            return
+        if joint.num_at_once < NUM_TAIL / 100:
             return
         weights = self._log_weights(*batch(), NUM_TAIL)
         if pareto_k(weights) < GOOD_K:
             return
-        log_tail: Tensor = self.guide.transform.parts[-1].coefficients[3]  # one for each latent
-        before = log_tail.clone()
         state = torch.get_rng_state()
         for more in TAILS:
             torch.set_rng_state(state)
-            log_tail.copy_(before + more)
+            undo = widen(more)
             wider = self._log_weights(*batch(), NUM_TAIL)
-            if weights.mean() - wider.mean() > TAIL_COST:
-                break
-            if pareto_k(wider) < GOOD_K:
+            is_cheap = weights.mean() - wider.mean() <= TAIL_COST
+            if is_cheap and pareto_k(wider) < GOOD_K:
                 return
-        log_tail.copy_(before)
+            undo()
+            if not is_cheap:
+                return
 
     def _log_weights(self, args: tuple[Any, ...], kwargs: dict[str, Any], num_draws: int) -> Tensor:
         """Logarithms of importance weights of fresh draws."""
         joint = self.joint.on(args, kwargs)
-        transform = self.guide.get_transform(*args, **kwargs)
-        base = self.guide.get_base_dist()
         parts = []
         for size in split_sizes(num_draws, joint.num_at_once):
-            x = base.sample((size,))
-            z = transform(x)
-            log_q = base.log_prob(x) - transform.log_abs_det_jacobian(x, z)
+            z, log_q, _ = self.guide.sample_with_score(size, *args, **kwargs)
             parts.append(joint(z) - log_q)
         return torch.cat(parts)
 

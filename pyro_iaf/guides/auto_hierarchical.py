@@ -232,7 +232,7 @@ class AutoHierarchicalIAF(GroupedGuide):
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """Draws that are the same at every call."""
         self._setup_on_demand(*args, **kwargs)
-        device = self._modules["transforms"][0].parts[-1].frame.device  # type: ignore[index]
+        device = self._transforms()[0].origin.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(0)
             one = self._draws(1, args, kwargs, rows)
@@ -275,11 +275,9 @@ class AutoHierarchicalIAF(GroupedGuide):
     def _num_units(self, plates: Mapping[str, pyro.plate]) -> int:
         """How many numbers the widest layers hold while all rows are drawn once."""
         most = 1
-        transforms: Any = self._modules["transforms"]
-        for group, transform in zip(self.groups, transforms, strict=True):
-            network = transform.parts[0].network
+        for group, transform in zip(self.groups, self._transforms(), strict=True):
             num_rows = math.prod(plates[name].subsample_size for name in group.plates)
-            most = max(most, num_rows * (max(network.hidden_dims) + network.context_dim))
+            most = max(most, num_rows * transform.num_units)
         return most
 
     def _draws_in_front(

@@ -1,11 +1,7 @@
-r"""Guides that write themselves: a flow over all the latents of a model.
+"""Guides that write themselves: one flow over all the latents of a model.
 
-.. math::
-    z = c + R \, \bigl( \mu + S \, b(f(x)) \bigr), \qquad x \sim N(0, I)
-
-where :math:`f` is a stack of inverse autoregressive flows, nearly the identity at first, and
-:math:`z` holds the model's latents, each carried to the real line, one after the other. The frame
-:math:`c, R` is where the guide starts, the rest is learnt in its units (:mod:`pyro_iaf.affine`).
+Each latent is carried to the real line, and one after the other they make a vector, which
+:class:`~pyro_iaf.guides.transform.GuideTransform` draws.
 """
 
 from __future__ import annotations
@@ -25,14 +21,15 @@ from .._validation import check_callable, check_context, check_levels, check_siz
 from ..distributions import DiagonalNormal
 from ..flows.autoregressive import InverseAutoregressiveFlowStack
 from ..flows.posterior import Posterior
+from ..flows.scored_guide import ScoredDraws
 from ..models import param_store
-from ..models.constraints import without_graph
-from ..models.log_joint import LogJoint
 from ..models.matching import Given
 from ..models.traces import full_size
-from .base import FlowGuide, Transform, joined, quantiles_of
+from ..solvers.path_score import draw_with_score
+from .base import FlowGuide, joined, quantiles_of
 from .pathfinder import Start, StartNotFound, pathfinder
 from .site_delta import SiteDeltas
+from .transform import GuideTransform, Transform, part_of
 
 __all__ = ["AutoIAF"]
 
@@ -166,7 +163,7 @@ class AutoIAF(FlowGuide, AutoContinuous):
             start, log_scale = self._find_start(model, loc, args, kwargs)
             transform = self._fresh_transform(start, log_scale, self.context_dim or 0)
             self.transform = transform
-        elif self.latent_dim != (loaded := transform.parts[-1].input_dim):
+        elif self.latent_dim != (loaded := transform.latent_dim):
             raise ValueError(
                 f"The state that was loaded is of a guide over {loaded} numbers in "
                 f"unconstrained space; the latents of this model have {self.latent_dim}. "
@@ -199,10 +196,10 @@ class AutoIAF(FlowGuide, AutoContinuous):
         at_loc = Start(loc.detach().clone(), torch.ones_like(loc)), math.log(self._init_scale)
         if self._start == "init" or param_store.has_from_file(self._entries):
             return at_loc
-        latents: dict[str, Any] = dict(without_graph(self._latent_sites()).nodes)
-        with Given({name: site["value"] for name, site in latents.items()}, {}):
+        values = {name: site["value"] for name, site in self._latent_sites().items()}
+        with Given(values, {}):
             trace = poutine.trace(model).get_trace(*args, **kwargs)  # with data and subsamples
-        joint = LogJoint(self.with_priors(model), trace, args, kwargs, latents)
+        joint = self.log_joint(model, trace, args, kwargs)
         try:
             return pathfinder(joint, loc.detach(), self._is_dense(len(loc))), 0.0
         except StartNotFound as why:
@@ -217,14 +214,12 @@ class AutoIAF(FlowGuide, AutoContinuous):
 
     def get_base_dist(self) -> DiagonalNormal:
         """The noise: a standard normal over vectors."""
-        origin: Tensor = self._built().parts[-1].frame[0]  # type: ignore[index]
-        zeros = torch.zeros_like(origin)
-        return DiagonalNormal(zeros, torch.ones_like(zeros), validate_args=False)
+        return self._built().noise()
 
     def get_transform(self, *args: Any, **kwargs: Any) -> InverseAutoregressiveFlowStack:
         """What carries the noise to all latents in unconstrained space, as one transform."""
         transform = self._built(*args, **kwargs)
-        if isinstance(transform, InverseAutoregressiveFlowStack):
+        if isinstance(transform, GuideTransform):
             return transform
         return transform.condition(self._context(args, kwargs))
 
@@ -245,6 +240,25 @@ class AutoIAF(FlowGuide, AutoContinuous):
         """The guide's distribution over all latents, as one vector in unconstrained space."""
         transform = self.get_transform(*args, **kwargs)
         return Posterior(self.get_base_dist(), [transform], validate_args=False)
+
+    def sample_with_score(self, num: int, *args: Any, **kwargs: Any) -> ScoredDraws:
+        """So many draws as one vector in unconstrained space, their log density and its gradient.
+
+        Args:
+            num: How many draws.
+            args: What the model takes.
+            kwargs: Likewise.
+        """
+        transform = self.get_transform(*args, **kwargs)
+        drawn = draw_with_score(transform.parts, self.get_base_dist().sample((num,)))
+        return ScoredDraws(drawn.value, drawn.log_prob, drawn.score)
+
+    def widen_tails(self, by: float) -> Callable[[], None]:
+        """Makes the tails of all latents heavier; returns a function that undoes it."""
+        return self._built().widen_tails(by)
+
+    def _transforms(self) -> list[Transform]:
+        return [] if self._transform is None else [self._transform]
 
     def _built(self, *args: Any, **kwargs: Any) -> Transform:
         """The transform, built if need be."""
@@ -378,14 +392,14 @@ class AutoIAF(FlowGuide, AutoContinuous):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        start = f"{prefix}transform."
-        given = {k.removeprefix(start): v for k, v in state_dict.items() if k.startswith(start)}
+        given = part_of(state_dict, f"{prefix}transform.")
         if self.prototype_trace is None and not self._fits(given):
             # Never set up, so the state says what to build.
             self.transform = self._rebuilt(given, self._told_by(state_dict, prefix)["gated"])
-            if self.transform is not None:
-                network: Any = self.transform.parts[0].network
-                self.context_dim = network.context_dim or None
+            if (transform := self._transform) is not None:
+                self.context_dim = transform.context_dim or None
+                self.hidden_dims = transform.networks[0].hidden_dims
+                self.scale = "dense" if transform.is_dense else "diagonal"
         self._state_was_loaded = self._state_was_loaded or self._fits(given)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 

@@ -21,15 +21,10 @@ from torch import Tensor, nn
 from torch.distributions import biject_to
 
 from .._validation import check_callable, check_flag, check_size, check_widths, in_one_line, warn
-from ..flows.autoregressive import InverseAutoregressiveFlowStack, inverse_autoregressive_flow
-from ..flows.conditional import (
-    ConditionalInverseAutoregressiveFlowStack,
-    conditional_inverse_autoregressive_flow,
-)
-from ..flows.sinh_arcsinh import LocScale
 from ..models import param_store
 from ..models.arguments import refusal
 from ..models.constraints import each_tensor, without_graph
+from ..models.log_joint import LogJoint
 from ..models.masks import Unmasked, log_priors, sites_to_lift, where_counted
 from ..models.matching import Mismatch
 from ..models.particles import Particles
@@ -37,10 +32,9 @@ from ..models.traces import full_size, is_latent, is_point, taking_turns
 from ..nn.made import MaskedAutoregressiveNetwork
 from .pathfinder import Start, or_draw
 from .plates import quoted
+from .transform import Transform, fresh_transform, make_of
 
-__all__ = ["FlowGuide", "Transform", "check_unknown", "joined", "quantiles_of"]
-GATE_BIAS = 2.0
-Transform = InverseAutoregressiveFlowStack | ConditionalInverseAutoregressiveFlowStack
+__all__ = ["FlowGuide", "check_unknown", "joined", "quantiles_of"]
 
 # More latents than this have a scale for each by default, and not a matrix.
 MAX_DENSE = 400
@@ -166,14 +160,14 @@ class FlowGuide(AutoGuide):
             self._check_latents()
             latents = self._latent_sites()
             self.lifted = frozenset(sites_to_lift(model[0], latents, args, kwargs))
+            self._warn_of_masks()
+            self.prototype_trace = without_graph(latents)
             self._build(model[0], args, kwargs)
         except BaseException:
             self.prototype_trace = None  # so that the next call tries again
             raise
         finally:
             self._model = model
-        self._warn_of_masks()
-        self.prototype_trace = without_graph(self._latent_sites())
         conversions, self._conversions = self._conversions, []
         for convert in conversions:
             self._apply(convert)
@@ -249,11 +243,6 @@ class FlowGuide(AutoGuide):
                     "alone."
                 )
 
-    def with_priors(self, model: Callable[..., Any]) -> Callable[..., Any]:
-        """A model whose joint density is that of all latents of the guide, the masked ones too."""
-        lifted: Callable[..., Any] = Unmasked(self.lifted)(model) if self.lifted else model
-        return lifted
-
     def _cancel_priors(
         self,
         values: Mapping[str, Tensor],
@@ -291,6 +280,34 @@ class FlowGuide(AutoGuide):
         encoder = self._modules.get("encoder")
         return self.__dict__.get("encoder") if encoder is None else encoder
 
+    @property
+    def amortized(self) -> bool:
+        """Whether an encoder tells the guide one data set from another."""
+        return self._encoder is not None
+
+    def networks(self) -> list[MaskedAutoregressiveNetwork]:
+        """The networks of its flows."""
+        return [network for transform in self._transforms() for network in transform.networks]
+
+    def context_tables(self) -> list[nn.Parameter]:
+        """Tables of contexts that it learns."""
+        return []
+
+    def _transforms(self) -> Sequence[Transform]:
+        """All its transforms, as far as they are built."""
+        raise NotImplementedError
+
+    def log_joint(
+        self,
+        model: Callable[..., Any],
+        trace: poutine.Trace,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> LogJoint:
+        """The density of all latents of the guide, those too that the model masks."""
+        lifted: Callable[..., Any] = Unmasked(self.lifted)(model) if self.lifted else model
+        return LogJoint(lifted, trace, args, kwargs, self._latent_sites())
+
     def _latent_sites(self) -> dict[str, Any]:
         """The model's latents, in its order, as they were when the guide was set up."""
         assert self.prototype_trace is not None
@@ -300,44 +317,24 @@ class FlowGuide(AutoGuide):
         return self.scale == "dense" or (self.scale == "auto" and size <= MAX_DENSE)
 
     def _fresh_transform(self, start: Start, log_scale: float, context_dim: int = 0) -> Transform:
-        """The flows, nearly the identity, and the final affine."""
-        D = len(start.loc)
-        settings: dict[str, Any] = {
-            "hidden_dims": 2 * [max(64, D)] if self.hidden_dims is None else self.hidden_dims,
-            "num_flows": self.num_flows,
-            "gated": self.gated,
-            "gate_bias": GATE_BIAS,
-            # The last flow takes the latents as the model draws them: causes before effects.
-            "order": torch.arange(D) if self.num_flows % 2 else torch.arange(D).flip(0),
-        }
-        if self.gated:  # each flow contracts
-            log_scale += self.num_flows * math.log1p(math.exp(-GATE_BIAS))
-        flows: Any
-        if context_dim:
-            flows = conditional_inverse_autoregressive_flow(D, context_dim, **settings)
-            kind: Any = ConditionalInverseAutoregressiveFlowStack
-        else:
-            flows = inverse_autoregressive_flow(D, **settings)
-            kind = InverseAutoregressiveFlowStack
-        transform: Transform = kind([flows]) if self.num_flows == 1 else flows
-        # In the model's own precision, whatever the default is.
-        affine = LocScale(start.loc, start.scale, log_scale, self._is_dense(D))
-        transform.to(start.loc).parts.append(affine)  # type: ignore[union-attr]  # a ModuleList
-        return transform
+        return fresh_transform(
+            start,
+            log_scale,
+            context_dim=context_dim,
+            num_flows=self.num_flows,
+            hidden_dims=self.hidden_dims,
+            gated=self.gated,
+            dense=self._is_dense(len(start.loc)),
+        )
 
     def _rebuilt(self, state: dict[str, Tensor], gated: bool) -> Transform | None:
         """A transform of the make that a state is of; None if it is of none."""
-        sizes = [v for k, v in state.items() if k.endswith(".network._extra_state")]
-        affine = f"parts.{len(sizes)}"
-        learned, frame = state.get(f"{affine}.coefficients"), state.get(f"{affine}.frame")
-        if not sizes or learned is None or frame is None:
-            return None
-        self.num_flows, self.gated = len(sizes), gated
-        _, context_dim, _, *self.hidden_dims = sizes[0].tolist()
-        self.scale = "dense" if len(learned) > 4 else "diagonal"
         with torch.inference_mode(False):
-            start = Start(frame[0].clone(), frame[1:].clone().squeeze(0))
-            return self._fresh_transform(start, 0.0, context_dim)
+            make = make_of(state)
+            if make is None:
+                return None
+            self.num_flows, self.gated = make["num_flows"], gated
+            return fresh_transform(**make, log_scale=0.0, gated=gated)
 
     @property
     def model(self) -> Callable[..., Any]:

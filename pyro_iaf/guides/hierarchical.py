@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import pyro
@@ -23,8 +23,6 @@ from torch.distributions import biject_to
 from torch.nn import functional
 
 from .._validation import check_callable, check_size
-from ..distributions import DiagonalNormal
-from ..flows.posterior import Posterior
 from ..models.constraints import one_row
 from ..models.traces import full_size
 from ..solvers.path_score import noise_of_draw
@@ -33,8 +31,9 @@ from .contexts import TABLE_WIDTH, Contexts, Encoders, make_gradients_sparse
 from .pathfinder import Start
 from .plates import GivenSubsamples, Group, QuickSubsamples, groups_of
 from .site_delta import MaskedSiteDelta, SiteDelta
+from .transform import Transform, part_of
 
-__all__ = ["GroupedGuide", "row_gradients", "tables_of"]
+__all__ = ["GroupedGuide"]
 
 
 class GroupedGuide(FlowGuide):
@@ -103,7 +102,8 @@ class GroupedGuide(FlowGuide):
             for size in sizes:
                 width = self.context_dim or TABLE_WIDTH
                 tables.append(nn.Parameter(starts[0].new_zeros(size, width)))
-        loaded = [[_sizes_of(transform) for transform in transforms], [len(t) for t in tables]]
+        made = [(t.latent_dim, t.context_dim) for t in self._transforms()]
+        loaded = [made, [len(table) for table in tables]]
         wanted = [[(len(s), c) for s, c in zip(starts, contexts, strict=True)], sizes]
         if loaded != wanted:
             raise ValueError(
@@ -256,11 +256,9 @@ class GroupedGuide(FlowGuide):
                 elif group.plates:
                     parts.append(self._encoded(k, plates, rows, contexts, args, kwargs))
                 transform = self._transform_at(k, parts)
-                loc = torch.zeros_like(transform.parts[-1].frame[0])
-                base = DiagonalNormal(loc, torch.ones_like(loc), validate_args=False)
                 latent = pyro.sample(
                     "_".join(filter(None, (f"_{self._pyro_name}", group.name, "latent"))),
-                    Posterior(base, [transform], validate_args=False),
+                    transform.posterior(),
                     infer={"is_auxiliary": True},
                 )
                 # As the noise that made them, latents have size one, wherever the guide moves.
@@ -329,9 +327,8 @@ class GroupedGuide(FlowGuide):
         for name in group.plates:
             shape[plates[name].dim] = len(rows[name])
         own: Any = self.context_dim
-        if len(transforms := self._modules["transforms"]):  # type: ignore[arg-type]
-            network: Any = transforms[k].parts[0].network  # type: ignore[index]
-            own = network.context_dim - sum(self.groups[j].size for j in group.parents)
+        if transforms := self._transforms():
+            own = transforms[k].context_dim - sum(self.groups[j].size for j in group.parents)
         fits = isinstance(context, Tensor) and context.dim() == depth + 1
         if fits:
             for name in group.plates:
@@ -350,13 +347,21 @@ class GroupedGuide(FlowGuide):
             )
         return context  # type: ignore[no-any-return]
 
+    def _transforms(self) -> list[Transform]:
+        transforms: Any = self._modules["transforms"]
+        return list(transforms)
+
+    def context_tables(self) -> list[nn.Parameter]:
+        """The tables of contexts, of shape ``(N, C)``, of whose rows a minibatch uses few."""
+        return list(self._modules["tables"].parameters())  # type: ignore[union-attr]
+
     # Gradients of tables
 
     def _make_gradients_sparse(self) -> None:
         """For SparseAdam, which takes no others, that of each parameter."""
         if self.embedding_grad != "sparse" or self.rows_alone:
             return
-        tables = set(self._modules["tables"].parameters())  # type: ignore[union-attr]
+        tables = set(self.context_tables())
         for param in self.parameters():
             if param not in tables:
                 make_gradients_sparse(param, self)
@@ -371,45 +376,13 @@ class GroupedGuide(FlowGuide):
         assert isinstance(tables, nn.ParameterList)
         if self.prototype_trace is None and not len(transforms):
             # Never set up, so the state says what to build.
-            hidden_dims, scale = self.hidden_dims, self.scale
             while True:
-                start = f"{prefix}transforms.{len(transforms)}."
-                part = {
-                    k.removeprefix(start): v for k, v in state_dict.items() if k.startswith(start)
-                }
+                part = part_of(state_dict, f"{prefix}transforms.{len(transforms)}.")
                 transform = self._rebuilt(part, self._told_by(state_dict, prefix)["gated"])
                 if transform is None:
                     break
                 transforms.append(transform)
             while (table := state_dict.get(f"{prefix}tables.{len(tables)}")) is not None:
                 tables.append(nn.Parameter(torch.empty_like(table)))
-            self.hidden_dims, self.scale = hidden_dims, scale
         self._state_was_loaded = True
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-def tables_of(guide: Any) -> list[nn.Parameter]:
-    """The tables of contexts that a guide, or a part of it, learns."""
-    return [table for part in _parts_of(guide) for table in part._modules["tables"].parameters()]  # type: ignore[union-attr]
-
-
-@contextmanager
-def row_gradients(guide: Any) -> Iterator[None]:
-    """Within it, gradients of tables have the rows drawn alone."""
-    before = [(part, part.rows_alone) for part in _parts_of(guide)]
-    for part, _ in before:
-        part.rows_alone = True
-    try:
-        yield
-    finally:
-        for part, was in before:
-            part.rows_alone = was
-
-
-def _parts_of(guide: Any) -> list[GroupedGuide]:
-    modules = guide.modules() if isinstance(guide, nn.Module) else ()
-    return [module for module in modules if isinstance(module, GroupedGuide)]
-
-
-def _sizes_of(transform: Any) -> tuple[int, int]:
-    return transform.parts[-1].input_dim, transform.parts[0].network.context_dim

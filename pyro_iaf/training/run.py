@@ -25,10 +25,13 @@ from .._validation import warn
 from ..compiler.capture import Refused
 from ..elbo.objectives import RECORDABLE, LatentLoss, Loss, TraceLoss
 from ..elbo.stl import TraceSTL_ELBO
-from ..guides.auto_hierarchical import AutoHierarchicalIAF
-from ..guides.auto_iaf import AutoIAF
-from ..guides.base import FlowGuide
-from ..guides.hierarchical import row_gradients, tables_of
+from ..flows.scored_guide import (
+    ScoredGuide,
+    context_tables_of,
+    goes_through_draws,
+    networks_of,
+    row_gradients,
+)
 from ..models.arguments import Batch
 from ..models.log_joint import LogJoint
 from ..models.matching import Mismatch
@@ -36,7 +39,6 @@ from ..models.nonfinite import at_fault, impossible_data
 from ..models.param_store import stated
 from ..models.particles import Particles, check_latents
 from ..models.traces import quietly
-from ..nn.made import MaskedAutoregressiveNetwork
 from . import checkpoints
 from .batches import Batches, odd_data
 from .compiled_step import Built, CompiledSteps
@@ -220,8 +222,8 @@ class Run:
             raise ValueError(fault)
 
         def look() -> None:
-            if isinstance(self.guide, FlowGuide):  # with gradients, as for training
-                self.guide.setup(*args, **kwargs)
+            if goes_through_draws(self.guide) and hasattr(self.guide, "setup"):
+                self.guide.setup(*args, **kwargs)  # with gradients, as for training
             with torch.no_grad():
                 elbo.loss(self.model, self.guide, *args, **kwargs)
 
@@ -252,15 +254,12 @@ class Run:
                 "fails, or its density is another one, or is random. If that takes long, write "
                 "sites with plates, and dimensions counted from the right."
             )
-        if type(self.guide) is AutoIAF:
-            latents = self.guide._latent_sites()
-            model = self.guide.with_priors(self.model)
-            joint = LogJoint(model, particles.first_model, args, kwargs, latents)
+        if isinstance(self.guide, ScoredGuide):
+            log_joint = getattr(self.guide, "log_joint", LogJoint)
+            joint = log_joint(self.model, particles.first_model, args, kwargs)
             joint.at_once = particles.at_once
             return LatentLoss(self.model, self.guide, self.num_particles, joint)
-        # Flows come so near the posterior that the gradient through the draws has the less noise.
-        through_the_draws = isinstance(self.guide, AutoHierarchicalIAF)
-        elbo = (TraceSTL_ELBO if through_the_draws else Trace_ELBO)(
+        elbo = (TraceSTL_ELBO if goes_through_draws(self.guide) else Trace_ELBO)(
             num_particles=self.num_particles,
             vectorize_particles=particles.at_once,
             max_plate_nesting=particles.nesting if particles.at_once else math.inf,
@@ -274,15 +273,12 @@ class Run:
         self.optimizer = torch.optim.Adam(
             [{"params": []}, {"params": []}], lr=self.schedule.lr, fused=fused
         )
-        self.rows = RowAdam(tables_of(self.guide))
+        self.rows = RowAdam(context_tables_of(self.guide))
         self._add(seen)
 
     def _add(self, seen: poutine.Trace) -> None:
         """Takes in the parameters of a run that are not there yet."""
-        owner = getattr(self.guide, "__self__", self.guide)  # of a guide that is a method
-        modules = owner.modules() if isinstance(owner, nn.Module) else ()
-        networks = [m for m in modules if isinstance(m, MaskedAutoregressiveNetwork)]
-        of_networks = {id(p) for network in networks for p in network.parameters()}
+        of_networks = {id(p) for net in networks_of(self.guide) for p in net.parameters()}
         tables = {id(table) for table in self.rows.tables}
         for name, param in stated(seen).items():
             is_known = self.params.get(name) is param or id(param) in tables
