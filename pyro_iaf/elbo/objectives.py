@@ -20,7 +20,7 @@ from ..flows.scored_guide import ScoredGuide
 from ..importance import pareto_k
 from ..models.log_joint import LogJoint
 from ..models.matching import Matching, check_guide_site
-from ..models.traces import is_latent, split_sizes
+from ..models.traces import is_latent
 from .compiled import CompiledTrace_ELBO
 from .stl import TraceSTL_ELBO
 from .trace import recordable_loss
@@ -187,9 +187,7 @@ class LatentLoss(Loss):
             batch: Gives what model and guide take.
         """
         widen, joint = getattr(self.guide, "widen_tails", None), self.joint
-        if widen is None or joint.subsampled or not joint.at_once:
-            return
-        if joint.num_at_once < NUM_TAIL / 100:
+        if widen is None or joint.subsampled or joint.num_at_once < NUM_TAIL / 100:
             return
         weights = self._log_weights(*batch(), NUM_TAIL)
         if pareto_k(weights) < GOOD_K:
@@ -210,7 +208,7 @@ class LatentLoss(Loss):
         """Logarithms of importance weights of fresh draws."""
         joint = self.joint.on(args, kwargs)
         parts = []
-        for size in split_sizes(num_draws, joint.num_at_once):
+        for size in joint.sizes(num_draws):
             z, log_q, _ = self.guide.sample_with_score(size, *args, **kwargs)
             parts.append(joint(z) - log_q)
         return torch.cat(parts)

@@ -19,17 +19,16 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from .._validation import check_levels, check_size
-from ..models.traces import split_sizes, taking_turns
+from ..models.particles import Particles
+from ..models.traces import taking_turns
 from .base import quantiles_of
 from .hierarchical import GroupedGuide
 from .plates import checked_rows
 
 __all__ = ["AutoHierarchicalIAF"]
 
-# Medians and quantiles are read off so many draws, or fewer if these would hold more numbers. At
-# once are made as many draws as fill layers of so many units.
+# Medians and quantiles are read off so many draws, or fewer if these would hold more numbers.
 NUM_DRAWS, MOST_NUMBERS = 4001, 10_000_000
-UNITS_AT_ONCE = 2**24
 
 
 class AutoHierarchicalIAF(GroupedGuide):
@@ -259,12 +258,12 @@ class AutoHierarchicalIAF(GroupedGuide):
         }
         batch_shapes = [site["fn"].batch_shape for site in self._latent_sites().values()]
         nesting = max([*map(len, batch_shapes), *(-frame.dim for frame in frames.values())])
-        at_once = max(1, UNITS_AT_ONCE // self._num_units(plates))
+        particles = Particles(nesting, self._num_units(plates))
         parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        for size in split_sizes(num_draws, at_once):
-            draws = pyro.plate("num_particles_vectorized", size, dim=-nesting - 1)
-            with taking_turns, poutine.block(), draws:
-                drawn = self._draw(plates, contexts, args, kwargs)
+        for size in particles.sizes(num_draws):
+            draw = particles.in_plate(self._draw, size)
+            with taking_turns, poutine.block():
+                drawn = draw(plates, contexts, args, kwargs)
             for name, pair in drawn.items():
                 parts.setdefault(name, []).append(self._draws_in_front(name, size, *pair))
         return {

@@ -27,8 +27,8 @@ from ..models.constraints import each_tensor, without_graph
 from ..models.log_joint import LogJoint
 from ..models.masks import Unmasked, log_priors, sites_to_lift, where_counted
 from ..models.matching import Mismatch
-from ..models.particles import Particles
 from ..models.traces import full_size, is_latent, is_point, taking_turns
+from ..models.weighted import WeightedParticles
 from ..nn.made import MaskedAutoregressiveNetwork
 from .pathfinder import Start, or_draw
 from .plates import quoted
@@ -390,7 +390,9 @@ class FlowGuide(AutoGuide):
     ) -> dict[str, Tensor]:
         """Draws chosen by their importance weights from four times as many."""
         with taking_turns:
-            draws = Particles(self.model, self, args, kwargs).weighted(max(4 * num_samples, 1000))
+            draws = WeightedParticles(self.model, self, args, kwargs).weighted(
+                max(4 * num_samples, 1000)
+            )
         return draws.resampled(num_samples)
 
     # State and copies

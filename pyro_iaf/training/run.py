@@ -37,8 +37,8 @@ from ..models.log_joint import LogJoint
 from ..models.matching import Mismatch
 from ..models.nonfinite import at_fault, impossible_data
 from ..models.param_store import stated
-from ..models.particles import Particles, check_latents
 from ..models.traces import quietly
+from ..models.weighted import WeightedParticles, check_latents
 from . import checkpoints
 from .batches import Batches, odd_data
 from .compiled_step import Built, CompiledSteps
@@ -247,7 +247,7 @@ class Run:
         self._make_optimizer(capture.trace)
         if self.elbo is not None:
             return TraceLoss(self.model, self.guide, self.elbo)
-        particles = Particles(self.model, self.guide, args, kwargs)
+        particles = WeightedParticles(self.model, self.guide, args, kwargs)
         if not particles.at_once and self.num_particles > 1:
             warn(
                 "fit runs its particles one after the other: run for several at once the model "
