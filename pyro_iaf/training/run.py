@@ -39,10 +39,9 @@ from ..models.nonfinite import at_fault, impossible_data
 from ..models.param_store import stated
 from ..models.traces import quietly
 from ..models.weighted import WeightedParticles, check_latents
-from . import checkpoints
 from .batches import Batches, odd_data
+from .checkpoints import Checkpoint, settings_of
 from .compiled_step import Built, CompiledSteps
-from .digests import Digests, differing, digest, digests_of_sites, in_words
 from .interrupts import Interrupts
 from .optimizers import RowAdam
 from .progress import progress_bar
@@ -95,11 +94,9 @@ class Run:
         self.num_particles, self.clip_norm, self.elbo = num_particles, clip_norm, elbo
         self.schedule = Schedule(num_steps, lr, annealing, early_stop)
         self.compile, self.seed = compile, seed
-        self.checkpoint, self.checkpoint_every = checkpoint, checkpoint_every
-        self.step, self.resumed_at, self.saved_at = 0, 0, 0
-        self.place: dict[str, Any] = {"step": -1}  # of none yet
+        self.checkpoint = Checkpoint(self, checkpoint, checkpoint_every)
+        self.step, self.resumed_at = 0, 0
         self.is_whole = True  # False within a step, while it changes the state
-        self.could_save = True
         self.losses: list[float] = []
         self.skipped, self.skipped_in_a_row = 0, 0
         self.params: dict[str, Tensor] = {}
@@ -128,21 +125,21 @@ class Run:
             try:
                 while self.step < self.schedule.end:
                     self._take_some(bar)
-                    if self.step % self.checkpoint_every == 0:
-                        self._save()
+                    if self.step % self.checkpoint.every == 0:
+                        self.checkpoint.save()
                     self._show(bar)
                 if self.skipped > max(MAX_SHARE_SKIPPED * self.step, 1):
                     self._give_up(*first)
                 if self.backend != "eager":  # a recording does not notice what comes or goes
                     with torch.random.fork_rng([]):
                         check_latents(self.model, self.guide, *first)
-                self._save()
+                self.checkpoint.save()
                 self.interrupts.check()
             except BaseException as error:
                 self.steps.stop()
                 # What is not finite is not worth keeping, and a broken step can't be.
                 if self.is_whole and not isinstance(error, FloatingPointError):
-                    self._save()
+                    self.checkpoint.save()
                 raise
             self.steps.stop()
             bar.total = self.step
@@ -153,15 +150,7 @@ class Run:
 
     def _begin(self) -> tuple[Batch, dict[str, Any] | None]:
         """The first batch and a checkpoint's state, with all that steps need in place."""
-        saved = None if self.checkpoint is None else checkpoints.load(self.checkpoint)
-        if saved is not None:
-            self._check_settings(saved)
-            # The same first batch as then, whatever was drawn in this process before.
-            checkpoints.set_generators(saved["generators_before"])
-            self.batches.set_generators(saved["batches_before"])
-        if self.checkpoint is not None:
-            self.generators_before = checkpoints.generators()
-            self.batches_before = self.batches.generators()
+        saved = self.checkpoint.open()
         first = self.batches.next()
         self.batches.check(*first)
         self.loss = self._first_look(*first)
@@ -178,20 +167,12 @@ class Run:
             self.optimizer,
             factors=RATES,
             weighted=self.schedule.annealing is not None,
-            settings=(self.num_particles, self._settings["loss"]),
+            settings=(self.num_particles, settings_of(self.elbo)),
         )
-        if self.checkpoint is not None:
-            self._look(*first)
+        self.checkpoint.look(*first)
         if saved is not None:
-            self._check_digests(saved)
-            try:
-                self._restore(saved)
-            except (LookupError, RuntimeError, TypeError) as error:
-                raise ValueError(
-                    f"{self.checkpoint} is of another guide or model, or is damaged: {error}. Give "
-                    "another path to begin anew."
-                ) from error
-        self.resumed_at = self.saved_at = self.step
+            self.checkpoint.restore(saved)
+        self.resumed_at = self.step
         self.recordings = Recordings(
             self.steps,
             compile=self.compile,
@@ -302,7 +283,7 @@ class Run:
 
     def _next(self) -> Batch:
         """The next batch. A step that fails from here on is taken anew, with the same numbers."""
-        self.place = self._place()
+        self.checkpoint.note_place()
         with self.interrupts.open():
             return self.batches.next()
 
@@ -376,8 +357,8 @@ class Run:
         """How many steps there are to the next that something hangs on."""
         schedule = self.schedule
         ends = [self.step + self.chunk, schedule.end, _next_multiple(self.step, schedule.stretch)]
-        if self.checkpoint:
-            ends.append(_next_multiple(self.step, self.checkpoint_every))
+        if self.checkpoint.path:
+            ends.append(_next_multiple(self.step, self.checkpoint.every))
         return min(ends) - self.step
 
     def _account(
@@ -443,175 +424,6 @@ class Run:
             if self.skipped:
                 shown["skipped"] = str(self.skipped)
             bar.set_postfix(shown, refresh=False)
-
-    # Checkpoints
-
-    @property
-    def _settings(self) -> dict[str, Any]:
-        schedule = self.schedule
-        return {
-            "num_steps": schedule.num_steps,
-            "num_particles": self.num_particles,
-            "lr": schedule.lr,
-            "clip_norm": self.clip_norm,
-            "early_stop": schedule.early_stop,
-            "annealing": "a function" if callable(schedule.annealing) else schedule.annealing,
-            "loss": settings_of(self.elbo),
-            "simulate": self.batches.simulate,
-            "seed": self.seed,
-            "default dtype": str(torch.get_default_dtype()),
-        }
-
-    def _look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Notes what tells this run's data, model and guide from another's."""
-        batches = self.batches
-        self.data: Digests = {
-            "args": [digest(batches.args)],
-            "kwargs": [digest(batches.kwargs)],
-            "the first minibatch": [digest(batches.without_simulated(args, kwargs))],
-        }
-        generators = checkpoints.generators()
-        try:
-            simulated = set(batches.simulate.values())
-            observed, sites = digests_of_sites(self.model, self.guide, args, kwargs, simulated)
-        except Exception:  # whatever a model may raise at some draw
-            observed, sites = {}, {}
-        finally:
-            checkpoints.set_generators(generators)
-        self.observed, self.sites = observed, sites
-        for what, thing in (("the model", self.model), ("the guide", self.guide)):
-            if isinstance(thing, nn.Module):
-                self.sites[what] = [digest(in_words(thing))]
-
-    def _place(self) -> dict[str, Any]:
-        """Where random numbers, data and recordings are, between two steps."""
-        if self.checkpoint is None:
-            return {"step": self.step}
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        generators = {"torch": torch.get_rng_state(), "cuda": cuda}
-        return {
-            "step": self.step,
-            "generators": generators,
-            "batches": self.batches.state(),
-            "recordings": self.recordings.state(),
-        }
-
-    def _save(self) -> None:
-        """Writes the state of the steps that were taken, if any were and it can be written."""
-        if self.checkpoint is None or self.step == self.saved_at:
-            return
-        modules = {
-            name: module.state_dict()
-            for name, module in (("model", self.model), ("guide", self.guide))
-            if isinstance(module, nn.Module)
-        }
-        self.steps.stop()
-        schedule = self.schedule
-        progress = self.step, schedule.end, schedule.falls_at, self.skipped, self.skipped_in_a_row
-        # The batch of a step that was not taken may be drawn already.
-        place = self.place if self.place["step"] == self.step else self._place()
-        state = {
-            **modules,
-            "settings": self._settings,
-            "data": self.data,
-            "sites": self.sites,
-            "observed": self.observed,
-            "params": {name: param.detach() for name, param in self.params.items()},
-            "optimizer": self.optimizer.state_dict(),
-            "rows": self.rows.state(),
-            "averages": self.averages,
-            "losses": torch.tensor(self.losses, dtype=torch.float64),
-            "health": self.loss.health.item(),
-            "backend": self.backend,
-            "recordings": place["recordings"],
-            "progress": list(progress),
-            "weights": {k: weight for k, weight in schedule.weights.items() if k < self.step},
-            "generators": {**checkpoints.generators(), **place["generators"]},
-            "batches": place["batches"],
-            "generators_before": self.generators_before,
-            "batches_before": self.batches_before,
-        }
-        try:
-            checkpoints.save(self.checkpoint, state)
-            self.saved_at = self.step
-        except OSError as error:
-            if self.could_save:
-                warn(
-                    f"fit can't write its checkpoint {self.checkpoint}: {error}. It trains on, "
-                    "keeps the last one that it wrote, and tries again. Make room there."
-                )
-            self.could_save = False
-
-    def _check_settings(self, saved: dict[str, Any]) -> None:
-        theirs, ours = saved["settings"], self._settings
-        for name, value in ours.items():
-            if theirs.get(name) != value:
-                raise ValueError(
-                    f"{self.checkpoint} is of a run with {name}={theirs.get(name)!r}; this one has "
-                    f"{value!r}. Give the same settings to go on, or another path to begin anew."
-                )
-        if callable(self.schedule.annealing):
-            for step, before in saved["weights"].items():
-                if (now := self.schedule.weight(step)) != before:
-                    raise ValueError(
-                        f"{self.checkpoint} is of a run with another annealing: its weight at step "
-                        f"{step} was {before!r}, and this one's is {now!r}. Give the same to go "
-                        "on, or another path to begin anew."
-                    )
-
-    def _check_digests(self, saved: dict[str, Any]) -> None:
-        others = "a run on other data", "another guide or model", "a run on other data"
-        for part, other in zip(("data", "sites", "observed"), others, strict=True):
-            if name := differing(saved[part], getattr(self, part)):
-                raise ValueError(
-                    f"{self.checkpoint} is of {other}: what differs is {name}. Give the same to "
-                    "go on, or another path to begin anew."
-                )
-
-    def _restore(self, saved: dict[str, Any]) -> None:
-        theirs = {name: _kind(value) for name, value in saved["params"].items()}
-        ours = {name: _kind(value) for name, value in self.params.items()}
-        if theirs != ours:
-            name = min(dict(theirs.items() ^ ours.items()))
-            raise ValueError(
-                f"{self.checkpoint} is of another guide or model: parameter {name} is "
-                f"{theirs.get(name, 'missing')} there and {ours.get(name, 'missing')} here. Give "
-                "another path to begin anew."
-            )
-        for name in ("model", "guide"):
-            if name in saved:
-                getattr(self, name).load_state_dict(saved[name])
-        with torch.no_grad():
-            for name, value in saved["params"].items():
-                self.params[name].copy_(value)
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.rows.restore(saved["rows"])
-        self.averages = {n: v.to(self.params[n]) for n, v in saved["averages"].items()}
-        self.losses = saved["losses"].tolist()
-        self.step, end, falls_at, self.skipped, self.skipped_in_a_row = saved["progress"]
-        self.schedule.end, self.schedule.falls_at = end, falls_at
-        self.loss.health = self.loss.health.new_tensor(saved["health"])
-        self.backend = saved["backend"]
-        self.schedule.weights = dict(saved["weights"])
-        self.batches.restore(saved["batches"])
-        checkpoints.set_generators(saved["generators"])
-
-
-def settings_of(elbo: Any) -> str:
-    """A loss and what it was made with, as far as that decides its numbers."""
-    given = {
-        name: value
-        for name, value in sorted(getattr(elbo, "__dict__", {}).items())
-        if isinstance(value, bool | int | float | str)
-        and not name.startswith("_")
-        and name not in ("backend", "max_plate_nesting")  # which Pyro may find out while it runs
-    }
-    words = ", ".join(f"{name}={value!r}" for name, value in given.items())
-    return f"{type(elbo).__name__}({words})"
-
-
-def _kind(tensor: Tensor) -> str:
-    return f"{tensor.dtype} of shape {tuple(tensor.shape)}"
 
 
 def _next_multiple(step: int, size: int) -> int:
