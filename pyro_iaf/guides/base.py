@@ -30,7 +30,8 @@ from ..models.matching import Mismatch
 from ..models.traces import full_size, is_latent, is_point, taking_turns
 from ..models.weighted import WeightedParticles
 from ..nn.made import MaskedAutoregressiveNetwork
-from .pathfinder import Start, or_draw
+from .init_loc import or_draw
+from .pathfinder import Start
 from .plates import quoted
 from .transform import Transform, fresh_transform, make_of
 
