@@ -26,7 +26,8 @@ from ..models import param_store
 from ..models.matching import Given
 from ..models.traces import full_size
 from ..solvers.path_score import draw_with_score
-from .base import FlowGuide, joined, quantiles_of
+from .base import FlowGuide, quantiles_of
+from .latents import joined
 from .pathfinder import Start, StartNotFound, pathfinder
 from .site_delta import SiteDeltas
 from .transform import GuideTransform, Transform, part_of

@@ -15,10 +15,8 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide.guides import AutoGuide
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
-from pyro.infer.autoguide.utils import helpful_support_errors
 from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
-from torch.distributions import biject_to
 
 from .._validation import check_callable, check_flag, check_size, check_widths, in_one_line, warn
 from ..models import param_store
@@ -26,16 +24,16 @@ from ..models.arguments import refusal
 from ..models.constraints import each_tensor, without_graph
 from ..models.log_joint import LogJoint
 from ..models.masks import Unmasked, log_priors, sites_to_lift, where_counted
-from ..models.matching import Mismatch
-from ..models.traces import full_size, is_latent, is_point, taking_turns
+from ..models.traces import full_size, is_latent, taking_turns
 from ..models.weighted import WeightedParticles
 from ..nn.made import MaskedAutoregressiveNetwork
 from .init_loc import or_draw
+from .latents import check_latents, check_loaded
 from .pathfinder import Start
 from .plates import quoted
 from .transform import Transform, fresh_transform, make_of
 
-__all__ = ["FlowGuide", "check_unknown", "joined", "quantiles_of"]
+__all__ = ["FlowGuide", "quantiles_of"]
 
 # More latents than this have a scale for each by default, and not a matrix.
 MAX_DENSE = 400
@@ -158,8 +156,10 @@ class FlowGuide(AutoGuide):
         self._model = (watched,)
         try:
             super()._setup_prototype(*args, **kwargs)
-            self._check_latents()
             latents = self._latent_sites()
+            check_latents(latents, type(self).__name__, self._pyro_name)
+            if self._loaded_sites:
+                check_loaded(latents, self._loaded_sites)
             self.lifted = frozenset(sites_to_lift(model[0], latents, args, kwargs))
             self._warn_of_masks()
             self.prototype_trace = without_graph(latents)
@@ -178,48 +178,6 @@ class FlowGuide(AutoGuide):
     ) -> None:
         """Builds what has parameters; the model's first run is in ``prototype_trace``."""
         raise NotImplementedError
-
-    def _check_latents(self) -> None:
-        """Raises an error if a latent can't be drawn by flows, or by those that were loaded."""
-        sites = self._latent_sites()
-        check_unknown(sites)
-        for name, site in sites.items():
-            with helpful_support_errors(site):
-                biject_to(site["fn"].support)
-            if name.startswith(f"_{self._pyro_name}_"):
-                raise ValueError(
-                    f"Site '{name}' of the model is called as sites of the guide are. Give it "
-                    f"another name, or the guide: {type(self).__name__}(model, name=...)."
-                )
-            if site["value"].dtype in (torch.float16, torch.bfloat16):
-                raise ValueError(
-                    f"Latents should be in torch.float32 or torch.float64, which triangular "
-                    f"matrices can be solved in; site '{name}' is in {site['value'].dtype}. Give "
-                    "its prior parameters of those, and convert its value in the model."
-                )
-        if not any(site["value"].numel() for site in sites.values()):
-            raise RuntimeError(
-                f"{type(self).__name__} found no latent variables: all sites of the model are "
-                "observed, or of size zero. A model without latents needs no guide but an empty "
-                "function."
-            )
-        theirs = self._loaded_sites
-        if not theirs:
-            return
-        ours = self._latent_sites().keys()
-        if missing := theirs.keys() - ours:
-            raise Mismatch(
-                f"The state that was loaded is of a guide with sites {quoted({*theirs})}; in this "
-                f"run of the model {quoted(missing)} is no latent. Load the state of a guide for "
-                "this model, or give the arguments that it was trained with."
-            )
-        if new := ours - theirs.keys():
-            raise Mismatch(
-                f"Site {quoted(new)} is latent in this run of the model, and the state that was "
-                f"loaded is of a guide with sites {quoted({*theirs})}: it was observed in "
-                "training. Call guide.setup(...) with its data. To predict it, draw under "
-                "torch.no_grad(), as Predictive does."
-            )
 
     def _is_not_of_the_state(self, site: Any) -> bool:
         return is_latent(site) and site["name"] not in self._loaded_sites
@@ -468,21 +426,3 @@ def quantiles_of(draws: Tensor, levels: Tensor) -> Tensor:
     levels = levels.to(flat)
     parts = [part.quantile(levels, dim=0) for part in flat.split(at_once, 1)]
     return torch.cat(parts, 1).reshape(len(levels), *draws.shape[1:])
-
-
-def joined(parts: Sequence[Tensor]) -> Tensor:
-    """Parts of a vector, some of them perhaps of an improper prior, which knows of no device."""
-    device = next((part.device for part in parts if part.device.type != "cpu"), None)
-    loc = torch.cat([part.to(device) for part in parts])
-    return loc if loc.is_floating_point() else loc.to(torch.get_default_dtype())
-
-
-def check_unknown(latents: Mapping[str, Any]) -> None:
-    """Raises a ValueError if the value of a latent site is known."""
-    for name, site in latents.items():
-        if is_point(site["fn"]):
-            raise ValueError(
-                f"A guide finds out values that the model leaves open; site '{name}' is a Delta, "
-                f"whose value is known. State it by pyro.deterministic('{name}', value), and a log "
-                "density by pyro.factor."
-            )
