@@ -18,6 +18,7 @@ from torch import Tensor
 from ..compiler.capture import Refused
 from ..flows.scored_guide import ScoredGuide
 from ..importance import pareto_k
+from ..models.arguments import Args, Kwargs, Program
 from ..models.log_joint import LogJoint
 from ..models.matching import Matching, check_guide_site
 from ..models.traces import is_latent
@@ -46,14 +47,12 @@ class Loss:
     # Whether gradients lean towards particles that the guide draws too rarely; 0 or 1 in a graph.
     covers: bool | Tensor = False
 
-    def __init__(self, model: Callable[..., Any], guide: Any) -> None:
+    def __init__(self, model: Program, guide: Any) -> None:
         self.model, self.guide = model, guide
         # The share of effective particles, averaged over a hundred steps.
         self.health = torch.zeros((), dtype=torch.float64)
 
-    def __call__(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: float | Tensor
-    ) -> Tensor:
+    def __call__(self, args: Args, kwargs: Kwargs, weight: float | Tensor) -> Tensor:
         """An estimate of the loss, in nats; its gradient is added to that of the parameters.
 
         Args:
@@ -63,9 +62,7 @@ class Loss:
         """
         raise NotImplementedError
 
-    def recordable(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: float | Tensor
-    ) -> Tensor:
+    def recordable(self, args: Args, kwargs: Kwargs, weight: float | Tensor) -> Tensor:
         """The same, in operations that a graph can hold; raises ``Refused`` if there are none."""
         return self(args, kwargs, weight)
 
@@ -73,19 +70,15 @@ class Loss:
 class TraceLoss(Loss):
     """The loss of any model and guide, by one of Pyro's ELBOs."""
 
-    def __init__(self, model: Callable[..., Any], guide: Callable[..., Any], elbo: Any) -> None:
+    def __init__(self, model: Program, guide: Program, elbo: Any) -> None:
         super().__init__(model, guide)
         self.elbo = elbo
 
-    def __call__(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: float | Tensor
-    ) -> Tensor:
+    def __call__(self, args: Args, kwargs: Kwargs, weight: float | Tensor) -> Tensor:
         model, guide = self._weighted(weight)
         return torch.as_tensor(self.elbo.loss_and_grads(model, guide, *args, **kwargs))
 
-    def recordable(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: float | Tensor
-    ) -> Tensor:
+    def recordable(self, args: Args, kwargs: Kwargs, weight: float | Tensor) -> Tensor:
         if type(self.elbo) not in RECORDABLE:
             raise Refused(
                 f"{type(self.elbo).__name__} can't be compiled. fit compiles its own loss, "
@@ -150,14 +143,12 @@ class LatentLoss(Loss):
     """
 
     def __init__(
-        self, model: Callable[..., Any], guide: ScoredGuide, num_particles: int, joint: LogJoint
+        self, model: Program, guide: ScoredGuide, num_particles: int, joint: LogJoint
     ) -> None:
         super().__init__(model, guide)
         self.num_particles, self.joint = num_particles, joint
 
-    def __call__(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: float | Tensor
-    ) -> Tensor:
+    def __call__(self, args: Args, kwargs: Kwargs, weight: float | Tensor) -> Tensor:
         z, log_q, score = self.guide.sample_with_score(self.num_particles, *args, **kwargs)
         log_q, score = log_q.detach(), score.detach()
         latent = z.detach().requires_grad_()
@@ -204,7 +195,7 @@ class LatentLoss(Loss):
             if not is_cheap:
                 return
 
-    def _log_weights(self, args: tuple[Any, ...], kwargs: dict[str, Any], num_draws: int) -> Tensor:
+    def _log_weights(self, args: Args, kwargs: Kwargs, num_draws: int) -> Tensor:
         """Logarithms of importance weights of fresh draws."""
         joint = self.joint.on(args, kwargs)
         parts = []

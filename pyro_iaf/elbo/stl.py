@@ -32,6 +32,7 @@ from ..flows import pass_cache
 from ..flows.autoregressive import InverseAutoregressiveFlowStack
 from ..flows.base import SinglePass
 from ..flows.posterior import Posterior
+from ..models.arguments import Args, Kwargs, Program
 from ..models.traces import is_point
 from ..solvers.fixed_point import runs_eagerly
 from ..solvers.implicit import leaves_of
@@ -107,9 +108,7 @@ class TraceSTL_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
         self._looked_at: set[str] = set()
         self._reasons: dict[Any, str] = {}
 
-    def loss_and_grads(
-        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> float:
+    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """An estimate of the loss; its gradient is added to that of the parameters."""
         total: Any = 0.0
         for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
@@ -122,7 +121,7 @@ class TraceSTL_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
         return float(total)
 
     def differentiable_loss(
-        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+        self, model: Program, guide: Program, *args: Any, **kwargs: Any
     ) -> Tensor:
         """An estimate of the loss, differentiable once."""
         total: Any = 0.0
@@ -147,13 +146,7 @@ class TraceSTL_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
         loss: Tensor = (free + held).detach()
         return loss + surrogate - surrogate.detach()
 
-    def _get_trace(
-        self,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
+    def _get_trace(self, model: Program, guide: Program, args: Args, kwargs: Kwargs) -> Any:
         if isinstance(poutine.unwrap(guide), Messenger):
             self._warn("guide", "All sites keep", "the guide is a messenger around the model")
             return super()._get_trace(model, guide, args, kwargs)

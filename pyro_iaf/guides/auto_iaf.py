@@ -23,6 +23,7 @@ from ..flows.autoregressive import InverseAutoregressiveFlowStack
 from ..flows.posterior import Posterior
 from ..flows.scored_guide import ScoredDraws
 from ..models import param_store
+from ..models.arguments import Args, Kwargs, Program
 from ..models.matching import Given
 from ..models.traces import full_size
 from ..solvers.path_score import draw_with_score
@@ -152,9 +153,7 @@ class AutoIAF(FlowGuide, AutoContinuous):
 
     # Building
 
-    def _build(
-        self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def _build(self, model: Program, args: Args, kwargs: Kwargs) -> None:
         self._refuse_subsamples()
         loc = self._init_loc()
         transform = self._transform
@@ -191,7 +190,7 @@ class AutoIAF(FlowGuide, AutoContinuous):
         return joined(parts)
 
     def _find_start(
-        self, model: Callable[..., Any], loc: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, model: Program, loc: Tensor, args: Args, kwargs: Kwargs
     ) -> tuple[Start, float]:
         """The frame of a fresh guide, and the logarithm of its scale in that frame."""
         at_loc = Start(loc.detach().clone(), torch.ones_like(loc)), math.log(self._init_scale)
@@ -224,7 +223,7 @@ class AutoIAF(FlowGuide, AutoContinuous):
             return transform
         return transform.condition(self._context(args, kwargs))
 
-    def _context(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def _context(self, args: Args, kwargs: Kwargs) -> Tensor:
         """What the encoder makes of the model's arguments."""
         assert self._encoder is not None
         context = self._encode(self._encoder, args, kwargs)

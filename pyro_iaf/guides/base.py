@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .._validation import check_callable, check_flag, check_size, check_widths, in_one_line, warn
 from ..models import param_store
-from ..models.arguments import refusal
+from ..models.arguments import Args, Kwargs, Program, refusal
 from ..models.constraints import each_tensor, without_graph
 from ..models.log_joint import LogJoint
 from ..models.masks import Unmasked, log_priors, sites_to_lift, where_counted
@@ -54,7 +54,7 @@ class FlowGuide(AutoGuide):
 
     def __init__(
         self,
-        model: Callable[..., Any],
+        model: Program,
         *,
         num_flows: int,
         hidden_dims: int | Sequence[int] | None,
@@ -173,9 +173,7 @@ class FlowGuide(AutoGuide):
         for convert in conversions:
             self._apply(convert)
 
-    def _build(
-        self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def _build(self, model: Program, args: Args, kwargs: Kwargs) -> None:
         """Builds what has parameters; the model's first run is in ``prototype_trace``."""
         raise NotImplementedError
 
@@ -203,11 +201,7 @@ class FlowGuide(AutoGuide):
                 )
 
     def _cancel_priors(
-        self,
-        values: Mapping[str, Tensor],
-        plates: Mapping[str, Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        self, values: Mapping[str, Tensor], plates: Mapping[str, Any], args: Args, kwargs: Kwargs
     ) -> None:
         """States the priors that the model's masks take away, so that they count for nothing."""
         if not self.lifted or not am_i_wrapped():  # nobody asks for a density
@@ -225,7 +219,7 @@ class FlowGuide(AutoGuide):
                     stack.enter_context(plates[frame.name])
                 pyro.factor(f"_{self._pyro_name}_{name}_masked", -log_prior, has_rsample=True)
 
-    def _watched(self, model: Callable[..., Any]) -> Callable[..., Any]:
+    def _watched(self, model: Program) -> Program:
         """The model for its first run."""
         return model
 
@@ -257,14 +251,10 @@ class FlowGuide(AutoGuide):
         raise NotImplementedError
 
     def log_joint(
-        self,
-        model: Callable[..., Any],
-        trace: poutine.Trace,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        self, model: Program, trace: poutine.Trace, args: Args, kwargs: Kwargs
     ) -> LogJoint:
         """The density of all latents of the guide, those too that the model masks."""
-        lifted: Callable[..., Any] = Unmasked(self.lifted)(model) if self.lifted else model
+        lifted: Program = Unmasked(self.lifted)(model) if self.lifted else model
         return LogJoint(lifted, trace, args, kwargs, self._latent_sites())
 
     def _latent_sites(self) -> dict[str, Any]:
@@ -296,10 +286,10 @@ class FlowGuide(AutoGuide):
             return fresh_transform(**make, log_scale=0.0, gated=gated)
 
     @property
-    def model(self) -> Callable[..., Any]:
+    def model(self) -> Program:
         if self._model is None:
             raise RuntimeError("This guide has no model: pickling leaves it behind.")
-        model: Callable[..., Any] = self._model[0]
+        model: Program = self._model[0]
         return model
 
     def _setup_on_demand(self, *args: Any, **kwargs: Any) -> None:
@@ -329,9 +319,7 @@ class FlowGuide(AutoGuide):
 
     # Drawing
 
-    def _encode(
-        self, encoder: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _encode(self, encoder: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
         """What an encoder makes of the model's arguments."""
         try:
             return encoder(*args, **kwargs)
@@ -344,9 +332,7 @@ class FlowGuide(AutoGuide):
                 "or fit(..., simulate=[...])."
             ) from error
 
-    def _resampled(
-        self, num_samples: int, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> dict[str, Tensor]:
+    def _resampled(self, num_samples: int, args: Args, kwargs: Kwargs) -> dict[str, Tensor]:
         """Draws chosen by their importance weights from four times as many."""
         with taking_turns:
             draws = WeightedParticles(self.model, self, args, kwargs).weighted(

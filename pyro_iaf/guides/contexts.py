@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .._validation import check_callable, check_size
+from ..models.arguments import Args, Kwargs, Program
 from ..models.traces import full_size
 from .base import FlowGuide
 from .plates import Encoders, GivenSubsamples, Group, QuickSubsamples
@@ -80,9 +81,9 @@ class GuideWithContexts(FlowGuide):
 
     # Plates
 
-    def _watched(self, model: Callable[..., Any]) -> Callable[..., Any]:
+    def _watched(self, model: Program) -> Program:
         self._given = GivenSubsamples()
-        watched: Callable[..., Any] = self._given(model)
+        watched: Program = self._given(model)
         return watched
 
     def _refuse_given_subsamples(self) -> None:
@@ -100,9 +101,7 @@ class GuideWithContexts(FlowGuide):
         frame = self._prototype_frames[plate]
         return bool(frame.size == full_size(frame))
 
-    def _plates_of(
-        self, contexts: Contexts, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> dict[str, pyro.plate]:
+    def _plates_of(self, contexts: Contexts, args: Args, kwargs: Kwargs) -> dict[str, pyro.plate]:
         """The plates of a call: the user's own, or as in the model's first run."""
         plates: dict[str, pyro.plate] = {}
         if self.master is not None:
@@ -149,9 +148,7 @@ class GuideWithContexts(FlowGuide):
             return encoder.of_plates(group.name)
         return encoder if group.plates else None
 
-    def _contexts_ahead(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], of_all: bool = False
-    ) -> Contexts:
+    def _contexts_ahead(self, args: Args, kwargs: Kwargs, of_all: bool = False) -> Contexts:
         """Contexts for plates that are not subsampled, or of all: how many rows they have."""
         contexts = {}
         for group in self.groups:
@@ -167,8 +164,8 @@ class GuideWithContexts(FlowGuide):
         plates: Mapping[str, Any],
         rows: Mapping[str, Any],
         ahead: Contexts,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        args: Args,
+        kwargs: Kwargs,
     ) -> Tensor:
         """What an encoder makes of a group's rows of this call, unless it was run ahead.
 

@@ -11,7 +11,7 @@ a table. So a minibatch of rows is drawn and scored without the others.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributions import biject_to
 
 from .._validation import check_levels, check_size
+from ..models.arguments import Args, Kwargs, Program
 from ..models.constraints import one_row
 from ..models.particles import Particles
 from ..models.traces import taking_turns
@@ -116,9 +117,7 @@ class AutoHierarchicalIAF(GuideWithContexts):
 
     # Building
 
-    def _build(
-        self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def _build(self, model: Program, args: Args, kwargs: Kwargs) -> None:
         self.groups = groups_of(self._latent_sites(), self._prototype_frames, self._encoder)
         self._refuse_given_subsamples()
         starts = [self._init_loc(group) for group in self.groups]
@@ -198,11 +197,7 @@ class AutoHierarchicalIAF(GuideWithContexts):
         return sites
 
     def _draw(
-        self,
-        plates: Mapping[str, pyro.plate],
-        contexts: Contexts,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        self, plates: Mapping[str, pyro.plate], contexts: Contexts, args: Args, kwargs: Kwargs
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """Pyro's statements of all latents; the sites, and what they are in unconstrained space."""
         drawn: dict[str, tuple[Tensor, Tensor]] = {}
@@ -296,10 +291,7 @@ class AutoHierarchicalIAF(GuideWithContexts):
 
     @torch.no_grad()
     def median(
-        self,
-        *args: Any,
-        rows: Mapping[str, Sequence[int] | Tensor] | None = None,
-        **kwargs: Any,
+        self, *args: Any, rows: Mapping[str, Sequence[int] | Tensor] | None = None, **kwargs: Any
     ) -> dict[str, Tensor]:
         """The median of each latent: coordinate by coordinate in unconstrained space.
 
@@ -344,7 +336,7 @@ class AutoHierarchicalIAF(GuideWithContexts):
         return {name: quantiles_of(value, levels) for name, (value, _) in draws.items()}
 
     def _settled_draws(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Any
+        self, args: Args, kwargs: Kwargs, rows: Any
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """Draws that are the same at every call."""
         self._setup_on_demand(*args, **kwargs)
@@ -359,8 +351,8 @@ class AutoHierarchicalIAF(GuideWithContexts):
     def _draws(
         self,
         num_draws: int,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        args: Args,
+        kwargs: Kwargs,
         rows: Mapping[str, Sequence[int] | Tensor] | None,
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """Sites and their unconstrained values, with the draws in front."""

@@ -10,7 +10,7 @@ the other, where the model doesn't take such a plate.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch.autograd import grad
 from torch.distributions import biject_to
 from torch.distributions.transforms import identity_transform
 
+from .arguments import Args, Kwargs, Program
 from .matching import Given, Mismatch
 from .particles import MAX_NUMBERS, Particles, numbers_in
 from .traces import (
@@ -53,10 +54,10 @@ class LogJoint(Particles):
 
     def __init__(
         self,
-        model: Callable[..., Any],
+        model: Program,
         trace: poutine.Trace,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        args: Args,
+        kwargs: Kwargs,
         latents: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(plate_nesting(trace), numbers_in(trace))
@@ -74,9 +75,7 @@ class LogJoint(Particles):
             self._layout.append((name, to_support, placed, shape.numel()))
         self.weight: float | Tensor = 1.0
 
-    def on(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: float | Tensor = 1.0
-    ) -> LogJoint:
+    def on(self, args: Args, kwargs: Kwargs, weight: float | Tensor = 1.0) -> LogJoint:
         """The same on other data, with fresh subsamples, the latents' densities weighted."""
         other = copy.copy(self)
         other.args, other.kwargs, other.subsamples, other.weight = args, kwargs, {}, weight

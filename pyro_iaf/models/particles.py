@@ -10,6 +10,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from .arguments import Program
 from .matching import Mismatch
 from .traces import join, quietly, same, samples, split_sizes
 
@@ -54,7 +55,7 @@ class Particles:
         """How many of so many draws go into each run."""
         return split_sizes(num_draws, self.num_at_once)
 
-    def in_plate(self, fn: Callable[..., Any], num_draws: int | None) -> Callable[..., Any]:
+    def in_plate(self, fn: Program, num_draws: int | None) -> Program:
         """A function that is run for so many draws, if they go at once; None is one draw."""
         if num_draws is None or not self.at_once:
             return fn

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pyro.distributions as dist
@@ -16,6 +16,7 @@ from torch.distributions import ComposeTransform, IndependentTransform, biject_t
 
 from .._validation import warn
 from ..importance import COARSE, RELIABLE, imprecise, pareto_k, resampled, smoothed
+from .arguments import Args, Kwargs, Program
 from .matching import Given, Mismatch, check_guide_site
 from .particles import NUM_TRIED, Particles, numbers_in
 from .traces import (
@@ -97,13 +98,7 @@ class WeightedParticles(Particles):
         UserWarning: If the prior of a latent is improper, and nothing depends on it.
     """
 
-    def __init__(
-        self,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> None:
+    def __init__(self, model: Program, guide: Program, args: Args, kwargs: Kwargs) -> None:
         self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
         with torch.no_grad(), quietly(), poutine.block():
             self.at_once = False
@@ -226,7 +221,7 @@ class WeightedParticles(Particles):
         values: Mapping[str, Any],
         kept: Mapping[str, Any],
         num_draws: int | None = None,
-        model: Callable[..., Any] | None = None,
+        model: Program | None = None,
     ) -> poutine.Trace:
         """A run of the model at these values of its latents.
 
@@ -372,12 +367,7 @@ def _kinds(transform: Any) -> tuple[str, ...]:
     return (type(transform).__name__,)
 
 
-def check_latents(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> None:
+def check_latents(model: Program, guide: Program, args: Args, kwargs: Kwargs) -> None:
     """Raises a Mismatch if the guide's sites are not the model's latents, and no other error."""
     try:
         WeightedParticles(model, guide, args, kwargs)

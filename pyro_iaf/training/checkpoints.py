@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from .._validation import warn
+from ..models.arguments import Args, Kwargs
 from .digests import Digests, differing, digest, digests_of_sites, in_words
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class Checkpoint:
         }
         return saved
 
-    def look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def look(self, args: Args, kwargs: Kwargs) -> None:
         """Notes what tells this run's data, model and guide from another's, at the first batch."""
         if self.path is None:
             return

@@ -32,7 +32,7 @@ from ..flows.scored_guide import (
     networks_of,
     row_gradients,
 )
-from ..models.arguments import Batch
+from ..models.arguments import Args, Batch, Kwargs, Program
 from ..models.log_joint import LogJoint
 from ..models.matching import Mismatch
 from ..models.nonfinite import at_fault, impossible_data
@@ -75,8 +75,8 @@ class Run:
     def __init__(
         self,
         *,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
+        model: Program,
+        guide: Program,
         batches: Batches,
         num_steps: int,
         num_particles: int,
@@ -196,7 +196,7 @@ class Run:
 
     # Before the first step
 
-    def _first_look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Loss:
+    def _first_look(self, args: Args, kwargs: Kwargs) -> Loss:
         """Runs model and guide once, with all checks; finds the parameters and the loss."""
         elbo = Trace_ELBO() if self.elbo is None else self.elbo
         if fault := odd_data(self.model, args, kwargs):
@@ -287,7 +287,7 @@ class Run:
         with self.interrupts.open():
             return self.batches.next()
 
-    def _take_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _take_step(self, args: Args, kwargs: Kwargs) -> None:
         self.backend = "eager"
         self.steps.stop()
         rate, weight, covers, _ = self._numbers(self.step)
@@ -317,7 +317,7 @@ class Run:
         self._account([(value, size)], args, kwargs)
         self.is_whole = True
 
-    def _replay(self, built: Built, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _replay(self, built: Built, args: Args, kwargs: Kwargs) -> None:
         """Takes compiled steps until there is something to see to."""
         began = time.perf_counter()
         self.backend = built.backend
@@ -361,9 +361,7 @@ class Run:
             ends.append(_next_multiple(self.step, self.checkpoint.every))
         return min(ends) - self.step
 
-    def _account(
-        self, results: Iterable[Sequence[float]], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def _account(self, results: Iterable[Sequence[float]], args: Args, kwargs: Kwargs) -> None:
         """Notes what came of steps: the loss of each, and the norm of its gradient."""
         for value, size in results:
             self.step += 1
@@ -379,7 +377,7 @@ class Run:
             if self.step % self.schedule.stretch == 0 and self.rows.visits >= FEWEST_VISITS:
                 self.schedule.settle(self.step, self.losses)
 
-    def _give_up(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _give_up(self, args: Args, kwargs: Kwargs) -> None:
         fault = at_fault(self.model, self.guide, args, kwargs, self.params)
         raise FloatingPointError(
             f"{self.skipped} of {self.step} steps, the last {self.skipped_in_a_row} of them in a "
