@@ -17,7 +17,7 @@ from pyro.infer.autoguide.guides import AutoContinuous
 from torch import Tensor, nn
 from torch.distributions import biject_to
 
-from .._validation import check_callable, check_context, check_levels, check_size, warn
+from .._validation import check_callable, check_context, check_size, warn
 from ..distributions import DiagonalNormal
 from ..flows.autoregressive import InverseAutoregressiveFlowStack
 from ..flows.posterior import Posterior
@@ -27,7 +27,7 @@ from ..models.arguments import Args, Kwargs, Program
 from ..models.matching import Given
 from ..models.traces import full_size
 from ..solvers.path_score import draw_with_score
-from .base import FlowGuide, quantiles_of
+from .base import FlowGuide
 from .latents import joined
 from .pathfinder import Start, StartNotFound, pathfinder
 from .site_delta import SiteDeltas
@@ -306,44 +306,7 @@ class AutoIAF(FlowGuide, AutoContinuous):
         posterior = self._ready_posterior(*args, **kwargs)
         if resample:
             return self._resampled(num_samples, args, kwargs)
-        return self._sites(posterior.sample((num_samples,)))
-
-    @torch.no_grad()
-    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """The median of each latent: coordinate by coordinate in unconstrained space.
-
-        It lies in the support, and where a constraint acts on each number by itself, it is the
-        median of that number. Read off 10,001 draws in mirrored pairs, the same at every call.
-
-        Args:
-            args: What the model takes; needed only if the guide was never called or set up, or has
-                an encoder.
-            kwargs: Likewise.
-        """
-        draws = self._mirrored(*args, **kwargs)
-        return self._sites(quantiles_of(draws, check_levels(0.5))[0])
-
-    @torch.no_grad()
-    def quantiles(
-        self, quantiles: Sequence[float] | Tensor | float, *args: Any, **kwargs: Any
-    ) -> dict[str, Tensor]:
-        """Quantiles of each number of each site, in the units of the model.
-
-        Read off 10,001 draws in mirrored pairs, the same at every call.
-
-        Args:
-            quantiles: Levels between 0 and 1.
-            args: What the model takes; needed only if the guide was never called or set up, or has
-                an encoder.
-            kwargs: Likewise.
-
-        Returns:
-            For each site a tensor of shape ``(len(quantiles),) + shape``, increasing where the
-            levels are.
-        """
-        levels = check_levels(quantiles)
-        sites = self._sites(self._mirrored(*args, **kwargs))
-        return {name: quantiles_of(draws, levels) for name, draws in sites.items()}
+        return self._constrained(self._split(posterior.sample((num_samples,))))
 
     def _ready_posterior(self, *args: Any, **kwargs: Any) -> dist.TransformedDistribution:
         self._setup_on_demand(*args, **kwargs)
@@ -361,8 +324,8 @@ class AutoIAF(FlowGuide, AutoContinuous):
             own["encoder"] = self._encoder
         return own
 
-    def _mirrored(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Latents of noise that is symmetric about zero, an odd number of them.
+    def _settled_draws(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Draws of noise that is symmetric about zero, an odd number of them.
 
         The median of a guide that is symmetric itself is exact; the middle one of an odd number
         commutes with every monotone map.
@@ -374,18 +337,14 @@ class AutoIAF(FlowGuide, AutoContinuous):
         noise = torch.randn(shape, generator=generator, dtype=loc.dtype, device=loc.device)
         noise = torch.cat([noise, -noise, torch.zeros_like(noise[:1])])
         (transform,) = posterior.transforms
-        latents: Tensor = transform(noise)
-        return latents if latents.dtype == torch.float64 else latents.float()  # no half quantiles
+        return self._split(transform(noise))
 
-    def _sites(self, latent: Tensor) -> dict[str, Tensor]:
-        """The sites of latents of shape ``batch_shape + (D,)``; the batch stands to their left."""
-        sites, start = {}, 0
-        for name, site in self._latent_sites().items():
-            shape = self._unconstrained_shapes[name]
-            part = latent[..., start : start + shape.numel()]
-            start += shape.numel()
-            sites[name] = biject_to(site["fn"].support)(part.reshape(latent.shape[:-1] + shape))
-        return sites
+    def _split(self, latent: Tensor) -> dict[str, Tensor]:
+        """The sites of vectors of latents, unconstrained; the batch stands to their left."""
+        shapes = self._unconstrained_shapes
+        parts = latent.split([shape.numel() for shape in shapes.values()], -1)
+        pairs = zip(shapes.items(), parts, strict=True)
+        return {name: part.reshape(latent.shape[:-1] + shape) for (name, shape), part in pairs}
 
     # State and copies
 

@@ -22,13 +22,12 @@ from pyro.distributions.util import sum_rightmost
 from torch import Tensor, nn
 from torch.distributions import biject_to
 
-from .._validation import check_levels, check_size
+from .._validation import check_size
 from ..models.arguments import Args, Kwargs, Program
 from ..models.constraints import one_row
 from ..models.particles import Particles
 from ..models.traces import taking_turns
 from ..solvers.path_score import noise_of_draw
-from .base import quantiles_of
 from .contexts import TABLE_WIDTH, Contexts, GuideWithContexts
 from .latents import joined
 from .pathfinder import Start
@@ -286,65 +285,18 @@ class AutoHierarchicalIAF(GuideWithContexts):
                     "be there: leave out rows, and give a model that does not subsample."
                 )
             return self._resampled(num_samples, args, kwargs)
-        drawn = self._draws(num_samples, args, kwargs, rows)
-        return {name: value for name, (value, _) in drawn.items()}
-
-    @torch.no_grad()
-    def median(
-        self, *args: Any, rows: Mapping[str, Sequence[int] | Tensor] | None = None, **kwargs: Any
-    ) -> dict[str, Tensor]:
-        """The median of each latent: coordinate by coordinate in unconstrained space.
-
-        Read off 4001 draws, the same at every call, or fewer where these would be more than ten
-        million numbers; ``rows`` spares what is not wanted.
-
-        Args:
-            args: As for :meth:`sample_posterior`.
-            rows: Likewise.
-            kwargs: Likewise.
-        """
-        found = {}
-        for name, (_, draws) in self._settled_draws(args, kwargs, rows).items():
-            constrain = biject_to(self._latent_sites()[name]["fn"].support)
-            found[name] = constrain(quantiles_of(draws, draws.new_tensor([0.5]))[0])
-        return found
-
-    @torch.no_grad()
-    def quantiles(
-        self,
-        quantiles: Sequence[float] | Tensor | float,
-        *args: Any,
-        rows: Mapping[str, Sequence[int] | Tensor] | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Tensor]:
-        """Quantiles of each number of each site, in the units of the model.
-
-        Read off the draws that :meth:`median` takes.
-
-        Args:
-            quantiles: Levels between 0 and 1.
-            args: As for :meth:`sample_posterior`.
-            rows: Likewise.
-            kwargs: Likewise.
-
-        Returns:
-            For each site a tensor of shape ``(len(quantiles),) + shape``, increasing where the
-            levels are.
-        """
-        levels = check_levels(quantiles)
-        draws = self._settled_draws(args, kwargs, rows)
-        return {name: quantiles_of(value, levels) for name, (value, _) in draws.items()}
+        return self._constrained(self._draws(num_samples, args, kwargs, rows))
 
     def _settled_draws(
-        self, args: Args, kwargs: Kwargs, rows: Any
-    ) -> dict[str, tuple[Tensor, Tensor]]:
-        """Draws that are the same at every call."""
+        self, *args: Any, rows: Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Some four thousand, or as many as make ten million numbers; ``rows`` spares some."""
         self._setup_on_demand(*args, **kwargs)
         device = self._transforms()[0].origin.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(0)
             one = self._draws(1, args, kwargs, rows)
-            numbers = sum(value.numel() for value, _ in one.values())
+            numbers = sum(value.numel() for value in one.values())
             num_draws = max(101, min(NUM_DRAWS, MOST_NUMBERS // numbers))
             return self._draws(num_draws, args, kwargs, rows)
 
@@ -353,9 +305,9 @@ class AutoHierarchicalIAF(GuideWithContexts):
         num_draws: int,
         args: Args,
         kwargs: Kwargs,
-        rows: Mapping[str, Sequence[int] | Tensor] | None,
-    ) -> dict[str, tuple[Tensor, Tensor]]:
-        """Sites and their unconstrained values, with the draws in front."""
+        rows: Mapping[str, Any] | None,
+    ) -> dict[str, Tensor]:
+        """Unconstrained values of the sites, with the draws in front and no plate beside them."""
         self._setup_on_demand(*args, **kwargs)
         self._adopt_parameters()
         contexts = self._contexts_ahead(args, kwargs, of_all=True)
@@ -368,17 +320,17 @@ class AutoHierarchicalIAF(GuideWithContexts):
         batch_shapes = [site["fn"].batch_shape for site in self._latent_sites().values()]
         nesting = max([*map(len, batch_shapes), *(-frame.dim for frame in frames.values())])
         particles = Particles(nesting, self._num_units(plates))
-        parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        parts: dict[str, list[Tensor]] = {}
         for size in particles.sizes(num_draws):
             draw = particles.in_plate(self._draw, size)
             with taking_turns, poutine.block():
                 drawn = draw(plates, contexts, args, kwargs)
-            for name, pair in drawn.items():
-                parts.setdefault(name, []).append(self._draws_in_front(name, size, *pair))
-        return {
-            name: (torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs]))
-            for name, pairs in parts.items()
-        }
+            for name, (value, free) in drawn.items():
+                fn = self._latent_sites()[name]["fn"]
+                num_event = free.dim() - value.dim() + fn.event_dim
+                shape = free.shape[free.dim() - len(fn.batch_shape) - num_event :]
+                parts.setdefault(name, []).append(particles.freed(free, shape, size))
+        return {name: torch.cat(draws) for name, draws in parts.items()}
 
     def _num_units(self, plates: Mapping[str, pyro.plate]) -> int:
         """How many numbers the widest layers hold while all rows are drawn once."""
@@ -387,19 +339,6 @@ class AutoHierarchicalIAF(GuideWithContexts):
             num_rows = math.prod(plates[name].subsample_size for name in group.plates)
             most = max(most, num_rows * transform.num_units)
         return most
-
-    def _draws_in_front(
-        self, name: str, num_draws: int, value: Tensor, unconstrained: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Without the plates that a site is in none of, which stand after the draws."""
-        fn = self._latent_sites()[name]["fn"]
-        num_batch = len(fn.batch_shape)
-        own = value.shape[value.dim() - num_batch - fn.event_dim :]
-        inner = unconstrained.shape[value.dim() - fn.event_dim :]
-        return (
-            value.reshape(num_draws, *own),
-            unconstrained.reshape(num_draws, *own[:num_batch], *inner),
-        )
 
     # State
 

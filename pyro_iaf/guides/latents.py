@@ -1,4 +1,4 @@
-"""Which latents a guide can draw, and the vector that they make."""
+"""Which latents a guide can draw, the vector that they make, and their quantiles."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from pyro.infer.autoguide.utils import helpful_support_errors
 from torch import Tensor
 from torch.distributions import biject_to
 
+from .._validation import warn
+from ..models.masks import where_counted
 from ..models.matching import Mismatch
 from ..models.traces import is_point
 from .plates import quoted
 
-__all__ = ["check_latents", "check_loaded", "joined"]
+__all__ = ["check_latents", "check_loaded", "joined", "quantiles_of", "warn_of_masks"]
 
 
 def check_latents(sites: Mapping[str, Any], kind: str, prefix: str) -> None:
@@ -71,8 +73,30 @@ def check_loaded(ours: Collection[str], theirs: Collection[str]) -> None:
         )
 
 
+def warn_of_masks(sites: Mapping[str, Any], lifted: Collection[str]) -> None:
+    """Warns of latents that are masked in the model, unless the guide undoes it."""
+    for name, site in sites.items():
+        mask = where_counted(site)
+        if name not in lifted and mask is not None and not mask.all():
+            warn(
+                f"Site '{name}' is masked in the model: its density counts nothing there. "
+                "Unless the data hold it, the guide widens without end. Mask the likelihood "
+                "alone."
+            )
+
+
 def joined(parts: Sequence[Tensor]) -> Tensor:
     """Parts of a vector, some of them perhaps of an improper prior, which knows of no device."""
     device = next((part.device for part in parts if part.device.type != "cpu"), None)
     loc = torch.cat([part.to(device) for part in parts])
     return loc if loc.is_floating_point() else loc.to(torch.get_default_dtype())
+
+
+def quantiles_of(draws: Tensor, levels: Tensor) -> Tensor:
+    """Quantiles along the first axis, of tensors of any size and precision."""
+    draws = draws if draws.dtype == torch.float64 else draws.float()  # no half quantiles
+    flat = draws.reshape(len(draws), -1)
+    at_once = max(1, 2**24 // len(draws))  # torch.quantile takes no more numbers
+    levels = levels.to(flat)
+    parts = [part.quantile(levels, dim=0) for part in flat.split(at_once, 1)]
+    return torch.cat(parts, 1).reshape(len(levels), *draws.shape[1:])
