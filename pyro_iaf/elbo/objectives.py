@@ -44,12 +44,12 @@ class Loss:
         guide: A Pyro guide.
     """
 
-    # Whether gradients lean towards particles that the guide draws too rarely; 0 or 1 in a graph.
+    # Whether the gradient is mass-covering: weighted by importance; 0 or 1 in a graph.
     covers: bool | Tensor = False
 
     def __init__(self, model: Program, guide: Any) -> None:
         self.model, self.guide = model, guide
-        # The share of effective particles, averaged over a hundred steps.
+        # The effective sample size as a share of the particles, averaged over a hundred steps.
         self.health = torch.zeros((), dtype=torch.float64)
 
     def __call__(self, args: Args, kwargs: Kwargs, weight: float | Tensor) -> Tensor:
@@ -132,8 +132,8 @@ class LatentLoss(Loss):
     """The loss of a guide over one vector of latents that scores its own draws.
 
     Its gradient goes through the draws alone, with the guide's score held still: exact in mean, and
-    of little variance near the posterior. Where it covers, it leans from the gradient of KL(q | p)
-    towards that of KL(p | q).
+    of little variance near the posterior. Where ``covers`` is set, it is
+    importance-weighted, so that it covers mass that the guide misses.
 
     Args:
         model: A Pyro model.
@@ -162,8 +162,8 @@ class LatentLoss(Loss):
         if len(z) > 1:
             self.health = self.health + 0.01 * (_effective(log_w) - self.health)
             if self.covers is not False and not self.joint.subsampled:
-                lean = self.covers * _leaning(log_w, self.health)
-                slope = slope * (1 + lean).unsqueeze(-1)
+                more = self.covers * _covering(log_w, self.health)
+                slope = slope * (1 + more).unsqueeze(-1)
         z.backward(slope)
         loss: Tensor = -log_w.mean()
         return loss
@@ -211,12 +211,12 @@ def _effective(log_weights: Tensor) -> Tensor:
     return share.nan_to_num(0.0, 0.0, 0.0)
 
 
-def _leaning(log_weights: Tensor, health: Tensor) -> Tensor:
-    """How much more than one each particle's gradient counts: more where the guide draws rarely.
+def _covering(log_weights: Tensor, health: Tensor) -> Tensor:
+    """How much more than one each particle's gradient counts, by its importance weight.
 
-    By their weights, and less for one that has it all (Tucker et al. 2018,
-    https://arxiv.org/abs/1810.04152). Where few particles mostly have most of it, far from the
-    posterior, all count the same.
+    It counts less for a particle that has nearly all the weight (Tucker et al. 2018,
+    https://arxiv.org/abs/1810.04152). Far from the posterior the effective sample size is small,
+    and all particles count the same.
     """
     share = log_weights.softmax(0)
     share = share * (1 - share)

@@ -160,7 +160,7 @@ class TraceSTL_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
                 site["score_parts"] = ScoreParts(log_prob, of_score, 0.0)  # type: ignore[arg-type]
                 site["held"] = held
             elif not is_identically_zero(of_score):
-                # Its mean is zero in the draws that it hangs on, and it belongs to the landing.
+                # Its mean is zero in the draws that it depends on, and it belongs to the landing.
                 site["held"] = log_prob
                 if of_score.requires_grad:
                     self._warn_of_site(name, "it is not reparameterised")
@@ -226,7 +226,7 @@ class _Cut(Messenger):
         if not reason:
             try:
                 again = fn.score_parts(leaf).log_prob
-                if runs_eagerly():  # some distributions hang more on a draw than its numbers
+                if runs_eagerly():  # some distributions need more of a draw than its numbers
                     torch.testing.assert_close(again, fn.log_prob(value), equal_nan=True)
             except (AssertionError, KeyError, NotImplementedError):
                 reason = "it can't score a draw without the graph that made it"
@@ -248,7 +248,7 @@ class _Cut(Messenger):
 class _Known(dist.TorchDistribution):
     r"""A distribution at its own draw, of which log density and score are known.
 
-    What it was told may hang on earlier draws. Along the draw :math:`z(\theta)` that is
+    What it was told may depend on earlier draws. Along the draw :math:`z(\theta)` that is
 
     .. math::
         \partial_\theta \log q(z; \theta) = \frac{d}{d\theta} \log q(z(\theta); \theta)
@@ -363,7 +363,7 @@ def _slopes_of_held(held: Tensor, cuts: Sequence[Cut]) -> list[Tensor]:
 
 
 def _carried_back(slopes: Sequence[Tensor], cuts: Sequence[Cut]) -> list[Tensor]:
-    """What each draw's slope is, with all that hangs on it by way of later draws."""
+    """What each draw's slope is, with all that depends on it by way of later draws."""
     found, leaves = list(slopes), [cut.leaf for cut in cuts]
     for k in range(len(cuts) - 1, 0, -1):
         _pass_on(found[k], cuts[k].drawn, leaves[:k], found)

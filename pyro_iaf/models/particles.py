@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .arguments import Program
 from .matching import Mismatch
-from .traces import join, quietly, same, samples, split_sizes
+from .traces import quietly, samples
 
 __all__ = ["MAX_NUMBERS", "NUM_TRIED", "Particles", "numbers_in"]
 
@@ -53,7 +53,8 @@ class Particles:
 
     def sizes(self, num_draws: int) -> list[int]:
         """How many of so many draws go into each run."""
-        return split_sizes(num_draws, self.num_at_once)
+        size = self.num_at_once
+        return [min(size, num_draws - start) for start in range(0, num_draws, size)]
 
     def in_plate(self, fn: Program, num_draws: int | None) -> Program:
         """A function that is run for so many draws, if they go at once; None is one draw."""
@@ -104,16 +105,31 @@ class Particles:
                     failure = error
             if not fine:
                 return f"the model fails there, {type(failure).__name__}: {failure}"
-            if not same(alone[0], log_probs(fine[:1], False)):
+            if not _same(alone[0], log_probs(fine[:1], False)):
                 return "its log density changes from one run to the next"
             if len(fine) == 1:
                 alone, fine = 2 * alone, 2 * fine
             self.at_once = True
             try:
-                self.at_once = same(log_probs(fine, True), join(alone))
+                joined = {name: torch.cat([run[name] for run in alone]) for name in alone[0]}
+                self.at_once = _same(log_probs(fine, True), joined)
             except Exception:  # whatever a model that isn't made for it may raise
                 self.at_once = False
         return None
+
+
+def _same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Whether two runs have the same densities, site by site, to rounding."""
+    return a.keys() == b.keys() and all(
+        torch.allclose(
+            a[n],
+            b[n],
+            rtol=1e-8 if a[n].dtype == torch.float64 else 1e-3,
+            atol=1e-5,
+            equal_nan=True,
+        )
+        for n in a
+    )
 
 
 def numbers_in(trace: poutine.Trace) -> int:

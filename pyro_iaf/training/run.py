@@ -354,7 +354,7 @@ class Run:
                 self._account(results, args, kwargs)
 
     def _num_undisturbed(self) -> int:
-        """How many steps there are to the next that something hangs on."""
+        """How many steps there are to the next at which something else is to do."""
         schedule = self.schedule
         ends = [self.step + self.chunk, schedule.end, _next_multiple(self.step, schedule.stretch)]
         if self.checkpoint.path:
@@ -383,7 +383,7 @@ class Run:
             f"{self.skipped} of {self.step} steps, the last {self.skipped_in_a_row} of them in a "
             f"row, had a loss or a gradient that is not finite. At fault: {fault}. Look at the "
             "scales there and at the precision (torch.float64 reaches farther), or take a smaller "
-            "lr. A density of -inf is of a value outside a support: one that hangs on another "
+            "lr. A density of -inf is of a value outside a support: one that depends on another "
             "latent, as Uniform(0, z), is written z * Uniform(0, 1)."
         )
 
