@@ -22,7 +22,7 @@ from pyro.infer.autoguide import AutoIAFNormal, AutoMultivariateNormal, AutoNorm
 from benchmarks.common import save
 from pyro_iaf import AutoIAF, fit
 from pyro_iaf.importance import pareto_k
-from pyro_iaf.models.particles import Particles
+from pyro_iaf.models.weighted import WeightedParticles
 
 NUM_STEPS, NUM_PARTICLES, NUM_DRAWS = 3000, 16, 10_000
 
@@ -55,7 +55,7 @@ def train(name, model, seed):
 
 def quality(model, guide, summary):
     """ELBOs, k-hat, and how far means and spreads are from the reference draws'."""
-    particles = Particles(model, guide, (), {})
+    particles = WeightedParticles(model, guide, (), {})
     runs = [particles.weighted(NUM_DRAWS) for _ in range(3)]
     log_weights = torch.cat([run.log_weights for run in runs])
     errors, ratios = [], []

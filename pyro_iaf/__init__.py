@@ -24,8 +24,8 @@ from .flows.conditional import (
     conditional_inverse_autoregressive_flow,
 )
 from .flows.inverse import invert, solve_transposed
-from .guides.auto_hierarchical import AutoHierarchicalIAF
 from .guides.auto_iaf import AutoIAF
+from .guides.hierarchical import AutoHierarchicalIAF
 from .nn.made import MaskedAutoregressiveNetwork
 from .training.fit import FitResult, fit
 

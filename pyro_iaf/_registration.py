@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import distributions
 from .flows import autoregressive, conditional, pass_cache
-from .guides import auto_hierarchical, auto_iaf, site_delta
+from .guides import auto_iaf, hierarchical, site_delta
 
 __all__ = ["register"]
 
@@ -28,7 +28,7 @@ NAMES = [
         for name in module.__all__
     ),
     (pyro.infer.autoguide, auto_iaf.AutoIAF),
-    (pyro.infer.autoguide, auto_hierarchical.AutoHierarchicalIAF),
+    (pyro.infer.autoguide, hierarchical.AutoHierarchicalIAF),
 ]
 
 _counts_steps = False

@@ -12,8 +12,8 @@ from pyro.poutine.util import site_is_subsample
 from torch.testing import assert_close
 
 from pyro_iaf.importance import pareto_k, resampled, smoothed
-from pyro_iaf.models.particles import Particles
 from pyro_iaf.models.traces import quietly
+from pyro_iaf.models.weighted import WeightedParticles
 
 EVIDENCE = dist.Normal(0.0, math.sqrt(1.25)).log_prob(torch.tensor(1.0)).item()
 
@@ -41,7 +41,7 @@ CASES = {
 def case(request):
     make_case, name = request.param
     guide, model, arguments = make_case(name)
-    return Particles(model, guide, arguments, {})
+    return WeightedParticles(model, guide, arguments, {})
 
 
 # Properties of every model and guide
@@ -94,7 +94,7 @@ def test_draws_have_the_shapes_of_the_sites(case):
 @pytest.mark.parametrize("name", ["plates", "supports", "mask and scale"])
 def test_at_once_and_one_by_one_draw_alike(name, kind):
     guide, model, arguments = GUIDES[kind](name)
-    particles = Particles(model, guide, arguments, {})
+    particles = WeightedParticles(model, guide, arguments, {})
     many = particles.weighted(4000)
     particles.at_once = False
     few = particles.weighted(300)
@@ -117,7 +117,7 @@ def test_a_guide_that_is_the_posterior_has_one_weight():
     def guide():
         pyro.sample("z", dist.Normal(0.8, math.sqrt(0.2)))
 
-    particles = Particles(one_latent, guide, (), {})
+    particles = WeightedParticles(one_latent, guide, (), {})
     for at_once in (True, False):
         particles.at_once = at_once
         weights = particles.weighted(20).log_weights
@@ -126,9 +126,9 @@ def test_a_guide_that_is_the_posterior_has_one_weight():
 
 def test_draws_that_take_several_runs_are_all_there(monkeypatch):
     guide, model, arguments = by_ours("plates")
-    particles = Particles(model, guide, arguments, {})
+    particles = WeightedParticles(model, guide, arguments, {})
     monkeypatch.setattr("pyro_iaf.models.particles.MAX_NUMBERS", 3 * particles.num_numbers)
-    assert particles.most_at_once == 3
+    assert particles.num_at_once == 3
     draws = particles.weighted(7)
     assert draws.log_weights.unique().shape == (7,)
     assert draws.sites["z"].shape == (7, 3)
@@ -142,7 +142,7 @@ def test_models_that_take_no_particles_are_weighted_one_by_one():
     def guide():
         pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
 
-    particles = Particles(model, guide, (), {})
+    particles = WeightedParticles(model, guide, (), {})
     assert not particles.at_once
     log_weights, sites, _ = particles.weighted(9)
     expected = dist.Normal(sites["w"].sum(-1), 1.0).log_prob(torch.tensor(1.0))
@@ -154,7 +154,7 @@ def test_a_line_of_two_points_is_no_pair_of_draws():
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         pyro.deterministic("line", z * torch.tensor([1.0, 2.0]))
 
-    particles = Particles(model, AutoNormal(model), (), {})
+    particles = WeightedParticles(model, AutoNormal(model), (), {})
     assert particles.weighted(5).log_weights.shape == (5,)
 
 
@@ -163,7 +163,7 @@ def test_a_line_of_two_points_is_no_pair_of_draws():
 
 def test_k_hat_is_pyros():
     guide, model, _ = by_pyros("plates")
-    particles = Particles(model, guide, (), {})
+    particles = WeightedParticles(model, guide, (), {})
     log_weights = seeded(particles.weighted, 1000).log_weights
     with quietly():
         expected = seeded(lambda: psis_diagnostic(model, guide, max_plate_nesting=1))
@@ -248,7 +248,7 @@ def test_an_error_at_each_draw_is_the_models_and_at_some_is_no_density():
         pyro.sample("z", dist.Normal(0.0, 1.0))
 
     model.fails_above = math.inf
-    particles = Particles(model, guide, (), {})
+    particles = WeightedParticles(model, guide, (), {})
     for at_once in (True, False):
         particles.at_once = at_once
         model.fails_above = 0.0
@@ -270,11 +270,14 @@ def test_an_error_at_the_first_draw_is_not_one_at_all():
 
     model.num_failing = 3
     assert (
-        Particles(model, AutoNormal(one_latent), (), {}).weighted(10).log_weights.isfinite().all()
+        WeightedParticles(model, AutoNormal(one_latent), (), {})
+        .weighted(10)
+        .log_weights.isfinite()
+        .all()
     )
     model.num_failing = 10**9
     with pytest.raises(torch.linalg.LinAlgError):
-        Particles(model, AutoNormal(one_latent), (), {})
+        WeightedParticles(model, AutoNormal(one_latent), (), {})
 
 
 # Resampling

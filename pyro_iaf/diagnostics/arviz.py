@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyro.distributions as dist
 import torch
-from pyro import poutine
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor
 
 from .._validation import check_size
 from ..models.arguments import check_call, check_pair
-from ..models.matching import Given
-from ..models.particles import Particles
 from ..models.traces import (
+    bare,
+    is_point,
     log_prob_of_each,
     quietly,
     samples,
-    split_sizes,
     subsamples,
     taking_turns,
 )
+from ..models.weighted import WeightedParticles
 
 __all__ = ["to_arviz"]
 
@@ -84,7 +83,7 @@ def to_arviz(
     check_pair("to_arviz", model, guide)
     args, kwargs = check_call(args, kwargs, model)
     with taking_turns:
-        particles = Particles(model, guide, args, kwargs)
+        particles = WeightedParticles(model, guide, args, kwargs)
         draws = particles.weighted(4 * num_samples if resample else num_samples)
         latents = draws.resampled(num_samples) if resample else draws.sites
         groups, dims = _groups(particles, latents, num_samples)
@@ -100,7 +99,7 @@ def to_arviz(
 
 @torch.no_grad()
 def _groups(
-    particles: Particles, latents: dict[str, Tensor], num_draws: int
+    particles: WeightedParticles, latents: dict[str, Tensor], num_draws: int
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, list[str]]]:
     """ArviZ's groups, each with its sites, and the names of the sites' dimensions."""
     sites = {n: s for n, s in samples(particles.first_model).items() if not _is_factor(s)}
@@ -110,7 +109,14 @@ def _groups(
         "posterior_predictive": {name: [] for name in observed},
         "log_likelihood": {name: [] for name in observed},
     }
-    for size, *runs in _replayed(particles, latents, num_draws):
+    kept = {name: site["value"] for name, site in subsamples(particles.first_model).items()}
+    models = particles.model, _Freed()(particles.model)  # with its data, and without them
+    start = 0
+    for size in particles.sizes(num_draws):
+        given = {name: draws[start : start + size] for name, draws in latents.items()}
+        start += size
+        with quietly():
+            runs = [particles.run_model(given, kept, size, model) for model in models]
         conditioned, free = map(samples, runs)
         for name, parts in found["posterior"].items():
             shape = sites[name]["value"].shape
@@ -130,37 +136,6 @@ def _groups(
     groups["posterior"] = {**drawn, **groups["posterior"]}
     groups["observed_data"] = {name: _value(site) for name, site in observed.items()}
     return groups, {name: _dims(name, site, sites) for name, site in sites.items()}
-
-
-def _replayed(
-    particles: Particles, latents: dict[str, Tensor], num_draws: int
-) -> Iterator[tuple[int, poutine.Trace, poutine.Trace]]:
-    """Runs of the model at these latents, with its data and without them."""
-    kept = {name: site["value"] for name, site in subsamples(particles.first_model).items()}
-    start = 0
-    for size in split_sizes(num_draws, particles.most_at_once):
-        given = {
-            name: particles.placed(name, draws[start : start + size])
-            for name, draws in latents.items()
-        }
-        start += size
-        conditioned, free = (
-            _run(particles, model, size, given, kept)
-            for model in (particles.model, _Freed()(particles.model))
-        )
-        yield size, conditioned, free
-
-
-def _run(
-    particles: Particles,
-    model: Callable[..., Any],
-    size: int,
-    given: dict[str, Tensor],
-    kept: dict[str, Any],
-) -> poutine.Trace:
-    run = poutine.trace(particles.in_plate(model, size))
-    with quietly(), poutine.block(), Given(given, kept):
-        return run.get_trace(*particles.args, **particles.kwargs)
 
 
 class _Freed(UnconditionMessenger):
@@ -183,17 +158,11 @@ def _log_prob_of_each(site: Any) -> Tensor:
 
 
 def _is_factor(site: Any) -> bool:
-    fn = site["fn"]
-    while isinstance(fn, torch.distributions.Independent | dist.MaskedDistribution):
-        fn = fn.base_dist
-    return isinstance(fn, dist.Unit)
+    return isinstance(bare(site["fn"]), dist.Unit)
 
 
 def _is_deterministic(site: Any) -> bool:
-    fn = site["fn"]
-    while isinstance(fn, torch.distributions.Independent | dist.MaskedDistribution):
-        fn = fn.base_dist
-    return isinstance(fn, dist.Delta)  # as reparameterised sites are, too
+    return is_point(site["fn"])  # as reparameterised sites are, too
 
 
 def _dims(name: str, site: Any, sites: Mapping[str, Any]) -> list[str]:

@@ -13,8 +13,8 @@ from torch import Tensor
 from .._validation import check_size
 from ..importance import COARSE, LOWEST, RELIABLE, imprecise
 from ..models.arguments import check_call, check_pair
-from ..models.particles import Particles
 from ..models.traces import taking_turns
+from ..models.weighted import WeightedParticles
 
 __all__ = ["Diagnosis", "diagnose"]
 GOOD, USABLE = 0.5, RELIABLE
@@ -189,7 +189,7 @@ def diagnose(
     check_pair("diagnose", model, guide)
     args, kwargs = check_call(args, kwargs, model)
     with taking_turns:
-        particles = Particles(model, guide, args, kwargs)
+        particles = WeightedParticles(model, guide, args, kwargs)
         draws = particles.weighted(num_samples)
     log_w, S = draws.log_weights, num_samples
     largest = log_w.max()

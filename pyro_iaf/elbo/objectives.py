@@ -16,12 +16,12 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from ..compiler.capture import Refused
-from ..guides.auto_iaf import AutoIAF
+from ..flows.scored_guide import ScoredGuide
 from ..importance import pareto_k
+from ..models.arguments import Args, Kwargs, Program
 from ..models.log_joint import LogJoint
 from ..models.matching import Matching, check_guide_site
-from ..models.traces import is_latent, split_sizes
-from ..solvers.path_score import draw_with_score
+from ..models.traces import is_latent
 from .compiled import CompiledTrace_ELBO
 from .stl import TraceSTL_ELBO
 from .trace import recordable_loss
@@ -44,17 +44,15 @@ class Loss:
         guide: A Pyro guide.
     """
 
-    # Whether gradients lean towards particles that the guide draws too rarely; 0 or 1 in a graph.
+    # Whether the gradient is mass-covering: weighted by importance; 0 or 1 in a graph.
     covers: bool | Tensor = False
 
-    def __init__(self, model: Callable[..., Any], guide: Any) -> None:
+    def __init__(self, model: Program, guide: Any) -> None:
         self.model, self.guide = model, guide
-        # The share of effective particles, averaged over a hundred steps.
+        # The effective sample size as a share of the particles, averaged over a hundred steps.
         self.health = torch.zeros((), dtype=torch.float64)
 
-    def __call__(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: float | Tensor
-    ) -> Tensor:
+    def __call__(self, args: Args, kwargs: Kwargs, weight: float | Tensor) -> Tensor:
         """An estimate of the loss, in nats; its gradient is added to that of the parameters.
 
         Args:
@@ -64,9 +62,7 @@ class Loss:
         """
         raise NotImplementedError
 
-    def recordable(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: float | Tensor
-    ) -> Tensor:
+    def recordable(self, args: Args, kwargs: Kwargs, weight: float | Tensor) -> Tensor:
         """The same, in operations that a graph can hold; raises ``Refused`` if there are none."""
         return self(args, kwargs, weight)
 
@@ -74,19 +70,15 @@ class Loss:
 class TraceLoss(Loss):
     """The loss of any model and guide, by one of Pyro's ELBOs."""
 
-    def __init__(self, model: Callable[..., Any], guide: Callable[..., Any], elbo: Any) -> None:
+    def __init__(self, model: Program, guide: Program, elbo: Any) -> None:
         super().__init__(model, guide)
         self.elbo = elbo
 
-    def __call__(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: float | Tensor
-    ) -> Tensor:
+    def __call__(self, args: Args, kwargs: Kwargs, weight: float | Tensor) -> Tensor:
         model, guide = self._weighted(weight)
         return torch.as_tensor(self.elbo.loss_and_grads(model, guide, *args, **kwargs))
 
-    def recordable(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: float | Tensor
-    ) -> Tensor:
+    def recordable(self, args: Args, kwargs: Kwargs, weight: float | Tensor) -> Tensor:
         if type(self.elbo) not in RECORDABLE:
             raise Refused(
                 f"{type(self.elbo).__name__} can't be compiled. fit compiles its own loss, "
@@ -137,26 +129,28 @@ class _Weighted(Messenger):
 
 
 class LatentLoss(Loss):
-    """The loss of a guide over one vector of latents.
+    """The loss of a guide over one vector of latents that scores its own draws.
 
     Its gradient goes through the draws alone, with the guide's score held still: exact in mean, and
-    of little variance near the posterior (:func:`~pyro_iaf.scores.draw_with_score`). Where it
-    covers, it leans from the gradient of KL(q | p) towards that of KL(p | q).
+    of little variance near the posterior. Where ``covers`` is set, it is
+    importance-weighted, so that it covers mass that the guide misses.
+
+    Args:
+        model: A Pyro model.
+        guide: A guide for it.
+        num_particles: How many draws a step takes.
+        joint: The model's log density in unconstrained space.
     """
 
     def __init__(
-        self, model: Callable[..., Any], guide: AutoIAF, num_particles: int, joint: LogJoint
+        self, model: Program, guide: ScoredGuide, num_particles: int, joint: LogJoint
     ) -> None:
         super().__init__(model, guide)
         self.num_particles, self.joint = num_particles, joint
 
-    def __call__(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: float | Tensor
-    ) -> Tensor:
-        transform = self.guide.get_transform(*args, **kwargs)
-        x = self.guide.get_base_dist().sample((self.num_particles,))
-        drawn = draw_with_score(transform.parts, x)
-        z, log_q, score = drawn.value, drawn.log_prob.detach(), drawn.score
+    def __call__(self, args: Args, kwargs: Kwargs, weight: float | Tensor) -> Tensor:
+        z, log_q, score = self.guide.sample_with_score(self.num_particles, *args, **kwargs)
+        log_q, score = log_q.detach(), score.detach()
         latent = z.detach().requires_grad_()
         log_p = self.joint.on(args, kwargs, weight).density(latent)
         slope = weight * score / len(z)
@@ -168,10 +162,11 @@ class LatentLoss(Loss):
         if len(z) > 1:
             self.health = self.health + 0.01 * (_effective(log_w) - self.health)
             if self.covers is not False and not self.joint.subsampled:
-                lean = self.covers * _leaning(log_w, self.health)
-                slope = slope * (1 + lean).unsqueeze(-1)
+                more = self.covers * _covering(log_w, self.health)
+                slope = slope * (1 + more).unsqueeze(-1)
         z.backward(slope)
-        return -log_w.mean()
+        loss: Tensor = -log_w.mean()
+        return loss
 
     @torch.no_grad()
     def see_to_tails(self, batch: Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]) -> None:
@@ -182,35 +177,30 @@ class LatentLoss(Loss):
         Args:
             batch: Gives what model and guide take.
         """
-        joint = self.joint
-        if joint.subsampled or not joint.at_once or joint.num_at_once < NUM_TAIL / 100:
+        widen, joint = getattr(self.guide, "widen_tails", None), self.joint
+        if widen is None or joint.subsampled or joint.num_at_once < NUM_TAIL / 100:
             return
         weights = self._log_weights(*batch(), NUM_TAIL)
         if pareto_k(weights) < GOOD_K:
             return
-        log_tail: Tensor = self.guide.transform.parts[-1].coefficients[3]  # one for each latent
-        before = log_tail.clone()
         state = torch.get_rng_state()
         for more in TAILS:
             torch.set_rng_state(state)
-            log_tail.copy_(before + more)
+            undo = widen(more)
             wider = self._log_weights(*batch(), NUM_TAIL)
-            if weights.mean() - wider.mean() > TAIL_COST:
-                break
-            if pareto_k(wider) < GOOD_K:
+            is_cheap = weights.mean() - wider.mean() <= TAIL_COST
+            if is_cheap and pareto_k(wider) < GOOD_K:
                 return
-        log_tail.copy_(before)
+            undo()
+            if not is_cheap:
+                return
 
-    def _log_weights(self, args: tuple[Any, ...], kwargs: dict[str, Any], num_draws: int) -> Tensor:
+    def _log_weights(self, args: Args, kwargs: Kwargs, num_draws: int) -> Tensor:
         """Logarithms of importance weights of fresh draws."""
         joint = self.joint.on(args, kwargs)
-        transform = self.guide.get_transform(*args, **kwargs)
-        base = self.guide.get_base_dist()
         parts = []
-        for size in split_sizes(num_draws, joint.num_at_once):
-            x = base.sample((size,))
-            z = transform(x)
-            log_q = base.log_prob(x) - transform.log_abs_det_jacobian(x, z)
+        for size in joint.sizes(num_draws):
+            z, log_q, _ = self.guide.sample_with_score(size, *args, **kwargs)
             parts.append(joint(z) - log_q)
         return torch.cat(parts)
 
@@ -221,12 +211,12 @@ def _effective(log_weights: Tensor) -> Tensor:
     return share.nan_to_num(0.0, 0.0, 0.0)
 
 
-def _leaning(log_weights: Tensor, health: Tensor) -> Tensor:
-    """How much more than one each particle's gradient counts: more where the guide draws rarely.
+def _covering(log_weights: Tensor, health: Tensor) -> Tensor:
+    """How much more than one each particle's gradient counts, by its importance weight.
 
-    By their weights, and less for one that has it all (Tucker et al. 2018,
-    https://arxiv.org/abs/1810.04152). Where few particles mostly have most of it, far from the
-    posterior, all count the same.
+    It counts less for a particle that has nearly all the weight (Tucker et al. 2018,
+    https://arxiv.org/abs/1810.04152). Far from the posterior the effective sample size is small,
+    and all particles count the same.
     """
     share = log_weights.softmax(0)
     share = share * (1 - share)

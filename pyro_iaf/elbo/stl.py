@@ -32,6 +32,7 @@ from ..flows import pass_cache
 from ..flows.autoregressive import InverseAutoregressiveFlowStack
 from ..flows.base import SinglePass
 from ..flows.posterior import Posterior
+from ..models.arguments import Args, Kwargs, Program
 from ..models.traces import is_point
 from ..solvers.fixed_point import runs_eagerly
 from ..solvers.implicit import leaves_of
@@ -107,9 +108,7 @@ class TraceSTL_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
         self._looked_at: set[str] = set()
         self._reasons: dict[Any, str] = {}
 
-    def loss_and_grads(
-        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> float:
+    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """An estimate of the loss; its gradient is added to that of the parameters."""
         total: Any = 0.0
         for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
@@ -122,7 +121,7 @@ class TraceSTL_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
         return float(total)
 
     def differentiable_loss(
-        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+        self, model: Program, guide: Program, *args: Any, **kwargs: Any
     ) -> Tensor:
         """An estimate of the loss, differentiable once."""
         total: Any = 0.0
@@ -147,13 +146,7 @@ class TraceSTL_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
         loss: Tensor = (free + held).detach()
         return loss + surrogate - surrogate.detach()
 
-    def _get_trace(
-        self,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
+    def _get_trace(self, model: Program, guide: Program, args: Args, kwargs: Kwargs) -> Any:
         if isinstance(poutine.unwrap(guide), Messenger):
             self._warn("guide", "All sites keep", "the guide is a messenger around the model")
             return super()._get_trace(model, guide, args, kwargs)
@@ -167,7 +160,7 @@ class TraceSTL_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
                 site["score_parts"] = ScoreParts(log_prob, of_score, 0.0)  # type: ignore[arg-type]
                 site["held"] = held
             elif not is_identically_zero(of_score):
-                # Its mean is zero in the draws that it hangs on, and it belongs to the landing.
+                # Its mean is zero in the draws that it depends on, and it belongs to the landing.
                 site["held"] = log_prob
                 if of_score.requires_grad:
                     self._warn_of_site(name, "it is not reparameterised")
@@ -233,7 +226,7 @@ class _Cut(Messenger):
         if not reason:
             try:
                 again = fn.score_parts(leaf).log_prob
-                if runs_eagerly():  # some distributions hang more on a draw than its numbers
+                if runs_eagerly():  # some distributions need more of a draw than its numbers
                     torch.testing.assert_close(again, fn.log_prob(value), equal_nan=True)
             except (AssertionError, KeyError, NotImplementedError):
                 reason = "it can't score a draw without the graph that made it"
@@ -255,7 +248,7 @@ class _Cut(Messenger):
 class _Known(dist.TorchDistribution):
     r"""A distribution at its own draw, of which log density and score are known.
 
-    What it was told may hang on earlier draws. Along the draw :math:`z(\theta)` that is
+    What it was told may depend on earlier draws. Along the draw :math:`z(\theta)` that is
 
     .. math::
         \partial_\theta \log q(z; \theta) = \frac{d}{d\theta} \log q(z(\theta); \theta)
@@ -370,7 +363,7 @@ def _slopes_of_held(held: Tensor, cuts: Sequence[Cut]) -> list[Tensor]:
 
 
 def _carried_back(slopes: Sequence[Tensor], cuts: Sequence[Cut]) -> list[Tensor]:
-    """What each draw's slope is, with all that hangs on it by way of later draws."""
+    """What each draw's slope is, with all that depends on it by way of later draws."""
     found, leaves = list(slopes), [cut.leaf for cut in cuts]
     for k in range(len(cuts) - 1, 0, -1):
         _pass_on(found[k], cuts[k].drawn, leaves[:k], found)

@@ -1,11 +1,7 @@
-r"""Guides that write themselves: a flow over all the latents of a model.
+"""Guides that write themselves: one flow over all the latents of a model.
 
-.. math::
-    z = c + R \, \bigl( \mu + S \, b(f(x)) \bigr), \qquad x \sim N(0, I)
-
-where :math:`f` is a stack of inverse autoregressive flows, nearly the identity at first, and
-:math:`z` holds the model's latents, each carried to the real line, one after the other. The frame
-:math:`c, R` is where the guide starts, the rest is learnt in its units (:mod:`pyro_iaf.affine`).
+Each latent is carried to the real line, and one after the other they make a vector, which
+:class:`~pyro_iaf.guides.transform.GuideTransform` draws.
 """
 
 from __future__ import annotations
@@ -21,18 +17,21 @@ from pyro.infer.autoguide.guides import AutoContinuous
 from torch import Tensor, nn
 from torch.distributions import biject_to
 
-from .._validation import check_callable, check_context, check_levels, check_size, warn
+from .._validation import check_callable, check_context, check_size, warn
 from ..distributions import DiagonalNormal
 from ..flows.autoregressive import InverseAutoregressiveFlowStack
 from ..flows.posterior import Posterior
+from ..flows.scored_guide import ScoredDraws
 from ..models import param_store
-from ..models.constraints import without_graph
-from ..models.log_joint import LogJoint
+from ..models.arguments import Args, Kwargs, Program
 from ..models.matching import Given
 from ..models.traces import full_size
-from .base import FlowGuide, Transform, joined, quantiles_of
+from ..solvers.path_score import draw_with_score
+from .base import FlowGuide
+from .latents import joined
 from .pathfinder import Start, StartNotFound, pathfinder
 from .site_delta import SiteDeltas
+from .transform import GuideTransform, Transform, part_of
 
 __all__ = ["AutoIAF"]
 
@@ -154,9 +153,7 @@ class AutoIAF(FlowGuide, AutoContinuous):
 
     # Building
 
-    def _build(
-        self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def _build(self, model: Program, args: Args, kwargs: Kwargs) -> None:
         self._refuse_subsamples()
         loc = self._init_loc()
         transform = self._transform
@@ -166,7 +163,7 @@ class AutoIAF(FlowGuide, AutoContinuous):
             start, log_scale = self._find_start(model, loc, args, kwargs)
             transform = self._fresh_transform(start, log_scale, self.context_dim or 0)
             self.transform = transform
-        elif self.latent_dim != (loaded := transform.parts[-1].input_dim):
+        elif self.latent_dim != (loaded := transform.latent_dim):
             raise ValueError(
                 f"The state that was loaded is of a guide over {loaded} numbers in "
                 f"unconstrained space; the latents of this model have {self.latent_dim}. "
@@ -193,16 +190,16 @@ class AutoIAF(FlowGuide, AutoContinuous):
         return joined(parts)
 
     def _find_start(
-        self, model: Callable[..., Any], loc: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, model: Program, loc: Tensor, args: Args, kwargs: Kwargs
     ) -> tuple[Start, float]:
         """The frame of a fresh guide, and the logarithm of its scale in that frame."""
         at_loc = Start(loc.detach().clone(), torch.ones_like(loc)), math.log(self._init_scale)
         if self._start == "init" or param_store.has_from_file(self._entries):
             return at_loc
-        latents: dict[str, Any] = dict(without_graph(self._latent_sites()).nodes)
-        with Given({name: site["value"] for name, site in latents.items()}, {}):
+        values = {name: site["value"] for name, site in self._latent_sites().items()}
+        with Given(values, {}):
             trace = poutine.trace(model).get_trace(*args, **kwargs)  # with data and subsamples
-        joint = LogJoint(self.with_priors(model), trace, args, kwargs, latents)
+        joint = self.log_joint(model, trace, args, kwargs)
         try:
             return pathfinder(joint, loc.detach(), self._is_dense(len(loc))), 0.0
         except StartNotFound as why:
@@ -217,18 +214,16 @@ class AutoIAF(FlowGuide, AutoContinuous):
 
     def get_base_dist(self) -> DiagonalNormal:
         """The noise: a standard normal over vectors."""
-        origin: Tensor = self._built().parts[-1].frame[0]  # type: ignore[index]
-        zeros = torch.zeros_like(origin)
-        return DiagonalNormal(zeros, torch.ones_like(zeros), validate_args=False)
+        return self._built().noise()
 
     def get_transform(self, *args: Any, **kwargs: Any) -> InverseAutoregressiveFlowStack:
         """What carries the noise to all latents in unconstrained space, as one transform."""
         transform = self._built(*args, **kwargs)
-        if isinstance(transform, InverseAutoregressiveFlowStack):
+        if isinstance(transform, GuideTransform):
             return transform
         return transform.condition(self._context(args, kwargs))
 
-    def _context(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def _context(self, args: Args, kwargs: Kwargs) -> Tensor:
         """What the encoder makes of the model's arguments."""
         assert self._encoder is not None
         context = self._encode(self._encoder, args, kwargs)
@@ -245,6 +240,25 @@ class AutoIAF(FlowGuide, AutoContinuous):
         """The guide's distribution over all latents, as one vector in unconstrained space."""
         transform = self.get_transform(*args, **kwargs)
         return Posterior(self.get_base_dist(), [transform], validate_args=False)
+
+    def sample_with_score(self, num: int, *args: Any, **kwargs: Any) -> ScoredDraws:
+        """So many draws as one vector in unconstrained space, their log density and its gradient.
+
+        Args:
+            num: How many draws.
+            args: What the model takes.
+            kwargs: Likewise.
+        """
+        transform = self.get_transform(*args, **kwargs)
+        drawn = draw_with_score(transform.parts, self.get_base_dist().sample((num,)))
+        return ScoredDraws(drawn.value, drawn.log_prob, drawn.score)
+
+    def widen_tails(self, by: float) -> Callable[[], None]:
+        """Makes the tails of all latents heavier; returns a function that undoes it."""
+        return self._built().widen_tails(by)
+
+    def _transforms(self) -> list[Transform]:
+        return [] if self._transform is None else [self._transform]
 
     def _built(self, *args: Any, **kwargs: Any) -> Transform:
         """The transform, built if need be."""
@@ -292,44 +306,7 @@ class AutoIAF(FlowGuide, AutoContinuous):
         posterior = self._ready_posterior(*args, **kwargs)
         if resample:
             return self._resampled(num_samples, args, kwargs)
-        return self._sites(posterior.sample((num_samples,)))
-
-    @torch.no_grad()
-    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """The median of each latent: coordinate by coordinate in unconstrained space.
-
-        It lies in the support, and where a constraint acts on each number by itself, it is the
-        median of that number. Read off 10,001 draws in mirrored pairs, the same at every call.
-
-        Args:
-            args: What the model takes; needed only if the guide was never called or set up, or has
-                an encoder.
-            kwargs: Likewise.
-        """
-        draws = self._mirrored(*args, **kwargs)
-        return self._sites(quantiles_of(draws, check_levels(0.5))[0])
-
-    @torch.no_grad()
-    def quantiles(
-        self, quantiles: Sequence[float] | Tensor | float, *args: Any, **kwargs: Any
-    ) -> dict[str, Tensor]:
-        """Quantiles of each number of each site, in the units of the model.
-
-        Read off 10,001 draws in mirrored pairs, the same at every call.
-
-        Args:
-            quantiles: Levels between 0 and 1.
-            args: What the model takes; needed only if the guide was never called or set up, or has
-                an encoder.
-            kwargs: Likewise.
-
-        Returns:
-            For each site a tensor of shape ``(len(quantiles),) + shape``, increasing where the
-            levels are.
-        """
-        levels = check_levels(quantiles)
-        sites = self._sites(self._mirrored(*args, **kwargs))
-        return {name: quantiles_of(draws, levels) for name, draws in sites.items()}
+        return self._constrained(self._split(posterior.sample((num_samples,))))
 
     def _ready_posterior(self, *args: Any, **kwargs: Any) -> dist.TransformedDistribution:
         self._setup_on_demand(*args, **kwargs)
@@ -347,8 +324,8 @@ class AutoIAF(FlowGuide, AutoContinuous):
             own["encoder"] = self._encoder
         return own
 
-    def _mirrored(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Latents of noise that is symmetric about zero, an odd number of them.
+    def _settled_draws(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Draws of noise that is symmetric about zero, an odd number of them.
 
         The median of a guide that is symmetric itself is exact; the middle one of an odd number
         commutes with every monotone map.
@@ -360,32 +337,28 @@ class AutoIAF(FlowGuide, AutoContinuous):
         noise = torch.randn(shape, generator=generator, dtype=loc.dtype, device=loc.device)
         noise = torch.cat([noise, -noise, torch.zeros_like(noise[:1])])
         (transform,) = posterior.transforms
-        latents: Tensor = transform(noise)
-        return latents if latents.dtype == torch.float64 else latents.float()  # no half quantiles
+        return self._split(transform(noise))
 
-    def _sites(self, latent: Tensor) -> dict[str, Tensor]:
-        """The sites of latents of shape ``batch_shape + (D,)``; the batch stands to their left."""
-        sites, start = {}, 0
-        for name, site in self._latent_sites().items():
-            shape = self._unconstrained_shapes[name]
-            part = latent[..., start : start + shape.numel()]
-            start += shape.numel()
-            sites[name] = biject_to(site["fn"].support)(part.reshape(latent.shape[:-1] + shape))
-        return sites
+    def _split(self, latent: Tensor) -> dict[str, Tensor]:
+        """The sites of vectors of latents, unconstrained; the batch stands to their left."""
+        shapes = self._unconstrained_shapes
+        parts = latent.split([shape.numel() for shape in shapes.values()], -1)
+        pairs = zip(shapes.items(), parts, strict=True)
+        return {name: part.reshape(latent.shape[:-1] + shape) for (name, shape), part in pairs}
 
     # State and copies
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        start = f"{prefix}transform."
-        given = {k.removeprefix(start): v for k, v in state_dict.items() if k.startswith(start)}
+        given = part_of(state_dict, f"{prefix}transform.")
         if self.prototype_trace is None and not self._fits(given):
             # Never set up, so the state says what to build.
             self.transform = self._rebuilt(given, self._told_by(state_dict, prefix)["gated"])
-            if self.transform is not None:
-                network: Any = self.transform.parts[0].network
-                self.context_dim = network.context_dim or None
+            if (transform := self._transform) is not None:
+                self.context_dim = transform.context_dim or None
+                self.hidden_dims = transform.networks[0].hidden_dims
+                self.scale = "dense" if transform.is_dense else "diagonal"
         self._state_was_loaded = self._state_was_loaded or self._fits(given)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 

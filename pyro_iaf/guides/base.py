@@ -15,32 +15,33 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide.guides import AutoGuide
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
-from pyro.infer.autoguide.utils import helpful_support_errors
 from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 from torch.distributions import biject_to
 
-from .._validation import check_callable, check_flag, check_size, check_widths, in_one_line, warn
-from ..flows.autoregressive import InverseAutoregressiveFlowStack, inverse_autoregressive_flow
-from ..flows.conditional import (
-    ConditionalInverseAutoregressiveFlowStack,
-    conditional_inverse_autoregressive_flow,
+from .._validation import (
+    check_callable,
+    check_flag,
+    check_levels,
+    check_size,
+    check_widths,
+    in_one_line,
 )
-from ..flows.sinh_arcsinh import LocScale
 from ..models import param_store
-from ..models.arguments import refusal
+from ..models.arguments import Args, Kwargs, Program, refusal
 from ..models.constraints import each_tensor, without_graph
-from ..models.masks import Unmasked, log_priors, sites_to_lift, where_counted
-from ..models.matching import Mismatch
-from ..models.particles import Particles
-from ..models.traces import full_size, is_latent, is_point, taking_turns
+from ..models.log_joint import LogJoint
+from ..models.masks import Unmasked, log_priors, sites_to_lift
+from ..models.traces import full_size, is_latent, taking_turns
+from ..models.weighted import WeightedParticles
 from ..nn.made import MaskedAutoregressiveNetwork
-from .pathfinder import Start, or_draw
+from .init_loc import or_draw
+from .latents import check_latents, check_loaded, quantiles_of, warn_of_masks
+from .pathfinder import Start
 from .plates import quoted
+from .transform import Transform, fresh_transform, make_of
 
-__all__ = ["FlowGuide", "Transform", "check_unknown", "joined", "quantiles_of"]
-GATE_BIAS = 2.0
-Transform = InverseAutoregressiveFlowStack | ConditionalInverseAutoregressiveFlowStack
+__all__ = ["FlowGuide"]
 
 # More latents than this have a scale for each by default, and not a matrix.
 MAX_DENSE = 400
@@ -61,7 +62,7 @@ class FlowGuide(AutoGuide):
 
     def __init__(
         self,
-        model: Callable[..., Any],
+        model: Program,
         *,
         num_flows: int,
         hidden_dims: int | Sequence[int] | None,
@@ -72,9 +73,9 @@ class FlowGuide(AutoGuide):
         create_plates: Callable[..., Any] | None,
         name: str | None,
     ) -> None:
-        given = {"model": model, "init_loc_fn": init_loc_fn, "create_plates": create_plates}
-        for word, thing in given.items():
-            check_callable(word, thing, word != "model")
+        check_callable("model", model, may_be_missing=False)
+        check_callable("init_loc_fn", init_loc_fn, may_be_missing=True)
+        check_callable("create_plates", create_plates, may_be_missing=True)
         AutoGuide.__init__(self, model, create_plates=create_plates)
         self.num_flows = check_size("num_flows", num_flows)
         self.hidden_dims = None if hidden_dims is None else check_widths(hidden_dims, 1)
@@ -100,8 +101,7 @@ class FlowGuide(AutoGuide):
 
     def __repr__(self) -> str:
         words = [f"num_flows={self.num_flows}"]
-        networks = [m for m in self.modules() if isinstance(m, MaskedAutoregressiveNetwork)]
-        widths = {tuple(network.hidden_dims) for network in networks}
+        widths = {tuple(network.hidden_dims) for network in self.networks()}
         if self.hidden_dims is not None or len(widths) == 1:
             words.append(f"hidden_dims={self.hidden_dims or list(*widths)}")
         if self.gated:
@@ -159,75 +159,32 @@ class FlowGuide(AutoGuide):
         watched = self._watched(InitMessenger(self._init_loc_fn)(self.model))
         if self._loaded_sites and not torch.is_grad_enabled():
             # A prediction is made without the data of training: the model draws them.
-            watched = poutine.block(watched, hide_fn=self._is_not_of_the_state)
+            watched = poutine.block(
+                watched, hide_fn=lambda s: is_latent(s) and s["name"] not in self._loaded_sites
+            )
         self._model = (watched,)
         try:
             super()._setup_prototype(*args, **kwargs)
-            self._check_latents()
             latents = self._latent_sites()
+            check_latents(latents, type(self).__name__, self._pyro_name)
+            if self._loaded_sites:
+                check_loaded(latents, self._loaded_sites)
             self.lifted = frozenset(sites_to_lift(model[0], latents, args, kwargs))
+            warn_of_masks(latents, self.lifted)
+            self.prototype_trace = without_graph(latents)
             self._build(model[0], args, kwargs)
         except BaseException:
             self.prototype_trace = None  # so that the next call tries again
             raise
         finally:
             self._model = model
-        self._warn_of_masks()
-        self.prototype_trace = without_graph(self._latent_sites())
         conversions, self._conversions = self._conversions, []
         for convert in conversions:
             self._apply(convert)
 
-    def _build(
-        self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def _build(self, model: Program, args: Args, kwargs: Kwargs) -> None:
         """Builds what has parameters; the model's first run is in ``prototype_trace``."""
         raise NotImplementedError
-
-    def _check_latents(self) -> None:
-        """Raises an error if a latent can't be drawn by flows, or by those that were loaded."""
-        sites = self._latent_sites()
-        check_unknown(sites)
-        for name, site in sites.items():
-            with helpful_support_errors(site):
-                biject_to(site["fn"].support)
-            if name.startswith(f"_{self._pyro_name}_"):
-                raise ValueError(
-                    f"Site '{name}' of the model is called as sites of the guide are. Give it "
-                    f"another name, or the guide: {type(self).__name__}(model, name=...)."
-                )
-            if site["value"].dtype in (torch.float16, torch.bfloat16):
-                raise ValueError(
-                    f"Latents should be in torch.float32 or torch.float64, which triangular "
-                    f"matrices can be solved in; site '{name}' is in {site['value'].dtype}. Give "
-                    "its prior parameters of those, and convert its value in the model."
-                )
-        if not any(site["value"].numel() for site in sites.values()):
-            raise RuntimeError(
-                f"{type(self).__name__} found no latent variables: all sites of the model are "
-                "observed, or of size zero. A model without latents needs no guide but an empty "
-                "function."
-            )
-        theirs = self._loaded_sites
-        if not theirs:
-            return
-        ours = self._latent_sites().keys()
-        if missing := theirs.keys() - ours:
-            raise Mismatch(
-                f"The state that was loaded is of a guide with sites {quoted({*theirs})}; in this "
-                f"run of the model {quoted(missing)} is no latent. Load the state of a guide for "
-                "this model, or give the arguments that it was trained with."
-            )
-        if new := ours - theirs.keys():
-            raise Mismatch(
-                f"Site {quoted(new)} is latent in this run of the model, and the state that was "
-                f"loaded is of a guide with sites {quoted({*theirs})}: it was observed in "
-                "training. Call guide.setup(...) with its data. To predict it, draw under "
-                "torch.no_grad(), as Predictive does."
-            )
-
-    def _is_not_of_the_state(self, site: Any) -> bool:
-        return is_latent(site) and site["name"] not in self._loaded_sites
 
     def _site_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of all latents, with all rows of their plates."""
@@ -239,27 +196,8 @@ class FlowGuide(AutoGuide):
             shapes[name] = tuple(shape)
         return shapes
 
-    def _warn_of_masks(self) -> None:
-        for name, site in self._latent_sites().items():
-            mask = where_counted(site)
-            if name not in self.lifted and mask is not None and not mask.all():
-                warn(
-                    f"Site '{name}' is masked in the model: its density counts nothing there. "
-                    "Unless the data hold it, the guide widens without end. Mask the likelihood "
-                    "alone."
-                )
-
-    def with_priors(self, model: Callable[..., Any]) -> Callable[..., Any]:
-        """A model whose joint density is that of all latents of the guide, the masked ones too."""
-        lifted: Callable[..., Any] = Unmasked(self.lifted)(model) if self.lifted else model
-        return lifted
-
     def _cancel_priors(
-        self,
-        values: Mapping[str, Tensor],
-        plates: Mapping[str, Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        self, values: Mapping[str, Tensor], plates: Mapping[str, Any], args: Args, kwargs: Kwargs
     ) -> None:
         """States the priors that the model's masks take away, so that they count for nothing."""
         if not self.lifted or not am_i_wrapped():  # nobody asks for a density
@@ -277,7 +215,7 @@ class FlowGuide(AutoGuide):
                     stack.enter_context(plates[frame.name])
                 pyro.factor(f"_{self._pyro_name}_{name}_masked", -log_prior, has_rsample=True)
 
-    def _watched(self, model: Callable[..., Any]) -> Callable[..., Any]:
+    def _watched(self, model: Program) -> Program:
         """The model for its first run."""
         return model
 
@@ -291,6 +229,30 @@ class FlowGuide(AutoGuide):
         encoder = self._modules.get("encoder")
         return self.__dict__.get("encoder") if encoder is None else encoder
 
+    @property
+    def amortized(self) -> bool:
+        """Whether an encoder tells the guide one data set from another."""
+        return self._encoder is not None
+
+    def networks(self) -> list[MaskedAutoregressiveNetwork]:
+        """The networks of its flows."""
+        return [network for transform in self._transforms() for network in transform.networks]
+
+    def context_tables(self) -> list[nn.Parameter]:
+        """Tables of contexts that it learns."""
+        return []
+
+    def _transforms(self) -> Sequence[Transform]:
+        """All its transforms, as far as they are built."""
+        raise NotImplementedError
+
+    def log_joint(
+        self, model: Program, trace: poutine.Trace, args: Args, kwargs: Kwargs
+    ) -> LogJoint:
+        """The density of all latents of the guide, those too that the model masks."""
+        lifted: Program = Unmasked(self.lifted)(model) if self.lifted else model
+        return LogJoint(lifted, trace, args, kwargs, self._latent_sites())
+
     def _latent_sites(self) -> dict[str, Any]:
         """The model's latents, in its order, as they were when the guide was set up."""
         assert self.prototype_trace is not None
@@ -300,50 +262,30 @@ class FlowGuide(AutoGuide):
         return self.scale == "dense" or (self.scale == "auto" and size <= MAX_DENSE)
 
     def _fresh_transform(self, start: Start, log_scale: float, context_dim: int = 0) -> Transform:
-        """The flows, nearly the identity, and the final affine."""
-        D = len(start.loc)
-        settings: dict[str, Any] = {
-            "hidden_dims": 2 * [max(64, D)] if self.hidden_dims is None else self.hidden_dims,
-            "num_flows": self.num_flows,
-            "gated": self.gated,
-            "gate_bias": GATE_BIAS,
-            # The last flow takes the latents as the model draws them: causes before effects.
-            "order": torch.arange(D) if self.num_flows % 2 else torch.arange(D).flip(0),
-        }
-        if self.gated:  # each flow contracts
-            log_scale += self.num_flows * math.log1p(math.exp(-GATE_BIAS))
-        flows: Any
-        if context_dim:
-            flows = conditional_inverse_autoregressive_flow(D, context_dim, **settings)
-            kind: Any = ConditionalInverseAutoregressiveFlowStack
-        else:
-            flows = inverse_autoregressive_flow(D, **settings)
-            kind = InverseAutoregressiveFlowStack
-        transform: Transform = kind([flows]) if self.num_flows == 1 else flows
-        # In the model's own precision, whatever the default is.
-        affine = LocScale(start.loc, start.scale, log_scale, self._is_dense(D))
-        transform.to(start.loc).parts.append(affine)  # type: ignore[union-attr]  # a ModuleList
-        return transform
+        return fresh_transform(
+            start,
+            log_scale,
+            context_dim=context_dim,
+            num_flows=self.num_flows,
+            hidden_dims=self.hidden_dims,
+            gated=self.gated,
+            dense=self._is_dense(len(start.loc)),
+        )
 
     def _rebuilt(self, state: dict[str, Tensor], gated: bool) -> Transform | None:
         """A transform of the make that a state is of; None if it is of none."""
-        sizes = [v for k, v in state.items() if k.endswith(".network._extra_state")]
-        affine = f"parts.{len(sizes)}"
-        learned, frame = state.get(f"{affine}.coefficients"), state.get(f"{affine}.frame")
-        if not sizes or learned is None or frame is None:
-            return None
-        self.num_flows, self.gated = len(sizes), gated
-        _, context_dim, _, *self.hidden_dims = sizes[0].tolist()
-        self.scale = "dense" if len(learned) > 4 else "diagonal"
         with torch.inference_mode(False):
-            start = Start(frame[0].clone(), frame[1:].clone().squeeze(0))
-            return self._fresh_transform(start, 0.0, context_dim)
+            make = make_of(state)
+            if make is None:
+                return None
+            self.num_flows, self.gated = make["num_flows"], gated
+            return fresh_transform(**make, log_scale=0.0, gated=gated)
 
     @property
-    def model(self) -> Callable[..., Any]:
+    def model(self) -> Program:
         if self._model is None:
             raise RuntimeError("This guide has no model: pickling leaves it behind.")
-        model: Callable[..., Any] = self._model[0]
+        model: Program = self._model[0]
         return model
 
     def _setup_on_demand(self, *args: Any, **kwargs: Any) -> None:
@@ -373,9 +315,7 @@ class FlowGuide(AutoGuide):
 
     # Drawing
 
-    def _encode(
-        self, encoder: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _encode(self, encoder: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
         """What an encoder makes of the model's arguments."""
         try:
             return encoder(*args, **kwargs)
@@ -388,12 +328,59 @@ class FlowGuide(AutoGuide):
                 "or fit(..., simulate=[...])."
             ) from error
 
-    def _resampled(
-        self, num_samples: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    @torch.no_grad()
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """The median of each latent: coordinate by coordinate in unconstrained space.
+
+        It lies in the support, and where a constraint acts on each number by itself, it is the
+        median of that number. Read off draws that are the same at every call: 10,001 in mirrored
+        pairs, or 4001 of a guide with latents in plates, fewer where these have ten million
+        numbers.
+
+        Args:
+            args: As for ``sample_posterior``.
+            kwargs: Likewise; also ``rows``, if that takes them.
+        """
+        levels = check_levels(0.5)
+        draws = self._settled_draws(*args, **kwargs)
+        return self._constrained({n: quantiles_of(d, levels)[0] for n, d in draws.items()})
+
+    @torch.no_grad()
+    def quantiles(
+        self, quantiles: Sequence[float] | Tensor | float, *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
+        """Quantiles of each number of each site, in the units of the model.
+
+        Read off the draws that :meth:`median` takes.
+
+        Args:
+            quantiles: Levels between 0 and 1.
+            args: As for ``sample_posterior``.
+            kwargs: Likewise; also ``rows``, if that takes them.
+
+        Returns:
+            For each site a tensor of shape ``(len(quantiles),) + shape``, increasing where the
+            levels are.
+        """
+        levels = check_levels(quantiles)
+        sites = self._constrained(self._settled_draws(*args, **kwargs))
+        return {name: quantiles_of(draws, levels) for name, draws in sites.items()}
+
+    def _settled_draws(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Unconstrained values of the sites at draws that are the same at every call."""
+        raise NotImplementedError
+
+    def _constrained(self, free: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Sites in the units of the model."""
+        supports = {name: site["fn"].support for name, site in self._latent_sites().items()}
+        return {name: biject_to(supports[name])(value) for name, value in free.items()}
+
+    def _resampled(self, num_samples: int, args: Args, kwargs: Kwargs) -> dict[str, Tensor]:
         """Draws chosen by their importance weights from four times as many."""
         with taking_turns:
-            draws = Particles(self.model, self, args, kwargs).weighted(max(4 * num_samples, 1000))
+            draws = WeightedParticles(self.model, self, args, kwargs).weighted(
+                max(4 * num_samples, 1000)
+            )
         return draws.resampled(num_samples)
 
     # State and copies
@@ -402,8 +389,8 @@ class FlowGuide(AutoGuide):
         """What no shape of a parameter tells, as the bytes of a text, so that all is tensors."""
         is_built = self.prototype_trace is not None
         sites = self._site_shapes() if is_built else self._loaded_sites
-        text = json.dumps({"gated": self.gated, "sites": sites})
-        return torch.tensor(list(text.encode()), dtype=torch.uint8)
+        text = json.dumps({"gated": self.gated, "sites": sites}).encode()
+        return torch.tensor(list(text), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Nothing to set: loading has seen to it."""
@@ -434,13 +421,10 @@ class FlowGuide(AutoGuide):
         if self.prototype_trace is None:
             self._conversions.append(fn)
         else:
-            self._convert_supports(fn)
+            for site in self._latent_sites().values():
+                site["fn"]._support = each_tensor(site["fn"].support, fn)
         super()._apply(fn, recurse)
         return self
-
-    def _convert_supports(self, fn: Callable[[Tensor], Tensor]) -> None:
-        for site in self._latent_sites().values():
-            site["fn"]._support = each_tensor(site["fn"].support, fn)
 
     def __getstate__(self) -> dict[str, Any]:
         # Not AutoGuide's, which takes the model from the original too.
@@ -458,31 +442,3 @@ class FlowGuide(AutoGuide):
         twin.create_plates, twin._init_loc_fn = self.create_plates, self._init_loc_fn
         twin._conversions = list(self._conversions)
         return twin
-
-
-def quantiles_of(draws: Tensor, levels: Tensor) -> Tensor:
-    """Quantiles along the first axis, of tensors of any size and precision."""
-    draws = draws if draws.dtype == torch.float64 else draws.float()  # no half quantiles
-    flat = draws.reshape(len(draws), -1)
-    at_once = max(1, 2**24 // len(draws))  # torch.quantile takes no more numbers
-    levels = levels.to(flat)
-    parts = [part.quantile(levels, dim=0) for part in flat.split(at_once, 1)]
-    return torch.cat(parts, 1).reshape(len(levels), *draws.shape[1:])
-
-
-def joined(parts: Sequence[Tensor]) -> Tensor:
-    """Parts of a vector, some of them perhaps of an improper prior, which knows of no device."""
-    device = next((part.device for part in parts if part.device.type != "cpu"), None)
-    loc = torch.cat([part.to(device) for part in parts])
-    return loc if loc.is_floating_point() else loc.to(torch.get_default_dtype())
-
-
-def check_unknown(latents: Mapping[str, Any]) -> None:
-    """Raises a ValueError if the value of a latent site is known."""
-    for name, site in latents.items():
-        if is_point(site["fn"]):
-            raise ValueError(
-                f"A guide finds out values that the model leaves open; site '{name}' is a Delta, "
-                f"whose value is known. State it by pyro.deterministic('{name}', value), and a log "
-                "density by pyro.factor."
-            )

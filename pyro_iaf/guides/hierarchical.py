@@ -11,100 +11,141 @@ a table. So a minibatch of rows is drawn and scored without the others.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import pyro
 import torch
+from pyro import poutine
 from pyro.distributions.util import sum_rightmost
 from torch import Tensor, nn
 from torch.distributions import biject_to
-from torch.nn import functional
 
-from .._validation import check_callable, check_size
-from ..distributions import DiagonalNormal
-from ..flows.posterior import Posterior
+from .._validation import check_size
+from ..models.arguments import Args, Kwargs, Program
 from ..models.constraints import one_row
-from ..models.traces import full_size
+from ..models.particles import Particles
+from ..models.traces import taking_turns
 from ..solvers.path_score import noise_of_draw
-from .base import FlowGuide, joined
-from .contexts import TABLE_WIDTH, Contexts, Encoders, make_gradients_sparse
+from .contexts import TABLE_WIDTH, Contexts, GuideWithContexts
+from .latents import joined
 from .pathfinder import Start
-from .plates import GivenSubsamples, Group, QuickSubsamples, groups_of
+from .plates import Group, checked_rows, groups_of
 from .site_delta import MaskedSiteDelta, SiteDelta
+from .transform import Transform, part_of
 
-__all__ = ["GroupedGuide", "row_gradients", "tables_of"]
+__all__ = ["AutoHierarchicalIAF"]
+
+# Medians and quantiles are read off so many draws, or fewer if these would hold more numbers.
+NUM_DRAWS, MOST_NUMBERS = 4001, 10_000_000
 
 
-class GroupedGuide(FlowGuide):
-    """A guide with a flow for each group of latents: the globals, and those of each plate's rows.
+class AutoHierarchicalIAF(GuideWithContexts):
+    r"""A guide for models with local latents, by flows: for large data, and for new data.
 
-    The arguments are those of :class:`~pyro_iaf.AutoHierarchicalIAF`.
+    The global latents come from one inverse autoregressive flow, those of each plate's rows from a
+    conditional one that all rows share. It listens to the globals, to the latents of the plates
+    around, and to a context of the row: what an ``encoder`` makes of the data, or a row of a
+    learned table, of ``context_dim`` numbers. Plates may be subsampled, nested, and several. Rows
+    of plates that stand side by side, as persons and questions do, are independent given the
+    globals: there :class:`~pyro_iaf.AutoIAF` is the better guide, as long as it is not too large.
+
+    A step costs as much as the minibatch it draws, whatever the data's size; in plates that
+    ``create_plates`` or an ``AutoGuideList`` makes, Pyro puts all rows in random order first. A
+    table of N rows holds ``N * context_dim`` numbers: :func:`~pyro_iaf.fit` updates the rows that a
+    step has drawn and leaves the others; unlike other parameters, they are not averaged at its end.
+    Under ``pyro.infer.SVI``, any optimiser but ``SparseAdam`` fills a gradient for all N rows at
+    each step, which is slow from some 100,000 rows on; give ``embedding_grad="sparse"`` and
+    ``pyro.optim.SparseAdam`` there.
+
+    A guide starts around what ``init_loc_fn`` says, as :class:`~pyro_iaf.AutoIAF` does with
+    ``start="init"``.
+
+    Args:
+        model: A Pyro model.
+        encoder: What makes contexts of the model's arguments: a module or a function that takes
+            them and returns a tensor of shape ``plate_shape + (context_dim,)``, a row for each row
+            of the plate. It runs inside the plate, so that ``pyro.subsample(data, event_dim=...)``
+            is the minibatch there; what it returns for all rows is cut to the subsample. For a
+            model with several plates, a dictionary from the names of plates to encoders; of nested
+            ones ``"outer/inner"``. Plates without an encoder have a table.
+        context_dim: Size of a row of the tables, by default 8; with an encoder, what it returns.
+        num_flows: How many flows for each group of latents.
+        hidden_dims: Widths of each network's hidden layers; by default two layers of
+            ``max(64, D)`` for the D numbers of a row.
+        gated: Whether the flows gate instead of shift and scale.
+        init_loc_fn: As for :class:`~pyro_iaf.AutoIAF`.
+        init_scale: Standard deviation of a fresh guide in unconstrained space.
+        scale: As for :class:`~pyro_iaf.AutoIAF`, for each group.
+        embedding_grad: ``"dense"``, or ``"sparse"`` for ``pyro.optim.SparseAdam``: the gradients
+            of tables have the rows drawn alone, and those of the guide's other parameters the
+            form that this optimiser wants. :func:`~pyro_iaf.fit` needs neither.
+        create_plates: A function of the model's arguments that returns plates for the guide to
+            use, as when indices of a minibatch are an argument.
+        name: What the guide's parameters are called in the store, by default
+            ``"AutoHierarchicalIAF"``.
+
+    Raises:
+        ValueError: If an argument is out of range; at the first call, if plates and encoders don't
+            go together, a latent is discrete or a Delta, or a context has another shape than its
+            plate.
+        NotImplementedError: At the first call, if a plate is sequential, or the support of a
+            latent changes from row to row of its plate.
+        RuntimeError: At the first call, if the model has no latents.
+
+    References:
+        Kingma et al. (2016), https://arxiv.org/abs/1606.04934;
+        Agrawal and Domke (2021), https://arxiv.org/abs/2111.03144
+
+    Example:
+        >>> data = torch.randn(1000)
+        >>> def model():
+        ...     mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("rows", 1000, subsample_size=10) as rows:
+        ...         effect = pyro.sample("effect", dist.Normal(mean, 1.0))
+        ...         pyro.sample("y", dist.Normal(effect, 1.0), obs=data[rows])
+        >>> guide = AutoHierarchicalIAF(model)
+        >>> result = fit(model, guide, num_steps=20, progress=False)
+        >>> guide.sample_posterior(100)["effect"].shape
+        torch.Size([100, 1000])
+        >>> rows = {"rows": torch.tensor([3, 4])}
+        >>> guide.sample_posterior(100, rows=rows)["effect"].shape
+        torch.Size([100, 2])
     """
-
-    def __init__(
-        self,
-        model: Callable[..., Any],
-        *,
-        encoder: Callable[..., Tensor] | Mapping[str, Callable[..., Tensor]] | None,
-        context_dim: int | None,
-        embedding_grad: str,
-        **settings: Any,
-    ) -> None:
-        super().__init__(model, **settings)
-        if isinstance(encoder, Mapping | nn.ModuleDict):
-            for plate, one in encoder.items():
-                check_callable(f"encoder[{plate!r}]", one, may_be_missing=False)
-            encoder = Encoders(dict(encoder.items()))
-        else:
-            check_callable("encoder", encoder, may_be_missing=True)
-        self.encoder = encoder
-        self.context_dim = None if context_dim is None else check_size("context_dim", context_dim)
-        if embedding_grad not in ("dense", "sparse"):
-            raise ValueError(
-                f'embedding_grad should be "dense" or "sparse"; got {embedding_grad!r}.'
-            )
-        self.embedding_grad = embedding_grad
-        self.rows_alone = False  # whether gradients of tables have the rows drawn alone
-        self.groups: list[Group] = []
-        self.transforms = nn.ModuleList()
-        self.tables = nn.ParameterList()
 
     # Building
 
-    def _build(
-        self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def _build(self, model: Program, args: Args, kwargs: Kwargs) -> None:
         self.groups = groups_of(self._latent_sites(), self._prototype_frames, self._encoder)
         self._refuse_given_subsamples()
         starts = [self._init_loc(group) for group in self.groups]
         ahead = self._contexts_ahead(args, kwargs)
         plates = self._plates_of({}, args, kwargs)  # with as many rows as the model has
-        contexts = []
+        widths, sizes = [], []
         for k, group in enumerate(self.groups):
             own = 0
             if group.table is not None:
                 own = self._table_width(group)
+                sizes.append(self._num_rows(group))
             elif group.plates:
                 with ExitStack() as stack:
                     rows = {name: stack.enter_context(plates[name]) for name in group.plates}
                     own = self._encoded(k, plates, rows, ahead, args, kwargs).shape[-1]
-            contexts.append(own + sum(self.groups[j].size for j in group.parents))
-        sizes = [self._num_rows(group) for group in self.groups if group.table is not None]
+            widths.append(own + sum(self.groups[j].size for j in group.parents))
         transforms, tables = self._modules["transforms"], self._modules["tables"]
         assert isinstance(transforms, nn.ModuleList)
         assert isinstance(tables, nn.ParameterList)
         if not len(transforms):
-            for loc, context_dim in zip(starts, contexts, strict=True):
-                start = Start(loc, torch.ones_like(loc))
-                log_scale = math.log(self._init_scale)
+            for loc, context_dim in zip(starts, widths, strict=True):
+                start, log_scale = Start(loc, torch.ones_like(loc)), math.log(self._init_scale)
                 transforms.append(self._fresh_transform(start, log_scale, context_dim))
             for size in sizes:
                 width = self.context_dim or TABLE_WIDTH
                 tables.append(nn.Parameter(starts[0].new_zeros(size, width)))
-        loaded = [[_sizes_of(transform) for transform in transforms], [len(t) for t in tables]]
-        wanted = [[(len(s), c) for s, c in zip(starts, contexts, strict=True)], sizes]
+        made = [(t.latent_dim, t.context_dim) for t in self._transforms()]
+        loaded = [made, [len(table) for table in tables]]
+        wanted = [[(len(s), c) for s, c in zip(starts, widths, strict=True)], sizes]
         if loaded != wanted:
             raise ValueError(
                 "The state that was loaded is of a guide for another model: its groups have "
@@ -113,22 +154,6 @@ class GroupedGuide(FlowGuide):
             )
         for module in (transforms, tables):
             module.to(starts[0])
-
-    def _refuse_given_subsamples(self) -> None:
-        """A guide that draws its own subsample is no guide for one that was given."""
-        for name in self._given.names & set(self._prototype_frames):
-            if self.create_plates is None and self.master is None and not self._is_whole(name):
-                raise ValueError(
-                    f"The model was given the subsample of plate '{name}', which the guide can't "
-                    "see, and would draw one of its own. Give create_plates, a function of the "
-                    "model's arguments that returns the same plate: "
-                    "lambda rows: pyro.plate(name, size, subsample=rows)."
-                )
-
-    def _watched(self, model: Callable[..., Any]) -> Callable[..., Any]:
-        self._given = GivenSubsamples()
-        watched: Callable[..., Any] = self._given(model)
-        return watched
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
@@ -146,27 +171,17 @@ class GroupedGuide(FlowGuide):
             parts.append(value.reshape(num_rows, shape.numel()).mean(0))
         return joined(parts)
 
-    def _table_width(self, group: Group) -> int:
-        tables: Any = self._modules["tables"]
-        is_loaded = group.table is not None and group.table < len(tables)
-        return tables[group.table].shape[1] if is_loaded else self.context_dim or TABLE_WIDTH
-
-    def _num_rows(self, group: Group) -> int:
-        return math.prod(full_size(self._prototype_frames[name]) for name in group.plates)
-
-    # Drawing
-
-    def _encoder_of(self, group: Group) -> Any:
-        encoder = self._encoder
-        if isinstance(encoder, Encoders):
-            return encoder.of_plates(group.name)
-        return encoder if group.plates else None
+    def _transforms(self) -> list[Transform]:
+        transforms: Any = self._modules["transforms"]
+        return list(transforms)
 
     def _own_modules(self) -> dict[str, nn.Module]:
         own: dict[str, Any] = {name: self._modules[name] for name in ("transforms", "tables")}
         if isinstance(self._encoder, nn.Module):
             own["encoder"] = self._encoder
         return own
+
+    # Drawing
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draws every site of the model; returns them by name."""
@@ -180,69 +195,8 @@ class GroupedGuide(FlowGuide):
         self._cancel_priors(sites, plates, args, kwargs)
         return sites
 
-    def _contexts_ahead(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], of_all: bool = False
-    ) -> Contexts:
-        """Contexts for plates that are not subsampled, or of all: how many rows they have."""
-        contexts = {}
-        for group in self.groups:
-            encoder = self._encoder_of(group)
-            is_whole = of_all or all(map(self._is_whole, group.plates))
-            if encoder is not None and is_whole:
-                contexts[group.plates] = self._encode(encoder, args, kwargs)
-        return contexts
-
-    def _is_whole(self, plate: str) -> bool:
-        frame = self._prototype_frames[plate]
-        return bool(frame.size == full_size(frame))
-
-    def _plates_of(
-        self, contexts: Contexts, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> dict[str, pyro.plate]:
-        """The plates of a call: the user's own, or as in the model's first run."""
-        plates: dict[str, pyro.plate] = {}
-        if self.master is not None:
-            plates = self._create_plates()  # those of the list that this guide is part of
-        elif self.create_plates is not None:
-            made = self.create_plates(*args, **kwargs)
-            plates = {p.name: p for p in ([made] if isinstance(made, pyro.plate) else made)}
-        for name, size in self._sizes_of_plates(contexts).items():
-            frame = self._prototype_frames[name]
-            if name in plates:
-                made = f"create_plates returned {plates[name].size} rows of"
-                self._check_size(name, plates[name].size, made)
-                continue
-            drawn = size if self._is_whole(name) else frame.size
-            with QuickSubsamples():
-                plates[name] = pyro.plate(name, size, drawn, dim=frame.dim)
-        return plates
-
-    def _sizes_of_plates(self, contexts: Contexts) -> dict[str, int]:
-        """How many rows there are: as in the model's first run, or as there are contexts."""
-        sizes = {}
-        for name, frame in self._prototype_frames.items():
-            sizes[name] = full_size(frame)
-            for plates, context in contexts.items():
-                if name in plates and isinstance(context, Tensor) and context.dim() > -frame.dim:
-                    sizes[name] = context.shape[frame.dim - 1]
-            self._check_size(name, sizes[name], f"An encoder returned {sizes[name]} rows of")
-        return sizes
-
-    def _check_size(self, plate: str, size: int, what: str) -> None:
-        first = full_size(self._prototype_frames[plate])
-        has_table = any(g.table is not None and plate in g.plates for g in self.groups)
-        if has_table and size != first:
-            raise ValueError(
-                f"{what} plate '{plate}'; the guide has a table of {first}, as the model's first "
-                "run had. For data of several sizes give an encoder for each plate."
-            )
-
     def _draw(
-        self,
-        plates: Mapping[str, pyro.plate],
-        contexts: Contexts,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        self, plates: Mapping[str, pyro.plate], contexts: Contexts, args: Args, kwargs: Kwargs
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """Pyro's statements of all latents; the sites, and what they are in unconstrained space."""
         drawn: dict[str, tuple[Tensor, Tensor]] = {}
@@ -256,11 +210,9 @@ class GroupedGuide(FlowGuide):
                 elif group.plates:
                     parts.append(self._encoded(k, plates, rows, contexts, args, kwargs))
                 transform = self._transform_at(k, parts)
-                loc = torch.zeros_like(transform.parts[-1].frame[0])
-                base = DiagonalNormal(loc, torch.ones_like(loc), validate_args=False)
                 latent = pyro.sample(
                     "_".join(filter(None, (f"_{self._pyro_name}", group.name, "latent"))),
-                    Posterior(base, [transform], validate_args=False),
+                    transform.posterior(),
                     infer={"is_auxiliary": True},
                 )
                 # As the noise that made them, latents have size one, wherever the guide moves.
@@ -294,72 +246,99 @@ class GroupedGuide(FlowGuide):
             kind = MaskedSiteDelta if name in self.lifted else SiteDelta
             yield name, kind(value, log_density=log_density, event_dim=event_dim), part
 
-    def _looked_up(
-        self, group: Group, plates: Mapping[str, Any], rows: Mapping[str, Any]
-    ) -> Tensor:
-        """The rows of a table."""
-        table = self._modules["tables"][group.table]  # type: ignore[index]
-        index: Any = 0
-        for name in group.plates:
-            own = rows[name].reshape(-1, *[1] * (-plates[name].dim - 1))
-            index = index * plates[name].size + own.to(table.device)
-        sparse = self.rows_alone or self.embedding_grad == "sparse"
-        return functional.embedding(index, table, sparse=sparse)
-
-    def _encoded(
+    @torch.no_grad()
+    def sample_posterior(
         self,
-        k: int,
-        plates: Mapping[str, Any],
-        rows: Mapping[str, Any],
-        ahead: Contexts,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Tensor:
-        """What an encoder makes of a group's rows of this call, unless it was run ahead.
+        num_samples: int,
+        *args: Any,
+        rows: Mapping[str, Sequence[int] | Tensor] | None = None,
+        resample: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """Draws from the guide, all at once, in the units of the model.
+
+        Args:
+            num_samples: How many draws.
+            args: What the model takes; needed only if the guide was never called or set up, if it
+                has an encoder, and to resample. An encoder may see data that it was not trained on.
+            rows: For plates by name which rows to draw, by default all.
+            resample: As for :class:`~pyro_iaf.AutoIAF`; for models that don't subsample.
+            kwargs: As ``args``.
+
+        Returns:
+            For each site a tensor of shape ``(num_samples,) + shape`` of its value in the model,
+            with all rows of its plates or those chosen.
 
         Raises:
-            ValueError: If it doesn't fit the plates.
+            ValueError: If there is no such plate, or no such row, or a model that subsamples is to
+                be resampled.
+
+        Warns:
+            UserWarning: If the weights say that resampling can't repair the guide.
         """
-        group = self.groups[k]
-        context: Any = ahead.get(group.plates)
-        if context is None:
-            context = self._encode(self._encoder_of(group), args, kwargs)
-        depth = max(-plates[name].dim for name in group.plates)
-        shape = [1] * depth
-        for name in group.plates:
-            shape[plates[name].dim] = len(rows[name])
-        own: Any = self.context_dim
-        if len(transforms := self._modules["transforms"]):  # type: ignore[arg-type]
-            network: Any = transforms[k].parts[0].network  # type: ignore[index]
-            own = network.context_dim - sum(self.groups[j].size for j in group.parents)
-        fits = isinstance(context, Tensor) and context.dim() == depth + 1
-        if fits:
-            for name in group.plates:
-                if context.shape[plates[name].dim - 1] == plates[name].size != len(rows[name]):
-                    index = rows[name].to(context.device)
-                    context = context.index_select(plates[name].dim - 1, index)
-            fits = list(context.shape[:-1]) == shape and own in (None, context.shape[-1])
-        if not fits:
-            got = tuple(context.shape) if isinstance(context, Tensor) else type(context).__name__
-            raise ValueError(
-                f"The encoder for plate '{group.name}' should return a context for each of its "
-                f"rows, of shape {(*shape, 'context_dim' if own is None else own)}; got {got}. "
-                "Inside it pyro.subsample(data, event_dim=...) is the minibatch. Where minibatches "
-                "come as arguments, of several sizes, create_plates=lambda x: pyro.plate(name, "
-                "size, len(x)) says how many rows there are."
-            )
-        return context  # type: ignore[no-any-return]
+        check_size("num_samples", num_samples)
+        if resample:
+            self._setup_on_demand(*args, **kwargs)
+            if rows is not None or not all(map(self._is_whole, self._prototype_frames)):
+                raise ValueError(
+                    "Draws are resampled by the weight of all that they hold, so all rows have to "
+                    "be there: leave out rows, and give a model that does not subsample."
+                )
+            return self._resampled(num_samples, args, kwargs)
+        return self._constrained(self._draws(num_samples, args, kwargs, rows))
 
-    # Gradients of tables
+    def _settled_draws(
+        self, *args: Any, rows: Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Some four thousand, or as many as make ten million numbers; ``rows`` spares some."""
+        self._setup_on_demand(*args, **kwargs)
+        device = self._transforms()[0].origin.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(0)
+            one = self._draws(1, args, kwargs, rows)
+            numbers = sum(value.numel() for value in one.values())
+            num_draws = max(101, min(NUM_DRAWS, MOST_NUMBERS // numbers))
+            return self._draws(num_draws, args, kwargs, rows)
 
-    def _make_gradients_sparse(self) -> None:
-        """For SparseAdam, which takes no others, that of each parameter."""
-        if self.embedding_grad != "sparse" or self.rows_alone:
-            return
-        tables = set(self._modules["tables"].parameters())  # type: ignore[union-attr]
-        for param in self.parameters():
-            if param not in tables:
-                make_gradients_sparse(param, self)
+    def _draws(
+        self,
+        num_draws: int,
+        args: Args,
+        kwargs: Kwargs,
+        rows: Mapping[str, Any] | None,
+    ) -> dict[str, Tensor]:
+        """Unconstrained values of the sites, with the draws in front and no plate beside them."""
+        self._setup_on_demand(*args, **kwargs)
+        self._adopt_parameters()
+        contexts = self._contexts_ahead(args, kwargs, of_all=True)
+        sizes, frames = self._sizes_of_plates(contexts), self._prototype_frames
+        chosen = checked_rows(rows or {}, sizes)
+        plates = {
+            name: pyro.plate(name, size, subsample=chosen.get(name), dim=frames[name].dim)
+            for name, size in sizes.items()
+        }
+        batch_shapes = [site["fn"].batch_shape for site in self._latent_sites().values()]
+        nesting = max([*map(len, batch_shapes), *(-frame.dim for frame in frames.values())])
+        particles = Particles(nesting, self._num_units(plates))
+        parts: dict[str, list[Tensor]] = {}
+        for size in particles.sizes(num_draws):
+            draw = particles.in_plate(self._draw, size)
+            with taking_turns, poutine.block():
+                drawn = draw(plates, contexts, args, kwargs)
+            for name, (value, free) in drawn.items():
+                fn = self._latent_sites()[name]["fn"]
+                num_event = free.dim() - value.dim() + fn.event_dim
+                shape = free.shape[free.dim() - len(fn.batch_shape) - num_event :]
+                parts.setdefault(name, []).append(particles.freed(free, shape, size))
+        return {name: torch.cat(draws) for name, draws in parts.items()}
+
+    def _num_units(self, plates: Mapping[str, pyro.plate]) -> int:
+        """How many numbers the widest layers hold while all rows are drawn once."""
+        most = 1
+        for group, transform in zip(self.groups, self._transforms(), strict=True):
+            num_rows = math.prod(plates[name].subsample_size for name in group.plates)
+            most = max(most, num_rows * transform.num_units)
+        return most
 
     # State
 
@@ -371,45 +350,13 @@ class GroupedGuide(FlowGuide):
         assert isinstance(tables, nn.ParameterList)
         if self.prototype_trace is None and not len(transforms):
             # Never set up, so the state says what to build.
-            hidden_dims, scale = self.hidden_dims, self.scale
             while True:
-                start = f"{prefix}transforms.{len(transforms)}."
-                part = {
-                    k.removeprefix(start): v for k, v in state_dict.items() if k.startswith(start)
-                }
+                part = part_of(state_dict, f"{prefix}transforms.{len(transforms)}.")
                 transform = self._rebuilt(part, self._told_by(state_dict, prefix)["gated"])
                 if transform is None:
                     break
                 transforms.append(transform)
             while (table := state_dict.get(f"{prefix}tables.{len(tables)}")) is not None:
                 tables.append(nn.Parameter(torch.empty_like(table)))
-            self.hidden_dims, self.scale = hidden_dims, scale
         self._state_was_loaded = True
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-def tables_of(guide: Any) -> list[nn.Parameter]:
-    """The tables of contexts that a guide, or a part of it, learns."""
-    return [table for part in _parts_of(guide) for table in part._modules["tables"].parameters()]  # type: ignore[union-attr]
-
-
-@contextmanager
-def row_gradients(guide: Any) -> Iterator[None]:
-    """Within it, gradients of tables have the rows drawn alone."""
-    before = [(part, part.rows_alone) for part in _parts_of(guide)]
-    for part, _ in before:
-        part.rows_alone = True
-    try:
-        yield
-    finally:
-        for part, was in before:
-            part.rows_alone = was
-
-
-def _parts_of(guide: Any) -> list[GroupedGuide]:
-    modules = guide.modules() if isinstance(guide, nn.Module) else ()
-    return [module for module in modules if isinstance(module, GroupedGuide)]
-
-
-def _sizes_of(transform: Any) -> tuple[int, int]:
-    return transform.parts[-1].input_dim, transform.parts[0].network.context_dim

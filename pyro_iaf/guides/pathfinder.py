@@ -18,22 +18,16 @@ its kink. Along such directions the scale is how far one can go until the densit
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-import pyro
 import torch
 from torch import Tensor
-from torch.distributions import biject_to, constraints
 
-from .._validation import warn
 from ..models.log_joint import LogJoint
-from ..models.traces import full_size
+from .covariances import Dense, LowRank, Spread
 
-__all__ = ["Start", "StartNotFound", "or_draw", "pathfinder"]
+__all__ = ["Start", "StartNotFound", "pathfinder"]
 
 NUM_PATHS = 4
 
@@ -50,10 +44,10 @@ ARMIJO = 1e-4
 # A path ends when a step promises less than this, in nats.
 ENOUGH = 1e-4
 
-# Directions of less curvature than this share of the largest have none. The scale there is a step
-# after which the density has fallen by what a normal's has after a standard deviation, in nats; and
-# so it is where after the scale that curvature tells the density has fallen by much more.
-FLAT, FALL, STEEP = 1e-8, 0.5, 4.0
+# The scale along a direction without curvature is a step after which the density has fallen by what
+# a normal's has after a standard deviation, in nats; and so it is where after the scale that
+# curvature tells the density has fallen by much more.
+FALL, STEEP = 0.5, 4.0
 REACHES = 2.0 ** torch.arange(-20, 21, dtype=torch.float64)
 
 # So many of the Gaussians on a path of L-BFGS are looked at.
@@ -110,7 +104,7 @@ def pathfinder(joint: LogJoint, loc: Tensor, dense: bool) -> Start:
         raise StartNotFound(f"a path ended in {type(error).__name__}: {error}") from error
     if best is None:
         raise StartNotFound("no Gaussian on the way uphill has a finite ELBO")
-    scale = best.spread.root if dense and isinstance(best.spread, _Dense) else best.spread.scale
+    scale = best.spread.root if dense and isinstance(best.spread, Dense) else best.spread.scale
     return Start(best.loc.to(loc), scale.to(loc))
 
 
@@ -119,7 +113,7 @@ def _last_look(joint: LogJoint, loc: Tensor) -> list[_Gaussian]:
     if len(loc) <= EXACT_END:
         return _climb(joint, loc.unsqueeze(0), True)
     squares = _squares(joint, loc)
-    return [] if squares is None else [_Gaussian(loc.double(), _LowRank(squares, []))]
+    return [] if squares is None else [_Gaussian(loc.double(), LowRank(squares, []))]
 
 
 def _squares(joint: LogJoint, loc: Tensor) -> Tensor | None:
@@ -148,29 +142,9 @@ def _beginnings(joint: LogJoint, loc: Tensor) -> Tensor:
 # Climbing
 
 
-class _Spread(Protocol):
-    """A covariance."""
-
-    @property
-    def scale(self) -> Tensor:
-        """The scales of the best normals without correlations: of each latent given the others."""
-
-    @property
-    def log_det_root(self) -> Tensor: ...
-
-    def shrunk(self, factor: float) -> _Spread:
-        """The same with smaller scales."""
-
-    def stretch(self, noise: Tensor) -> Tensor:
-        """Noise of shape ``(..., D)``, with this covariance."""
-
-    def times(self, v: Tensor) -> Tensor:
-        """The covariance times a vector."""
-
-
 class _Gaussian(NamedTuple):
     loc: Tensor
-    spread: _Spread
+    spread: Spread
 
 
 class _Path:
@@ -188,11 +162,11 @@ class _Path:
         if hessian is not None and not hessian.isfinite().all():
             self.climbs = False
             return
-        spread: _Spread
+        spread: Spread
         if hessian is None:
-            spread = _LowRank(self.diagonal, self.steps)
+            spread = LowRank(self.diagonal, self.steps)
         else:
-            spread = _Dense.of_precision(-hessian, lambda ways: _reach(joint, self.z, ways, dtype))
+            spread = Dense.of_precision(-hessian, lambda ways: _reach(joint, self.z, ways, dtype))
             self.gaussians.append(_Gaussian(self.z, spread))
         self.step = spread.times(self.slope)
         self.gaussians.append(_Gaussian(self.z + self.step, spread))
@@ -322,7 +296,7 @@ def _best(joint: LogJoint, gaussians: list[_Gaussian], dtype: torch.dtype) -> _G
         best = [shrunk[i] for i in ranked[:NUM_BEST] if elbos[i] > -math.inf]
         if best:
             # A correlation at a point on the way to a funnel is none of the funnel's.
-            best += [_Gaussian(g.loc, _LowRank(g.spread.scale.square(), [])) for g in best]
+            best += [_Gaussian(g.loc, LowRank(g.spread.scale.square(), [])) for g in best]
             best += _bounded(joint, best[0], dtype)
             elbos = _elbos(joint, best, many, dtype)
             return best[max(range(len(best)), key=elbos.__getitem__)]
@@ -334,13 +308,13 @@ def _bounded(joint: LogJoint, gaussian: _Gaussian, dtype: torch.dtype) -> list[_
     loc, spread = gaussian
     if len(loc) > EXACT_PATHS:
         return []
-    root = spread.root if isinstance(spread, _Dense) else spread.scale.diag()
+    root = spread.root if isinstance(spread, Dense) else spread.scale.diag()
     is_steep = ~(_fall(joint, loc, root.mT, dtype) < STEEP)  # or not finite
     if not is_steep.any():
         return []
     size = torch.ones_like(loc)
     size[is_steep] = _reach(joint, loc, root.mT[is_steep], dtype).clamp(max=1)
-    return [_Gaussian(loc, _Dense(root * size))]
+    return [_Gaussian(loc, Dense(root * size))]
 
 
 def _elbos(
@@ -371,183 +345,3 @@ def _elbos(
 
 def _parts(things: list[Any], size: int) -> list[list[Any]]:
     return [things[i : i + size] for i in range(0, len(things), size)]
-
-
-# Covariances
-
-
-class _Dense(NamedTuple):
-    """A covariance ``L L^T`` with a lower-triangular ``L``."""
-
-    root: Tensor
-
-    @classmethod
-    def of_precision(cls, precision: Tensor, reach: Callable[[Tensor], Tensor]) -> _Dense:
-        """The covariance of a precision, whose negative directions count as positive ones.
-
-        That is settled for latents in units of their own, so that units make no difference.
-
-        Args:
-            precision: Of shape ``(D, D)``.
-            reach: The scales along directions of shape ``(J, D)`` in which there is no precision.
-        """
-        biggest = precision.abs().amax(-1)
-        biggest = torch.where(biggest > 0, biggest, 1.0)
-        unit = precision.diagonal().abs()
-        unit = torch.where(unit > 1e-14 * biggest, unit, biggest).sqrt()
-        scaled, axes = torch.linalg.eigh(precision / unit / unit.unsqueeze(-1))
-        scaled = scaled.abs()
-        flat = scaled <= FLAT * scaled.max()
-        if flat.any():
-            ways = axes.mT[flat] / unit
-            scaled[flat] = torch.maximum(scaled[flat], reach(ways) ** -2)
-        root = torch.linalg.qr((axes * scaled.rsqrt() / unit.unsqueeze(-1)).mT, mode="r")[1].mT
-        return cls(root * root.diagonal().sign())
-
-    @property
-    def scale(self) -> Tensor:
-        return torch.cholesky_inverse(self.root).diagonal().rsqrt()
-
-    @property
-    def log_det_root(self) -> Tensor:
-        return self.root.diagonal().log().sum()
-
-    def shrunk(self, factor: float) -> _Dense:
-        return _Dense(factor * self.root)
-
-    def stretch(self, noise: Tensor) -> Tensor:
-        return noise @ self.root.mT
-
-    def times(self, v: Tensor) -> Tensor:
-        return self.root @ (self.root.mT @ v)
-
-
-class _LowRank:
-    r"""The inverse Hessian that a path's last steps tell, by L-BFGS.
-
-    It is ``A (I + Q (B - I) Q^T) A`` with a diagonal ``A``, orthonormal axes ``Q`` and a diagonal
-    ``B``, of which there are twice as many as steps.
-    """
-
-    def __init__(self, squares: Tensor, steps: list[tuple[Tensor, Tensor]]) -> None:
-        self.squares, self.steps = squares, steps  # the squares of A; changes of point and slope
-
-    @functools.cached_property
-    def _factors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """``A``, ``Q`` and the diagonal of ``B``."""
-        root = self.squares.sqrt()
-        if not self.steps:
-            return root, root.new_zeros(len(root), 0), root.new_zeros(0)
-        # Byrd, Nocedal and Schnabel (1994), theorem 2.2, in units of A.
-        S = torch.stack([s for s, _ in self.steps], -1) / root.unsqueeze(-1)
-        Y = torch.stack([y for _, y in self.steps], -1) * root.unsqueeze(-1)
-        R = (S.mT @ Y).triu()
-        basis, _ = torch.linalg.qr(torch.cat([S, Y], -1))
-        W = torch.linalg.solve_triangular(R, S.mT @ basis, upper=True)
-        cross = W.mT @ (Y.mT @ basis)
-        middle = W.mT @ (R.diagonal().diag() + Y.mT @ Y) @ W - cross - cross.mT
-        values, vectors = torch.linalg.eigh(middle)
-        return root, basis @ vectors, (1 + values).clamp(min=1e-12)
-
-    @property
-    def scale(self) -> Tensor:
-        root, axes, values = self._factors
-        return root * (1 + (axes.square() * (1 / values - 1)).sum(-1)).rsqrt()
-
-    @property
-    def log_det_root(self) -> Tensor:
-        root, _, values = self._factors
-        return root.log().sum() + values.log().sum() / 2
-
-    def shrunk(self, factor: float) -> _LowRank:
-        steps = [(s * factor, y / factor) for s, y in self.steps]
-        return self if factor == 1 else _LowRank(self.squares * factor**2, steps)
-
-    def stretch(self, noise: Tensor) -> Tensor:
-        root, axes, values = self._factors
-        return (noise + noise @ axes * (values.sqrt() - 1) @ axes.mT) * root
-
-    def times(self, v: Tensor) -> Tensor:
-        # The two loops of L-BFGS (Nocedal and Wright 2006, algorithm 7.4), without the factors.
-        shares = []
-        for s, y in reversed(self.steps):
-            shares.append((s @ v) / (s @ y))
-            v = v - shares[-1] * y
-        v = v * self.squares
-        for (s, y), share in zip(self.steps, reversed(shares), strict=True):
-            v = v + (share - (y @ v) / (s @ y)) * s
-        return v
-
-
-# Without a path
-
-
-def or_draw(init_loc_fn: Callable[..., Any]) -> Callable[[dict[str, Any]], Tensor]:
-    """Starts where ``init_loc_fn`` says, and at a draw where that says nothing of use.
-
-    It can't where a site can't be sampled; and a mean may be infinite. A value that broadcasts to
-    the site is expanded; one for all rows of a plate that is subsampled is indexed as the site is.
-    """
-
-    def init(site: dict[str, Any]) -> Tensor:
-        try:
-            to_support = biject_to(site["fn"].support)
-        except NotImplementedError:  # a reparameteriser may have this site replaced
-            unchecked: Tensor = init_loc_fn(site)
-            return unchecked
-        try:
-            value = init_loc_fn(site)
-        except NotImplementedError:
-            shape = to_support.inverse_shape(site["fn"].shape())
-            drawn: Tensor = to_support(torch.empty(shape).uniform_(-2, 2))
-            return drawn
-        if not isinstance(value, Tensor):
-            raise ValueError(
-                f"init_loc_fn should return a tensor for site '{site['name']}'; got {value!r}."
-            )
-        value = _in_shape(value, site)
-        free = to_support.inv(value)
-        if not free.isfinite().all():
-            warn(
-                f"init_loc_fn starts site '{site['name']}' outside of its support, or infinitely "
-                "far out. What is not finite in unconstrained space starts at a draw instead."
-            )
-            draw = torch.empty_like(free).uniform_(-2, 2)
-            value = to_support(torch.where(free.isfinite(), free, draw))
-        checked: Tensor = value
-        return checked
-
-    return init
-
-
-def _in_shape(value: Tensor, site: dict[str, Any]) -> Tensor:
-    """A start in the shape of its site, and of floating-point numbers."""
-    fn = site["fn"]
-    value = value if value.is_floating_point() else value.to(torch.get_default_dtype())
-    shape = torch.Size(fn.shape())
-    if value.shape == shape:
-        return value
-    support = fn.support
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    of_event = shape[len(shape) - support.event_dim :]
-    candidates = [value]
-    frames = [f for f in site["cond_indep_stack"] if f.vectorized and full_size(f) != f.size]
-    if frames and all(
-        value.shape[frame.dim - fn.event_dim] in (1, full_size(frame))
-        for frame in frames
-        if value.dim() >= fn.event_dim - frame.dim
-    ):
-        with pyro.validation_enabled(False):  # other sizes are told of below
-            candidates.append(pyro.subsample(value, event_dim=fn.event_dim))
-    for candidate in candidates:
-        with contextlib.suppress(RuntimeError):
-            whole = candidate.expand(shape)
-            # One number for all of a simplex is none in it; what is whole is seen to later.
-            is_whole = candidate.shape[max(0, candidate.dim() - support.event_dim) :] == of_event
-            if is_whole or support.check(whole).all():
-                return whole
-    raise ValueError(
-        f"init_loc_fn should return a value of shape {tuple(shape)} for site '{site['name']}', or "
-        f"one that broadcasts to it and is in its support; got shape {tuple(value.shape)}."
-    )

@@ -8,16 +8,40 @@ from typing import Any, NamedTuple
 import torch
 from pyro.poutine import subsample_messenger
 from pyro.poutine.messenger import Messenger
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import biject_to
 
 from ..models.constraints import one_row, tensors_in
-from .contexts import Encoders
 
-__all__ = ["GivenSubsamples", "Group", "QuickSubsamples", "checked_rows", "groups_of", "quoted"]
+__all__ = [
+    "Encoders",
+    "GivenSubsamples",
+    "Group",
+    "QuickSubsamples",
+    "checked_rows",
+    "groups_of",
+    "quoted",
+]
 
 # Plates of so many rows are subsampled without putting all in random order.
 LARGE = 10_000
+
+
+class Encoders(nn.Module):
+    """Encoders by the names of their plates, modules and functions."""
+
+    def __init__(self, encoders: Mapping[str, Any]) -> None:
+        super().__init__()
+        modules = {k: e for k, e in encoders.items() if isinstance(e, nn.Module)}
+        self.functions = {k: e for k, e in encoders.items() if k not in modules}
+        # By number, since names of plates may be no names of modules.
+        self.places = {name: k for k, name in enumerate(modules)}
+        self.parts = nn.ModuleList(modules.values())
+
+    def of_plates(self, name: str) -> Any:
+        """The encoder for a group of plates, if there is one."""
+        place = self.places.get(name)
+        return self.functions.get(name) if place is None else self.parts[place]
 
 
 class Group(NamedTuple):

@@ -11,11 +11,16 @@ from pyro.infer.autoguide.guides import AutoGuide
 from pyro.poutine.guide import GuideMessenger
 from torch import nn
 
-__all__ = ["Batch", "check_call", "check_pair", "refusal"]
-Batch = tuple[tuple[Any, ...], dict[str, Any]]
+__all__ = ["Args", "Batch", "Kwargs", "Program", "check_call", "check_pair", "refusal"]
+
+# A model or a guide, what it takes, and both in one.
+Program = Callable[..., Any]
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+Batch = tuple[Args, Kwargs]
 
 
-def refusal(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+def refusal(model: Program, args: Args, kwargs: Kwargs) -> str:
     """What a model has against arguments, in words; "" if nothing, or if it doesn't tell."""
     fn = poutine.unwrap(model)
     try:
@@ -29,7 +34,7 @@ def refusal(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     return ""
 
 
-def check_call(args: Any, kwargs: Any, model: Callable[..., Any] | None = None) -> Batch:
+def check_call(args: Any, kwargs: Any, model: Program | None = None) -> Batch:
     """The arguments of a model.
 
     Raises:

@@ -10,7 +10,7 @@ the other, where the model doesn't take such a plate.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,17 +20,17 @@ from torch.autograd import grad
 from torch.distributions import biject_to
 from torch.distributions.transforms import identity_transform
 
+from .arguments import Args, Kwargs, Program
 from .matching import Given, Mismatch
-from .particles import MAX_NUMBERS
+from .particles import MAX_NUMBERS, Particles, numbers_in
 from .traces import (
     compute_log_prob,
+    is_latent,
     is_subsampled,
-    join,
     log_prob_of_particles,
     log_probs_of_particles,
     plate_nesting,
     quietly,
-    same,
     samples,
     subsamples,
 )
@@ -38,7 +38,7 @@ from .traces import (
 __all__ = ["LogJoint"]
 
 
-class LogJoint:
+class LogJoint(Particles):
     r"""The log joint density of a model at latents of shape ``(K, D)``, of shape ``(K,)``, in nats.
 
     The model runs away from the caller's handlers, on the subsamples of ``trace``, and without
@@ -54,38 +54,28 @@ class LogJoint:
 
     def __init__(
         self,
-        model: Callable[..., Any],
+        model: Program,
         trace: poutine.Trace,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        args: Args,
+        kwargs: Kwargs,
         latents: dict[str, Any] | None = None,
     ) -> None:
+        super().__init__(plate_nesting(trace), numbers_in(trace))
         self.model, self.args, self.kwargs = model, args, kwargs
         self.subsamples = {name: site["value"] for name, site in subsamples(trace).items()}
         self.subsampled = is_subsampled(trace)
-        drawn = {name: s for name, s in samples(trace).items() if not s["is_observed"]}
+        drawn = {name: site for name, site in samples(trace).items() if is_latent(site)}
         self.latents = drawn if latents is None else latents
-        self.nesting = plate_nesting(trace)
-        shapes = [torch.Size(site["fn"].shape()) for site in samples(trace).values()]
-        self.num_numbers = sum(max(1, shape.numel()) for shape in shapes)
         self._shapes = {name: site["value"].shape for name, site in self.latents.items()}
         self._layout = []
         for name, site in self.latents.items():
             to_support = biject_to(site["fn"].support)
             shape = to_support.inverse_shape(site["value"].shape)
-            missing = self.nesting - (len(shape) - to_support.domain.event_dim)
-            self._layout.append((name, to_support, [1] * missing + list(shape), shape.numel()))
-        self.at_once = True
+            placed = self.placed(shape, len(shape) - to_support.domain.event_dim)
+            self._layout.append((name, to_support, placed, shape.numel()))
         self.weight: float | Tensor = 1.0
 
-    @property
-    def num_at_once(self) -> int:
-        """How many particles a call should have at most."""
-        return max(1, MAX_NUMBERS // self.num_numbers)
-
-    def on(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], weight: float | Tensor = 1.0
-    ) -> LogJoint:
+    def on(self, args: Args, kwargs: Kwargs, weight: float | Tensor = 1.0) -> LogJoint:
         """The same on other data, with fresh subsamples, the latents' densities weighted."""
         other = copy.copy(self)
         other.args, other.kwargs, other.subsamples, other.weight = args, kwargs, {}, weight
@@ -115,48 +105,23 @@ class LogJoint:
     def density(self, z: Tensor) -> Tensor:
         """The log densities, or the error that the model raises."""
         if self.at_once:
-            return self._of_particles(z)
-        return torch.cat([self._of_one(row) for row in z.unbind()])
+            return self._scored(z, True)
+        return torch.cat([self._scored(row, False) for row in z.split(1)])
 
     def check(self, z: Tensor) -> str | None:
-        """What speaks against this density, if anything; finds out whether particles go at once.
+        """What speaks against this density at these points, if anything.
+
+        Finds out whether particles go at once.
 
         Args:
             z: Two points at least, not too near to each other.
         """
-        alone, fine, failure = [], [], None
-        with quietly():
-            for row in z:
-                try:
-                    alone.append(self._sites(row.unsqueeze(0), None))
-                    fine.append(row)
-                except Mismatch:
-                    raise
-                except Exception as error:  # there, but perhaps not elsewhere
-                    failure = error
-            if not alone:
-                return f"the model fails there, {type(failure).__name__}: {failure}"
-            again = self._sites(fine[0].unsqueeze(0), None)
-        if len(alone) == 1:
-            alone, fine = 2 * alone, 2 * fine
-        if not same(alone[0], again):
-            return "its log density changes from one run to the next"
-        try:
-            with quietly():
-                together = self._sites(torch.stack(fine), self.nesting)
-            self.at_once = same(together, join(alone))
-        except Exception:  # whatever a model that isn't made for it may raise
-            self.at_once = False
-        return None
 
-    def _sites(self, z: Tensor, nesting: int | None) -> dict[str, Tensor]:
-        values, _ = self._constrain(z)
-        values = self._single(values) if nesting is None else values
-        return log_probs_of_particles(self._trace(values), len(z), nesting)
+        def log_probs(rows: Sequence[int], at_once: bool) -> dict[str, Tensor]:
+            trace = self._trace(self._constrain(z[rows])[0], at_once)
+            return log_probs_of_particles(trace, len(rows), self.nesting if at_once else None)
 
-    def _single(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The values of one particle, as a run without particles has them."""
-        return {name: v.reshape(self.latents[name]["value"].shape) for name, v in values.items()}
+        return self.probe(len(z), log_probs)
 
     def gradient(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Values and gradients, of shapes ``(K,)`` and ``(K, D)``."""
@@ -196,7 +161,7 @@ class LogJoint:
         From products of the Hessian with random signs (Bekas et al. 2007). They err by what the
         other latents bring, and are no smaller than a tenth of what that may be.
         """
-        z = z.expand(1 if not self.at_once else min(num_probes, self.num_at_once), -1)
+        z = z.expand(min(num_probes, self.num_at_once), -1)
         estimates = []
         for _ in range(-(-num_probes // len(z))):
             with torch.enable_grad():
@@ -208,19 +173,16 @@ class LogJoint:
         mean, size = found.mean(0), found.square().mean(0).sqrt()
         return torch.where(mean.abs() > size / 10, mean, -size / 10)
 
-    def _of_particles(self, z: Tensor) -> Tensor:
-        # No plate is needed for them: densities broadcast over what the latents bring.
+    def _scored(self, z: Tensor, at_once: bool) -> Tensor:
         values, log_det = self._constrain(z)
-        log_prob = log_prob_of_particles(self._trace(values), len(z), self.nesting, self.weight)
+        trace, nesting = self._trace(values, at_once), self.nesting if at_once else None
+        log_prob = log_prob_of_particles(trace, len(z), nesting, self.weight)
         return log_prob + self.weight * log_det
 
-    def _of_one(self, z: Tensor) -> Tensor:
-        values, log_det = self._constrain(z.unsqueeze(0))
-        trace = self._trace(self._single(values))
-        log_prob = log_prob_of_particles(trace, 1, None, self.weight)
-        return log_prob + self.weight * log_det
-
-    def _trace(self, values: dict[str, Tensor]) -> poutine.Trace:
+    def _trace(self, values: dict[str, Tensor], at_once: bool) -> poutine.Trace:
+        # No plate is needed for particles: densities broadcast over what the latents bring.
+        if not at_once:
+            values = {name: value.reshape(self._shapes[name]) for name, value in values.items()}
         with poutine.block(expose_types=["param"]), Given(values, self.subsamples, self._shapes):
             trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
             compute_log_prob(trace)

@@ -14,7 +14,7 @@ so that both cancel where they meet.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import pyro.distributions as dist
@@ -24,6 +24,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Independent, biject_to
 
+from .arguments import Args, Kwargs, Program
 from .matching import Told
 from .traces import compute_log_prob, quietly, subsamples
 
@@ -76,11 +77,7 @@ def where_counted(site: Any) -> Tensor | None:
 
 
 def log_priors(
-    model: Callable[..., Any],
-    names: Collection[str],
-    values: Mapping[str, Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    model: Program, names: Collection[str], values: Mapping[str, Any], args: Args, kwargs: Kwargs
 ) -> dict[str, Tensor]:
     """What masks take from the log densities of sites, by name.
 
@@ -108,10 +105,7 @@ def log_priors(
 
 @torch.no_grad()
 def sites_to_lift(
-    model: Callable[..., Any],
-    latents: Mapping[str, Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    model: Program, latents: Mapping[str, Any], args: Args, kwargs: Kwargs
 ) -> set[str]:
     """The masked latents whose values make no difference where they are masked.
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import pyro.distributions as dist
 import torch
 from pyro import poutine
 from torch import Tensor
 
+from .arguments import Args, Kwargs, Program
 from .traces import bare, compute_log_prob, is_point, quietly, samples
 
 __all__ = ["at_fault", "impossible_data"]
@@ -19,11 +19,7 @@ NUM_DRAWS = 16
 
 
 def at_fault(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    params: Mapping[str, Tensor],
+    model: Program, guide: Program, args: Args, kwargs: Kwargs, params: Mapping[str, Tensor]
 ) -> str:
     """What is not finite in a few runs of guide and model, and among the parameters, in words."""
     found: Counter[str] = Counter()
@@ -45,12 +41,7 @@ def at_fault(
     return "; ".join(texts) or f"nothing that {NUM_DRAWS} more draws could show"
 
 
-def impossible_data(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> str:
+def impossible_data(model: Program, guide: Program, args: Args, kwargs: Kwargs) -> str:
     """Which data are NaN or outside the support of their distribution, in words; "" if none."""
     with quietly(), torch.no_grad(), poutine.block():
         model_trace, _ = _run(model, guide, args, kwargs)
@@ -78,10 +69,7 @@ def impossible_data(
 
 
 def _run(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    model: Program, guide: Program, args: Args, kwargs: Kwargs
 ) -> tuple[poutine.Trace, poutine.Trace]:
     """The traces of the model, on a draw of the guide, and of the guide."""
     guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)

@@ -24,15 +24,12 @@ __all__ = [
     "is_latent",
     "is_point",
     "is_subsampled",
-    "join",
     "log_prob_of_each",
     "log_prob_of_particles",
     "log_probs_of_particles",
     "plate_nesting",
     "quietly",
-    "same",
     "samples",
-    "split_sizes",
     "subsamples",
     "taking_turns",
 ]
@@ -166,30 +163,6 @@ def log_probs_of_particles(
             each = log_prob.movedim(beyond, 0)
             found[name] = each.reshape(len(each), -1).sum(-1).expand(num_particles)
     return found
-
-
-def join(alone: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """What single runs found, as one run of several particles would."""
-    return {name: torch.cat([run[name] for run in alone]) for name in alone[0]}
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    """Whether two runs have the same densities, site by site, to rounding."""
-    return a.keys() == b.keys() and all(
-        torch.allclose(
-            a[n],
-            b[n],
-            rtol=1e-8 if a[n].dtype == torch.float64 else 1e-3,
-            atol=1e-5,
-            equal_nan=True,
-        )
-        for n in a
-    )
-
-
-def split_sizes(total: int, size: int) -> list[int]:
-    """How many go at a time."""
-    return [min(size, total - start) for start in range(0, total, size)]
 
 
 class _Quiet:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from numbers import Number
 from typing import Any
@@ -14,7 +14,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from ..compiler.recorder import opened
-from ..models.arguments import Batch, refusal
+from ..models.arguments import Args, Batch, Kwargs, Program, refusal
 from ..models.traces import quietly
 
 __all__ = ["Batches", "odd_data", "simulated"]
@@ -33,9 +33,9 @@ class Batches:
 
     def __init__(
         self,
-        model: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        model: Program,
+        args: Args,
+        kwargs: Kwargs,
         data: Iterable[Any] | None,
         simulate: Sequence[str] | Mapping[str, str] | None,
     ) -> None:
@@ -85,7 +85,7 @@ class Batches:
             kwargs = {**kwargs, **simulated(self.model, args, kwargs, self.simulate)}
         return args, kwargs
 
-    def check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def check(self, args: Args, kwargs: Kwargs) -> None:
         """Looks at the first batch.
 
         Raises:
@@ -104,7 +104,7 @@ class Batches:
                 "copies by tensor.clone()."
             )
 
-    def without_simulated(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
+    def without_simulated(self, args: Args, kwargs: Kwargs) -> Batch:
         """A batch as it was before its simulation."""
         return args, {name: value for name, value in kwargs.items() if name not in self.simulate}
 
@@ -204,7 +204,7 @@ def _has_real_density(fn: Any, value: Any) -> bool:
 
 
 @torch.no_grad()
-def odd_data(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+def odd_data(model: Program, args: Args, kwargs: Kwargs) -> str:
     """Which data of a model are no data, in words; "" if all are. Leaves random numbers alone."""
     odd = _OddData()
     with torch.random.fork_rng([]), poutine.block(), odd, suppress(Exception), quietly():
@@ -214,10 +214,7 @@ def odd_data(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
 
 @torch.no_grad()
 def simulated(
-    model: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    simulate: Mapping[str, str],
+    model: Program, args: Args, kwargs: Kwargs, simulate: Mapping[str, str]
 ) -> dict[str, Any]:
     """One draw of sites from the model's prior, by the keywords that take them."""
     with poutine.block():

@@ -12,37 +12,250 @@ import stat
 import threading
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyro
 import torch
+from torch import nn
 
-__all__ = ["generators", "load", "prepare", "save", "set_generators"]
+from .._validation import warn
+from ..models.arguments import Args, Kwargs
+from .digests import Digests, differing, digest, digests_of_sites, in_words
+
+if TYPE_CHECKING:
+    from .run import Run
+
+__all__ = ["Checkpoint", "load", "prepare", "save", "settings_of"]
 
 FORMAT = "pyro_iaf.fit 2"
 
 # What every checkpoint has; a module's state comes on top.
 PARTS = (
-    "averages",
-    "backend",
-    "batches",
-    "batches_before",
-    "data",
-    "generators",
-    "generators_before",
-    "health",
-    "losses",
-    "observed",
-    "optimizer",
-    "params",
-    "progress",
-    "recordings",
-    "rows",
-    "settings",
-    "sites",
-    "weights",
-)
+    "averages", "backend", "batches", "batches_before", "data", "generators", "generators_before",
+    "health", "losses", "observed", "optimizer", "params", "progress", "recordings", "rows",
+    "settings", "sites", "weights",
+)  # fmt: skip
+
+
+class Checkpoint:
+    """What a run is kept in and goes on from; without a path it does nothing.
+
+    Args:
+        run: The run.
+        path: Of its file.
+        every: After how many steps the run is saved.
+    """
+
+    def __init__(self, run: Run, path: Path | None, every: int) -> None:
+        self.run, self.path, self.every = run, path, every
+        self.saved_at, self.could_save = 0, True
+        self._place: dict[str, Any] = {"step": -1}  # of none yet
+        self._before: dict[str, Any] = {}  # the generators before the first batch
+        self._digests: dict[str, Digests] = {}
+
+    def open(self) -> dict[str, Any] | None:
+        """The state in the file, if there is one; with random numbers as they were before it.
+
+        Raises:
+            ValueError: If it is of a run with other settings, or damaged.
+        """
+        if self.path is None:
+            return None
+        batches, saved = self.run.batches, load(self.path)
+        if saved is not None:
+            self._check_settings(saved)
+            # The same first batch as then, whatever was drawn in this process before.
+            set_generators(saved["generators_before"])
+            batches.set_generators(saved["batches_before"])
+        self._before = {
+            "generators_before": generators(),
+            "batches_before": batches.generators(),
+        }
+        return saved
+
+    def look(self, args: Args, kwargs: Kwargs) -> None:
+        """Notes what tells this run's data, model and guide from another's, at the first batch."""
+        if self.path is None:
+            return
+        run, batches = self.run, self.run.batches
+        before = generators()
+        try:
+            simulated = set(batches.simulate.values())
+            observed, sites = digests_of_sites(run.model, run.guide, args, kwargs, simulated)
+        except Exception:  # whatever a model may raise at some draw
+            observed, sites = {}, {}
+        finally:
+            set_generators(before)
+        for name, module in self._modules().items():
+            sites[f"the {name}"] = [digest(in_words(module))]
+        data: Digests = {
+            "args": [digest(batches.args)],
+            "kwargs": [digest(batches.kwargs)],
+            "the first minibatch": [digest(batches.without_simulated(args, kwargs))],
+        }
+        self._digests = {"data": data, "sites": sites, "observed": observed}
+
+    def note_place(self) -> None:
+        """Notes where random numbers, data and recordings are, between two steps."""
+        if self.path is None:
+            return
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        self._place = {
+            "step": self.run.step,
+            "generators": {"torch": torch.get_rng_state(), "cuda": cuda},
+            "batches": self.run.batches.state(),
+            "recordings": self.run.recordings.state(),
+        }
+
+    def save(self) -> None:
+        """Writes the state of the steps that were taken, if any were and it can be written."""
+        run, schedule = self.run, self.run.schedule
+        if self.path is None or run.step == self.saved_at:
+            return
+        run.steps.stop()
+        # The batch of a step that was not taken may be drawn already.
+        if self._place["step"] != run.step:
+            self.note_place()
+        progress = run.step, schedule.end, schedule.falls_at, run.skipped, run.skipped_in_a_row
+        state = {
+            **{name: module.state_dict() for name, module in self._modules().items()},
+            **self._digests,
+            **self._before,
+            "settings": self._settings,
+            "params": {name: param.detach() for name, param in run.params.items()},
+            "optimizer": run.optimizer.state_dict(),
+            "rows": run.rows.state(),
+            "averages": run.averages,
+            "losses": torch.tensor(run.losses, dtype=torch.float64),
+            "health": run.loss.health.item(),
+            "backend": run.backend,
+            "recordings": self._place["recordings"],
+            "progress": list(progress),
+            "weights": {k: weight for k, weight in schedule.weights.items() if k < run.step},
+            "generators": {**generators(), **self._place["generators"]},
+            "batches": self._place["batches"],
+        }
+        try:
+            save(self.path, state)
+            self.saved_at = run.step
+        except OSError as error:
+            if self.could_save:
+                warn(
+                    f"fit can't write its checkpoint {self.path}: {error}. It trains on, "
+                    "keeps the last one that it wrote, and tries again. Make room there."
+                )
+            self.could_save = False
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Takes the run to where a state was written.
+
+        Raises:
+            ValueError: If that is of other data, or of another guide or model.
+        """
+        others = {
+            "data": "a run on other data",
+            "sites": "another guide or model",
+            "observed": "a run on other data",
+        }
+        for part, other in others.items():
+            if name := differing(saved[part], self._digests[part]):
+                raise ValueError(
+                    f"{self.path} is of {other}: what differs is {name}. Give the same to "
+                    "go on, or another path to begin anew."
+                )
+        try:
+            self._restore(saved)
+        except (LookupError, RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"{self.path} is of another guide or model, or is damaged: {error}. Give "
+                "another path to begin anew."
+            ) from error
+        self.saved_at = self.run.step
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        run, schedule = self.run, self.run.schedule
+        theirs, ours = (
+            {name: f"{value.dtype} of shape {tuple(value.shape)}" for name, value in params.items()}
+            for params in (saved["params"], run.params)
+        )
+        if theirs != ours:
+            name = min(dict(theirs.items() ^ ours.items()))
+            raise ValueError(
+                f"{self.path} is of another guide or model: parameter {name} is "
+                f"{theirs.get(name, 'missing')} there and {ours.get(name, 'missing')} here. Give "
+                "another path to begin anew."
+            )
+        for name, module in self._modules().items():
+            if name in saved:
+                module.load_state_dict(saved[name])
+        with torch.no_grad():
+            for name, value in saved["params"].items():
+                run.params[name].copy_(value)
+        run.optimizer.load_state_dict(saved["optimizer"])
+        run.rows.restore(saved["rows"])
+        run.averages = {n: v.to(run.params[n]) for n, v in saved["averages"].items()}
+        run.losses = saved["losses"].tolist()
+        run.step, end, falls_at, run.skipped, run.skipped_in_a_row = saved["progress"]
+        schedule.end, schedule.falls_at = end, falls_at
+        run.loss.health = run.loss.health.new_tensor(saved["health"])
+        run.backend = saved["backend"]
+        schedule.weights = dict(saved["weights"])
+        run.batches.restore(saved["batches"])
+        set_generators(saved["generators"])
+
+    def _modules(self) -> dict[str, nn.Module]:
+        pair = {"model": self.run.model, "guide": self.run.guide}
+        return {name: thing for name, thing in pair.items() if isinstance(thing, nn.Module)}
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        run, schedule = self.run, self.run.schedule
+        return {
+            "num_steps": schedule.num_steps,
+            "num_particles": run.num_particles,
+            "lr": schedule.lr,
+            "clip_norm": run.clip_norm,
+            "early_stop": schedule.early_stop,
+            "annealing": "a function" if callable(schedule.annealing) else schedule.annealing,
+            "loss": settings_of(run.elbo),
+            "simulate": run.batches.simulate,
+            "seed": run.seed,
+            "default dtype": str(torch.get_default_dtype()),
+        }
+
+    def _check_settings(self, saved: dict[str, Any]) -> None:
+        theirs = saved["settings"]
+        for name, value in self._settings.items():
+            if theirs.get(name) != value:
+                raise ValueError(
+                    f"{self.path} is of a run with {name}={theirs.get(name)!r}; this one has "
+                    f"{value!r}. Give the same settings to go on, or another path to begin anew."
+                )
+        schedule = self.run.schedule
+        for step, before in saved["weights"].items() if callable(schedule.annealing) else ():
+            if (now := schedule.weight(step)) != before:
+                raise ValueError(
+                    f"{self.path} is of a run with another annealing: its weight at step "
+                    f"{step} was {before!r}, and this one's is {now!r}. Give the same to go "
+                    "on, or another path to begin anew."
+                )
+
+
+def settings_of(elbo: Any) -> str:
+    """A loss and what it was made with, as far as that decides its numbers."""
+    given = {
+        name: value
+        for name, value in sorted(getattr(elbo, "__dict__", {}).items())
+        if isinstance(value, bool | int | float | str)
+        and not name.startswith("_")
+        and name not in ("backend", "max_plate_nesting")  # which Pyro may find out while it runs
+    }
+    words = ", ".join(f"{name}={value!r}" for name, value in given.items())
+    return f"{type(elbo).__name__}({words})"
+
+
+# The file
 
 
 def prepare(path: str | os.PathLike[str]) -> Path:

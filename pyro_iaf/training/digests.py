@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from contextlib import suppress
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
@@ -24,6 +24,7 @@ from torch.distributions import Distribution, Transform, biject_to
 from torch.distributions.constraints import Constraint
 from torch.distributions.utils import lazy_property
 
+from ..models.arguments import Args, Kwargs, Program
 from ..models.matching import Unchecked
 from ..models.traces import compute_log_prob, quietly, samples
 
@@ -138,11 +139,7 @@ def _held_by(thing: Any) -> dict[str, Any]:
 
 
 def digests_of_sites(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    simulated: Set[str] = frozenset(),
+    model: Program, guide: Program, args: Args, kwargs: Kwargs, simulated: Set[str] = frozenset()
 ) -> tuple[Digests, Digests]:
     """What tells the data that a model observes, and the sites of model and guide, from others.
 
@@ -218,10 +215,7 @@ def _fixed(fn: Any, like: Tensor) -> Tensor:
 
 @torch.enable_grad()
 def _densities(
-    model: Callable[..., Any],
-    latents: Mapping[str, Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    model: Program, latents: Mapping[str, Any], args: Args, kwargs: Kwargs
 ) -> dict[str, tuple[float, float]]:
     """What sites of a model without parameters have as log densities, always at the same rows.
 
@@ -253,11 +247,7 @@ class _Moved(Messenger):
 
 
 def _look(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    seed: int,
+    model: Program, guide: Program, args: Args, kwargs: Kwargs, seed: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The sites of a model and a guide, where what depends on a latent has a gradient."""
     pyro.set_rng_seed(seed)

@@ -17,7 +17,6 @@ from pyro.poutine.seed_messenger import SeedMessenger
 from .._validation import check_size
 from ..elbo.compiled import CompiledTrace_ELBO
 from ..elbo.objectives import RECORDABLE
-from ..guides.base import FlowGuide
 from ..models.arguments import check_call, check_pair
 from ..models.traces import taking_turns
 from . import checkpoints
@@ -158,7 +157,7 @@ def fit(
     if not isinstance(compile, str):
         compile = bool(compile)  # noqa: A001
     args, kwargs = check_call(args, kwargs, None if simulate or data is not None else model)
-    if simulate and isinstance(guide, FlowGuide) and guide._encoder is None:
+    if simulate and not getattr(guide, "amortized", True):
         raise ValueError(
             "simulate= trains a guide for all data sets, and this one can't tell one from another: "
             f"give it an encoder, {type(guide).__name__}(model, encoder=...)."

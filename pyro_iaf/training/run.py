@@ -25,22 +25,23 @@ from .._validation import warn
 from ..compiler.capture import Refused
 from ..elbo.objectives import RECORDABLE, LatentLoss, Loss, TraceLoss
 from ..elbo.stl import TraceSTL_ELBO
-from ..guides.auto_hierarchical import AutoHierarchicalIAF
-from ..guides.auto_iaf import AutoIAF
-from ..guides.base import FlowGuide
-from ..guides.hierarchical import row_gradients, tables_of
-from ..models.arguments import Batch
+from ..flows.scored_guide import (
+    ScoredGuide,
+    context_tables_of,
+    goes_through_draws,
+    networks_of,
+    row_gradients,
+)
+from ..models.arguments import Args, Batch, Kwargs, Program
 from ..models.log_joint import LogJoint
 from ..models.matching import Mismatch
 from ..models.nonfinite import at_fault, impossible_data
 from ..models.param_store import stated
-from ..models.particles import Particles, check_latents
 from ..models.traces import quietly
-from ..nn.made import MaskedAutoregressiveNetwork
-from . import checkpoints
+from ..models.weighted import WeightedParticles, check_latents
 from .batches import Batches, odd_data
+from .checkpoints import Checkpoint, settings_of
 from .compiled_step import Built, CompiledSteps
-from .digests import Digests, differing, digest, digests_of_sites, in_words
 from .interrupts import Interrupts
 from .optimizers import RowAdam
 from .progress import progress_bar
@@ -74,8 +75,8 @@ class Run:
     def __init__(
         self,
         *,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
+        model: Program,
+        guide: Program,
         batches: Batches,
         num_steps: int,
         num_particles: int,
@@ -93,11 +94,9 @@ class Run:
         self.num_particles, self.clip_norm, self.elbo = num_particles, clip_norm, elbo
         self.schedule = Schedule(num_steps, lr, annealing, early_stop)
         self.compile, self.seed = compile, seed
-        self.checkpoint, self.checkpoint_every = checkpoint, checkpoint_every
-        self.step, self.resumed_at, self.saved_at = 0, 0, 0
-        self.place: dict[str, Any] = {"step": -1}  # of none yet
+        self.checkpoint = Checkpoint(self, checkpoint, checkpoint_every)
+        self.step, self.resumed_at = 0, 0
         self.is_whole = True  # False within a step, while it changes the state
-        self.could_save = True
         self.losses: list[float] = []
         self.skipped, self.skipped_in_a_row = 0, 0
         self.params: dict[str, Tensor] = {}
@@ -126,21 +125,21 @@ class Run:
             try:
                 while self.step < self.schedule.end:
                     self._take_some(bar)
-                    if self.step % self.checkpoint_every == 0:
-                        self._save()
+                    if self.step % self.checkpoint.every == 0:
+                        self.checkpoint.save()
                     self._show(bar)
                 if self.skipped > max(MAX_SHARE_SKIPPED * self.step, 1):
                     self._give_up(*first)
                 if self.backend != "eager":  # a recording does not notice what comes or goes
                     with torch.random.fork_rng([]):
                         check_latents(self.model, self.guide, *first)
-                self._save()
+                self.checkpoint.save()
                 self.interrupts.check()
             except BaseException as error:
                 self.steps.stop()
                 # What is not finite is not worth keeping, and a broken step can't be.
                 if self.is_whole and not isinstance(error, FloatingPointError):
-                    self._save()
+                    self.checkpoint.save()
                 raise
             self.steps.stop()
             bar.total = self.step
@@ -151,15 +150,7 @@ class Run:
 
     def _begin(self) -> tuple[Batch, dict[str, Any] | None]:
         """The first batch and a checkpoint's state, with all that steps need in place."""
-        saved = None if self.checkpoint is None else checkpoints.load(self.checkpoint)
-        if saved is not None:
-            self._check_settings(saved)
-            # The same first batch as then, whatever was drawn in this process before.
-            checkpoints.set_generators(saved["generators_before"])
-            self.batches.set_generators(saved["batches_before"])
-        if self.checkpoint is not None:
-            self.generators_before = checkpoints.generators()
-            self.batches_before = self.batches.generators()
+        saved = self.checkpoint.open()
         first = self.batches.next()
         self.batches.check(*first)
         self.loss = self._first_look(*first)
@@ -176,20 +167,12 @@ class Run:
             self.optimizer,
             factors=RATES,
             weighted=self.schedule.annealing is not None,
-            settings=(self.num_particles, self._settings["loss"]),
+            settings=(self.num_particles, settings_of(self.elbo)),
         )
-        if self.checkpoint is not None:
-            self._look(*first)
+        self.checkpoint.look(*first)
         if saved is not None:
-            self._check_digests(saved)
-            try:
-                self._restore(saved)
-            except (LookupError, RuntimeError, TypeError) as error:
-                raise ValueError(
-                    f"{self.checkpoint} is of another guide or model, or is damaged: {error}. Give "
-                    "another path to begin anew."
-                ) from error
-        self.resumed_at = self.saved_at = self.step
+            self.checkpoint.restore(saved)
+        self.resumed_at = self.step
         self.recordings = Recordings(
             self.steps,
             compile=self.compile,
@@ -213,15 +196,15 @@ class Run:
 
     # Before the first step
 
-    def _first_look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Loss:
+    def _first_look(self, args: Args, kwargs: Kwargs) -> Loss:
         """Runs model and guide once, with all checks; finds the parameters and the loss."""
         elbo = Trace_ELBO() if self.elbo is None else self.elbo
         if fault := odd_data(self.model, args, kwargs):
             raise ValueError(fault)
 
         def look() -> None:
-            if isinstance(self.guide, FlowGuide):  # with gradients, as for training
-                self.guide.setup(*args, **kwargs)
+            if goes_through_draws(self.guide) and hasattr(self.guide, "setup"):
+                self.guide.setup(*args, **kwargs)  # with gradients, as for training
             with torch.no_grad():
                 elbo.loss(self.model, self.guide, *args, **kwargs)
 
@@ -245,22 +228,19 @@ class Run:
         self._make_optimizer(capture.trace)
         if self.elbo is not None:
             return TraceLoss(self.model, self.guide, self.elbo)
-        particles = Particles(self.model, self.guide, args, kwargs)
+        particles = WeightedParticles(self.model, self.guide, args, kwargs)
         if not particles.at_once and self.num_particles > 1:
             warn(
                 "fit runs its particles one after the other: run for several at once the model "
                 "fails, or its density is another one, or is random. If that takes long, write "
                 "sites with plates, and dimensions counted from the right."
             )
-        if type(self.guide) is AutoIAF:
-            latents = self.guide._latent_sites()
-            model = self.guide.with_priors(self.model)
-            joint = LogJoint(model, particles.first_model, args, kwargs, latents)
+        if isinstance(self.guide, ScoredGuide):
+            log_joint = getattr(self.guide, "log_joint", LogJoint)
+            joint = log_joint(self.model, particles.first_model, args, kwargs)
             joint.at_once = particles.at_once
             return LatentLoss(self.model, self.guide, self.num_particles, joint)
-        # Flows come so near the posterior that the gradient through the draws has the less noise.
-        through_the_draws = isinstance(self.guide, AutoHierarchicalIAF)
-        elbo = (TraceSTL_ELBO if through_the_draws else Trace_ELBO)(
+        elbo = (TraceSTL_ELBO if goes_through_draws(self.guide) else Trace_ELBO)(
             num_particles=self.num_particles,
             vectorize_particles=particles.at_once,
             max_plate_nesting=particles.nesting if particles.at_once else math.inf,
@@ -274,15 +254,12 @@ class Run:
         self.optimizer = torch.optim.Adam(
             [{"params": []}, {"params": []}], lr=self.schedule.lr, fused=fused
         )
-        self.rows = RowAdam(tables_of(self.guide))
+        self.rows = RowAdam(context_tables_of(self.guide))
         self._add(seen)
 
     def _add(self, seen: poutine.Trace) -> None:
         """Takes in the parameters of a run that are not there yet."""
-        owner = getattr(self.guide, "__self__", self.guide)  # of a guide that is a method
-        modules = owner.modules() if isinstance(owner, nn.Module) else ()
-        networks = [m for m in modules if isinstance(m, MaskedAutoregressiveNetwork)]
-        of_networks = {id(p) for network in networks for p in network.parameters()}
+        of_networks = {id(p) for net in networks_of(self.guide) for p in net.parameters()}
         tables = {id(table) for table in self.rows.tables}
         for name, param in stated(seen).items():
             is_known = self.params.get(name) is param or id(param) in tables
@@ -306,11 +283,11 @@ class Run:
 
     def _next(self) -> Batch:
         """The next batch. A step that fails from here on is taken anew, with the same numbers."""
-        self.place = self._place()
+        self.checkpoint.note_place()
         with self.interrupts.open():
             return self.batches.next()
 
-    def _take_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _take_step(self, args: Args, kwargs: Kwargs) -> None:
         self.backend = "eager"
         self.steps.stop()
         rate, weight, covers, _ = self._numbers(self.step)
@@ -340,7 +317,7 @@ class Run:
         self._account([(value, size)], args, kwargs)
         self.is_whole = True
 
-    def _replay(self, built: Built, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _replay(self, built: Built, args: Args, kwargs: Kwargs) -> None:
         """Takes compiled steps until there is something to see to."""
         began = time.perf_counter()
         self.backend = built.backend
@@ -377,16 +354,14 @@ class Run:
                 self._account(results, args, kwargs)
 
     def _num_undisturbed(self) -> int:
-        """How many steps there are to the next that something hangs on."""
+        """How many steps there are to the next at which something else is to do."""
         schedule = self.schedule
         ends = [self.step + self.chunk, schedule.end, _next_multiple(self.step, schedule.stretch)]
-        if self.checkpoint:
-            ends.append(_next_multiple(self.step, self.checkpoint_every))
+        if self.checkpoint.path:
+            ends.append(_next_multiple(self.step, self.checkpoint.every))
         return min(ends) - self.step
 
-    def _account(
-        self, results: Iterable[Sequence[float]], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def _account(self, results: Iterable[Sequence[float]], args: Args, kwargs: Kwargs) -> None:
         """Notes what came of steps: the loss of each, and the norm of its gradient."""
         for value, size in results:
             self.step += 1
@@ -402,13 +377,13 @@ class Run:
             if self.step % self.schedule.stretch == 0 and self.rows.visits >= FEWEST_VISITS:
                 self.schedule.settle(self.step, self.losses)
 
-    def _give_up(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _give_up(self, args: Args, kwargs: Kwargs) -> None:
         fault = at_fault(self.model, self.guide, args, kwargs, self.params)
         raise FloatingPointError(
             f"{self.skipped} of {self.step} steps, the last {self.skipped_in_a_row} of them in a "
             f"row, had a loss or a gradient that is not finite. At fault: {fault}. Look at the "
             "scales there and at the precision (torch.float64 reaches farther), or take a smaller "
-            "lr. A density of -inf is of a value outside a support: one that hangs on another "
+            "lr. A density of -inf is of a value outside a support: one that depends on another "
             "latent, as Uniform(0, z), is written z * Uniform(0, 1)."
         )
 
@@ -447,175 +422,6 @@ class Run:
             if self.skipped:
                 shown["skipped"] = str(self.skipped)
             bar.set_postfix(shown, refresh=False)
-
-    # Checkpoints
-
-    @property
-    def _settings(self) -> dict[str, Any]:
-        schedule = self.schedule
-        return {
-            "num_steps": schedule.num_steps,
-            "num_particles": self.num_particles,
-            "lr": schedule.lr,
-            "clip_norm": self.clip_norm,
-            "early_stop": schedule.early_stop,
-            "annealing": "a function" if callable(schedule.annealing) else schedule.annealing,
-            "loss": settings_of(self.elbo),
-            "simulate": self.batches.simulate,
-            "seed": self.seed,
-            "default dtype": str(torch.get_default_dtype()),
-        }
-
-    def _look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Notes what tells this run's data, model and guide from another's."""
-        batches = self.batches
-        self.data: Digests = {
-            "args": [digest(batches.args)],
-            "kwargs": [digest(batches.kwargs)],
-            "the first minibatch": [digest(batches.without_simulated(args, kwargs))],
-        }
-        generators = checkpoints.generators()
-        try:
-            simulated = set(batches.simulate.values())
-            observed, sites = digests_of_sites(self.model, self.guide, args, kwargs, simulated)
-        except Exception:  # whatever a model may raise at some draw
-            observed, sites = {}, {}
-        finally:
-            checkpoints.set_generators(generators)
-        self.observed, self.sites = observed, sites
-        for what, thing in (("the model", self.model), ("the guide", self.guide)):
-            if isinstance(thing, nn.Module):
-                self.sites[what] = [digest(in_words(thing))]
-
-    def _place(self) -> dict[str, Any]:
-        """Where random numbers, data and recordings are, between two steps."""
-        if self.checkpoint is None:
-            return {"step": self.step}
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        generators = {"torch": torch.get_rng_state(), "cuda": cuda}
-        return {
-            "step": self.step,
-            "generators": generators,
-            "batches": self.batches.state(),
-            "recordings": self.recordings.state(),
-        }
-
-    def _save(self) -> None:
-        """Writes the state of the steps that were taken, if any were and it can be written."""
-        if self.checkpoint is None or self.step == self.saved_at:
-            return
-        modules = {
-            name: module.state_dict()
-            for name, module in (("model", self.model), ("guide", self.guide))
-            if isinstance(module, nn.Module)
-        }
-        self.steps.stop()
-        schedule = self.schedule
-        progress = self.step, schedule.end, schedule.falls_at, self.skipped, self.skipped_in_a_row
-        # The batch of a step that was not taken may be drawn already.
-        place = self.place if self.place["step"] == self.step else self._place()
-        state = {
-            **modules,
-            "settings": self._settings,
-            "data": self.data,
-            "sites": self.sites,
-            "observed": self.observed,
-            "params": {name: param.detach() for name, param in self.params.items()},
-            "optimizer": self.optimizer.state_dict(),
-            "rows": self.rows.state(),
-            "averages": self.averages,
-            "losses": torch.tensor(self.losses, dtype=torch.float64),
-            "health": self.loss.health.item(),
-            "backend": self.backend,
-            "recordings": place["recordings"],
-            "progress": list(progress),
-            "weights": {k: weight for k, weight in schedule.weights.items() if k < self.step},
-            "generators": {**checkpoints.generators(), **place["generators"]},
-            "batches": place["batches"],
-            "generators_before": self.generators_before,
-            "batches_before": self.batches_before,
-        }
-        try:
-            checkpoints.save(self.checkpoint, state)
-            self.saved_at = self.step
-        except OSError as error:
-            if self.could_save:
-                warn(
-                    f"fit can't write its checkpoint {self.checkpoint}: {error}. It trains on, "
-                    "keeps the last one that it wrote, and tries again. Make room there."
-                )
-            self.could_save = False
-
-    def _check_settings(self, saved: dict[str, Any]) -> None:
-        theirs, ours = saved["settings"], self._settings
-        for name, value in ours.items():
-            if theirs.get(name) != value:
-                raise ValueError(
-                    f"{self.checkpoint} is of a run with {name}={theirs.get(name)!r}; this one has "
-                    f"{value!r}. Give the same settings to go on, or another path to begin anew."
-                )
-        if callable(self.schedule.annealing):
-            for step, before in saved["weights"].items():
-                if (now := self.schedule.weight(step)) != before:
-                    raise ValueError(
-                        f"{self.checkpoint} is of a run with another annealing: its weight at step "
-                        f"{step} was {before!r}, and this one's is {now!r}. Give the same to go "
-                        "on, or another path to begin anew."
-                    )
-
-    def _check_digests(self, saved: dict[str, Any]) -> None:
-        others = "a run on other data", "another guide or model", "a run on other data"
-        for part, other in zip(("data", "sites", "observed"), others, strict=True):
-            if name := differing(saved[part], getattr(self, part)):
-                raise ValueError(
-                    f"{self.checkpoint} is of {other}: what differs is {name}. Give the same to "
-                    "go on, or another path to begin anew."
-                )
-
-    def _restore(self, saved: dict[str, Any]) -> None:
-        theirs = {name: _kind(value) for name, value in saved["params"].items()}
-        ours = {name: _kind(value) for name, value in self.params.items()}
-        if theirs != ours:
-            name = min(dict(theirs.items() ^ ours.items()))
-            raise ValueError(
-                f"{self.checkpoint} is of another guide or model: parameter {name} is "
-                f"{theirs.get(name, 'missing')} there and {ours.get(name, 'missing')} here. Give "
-                "another path to begin anew."
-            )
-        for name in ("model", "guide"):
-            if name in saved:
-                getattr(self, name).load_state_dict(saved[name])
-        with torch.no_grad():
-            for name, value in saved["params"].items():
-                self.params[name].copy_(value)
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.rows.restore(saved["rows"])
-        self.averages = {n: v.to(self.params[n]) for n, v in saved["averages"].items()}
-        self.losses = saved["losses"].tolist()
-        self.step, end, falls_at, self.skipped, self.skipped_in_a_row = saved["progress"]
-        self.schedule.end, self.schedule.falls_at = end, falls_at
-        self.loss.health = self.loss.health.new_tensor(saved["health"])
-        self.backend = saved["backend"]
-        self.schedule.weights = dict(saved["weights"])
-        self.batches.restore(saved["batches"])
-        checkpoints.set_generators(saved["generators"])
-
-
-def settings_of(elbo: Any) -> str:
-    """A loss and what it was made with, as far as that decides its numbers."""
-    given = {
-        name: value
-        for name, value in sorted(getattr(elbo, "__dict__", {}).items())
-        if isinstance(value, bool | int | float | str)
-        and not name.startswith("_")
-        and name not in ("backend", "max_plate_nesting")  # which Pyro may find out while it runs
-    }
-    words = ", ".join(f"{name}={value!r}" for name, value in given.items())
-    return f"{type(elbo).__name__}({words})"
-
-
-def _kind(tensor: Tensor) -> str:
-    return f"{tensor.dtype} of shape {tuple(tensor.shape)}"
 
 
 def _next_multiple(step: int, size: int) -> int:

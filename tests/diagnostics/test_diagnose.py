@@ -15,7 +15,7 @@ from pyro.poutine.util import site_is_subsample
 from torch.testing import assert_close
 
 from pyro_iaf import AutoIAF, diagnose, fit, to_arviz
-from pyro_iaf.models.particles import Particles
+from pyro_iaf.models.weighted import WeightedParticles
 
 # The model "one latent": z ~ N(0, 1), y = 1 ~ N(z, 0.5).
 MEAN, SD = 0.8, math.sqrt(0.2)
@@ -572,16 +572,16 @@ def test_what_is_discrete_is_not_rounded(is_one):
 
 
 def test_looking_for_rounding_takes_no_random_numbers_and_no_more_memory(monkeypatch):
-    particles = Particles(one_latent, normal_guide(), (), {})
+    particles = WeightedParticles(one_latent, normal_guide(), (), {})
     monkeypatch.setattr("pyro_iaf.models.particles.MAX_NUMBERS", 3 * particles.num_numbers)
     sizes = []
-    run_guide = Particles._run_guide
+    run_guide = WeightedParticles._run_guide
 
     def spy(self, size):
         sizes.append(size)
         return run_guide(self, size)
 
-    monkeypatch.setattr(Particles, "_run_guide", spy)
+    monkeypatch.setattr(WeightedParticles, "_run_guide", spy)
     before = torch.get_rng_state()
     particles._found_rounding()
     assert torch.equal(torch.get_rng_state(), before)

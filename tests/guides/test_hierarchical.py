@@ -715,7 +715,7 @@ def test_fit_begins_without_the_gradients_of_others():
 def test_many_draws_are_made_in_parts(monkeypatch):
     guide = small(nested)
     guide()
-    monkeypatch.setattr("pyro_iaf.guides.auto_hierarchical.UNITS_AT_ONCE", 1000)
+    monkeypatch.setattr("pyro_iaf.models.particles.MAX_NUMBERS", 1000)
     sizes = []
     original = AutoHierarchicalIAF._draw
 

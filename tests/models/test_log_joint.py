@@ -14,7 +14,7 @@ from torch.distributions import biject_to
 from torch.testing import assert_close
 
 from pyro_iaf import AutoHierarchicalIAF, AutoIAF, diagnose, fit
-from pyro_iaf.guides import auto_iaf
+from pyro_iaf.guides import base
 from pyro_iaf.models.log_joint import LogJoint
 from pyro_iaf.models.traces import compute_log_prob, log_prob_of_particles, quietly
 
@@ -249,12 +249,12 @@ def test_a_guide_looks_for_its_start_at_many_points_at_once(name, monkeypatch):
             super().__init__(*arguments)
             joints.append(self)
 
-    monkeypatch.setattr(auto_iaf, "LogJoint", Seen)
+    monkeypatch.setattr(base, "LogJoint", Seen)
     model, arguments = (make() for make in MODELS[name])
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # also on a subsample, which is held still
         warnings.filterwarnings("ignore", "Site '.' is masked")
-        auto_iaf.AutoIAF(model).setup(*arguments)
+        AutoIAF(model).setup(*arguments)
     assert [joint.at_once for joint in joints] == [True]
 
 

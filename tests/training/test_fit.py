@@ -26,7 +26,7 @@ from pyro_iaf import (
 )
 from pyro_iaf.elbo.objectives import LatentLoss
 from pyro_iaf.models.log_joint import LogJoint
-from pyro_iaf.models.particles import Particles
+from pyro_iaf.models.weighted import WeightedParticles
 
 Y = torch.tensor([1.0, 2.0, 0.5, 1.5])
 
@@ -116,7 +116,7 @@ def test_its_gradient_is_that_of_the_elbo_in_mean(name, weight):
     model, arguments = (make() for make in MODELS[name])
     guide = AutoIAF(model, hidden_dims=[8], start="init", init_scale=0.5)
     guide.setup(*arguments)
-    particles = Particles(model, guide, arguments, {})
+    particles = WeightedParticles(model, guide, arguments, {})
     joint = LogJoint(model, particles.first_model, arguments, {}, guide._latent_sites())
     sticking = LatentLoss(model, guide, 4000, joint)
 
@@ -146,7 +146,7 @@ def test_its_gradient_has_no_noise_at_the_posterior():
     with torch.no_grad():  # the flows become the identity; Pathfinder's normal is the posterior
         for part in guide.transform.parts[:-1]:
             part.network.weights[0].zero_()
-    particles = Particles(conjugate, guide, (), {})
+    particles = WeightedParticles(conjugate, guide, (), {})
     joint = LogJoint(conjugate, particles.first_model, (), {}, guide._latent_sites())
     loss = LatentLoss(conjugate, guide, 16, joint)((), {}, 1.0)
     assert loss.item() == pytest.approx(-evidence(), abs=1e-9)
@@ -277,7 +277,7 @@ def test_tails_get_heavier_where_that_costs_little():
 
     guide = AutoIAF(model, num_flows=1, hidden_dims=[4])
     quick(model, guide, num_steps=400)
-    log_weights = Particles(model, guide, (), {}).weighted(4000).log_weights
+    log_weights = WeightedParticles(model, guide, (), {}).weighted(4000).log_weights
     assert log_weights.std() < 0.2
 
 

@@ -1,0 +1,88 @@
+"""Where sites start by a user's ``init_loc_fn``."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+from torch.distributions import biject_to, constraints
+
+from .._validation import warn
+from ..models.traces import full_size
+
+__all__ = ["or_draw"]
+
+
+def or_draw(init_loc_fn: Callable[..., Any]) -> Callable[[dict[str, Any]], Tensor]:
+    """Starts where ``init_loc_fn`` says, and at a draw where that says nothing of use.
+
+    It can't where a site can't be sampled; and a mean may be infinite. A value that broadcasts to
+    the site is expanded; one for all rows of a plate that is subsampled is indexed as the site is.
+    """
+
+    def init(site: dict[str, Any]) -> Tensor:
+        try:
+            to_support = biject_to(site["fn"].support)
+        except NotImplementedError:  # a reparameteriser may have this site replaced
+            unchecked: Tensor = init_loc_fn(site)
+            return unchecked
+        try:
+            value = init_loc_fn(site)
+        except NotImplementedError:
+            shape = to_support.inverse_shape(site["fn"].shape())
+            drawn: Tensor = to_support(torch.empty(shape).uniform_(-2, 2))
+            return drawn
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"init_loc_fn should return a tensor for site '{site['name']}'; got {value!r}."
+            )
+        value = _in_shape(value, site)
+        free = to_support.inv(value)
+        if not free.isfinite().all():
+            warn(
+                f"init_loc_fn starts site '{site['name']}' outside of its support, or infinitely "
+                "far out. What is not finite in unconstrained space starts at a draw instead."
+            )
+            draw = torch.empty_like(free).uniform_(-2, 2)
+            value = to_support(torch.where(free.isfinite(), free, draw))
+        checked: Tensor = value
+        return checked
+
+    return init
+
+
+def _in_shape(value: Tensor, site: dict[str, Any]) -> Tensor:
+    """A start in the shape of its site, and of floating-point numbers."""
+    fn = site["fn"]
+    value = value if value.is_floating_point() else value.to(torch.get_default_dtype())
+    shape = torch.Size(fn.shape())
+    if value.shape == shape:
+        return value
+    support = fn.support
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    of_event = shape[len(shape) - support.event_dim :]
+    candidates = [value]
+    frames = [f for f in site["cond_indep_stack"] if f.vectorized and full_size(f) != f.size]
+    if frames and all(
+        value.shape[frame.dim - fn.event_dim] in (1, full_size(frame))
+        for frame in frames
+        if value.dim() >= fn.event_dim - frame.dim
+    ):
+        with pyro.validation_enabled(False):  # other sizes are told of below
+            candidates.append(pyro.subsample(value, event_dim=fn.event_dim))
+    for candidate in candidates:
+        with contextlib.suppress(RuntimeError):
+            whole = candidate.expand(shape)
+            # One number for all of a simplex is none in it; what is whole is seen to later.
+            is_whole = candidate.shape[max(0, candidate.dim() - support.event_dim) :] == of_event
+            if is_whole or support.check(whole).all():
+                return whole
+    raise ValueError(
+        f"init_loc_fn should return a value of shape {tuple(shape)} for site '{site['name']}', or "
+        f"one that broadcasts to it and is in its support; got shape {tuple(value.shape)}."
+    )
