@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .capture import tidy
+from .graph_passes import tidy
 from .persistent_buffers import kept_buffers
 
 __all__ = ["BACKENDS", "Lowered", "choose_backend", "has_compiler", "lower", "warm_up"]
