@@ -32,14 +32,8 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .graph_passes import (
-    Refused,
-    draw_ahead,
-    let_failures_be_nan,
-    lift_tensors,
-    refuse_writes,
-    settle_shapes,
-)
+from . import graph_passes
+from .graph_passes import Refused
 
 __all__ = ["Graph", "Refused", "kind_of_tensor", "record"]
 
@@ -111,7 +105,7 @@ def record(fn: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> Gra
 
     hook = register_module_forward_pre_hook(note)
     try:
-        with _Readings() as seen, _Escapes(seen.readings), _Aside(), _WholePlates():
+        with _Readings() as seen, _NumbersInPython(seen.readings), _WholePlates():
             module = make_fx(fn)(*inputs)
     except Refused:
         raise
@@ -125,11 +119,11 @@ def record(fn: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> Gra
         raise _escape(_where(error.__traceback__)) from error
     finally:
         hook.remove()
-    tensors = lift_tensors(module)
-    masks = settle_shapes(module, tensors, len(inputs))
-    let_failures_be_nan(module)
-    refuse_writes(module)
-    draw = draw_ahead(module)
+    tensors = graph_passes.lift_tensors(module)
+    masks = graph_passes.settle_shapes(module, tensors, len(inputs))
+    graph_passes.let_failures_be_nan(module)
+    graph_passes.refuse_writes(module)
+    draw = graph_passes.draw_ahead(module)
     return Graph(
         module,
         tensors,
@@ -164,10 +158,13 @@ class _Readings(TorchDispatchMode):
         return found
 
 
-class _Escapes(TorchFunctionMode):
-    """Refuses to hand numbers that may change to Python as lists or arrays, and notes the others.
+class _NumbersInPython(TorchFunctionMode):
+    """Sees to numbers that leave tensors.
 
-    No operation does that, so that recording alone would not see it.
+    It refuses to hand those that may change to Python as lists or arrays, which is no operation, so
+    that recording alone would not see it; and notes the others. What libraries ask of numbers that
+    are settled is left out of the graph: distributions find that all they were given is allowed,
+    and a loop over a plate that takes all its rows gets their numbers.
     """
 
     def __init__(self, readings: list[tuple[Tensor, int]]) -> None:
@@ -179,21 +176,8 @@ class _Escapes(TorchFunctionMode):
     ) -> Any:
         if func in (Tensor.tolist, Tensor.numpy, Tensor.__array__):
             if _is_traced(args[0]):
-                raise _escape(_where_now())
+                raise _escape(_named(traceback.extract_stack()))
             self.readings.append((args[0], args[0]._version))
-        return func(*args, **(kwargs or {}))
-
-
-class _Aside(TorchFunctionMode):
-    """Leaves out of the graph what libraries ask of numbers that are settled.
-
-    Distributions find that all they were given is allowed, wherever they were made. A loop over a
-    plate that takes all its rows gets their numbers.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
         if func is Tensor.__bool__ and _is_within(CHECKS):
             return True
         if _is_within((LOOP,)) and not _is_traced(args[0]):
@@ -223,10 +207,6 @@ def _is_within(codes: Sequence[CodeType]) -> bool:
 def _is_traced(thing: Any) -> bool:
     mode = get_proxy_mode()
     return isinstance(thing, Tensor) and mode is not None and thing in mode.tracer.tensor_tracker
-
-
-def _where_now() -> str:
-    return _named(traceback.extract_stack())
 
 
 def _where(trace: TracebackType | None) -> str:

@@ -37,14 +37,14 @@ from ..models.param_store import stated
 from ..models.particles import Particles, check_latents
 from ..models.traces import quietly
 from ..nn.made import MaskedAutoregressiveNetwork
+from ..solvers.score_kernel import load_kernel
 from . import checkpoints
 from .batches import Batches, odd_data
 from .compiled_step import Built, CompiledSteps
 from .digests import Digests, differing, digest, digests_of_sites, in_words
 from .interrupts import Interrupts
-from .optimizers import RowAdam
+from .optimizers import BETAS, EPS, RowAdam
 from .progress import progress_bar
-from .recordings import Recordings
 from .result import AVERAGED, FitResult
 from .schedule import Schedule
 
@@ -103,6 +103,7 @@ class Run:
         self.params: dict[str, Tensor] = {}
         self.averages: dict[str, Tensor] = {}
         self.backend = "eager"
+        self.flow_dim = 0
         self.chunk = FIRST_CHUNK
         self.next_shown = 50
 
@@ -170,14 +171,6 @@ class Run:
                     "each has its own rows. Give compile=False, or an encoder."
                 )
             self.compile = False
-        self.steps = CompiledSteps(
-            self.loss,
-            self.params,
-            self.optimizer,
-            factors=RATES,
-            weighted=self.schedule.annealing is not None,
-            settings=(self.num_particles, self._settings["loss"]),
-        )
         if self.checkpoint is not None:
             self._look(*first)
         if saved is not None:
@@ -190,12 +183,19 @@ class Run:
                     "another path to begin anew."
                 ) from error
         self.resumed_at = self.saved_at = self.step
-        self.recordings = Recordings(
-            self.steps,
+        self.steps = CompiledSteps(
+            self.loss,
+            self.params,
+            self.optimizer,
+            factors=RATES,
+            weighted=self.schedule.annealing is not None,
+            settings=(self.num_particles, self._settings["loss"]),
             compile=self.compile,
             num_steps=self.schedule.num_steps,
-            before=None if saved is None else saved["recordings"],
             change=self.batches.change,
+            flow_dim=self.flow_dim,
+            prepare=load_kernel,
+            before=None if saved is None else saved["recordings"],
         )
         return first, saved
 
@@ -257,6 +257,7 @@ class Run:
             model = self.guide.with_priors(self.model)
             joint = LogJoint(model, particles.first_model, args, kwargs, latents)
             joint.at_once = particles.at_once
+            self.flow_dim = self.guide.latent_dim
             return LatentLoss(self.model, self.guide, self.num_particles, joint)
         # Flows come so near the posterior that the gradient through the draws has the less noise.
         through_the_draws = isinstance(self.guide, AutoHierarchicalIAF)
@@ -272,7 +273,11 @@ class Run:
         params = stated(seen).values()
         fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in params)
         self.optimizer = torch.optim.Adam(
-            [{"params": []}, {"params": []}], lr=self.schedule.lr, fused=fused
+            [{"params": []}, {"params": []}],
+            lr=self.schedule.lr,
+            betas=BETAS,
+            eps=EPS,
+            fused=fused,
         )
         self.rows = RowAdam(tables_of(self.guide))
         self._add(seen)
@@ -297,7 +302,7 @@ class Run:
         """Takes one step, or as many compiled ones as there are until something else is to do."""
         args, kwargs = self.waiting.pop() if self.waiting else self._next()
         with self.interrupts.open():
-            built = self.recordings.find(self.step, args, kwargs, bar)
+            built = self.steps.step_for(self.step, args, kwargs, bar)
         with quietly():
             if built is None:
                 self._take_step(args, kwargs)
@@ -344,11 +349,11 @@ class Run:
         """Takes compiled steps until there is something to see to."""
         began = time.perf_counter()
         self.backend = built.backend
-        self.steps.start(built)
-        params = dict(zip(built.live, self.steps.views, strict=True))
+        adam = self.steps.start(built)
+        params = dict(zip(built.live, adam.views, strict=True))
         steps = range(self.step, self.step + self._num_undisturbed())
         rows = torch.tensor([self._numbers(k) for k in steps], dtype=torch.float64)
-        rows = rows.to(self.steps.views[0].device)
+        rows = rows.to(adam.values.device)
         take = self.steps.bind(built, args, kwargs)
         pairs: list[Tensor] = []
         try:
@@ -358,7 +363,7 @@ class Run:
                         self.step = step
                         with torch.enable_grad():  # as it was when the step was built
                             batch = self._next()
-                            is_same = self.recordings.is_for(built, *batch)
+                            is_same = self.steps.is_for(built, *batch)
                         if not is_same:
                             self.waiting.append(batch)
                             break
@@ -370,7 +375,7 @@ class Run:
         finally:  # whatever ends it, what was taken counts
             self.step = steps.start
             if pairs:
-                self.steps.write()
+                adam.store()
                 results = torch.stack(pairs).tolist()
                 affordable = SECONDS_A_CHUNK * len(pairs) / (time.perf_counter() - began)
                 self.chunk = max(1, min(int(affordable), 2 * self.chunk, LARGEST_CHUNK))
@@ -497,7 +502,7 @@ class Run:
             "step": self.step,
             "generators": generators,
             "batches": self.batches.state(),
-            "recordings": self.recordings.state(),
+            "recordings": self.steps.state(),
         }
 
     def _save(self) -> None:
