@@ -1,132 +1,174 @@
 r"""From a graph of operations to something that runs: replayed one by one, or compiled.
 
+A :class:`Backend` makes a function of tensors fast, and says where it can and what it costs.
 ``"graph"`` calls the operations from generated Python, without handlers, distributions or autograd
 around them. ``"inductor"`` hands them to PyTorch's compiler, as one C++ program, or CUDA graph.
 """
 
 from __future__ import annotations
 
-import logging
-import operator
 import os
 import re
 import shutil
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .capture import tidy
-from .persistent_buffers import kept_buffers
+from . import inductor
+from .graph_passes import tidy
 
-__all__ = ["BACKENDS", "Lowered", "choose_backend", "has_compiler", "lower", "warm_up"]
-
-BACKENDS = ("auto", "inductor", "graph")
+__all__ = ["BACKENDS", "Backend", "CudaGraphs", "Inductor", "Lowered", "Replay", "able_backends"]
+__all__ += ["choose_backend", "has_compiler", "lower", "worthwhile_backend"]
 
 #: A function of a list of tensors that may be emptied.
 Lowered = Callable[[list[Tensor]], Sequence[Tensor]]
 
-# Loops over fewer numbers than this stay in one thread: it takes microseconds to wake another.
-NUMBERS_PER_THREAD = 16384
 
-# A program that compiles to nothing, with all headers.
-NOTHING = """
-#include <torch/csrc/inductor/cpp_wrapper/cpu.h>
-void inductor_entry_impl(AtenTensorHandle*, AtenTensorHandle*) {}
-"""
+class Backend:
+    """A way to make a function of tensors fast.
+
+    A subclass says its ``name``, where it :meth:`is_available`, and how to :meth:`lower` a
+    function; and what it costs and saves, if that differs from a replay. It is used once it stands
+    in :data:`BACKENDS`. Several may share a name, each for devices of its own.
+
+    Attributes:
+        name: What ``backend=`` and ``FitResult.backend`` call it.
+        seconds_to_build: What building costs: in any case, and for each operation of the graph.
+        seconds_saved: What each step saves, for each operation of the graph.
+        fewest_steps: Runs of fewer steps are not worth a recording.
+    """
+
+    name: str
+    seconds_to_build = (0.0, 0.0)
+    seconds_saved = 2.5e-6
+    fewest_steps = 500
+
+    def is_available(self, device: torch.device) -> bool:
+        """Whether it runs on this machine, for tensors on this device."""
+        raise NotImplementedError
+
+    def can_take(self, example: Sequence[Tensor]) -> bool:
+        """Whether it is meant for functions of such tensors."""
+        return True
+
+    def lower(self, fn: Callable[..., Any], example: Sequence[Tensor]) -> Lowered:
+        """The function, made fast; see :func:`lower`. May fail by any exception."""
+        raise NotImplementedError
+
+    def warm_up(self) -> None:
+        """Begins what building needs first, in the background."""
+
+    def gain(self, num_steps: int, num_operations: int) -> float:
+        """How many seconds so many steps save by a graph of so many operations.
+
+        Example:
+            >>> Replay().gain(1000, 400), Inductor().gain(1000, 400)
+            (1.0, -4.2)
+        """
+        start, each = self.seconds_to_build
+        return (self.seconds_saved * num_steps - each) * num_operations - start
+
+
+class Replay(Backend):
+    """The operations one after the other, called without the Python that torch.ops puts around."""
+
+    name = "graph"
+
+    def is_available(self, device: torch.device) -> bool:
+        return True
+
+    def lower(self, fn: Callable[..., Any], example: Sequence[Tensor]) -> Lowered:
+        if not isinstance(fn, fx.GraphModule):
+            fn = make_fx(fn, tracing_mode="fake")(*example)
+        return _replayed(fn)
+
+
+class Inductor(Backend):
+    """One C++ program for the CPU, by PyTorch's compiler."""
+
+    name = "inductor"
+    seconds_to_build = (3.0, 0.008)
+    seconds_saved = 5e-6
+
+    def is_available(self, device: torch.device) -> bool:
+        has_one = shutil.which(os.environ.get("CXX", "g++")) is not None
+        return device.type != "cuda" and has_one
+
+    def can_take(self, example: Sequence[Tensor]) -> bool:
+        return not any(tensor.is_cuda for tensor in example)
+
+    def lower(self, fn: Callable[..., Any], example: Sequence[Tensor]) -> Lowered:
+        try:
+            return inductor.compile_for_cpu(fn, example)
+        except Exception:  # of a PyTorch that writes its code in other ways, perhaps
+            return inductor.compile_for_cpu(fn, example, keeping=nullcontext)
+
+    def warm_up(self) -> None:
+        inductor.warm_up()
+
+
+class CudaGraphs(Backend):
+    """CUDA graphs, whose outputs the next call overwrites, so that they are copied."""
+
+    name = "inductor"
+    seconds_to_build = Inductor.seconds_to_build
+    seconds_saved = Inductor.seconds_saved
+
+    def is_available(self, device: torch.device) -> bool:
+        return device.type == "cuda"
+
+    def can_take(self, example: Sequence[Tensor]) -> bool:
+        return any(tensor.is_cuda for tensor in example)
+
+    def lower(self, fn: Callable[..., Any], example: Sequence[Tensor]) -> Lowered:
+        compiled = torch.compile(fn, fullgraph=True, dynamic=False, mode="reduce-overhead")
+
+        def run(tensors: list[Tensor]) -> list[Tensor]:
+            torch.compiler.cudagraph_mark_step_begin()
+            return [out.clone() for out in compiled(*tensors)]
+
+        return run
+
+
+#: What there is, the fastest first. One more is one more entry.
+BACKENDS: list[Backend] = [CudaGraphs(), Inductor(), Replay()]
+
+
+def able_backends(device: torch.device) -> list[Backend]:
+    """Those that run on this machine, for tensors on this device."""
+    return [backend for backend in BACKENDS if backend.is_available(device)]
 
 
 def has_compiler(device: torch.device) -> bool:
     """Whether steps on this device can be compiled."""
-    return device.type == "cuda" or shutil.which(os.environ.get("CXX", "g++")) is not None
+    return able_backends(device)[0].name != Replay.name
 
 
-def choose_backend(backend: str, device: torch.device) -> str:
-    """The backend that ``"auto"`` stands for on this machine.
+def worthwhile_backend(device: torch.device, num_steps: int, num_operations: int) -> Backend:
+    """The one that so many steps of a graph of so many operations repay most."""
+    return max(able_backends(device), key=lambda b: b.gain(num_steps, num_operations))
+
+
+def choose_backend(name: str, device: torch.device) -> Backend:
+    """The backend of this name; ``"auto"`` is the fastest.
 
     Warns:
-        UserWarning: If there is no compiler, so that it is ``"graph"``.
+        UserWarning: If that is a replay, for want of a compiler.
     """
-    if backend != "auto":
-        return backend
-    if has_compiler(device):
-        return "inductor"
-    warnings.warn(
-        "There is no C++ compiler here, so steps are replayed operation by operation, "
-        'backend="graph": up to twice as fast as Pyro, where compiled ones are up to sixty times '
-        "as fast. Install g++, or name a compiler in CXX.",
-        UserWarning,
-        stacklevel=3,
-    )
-    return "graph"
-
-
-def warm_up() -> None:
-    """Begins what compiling needs first on a machine, in other processes.
-
-    That is what the compiler can make for the processor, and PyTorch's headers in its own form.
-    """
-    # Imported here, as a thread that imports when the process forks leaves a lock behind.
-    from torch._inductor import codecache, cpu_vec_isa  # noqa: F401
-
-    if not _warming:
-        _warming.append(threading.Thread(target=_warm_up, daemon=True))
-        _warming[0].start()
-
-
-_warming: list[threading.Thread] = []
-_processor_is_known = threading.Event()
-
-
-def _warm_up() -> None:
-    try:
-        from torch._inductor import config, cpu_vec_isa
-        from torch._inductor.codecache import CppWrapperCodeCache
-
-        with config.patch(_settings()):
-            cpu_vec_isa.pick_vec_isa()
-        _processor_is_known.set()
-        CppWrapperCodeCache.load_pybinding(
-            argtypes=["std::vector<AtenTensorHandle>"],
-            main_code=NOTHING,
-            device_type="cpu",
-            needs_vec_isa=True,
-            num_outputs=0,
+    if name != "auto":
+        return max((b for b in BACKENDS if b.name == name), key=lambda b: b.is_available(device))
+    if not has_compiler(device):
+        _warn(
+            "There is no C++ compiler here, so steps are replayed operation by operation, "
+            'backend="graph": up to twice as fast as Pyro, where compiled ones are up to sixty '
+            "times as fast. Install g++, or name a compiler in CXX."
         )
-    except Exception as error:  # whoever compiles next meets it again, and says so
-        logging.getLogger(__name__).debug("not warmed up: %s", error)
-    finally:
-        _processor_is_known.set()
-
-
-def _forget_threads() -> None:
-    """A forked process has none of the threads that its parent started."""
-    global _processor_is_known
-    _warming.clear()
-    _processor_is_known = threading.Event()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_threads)
-
-
-def _settings() -> dict[str, Any]:
-    """What differs from the compiler's defaults, as far as its version knows it."""
-    from torch._inductor import config
-
-    settings: dict[str, Any] = {
-        "cpp.min_chunk_size": NUMBERS_PER_THREAD,
-        "size_asserts": False,  # whoever calls has compared shapes and strides
-        "use_post_grad_passes": False,  # on small matrices addmm is slower than what it is made of
-    }
-    if torch.backends.cpu.get_cpu_capability() == "AVX512":
-        settings["cpp.vec_isa_ok"] = True  # PyTorch's own kernels are of that kind: don't try again
-    return {name: value for name, value in settings.items() if name in config.get_config_copy()}
+    return able_backends(device)[0]
 
 
 def lower(fn: Callable[..., Any], example: Sequence[Tensor], backend: str) -> tuple[Lowered, str]:
@@ -136,7 +178,7 @@ def lower(fn: Callable[..., Any], example: Sequence[Tensor], backend: str) -> tu
         fn: A function that any tracer can follow, of tensors, which returns a tuple of tensors. It
             may write into its arguments.
         example: Tensors to trace it with; they are left alone.
-        backend: ``"inductor"`` or ``"graph"``.
+        backend: A name.
 
     Returns:
         The function on a list of tensors, and the backend that it became.
@@ -145,22 +187,19 @@ def lower(fn: Callable[..., Any], example: Sequence[Tensor], backend: str) -> tu
         UserWarning: If the compiler fails; then the backend is ``"graph"``.
     """
     example = [tensor.detach() for tensor in example]
-    if backend == "inductor":
-        try:
-            try:
-                return _compiled(fn, example, kept_buffers), backend
-            except Exception:  # of a PyTorch that writes its code in other ways, perhaps
-                return _compiled(fn, example, nullcontext), backend
-        except Exception as error:  # whatever goes wrong in a compiler, or for want of headers
-            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-            warnings.warn(
-                f"The compiler failed, so steps are replayed operation by operation: {first_line}",
-                UserWarning,
-                stacklevel=3,
-            )
-    if not isinstance(fn, fx.GraphModule):
-        fn = make_fx(fn, tracing_mode="fake")(*example)
-    return _replayed(fn), "graph"
+    chosen = next(b for b in BACKENDS if b.name == backend and b.can_take(example))
+    try:
+        return chosen.lower(fn, example), chosen.name
+    except Exception as error:  # whatever goes wrong in a compiler, or for want of headers
+        if isinstance(chosen, Replay):
+            raise
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        _warn(f"The compiler failed, so steps are replayed operation by operation: {first_line}")
+        return lower(fn, example, Replay.name)
+
+
+def _warn(what: str) -> None:
+    warnings.warn(what, UserWarning, stacklevel=4)
 
 
 def _replayed(module: fx.GraphModule) -> Lowered:
@@ -203,94 +242,3 @@ def _leave_out_views(module: fx.GraphModule) -> None:
             node.replace_all_uses_with(source)
             module.graph.erase_node(node)
     tidy(module)
-
-
-def _compiled(fn: Callable[..., Any], example: list[Tensor], keeping: Callable[[], Any]) -> Lowered:
-    if any(tensor.is_cuda for tensor in example):
-        return _on_cuda(fn)
-    warm_up()
-    # Not torch.compile: it would trace once more, and guard at each call what is known here.
-    from torch._decomp import get_decompositions
-    from torch._guards import TracingContext, tracing
-    from torch._inductor import config
-    from torch._inductor.compile_fx import compile_fx_inner
-    from torch._inductor.decomposition import select_decomp_table
-    from torch._inductor.virtualized import V
-
-    functional = torch.func.functionalize(fn, remove="mutations")
-    decompositions = {**select_decomp_table(), **get_decompositions([torch.ops.aten.addmm])}
-    module = make_fx(functional, decompositions, tracing_mode="fake")(*example)
-    _use_known_solver(module)
-    values = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
-    mode = values[0].fake_mode
-    _processor_is_known.wait()
-    with (
-        config.patch(_settings()),
-        tracing(TracingContext(mode)),
-        V.set_fake_mode(mode),
-        _without_remarks(),
-        keeping(),
-    ):
-        compiled: Any = compile_fx_inner(module, values, cpp_wrapper=True, is_inference=True)
-    return compiled.current_callable  # type: ignore[no-any-return]
-
-
-@contextmanager
-def _without_remarks() -> Iterator[None]:
-    """Without what the compiler remarks on its own ways."""
-    logger = logging.getLogger("torch._inductor.ir")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.triangular_solve(torch.ones(1, 1), torch.ones(1, 1))  # it warns but once
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-def _on_cuda(fn: Callable[..., Any]) -> Lowered:
-    """By CUDA graphs, whose outputs the next call overwrites."""
-    compiled = torch.compile(fn, fullgraph=True, dynamic=False, mode="reduce-overhead")
-
-    def run(tensors: list[Tensor]) -> list[Tensor]:
-        torch.compiler.cudagraph_mark_step_begin()
-        return [out.clone() for out in compiled(*tensors)]
-
-    return run
-
-
-def _use_known_solver(module: fx.GraphModule) -> None:
-    """Writes triangular systems in the one form that compiled code calls without Python."""
-    aten = torch.ops.aten
-    graph = module.graph
-    for node in list(graph.nodes):
-        if node.target is not aten.linalg_solve_triangular.default:
-            continue
-        matrix, rows = node.args
-        upper, left = node.kwargs["upper"], node.kwargs.get("left", True)
-        if node.kwargs.get("unitriangular", False):
-            continue
-
-        def call(target: Any, *args: Any) -> fx.Node:
-            new = graph.call_function(target, args)
-            given = [a.meta["val"] if isinstance(a, fx.Node) else a for a in args]
-            with node.meta["val"].fake_mode:  # noqa: B023
-                new.meta["val"] = target(*given)
-            return new
-
-        def flipped(x: fx.Node) -> fx.Node:
-            *batch, i, j = range(x.meta["val"].dim())
-            return call(aten.permute.default, x, [*batch, j, i])
-
-        with graph.inserting_before(node):
-            if left:
-                solved = call(aten.triangular_solve.default, rows, matrix, upper)
-            else:  # x A = b is A' x' = b'
-                solved = call(aten.triangular_solve.default, flipped(rows), matrix, upper, True)
-            solved = call(operator.getitem, solved, 0)
-            solved = solved if left else flipped(solved)
-        node.replace_all_uses_with(solved)
-        graph.erase_node(node)
-    module.recompile()

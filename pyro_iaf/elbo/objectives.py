@@ -22,6 +22,7 @@ from ..models.arguments import Args, Kwargs, Program
 from ..models.log_joint import LogJoint
 from ..models.matching import Matching, check_guide_site
 from ..models.traces import is_latent
+from ..solvers.score_kernel import load_kernel
 from .compiled import CompiledTrace_ELBO
 from .stl import TraceSTL_ELBO
 from .trace import recordable_loss
@@ -47,6 +48,9 @@ class Loss:
     # Whether the gradient is mass-covering: weighted by importance; 0 or 1 in a graph.
     covers: bool | Tensor = False
 
+    # Over how many latents its flows are; 0 if it knows of none.
+    flow_dim = 0
+
     def __init__(self, model: Program, guide: Any) -> None:
         self.model, self.guide = model, guide
         # The effective sample size as a share of the particles, averaged over a hundred steps.
@@ -65,6 +69,9 @@ class Loss:
     def recordable(self, args: Args, kwargs: Kwargs, weight: float | Tensor) -> Tensor:
         """The same, in operations that a graph can hold; raises ``Refused`` if there are none."""
         return self(args, kwargs, weight)
+
+    def prepare(self) -> None:
+        """Loads what a compiled step needs, while it is compiled."""
 
 
 class TraceLoss(Loss):
@@ -147,6 +154,7 @@ class LatentLoss(Loss):
     ) -> None:
         super().__init__(model, guide)
         self.num_particles, self.joint = num_particles, joint
+        self.flow_dim = joint.latent_dim
 
     def __call__(self, args: Args, kwargs: Kwargs, weight: float | Tensor) -> Tensor:
         z, log_q, score = self.guide.sample_with_score(self.num_particles, *args, **kwargs)
@@ -167,6 +175,9 @@ class LatentLoss(Loss):
         z.backward(slope)
         loss: Tensor = -log_w.mean()
         return loss
+
+    def prepare(self) -> None:
+        load_kernel()
 
     @torch.no_grad()
     def see_to_tails(self, batch: Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]) -> None:

@@ -50,6 +50,9 @@ class LogJoint(Particles):
         args: The model's arguments.
         kwargs: Likewise.
         latents: The sites that make up the vector, in its order; by default all latents there are.
+
+    Attributes:
+        latent_dim: The length D of the vector.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class LogJoint(Particles):
             shape = to_support.inverse_shape(site["value"].shape)
             placed = self.placed(shape, len(shape) - to_support.domain.event_dim)
             self._layout.append((name, to_support, placed, shape.numel()))
+        self.latent_dim = sum(size for *_, size in self._layout)
         self.weight: float | Tensor = 1.0
 
     def on(self, args: Args, kwargs: Kwargs, weight: float | Tensor = 1.0) -> LogJoint:

@@ -105,7 +105,7 @@ class Checkpoint:
             "step": self.run.step,
             "generators": {"torch": torch.get_rng_state(), "cuda": cuda},
             "batches": self.run.batches.state(),
-            "recordings": self.run.recordings.state(),
+            "recordings": self.run.steps.state(),
         }
 
     def save(self) -> None:

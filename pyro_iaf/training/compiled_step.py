@@ -1,33 +1,59 @@
 r"""A whole step of training as one call: the loss, its gradient, clipping and Adam.
 
-.. math::
-    m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad
-    v \leftarrow \beta_2 v + (1 - \beta_2) g^2, \quad
-    \phi \leftarrow \phi - \eta \, \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
+All parameters stand in one flat tensor while steps are compiled. They are written back by
+``copy_``, so that whoever watches them sees it.
 
-with all parameters in one flat tensor while it runs. They are written back by ``copy_``, so that
-whoever watches them sees it.
+A recording costs seconds and saves some part of a millisecond a step: so it is made where the
+steps that are left repay it, for arguments of a kind that comes often.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
 from threading import Thread
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
+from tqdm.auto import tqdm
 
+from .._validation import warn
+from ..compiler import lowering
 from ..compiler.capture import Graph, Refused, record
-from ..compiler.lowering import Lowered, lower
-from ..compiler.recorder import agree, by_hash, kind_of, opened
+from ..compiler.lowering import Lowered, Replay
+from ..compiler.recorder import (
+    MAX_GRAPHS,
+    Recorder,
+    by_hash,
+    compare,
+    disagreement,
+    kind_of,
+    opened,
+)
 from ..elbo.objectives import Loss
 from ..models.traces import quietly
-from ..solvers.score_kernel import load_kernel
-from .optimizers import BETA_1, BETA_2, EPS, Adam
+from .digests import digest
+from .optimizers import BETAS, FlatAdam
 
-__all__ = ["CompiledSteps"]
+__all__ = ["Built", "CompiledSteps"]
+
+# How often arguments of a further kind have to come to be worth compiling for.
+RARE = 20
+
+# Flows over more latents are slower replayed, with Adam written out, than run by their code: with
+# a C++ compiler for their scores, and without.
+MAX_REPLAYED, MAX_REPLAYED_UNCOMPILED = 200, 64
+
+
+class StepCall(NamedTuple):
+    """What a step is taken with: its number, the arguments, and where to say that it compiles."""
+
+    step: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    bar: tqdm[Any] | None = None
 
 
 class Built(NamedTuple):
@@ -36,7 +62,6 @@ class Built(NamedTuple):
     graph: Graph
     live: list[str]  # the parameters that have gradients
     backend: str
-    wanted: str  # the backend that was asked for
     run: Lowered
 
 
@@ -44,17 +69,23 @@ class Built(NamedTuple):
 _built: Any = WeakIdKeyDictionary()
 
 
-class CompiledSteps:
-    """The compiled steps of one training run.
+class CompiledSteps(Recorder[StepCall, Built]):
+    """The compiled steps of one training run, built where that is worth it.
 
     Args:
         loss: What is minimised.
         params: All parameters by name.
         optimizer: Whose state it takes over.
-        factors: See :class:`Adam`.
+        factors: See :class:`FlatAdam`.
         weighted: Whether the weight of the KL divergence changes.
         settings: What else makes one run's steps other than another's.
+        compile: As for :func:`~pyro_iaf.fit`.
+        num_steps: Of the run.
+        change: Whether arguments change from step to step.
+        before: The :meth:`state` of a run that goes on from a checkpoint.
     """
+
+    check_growth = 4  # a use is hundreds of steps, and a check costs as much as a hundred
 
     def __init__(
         self,
@@ -64,34 +95,158 @@ class CompiledSteps:
         factors: Sequence[float],
         weighted: bool,
         settings: tuple[Any, ...],
+        *,
+        compile: bool | str,  # noqa: A002
+        num_steps: int,
+        change: bool,
+        before: dict[str, Any] | None,
     ) -> None:
+        super().__init__()
         self.loss, self.params, self.optimizer = loss, params, optimizer
-        self._factors = factors
+        self.compile, self.num_steps, self.change = compile, num_steps, change
+        self._factors, self._weighted, self._settings = factors, weighted, settings
         known = _built.setdefault(loss.guide, {}) if isinstance(loss.guide, nn.Module) else {}
         self._known: dict[Any, Built] = known
-        self._weighted, self._settings = weighted, settings
-        self._adam: Adam | None = None
+        self._adam: FlatAdam | None = None
+        self._last: Built | None = None
+        self._live: list[str] = []
+        self.device = next(iter(params.values()), torch.zeros(())).device
+        self.best = Replay() if compile == "graph" else lowering.able_backends(self.device)[0]
+        # Of those that were built before, too.
+        self.wanted = [b.name for b in (lowering.BACKENDS if compile == "auto" else [self.best])]
+        # By kinds of arguments, in letters that a checkpoint can hold. What took steps of each kind
+        # goes on to, so that a run goes on in the same numbers.
+        before = before or {"kinds": {}, "left_out": [], "backends": {}, "is_off": False}
+        self._times, self._left_out = Counter(before["kinds"]), set(before["left_out"])
+        self._backends: dict[str, str] = dict(before["backends"])
+        if before["is_off"] and compile == "auto":
+            self.compile = False
 
-    def find(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], backends: Sequence[str]
+    # When to build
+
+    def step_for(
+        self, step: int, args: tuple[Any, ...], kwargs: dict[str, Any], bar: tqdm[Any]
     ) -> Built | None:
-        """The step for such arguments by one of these backends, if it was built."""
-        key = self._key(args, kwargs)
-        for backend in backends:
-            built = self._known.get((key, backend))
-            if built is not None and built.graph.is_current:
-                held = {id(tensor) for tensor in built.graph.tensors}
-                if all(id(self.params.get(name)) in held for name in built.live):
-                    return built
-        return None
+        """The compiled step for these arguments, built if need be; None if there is to be none.
 
-    def record(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Graph, list[str]]:
+        Raises:
+            Refused: If there is none, and ``compile`` asks for one.
+
+        Warns:
+            UserWarning: Once, if there is none and ``compile="auto"``.
+        """
+        if self.compile is False:
+            return None
+        call = StepCall(step, args, kwargs, bar)
+        try:
+            built, is_due = self.find(call)
+            if is_due:
+                built = self.record(call)
+        except Refused as why:
+            if self.compile != "auto":
+                raise
+            self.compile = False
+            warn(f"fit takes its steps uncompiled: {why}")
+            return None
+        if built is not None and built is not self._last:
+            self._backends[_name(call)] = built.backend
+            self._last = built
+        return built
+
+    def is_for(self, built: Built, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a step takes these arguments too."""
+        try:
+            kind = self.kind(StepCall(0, args, kwargs))
+        except Refused:  # they are of no kind that a graph can take
+            return False
+        return self.recordings.get(kind) is built and self.is_current(built)
+
+    def state(self) -> dict[str, Any]:
+        """What decides on the steps to come, for a run that goes on from here."""
+        return {
+            "kinds": dict(self._times),
+            "left_out": sorted(self._left_out),
+            "backends": dict(self._backends),
+            "is_off": self.compile is False,
+        }
+
+    def kind(self, call: StepCall) -> Hashable:
+        kind = kind_of(self.loss.model, self.loss.guide, call.args, call.kwargs)
+        settings = type(self.loss), self._settings, self._weighted, tuple(self.params)
+        return by_hash(self.loss.model), settings, kind
+
+    def leave_to_code(self, why: str) -> None:
+        raise Refused(why)
+
+    def made_before(self, kind: Hashable) -> Built | None:
+        built = (self._known.get((kind, backend)) for backend in self.wanted)
+        return next((b for b in built if b is not None and self.is_current(b)), None)
+
+    def is_current(self, recording: Built) -> bool:
+        if not recording.graph.is_current:
+            return False
+        held = {id(tensor) for tensor in recording.graph.tensors}
+        return all(id(self.params.get(name)) in held for name in recording.live)
+
+    def is_due(self, call: StepCall, kind: Hashable) -> bool:
+        name = _name(call)
+        if self._backends.get(name) in self.wanted:
+            return True
+        is_short = self.num_steps - call.step < self.best.fewest_steps
+        if (is_short and self.compile == "auto") or len(self._times) > MAX_GRAPHS:
+            return False
+        self._times[name] += 1
+        # The last minibatch of a walk may be smaller, or each is of a kind of its own: not worth
+        # compiling for what comes rarely.
+        is_rare = self._times[name] < (RARE if len(self._times) > 1 else 1 + self.change)
+        return not is_rare and len(self._times) <= MAX_GRAPHS and name not in self._left_out
+
+    # Building
+
+    def make(self, call: StepCall) -> Built | None:
+        name = _name(call)
+        backend = self._backends.get(name, "")
+        is_open = backend not in self.wanted  # else the run goes on with it
+        if is_open:
+            backend = self.best.name
+        if self.compile != "auto":
+            self.best.warm_up()
+        graph, live = self._graph_of(call)
+        self._live = self._live or live
+        if live != self._live:  # a graph has Adam's averages of one set of parameters
+            self._left_out.add(name)
+            return None
+        if self.compile == "auto" and is_open:
+            size = self.num_steps - call.step, len(graph.module.graph.nodes)
+            backend = lowering.worthwhile_backend(self.device, *size).name
+            has_one = lowering.has_compiler(torch.device("cpu"))
+            largest = MAX_REPLAYED if has_one else MAX_REPLAYED_UNCOMPILED
+            if backend == Replay.name and self.loss.flow_dim > largest:
+                self.compile = False
+                return None
+        if backend != Replay.name and call.bar is not None:
+            call.bar.set_postfix_str("compiling the step, once")
+        adam = self._adam_of(live)
+        with torch.random.fork_rng(), torch.no_grad():
+            numbers = torch.ones(4, dtype=torch.float64, device=adam.values.device)
+            example = _arguments(adam, graph, call)(numbers)
+            whole = _whole_step(graph, adam, len(opened(call.args, call.kwargs)[0]))
+            preparing = Thread(target=self.loss.prepare)
+            preparing.start()
+            run, found = lowering.lower(whole, example, backend)
+            preparing.join()
+        built = Built(graph, live, found, run)
+        self.check(built, call)
+        self._known[self.kind(call), backend] = built
+        return built
+
+    def _graph_of(self, call: StepCall) -> tuple[Graph, list[str]]:
         """The graph of the loss and its gradient, and the parameters that have one."""
         loss, kept = self.loss, (self.loss.covers, self.loss.health)
         with torch.random.fork_rng(), quietly():
-            self._by_code(args, kwargs)
+            self._by_code(call)
             live = [name for name, param in self.params.items() if param.grad is not None]
-        tensors, rebuild = opened(args, kwargs)
+        tensors, rebuild = opened(call.args, call.kwargs)
         if not live:
             raise Refused("Nothing has a gradient, so there is nothing to compile: compile=False.")
         lead = [self.params[live[0]].detach().new_ones(()) for _ in range(2)]
@@ -112,46 +267,49 @@ class CompiledSteps:
             loss.covers, loss.health = kept
         return graph, live
 
-    def build(
-        self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        graph: Graph,
-        live: list[str],
-        backend: str,
-    ) -> Built:
-        """Makes a graph fast, and compares it with the code.
-
-        Raises:
-            Refused: If they don't agree.
-        """
-        adam = self._adam_of(live)
-        wanted = backend
+    def check(self, recording: Built, call: StepCall) -> None:
+        with torch.random.fork_rng(), quietly():
+            value = self._by_code(call)
+            slopes = [param.grad for param in self._of(recording.live)]
+            self._forget()
+        expected = [slope for slope in slopes if slope is not None]
+        if len(expected) < len(slopes):
+            raise disagreement("other parameters have gradients than before")
+        adam = self._adam_of(recording.live)  # of its own, which is at no matter what
+        adam.first.zero_()
+        adam.second.zero_()
+        adam.state.copy_(adam.state.new_tensor([self.loss.health.item(), 0.0]))
         with torch.random.fork_rng(), torch.no_grad():
-            numbers = torch.ones(4, dtype=torch.float64, device=adam.values.device)
-            example = _arguments(adam, graph, args, kwargs)(numbers)
-            whole = _whole_step(graph, adam, len(opened(args, kwargs)[0]))
-            kernel = Thread(target=load_kernel)
-            kernel.start()
-            run, backend = lower(whole, example, backend)
-            kernel.join()
-        built = Built(graph, live, backend, wanted, run)
-        self.check(built, args, kwargs)
-        self._known[self._key(args, kwargs), wanted] = built
-        return built
+            numbers = adam.state.new_tensor([0.0, 1.0, 0.0, torch.inf])
+            found, _ = recording.run(_arguments(adam, recording.graph, call)(numbers))[0]
+        if all(number.isfinite().all() for number in (value, *expected)):  # else it is skipped
+            again = adam.in_shape(adam.first / (1 - BETAS[0]))
+            compare([found.to(value), *again], [value, *expected])
 
-    def start(self, built: Built) -> None:
+    def _by_code(self, call: StepCall) -> Tensor:
+        """The loss, and its gradient in the parameters."""
+        self._forget()
+        covers, self.loss.covers = self.loss.covers, False
+        kept = self.loss.health
+        try:
+            return self.loss(call.args, call.kwargs, 1.0)
+        finally:
+            self.loss.covers, self.loss.health = covers, kept
+
+    def _forget(self) -> None:
+        for param in self.params.values():
+            param.grad = None
+
+    # Running
+
+    def start(self, built: Built) -> FlatAdam:
         """Takes over parameters and state, if that was not done."""
         if self._adam is not None and self._adam.params != self._of(built.live):
             self.stop()
         if self._adam is None:
             self._adam = self._adam_of(built.live)
             self._adam.state[0] = self.loss.health
-
-    def write(self) -> None:
-        """Writes the parameters."""
-        assert self._adam is not None
-        self._adam.store()
+        return self._adam
 
     def stop(self) -> None:
         """Gives parameters and state back, if it had them."""
@@ -160,12 +318,6 @@ class CompiledSteps:
             self._adam.store_state()
             self.loss.health = self._adam.state[0].clone()
             self._adam = None
-
-    @property
-    def views(self) -> list[Tensor]:
-        """The parameters as they are now."""
-        assert self._adam is not None
-        return self._adam.views
 
     def bind(
         self, built: Built, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -176,7 +328,7 @@ class CompiledSteps:
         cover and the largest norm, and returns the loss and the norm of its gradient.
         """
         assert self._adam is not None
-        arguments = _arguments(self._adam, built.graph, args, kwargs)
+        arguments = _arguments(self._adam, built.graph, StepCall(0, args, kwargs))
         run = built.run
 
         def step(numbers: Tensor) -> Tensor:
@@ -184,88 +336,34 @@ class CompiledSteps:
 
         return step
 
-    def _adam_of(self, live: list[str]) -> Adam:
-        return Adam(self._of(live), self.optimizer, self._factors)
+    def _adam_of(self, live: list[str]) -> FlatAdam:
+        return FlatAdam(self._of(live), self.optimizer, self._factors)
 
     def _of(self, names: list[str]) -> list[Tensor]:
         return [self.params[name] for name in names]
 
-    def check(self, built: Built, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Compares a step with the code that it was made of.
 
-        Raises:
-            Refused: If they don't agree.
-        """
-        with torch.random.fork_rng(), quietly():
-            value = self._by_code(args, kwargs)
-            slopes = [param.grad for param in self._of(built.live)]
-            self._forget()
-        expected = [slope for slope in slopes if slope is not None]
-        if len(expected) < len(slopes):
-            raise _disagreement("other parameters have gradients than before")
-        adam = self._adam_of(built.live)  # of its own, which is at no matter what
-        adam.first.zero_()
-        adam.second.zero_()
-        adam.state.copy_(adam.state.new_tensor([self.loss.health.item(), 0.0]))
-        with torch.random.fork_rng(), torch.no_grad():
-            numbers = adam.state.new_tensor([0.0, 1.0, 0.0, torch.inf])
-            found, _ = built.run(_arguments(adam, built.graph, args, kwargs)(numbers))[0]
-        slopes_are_finite = all(slope.isfinite().all() for slope in expected)
-        if not (value.isfinite() and slopes_are_finite):
-            return  # a step that would be skipped
-        again = adam.in_shape(adam.first / (1 - BETA_1))
-        if not agree([found.to(value), *again], [value, *expected]):
-            raise _disagreement(
-                f"under one seed its loss is {value.item():.6g}, and that of its graph "
-                f"{found.item():.6g}; or else their gradients differ"
-            )
-
-    def _by_code(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """The loss, and its gradient in the parameters."""
-        self._forget()
-        covers, self.loss.covers = self.loss.covers, False
-        kept = self.loss.health
-        try:
-            return self.loss(args, kwargs, 1.0)
-        finally:
-            self.loss.covers, self.loss.health = covers, kept
-
-    def _forget(self) -> None:
-        for param in self.params.values():
-            param.grad = None
-
-    def _key(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        kind = kind_of(self.loss.model, self.loss.guide, args, kwargs)
-        settings = type(self.loss), self._settings, self._weighted, tuple(self.params)
-        return by_hash(self.loss.model), settings, kind
+def _name(call: StepCall) -> str:
+    """The kind of a call's arguments, in letters that a checkpoint can hold."""
+    return digest(kind_of(None, None, call.args, call.kwargs))
 
 
-def _disagreement(how: str) -> Refused:
-    return Refused(
-        f"The step and its graph don't agree: {how}. The model or the guide may hang on something "
-        "else than tensors that changes from run to run, as a counter, a number, or the random "
-        "numbers of Python. Give such numbers as tensors, or compile=False."
-    )
-
-
-def _arguments(
-    adam: Adam, graph: Graph, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Callable[[Tensor], list[Tensor]]:
+def _arguments(adam: FlatAdam, graph: Graph, call: StepCall) -> Callable[[Tensor], list[Tensor]]:
     """What a whole step takes, by its row of numbers; with fresh noise at each call."""
-    inputs = [tensor.detach() for tensor in opened(args, kwargs)[0]]
+    inputs = [tensor.detach() for tensor in opened(call.args, call.kwargs)[0]]
     views = dict(zip(map(id, adam.params), adam.views, strict=True))
     held = [views.get(id(tensor), tensor) for tensor in graph.tensors]
     others = [tensor for tensor in graph.tensors if id(tensor) not in views]
-    own = [adam.values, adam.first, adam.second, adam.state, adam.rates]
+    own = adam.tensors
     sources = [*3 * [adam.state], *inputs, *held]
     draw = graph.draw.forward
     return lambda numbers: [*own, numbers, *inputs, *others, *draw(*sources)]
 
 
-def _whole_step(graph: Graph, adam: Adam, num_inputs: int) -> Callable[..., tuple[Tensor]]:
+def _whole_step(graph: Graph, adam: FlatAdam, num_inputs: int) -> Callable[..., tuple[Tensor]]:
     """A function of the state, which it changes, of scalars, and of what the graph takes."""
-    own = {id(param): k for k, param in enumerate(adam.params)}
-    held = [own.get(id(tensor)) for tensor in graph.tensors]
+    places = {id(param): k for k, param in enumerate(adam.params)}
+    held = [places.get(id(tensor)) for tensor in graph.tensors]
     num_others = held.count(None)
 
     def step(
@@ -282,30 +380,11 @@ def _whole_step(graph: Graph, adam: Adam, num_inputs: int) -> Callable[..., tupl
         views = adam.in_shape(values)
         tensors = [next(others) if k is None else views[k] for k in held]
         rate, weight, covers, largest_norm = scalars.unbind()
-        dtype = values.dtype
-        lead = [weight.to(dtype), covers.to(dtype), state[0]]
+        lead = [weight.to(values.dtype), covers.to(values.dtype), state[0]]
         value, health, *slopes = graph.module(*lead, *inputs, *tensors, *noise)
         slope = torch.cat([part.reshape(-1) for part in slopes])
-        norm = slope.norm().to(state.dtype)
-        fine = value.isfinite() & norm.isfinite()
-        # A step that is not finite changes nothing. Numbers that are the same for all parameters
-        # stand in one tensor, or else each parameter would compute them by itself.
-        go = fine.to(state.dtype)
-        taken = state[1] + 1  # what the averages began with, zeros, is so much of them still:
-        left_1, left_2 = BETA_1**taken, BETA_2**taken
-        root = (1 - left_2).sqrt()
-        clip = torch.where(fine, (largest_norm / (norm + 1e-6)).clamp(max=1), 0)
-        size = go * rate * root / (1 - left_1)
-        keep_1, keep_2 = 1 - go * (1 - BETA_1), 1 - go * (1 - BETA_2)
-        common = torch.stack([clip, size, EPS * root, keep_1, 1 - keep_1, keep_2, 1 - keep_2])
-        clip, size, eps, keep_1, new_1, keep_2, new_2 = common.to(dtype).unbind()
-        slope = torch.where(fine, slope, 0) * clip
-        m = first * keep_1 + slope * new_1
-        v = second * keep_2 + slope.square() * new_2
-        values.copy_(values - size * rates * m / (v.sqrt() + eps))
-        first.copy_(m)
-        second.copy_(v)
-        state.copy_(torch.stack([health.to(state.dtype), state[1] + go]))
+        own = values, first, second, state, rates
+        norm = FlatAdam.step(own, value, health, slope, rate, largest_norm)
         return (torch.stack([value.to(norm.dtype), norm]),)
 
     return step

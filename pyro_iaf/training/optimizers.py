@@ -1,18 +1,15 @@
-r"""Adam for tables of which a step touches few rows: the others cost nothing.
+r"""Adam, by one rule, for all parameters at once and for tables of which a step touches few rows.
 
 .. math::
-    t_i \leftarrow t_i + 1, \quad
-    m_i \leftarrow \beta_1 m_i + (1 - \beta_1) g_i, \quad
-    v_i \leftarrow \beta_2 v_i + (1 - \beta_2) g_i^2
-
-for the rows :math:`i` that have a gradient, and Adam's step for these, each by its own count
-:math:`t_i` of the steps it was in.
+    m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad
+    v \leftarrow \beta_2 v + (1 - \beta_2) g^2, \quad
+    \phi \leftarrow \phi - \eta \, \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,14 +17,47 @@ from torch import Tensor
 
 from ..compiler.capture import Refused
 
-__all__ = ["BETA_1", "BETA_2", "EPS", "Adam", "RowAdam"]
+__all__ = ["BETAS", "EPS", "FlatAdam", "RowAdam", "coefficients", "moved"]
 
 # Those of torch.optim.Adam.
-BETA_1, BETA_2, EPS = 0.9, 0.999, 1e-8
+BETAS, EPS = (0.9, 0.999), 1e-8
+
+
+def coefficients(taken: Tensor, rate: Tensor | float, go: Tensor | float = 1.0) -> list[Any]:
+    """What a step of Adam needs besides gradients: the same for all numbers of one count.
+
+    Args:
+        taken: How many steps were taken, with this one.
+        rate: The learning rate.
+        go: One; or zero, for a step that changes nothing.
+    """
+    left_1, left_2 = (beta**taken for beta in BETAS)  # of the zeros that averages began with
+    root = (1 - left_2).sqrt()
+    new_1, new_2 = (go * (1 - beta) for beta in BETAS)
+    return [go * rate * root / (1 - left_1), EPS * root, 1 - new_1, new_1, 1 - new_2, new_2]
+
+
+def moved(
+    first: Tensor, second: Tensor, gradient: Tensor, numbers: Sequence[Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The averages after a step of Adam, and what it takes off the parameters.
+
+    Args:
+        first: The average of gradients.
+        second: That of their squares.
+        gradient: The gradient.
+        numbers: The :func:`coefficients`.
+    """
+    size, eps, keep_1, new_1, keep_2, new_2 = numbers
+    m = first * keep_1 + gradient * new_1
+    v = second * keep_2 + gradient.square() * new_2
+    return m, v, size * m / (v.sqrt() + eps)
 
 
 class RowAdam:
-    """An optimiser of tables whose gradients are sparse.
+    """Adam for tables whose gradients are sparse: rows without a gradient cost nothing.
+
+    Each row has its own count of the steps that it was in.
 
     Args:
         tables: Parameters of shape ``(N, C)``.
@@ -65,13 +95,11 @@ class RowAdam:
         for k, index, rows in self._found:
             assert rows.grad is not None
             count = self.counts[k][index] + 1
-            m = self.first[k][index].lerp_(rows.grad, 1 - BETA_1)
-            v = self.second[k][index].lerp_(rows.grad.square(), 1 - BETA_2)
+            numbers = coefficients(count.unsqueeze(-1), rate)
+            m, v, change = moved(self.first[k][index], self.second[k][index], rows.grad, numbers)
             for state, value in ((self.counts, count), (self.first, m), (self.second, v)):
                 state[k][index] = value
-            root = (v / (1 - BETA_2**count).unsqueeze(-1)).sqrt_().add_(EPS)
-            size = (rate / (1 - BETA_1**count)).unsqueeze(-1)
-            self.tables[k].index_add_(0, index, size * m / root, alpha=-1)
+            self.tables[k].index_add_(0, index, change, alpha=-1)
         self._found.clear()
 
     def state(self) -> dict[str, Any]:
@@ -85,8 +113,8 @@ class RowAdam:
                 own.copy_(value)
 
 
-class Adam:
-    """Parameters and the state of Adam in flat tensors.
+class FlatAdam:
+    """Parameters and the state of Adam in flat tensors, for steps that are compiled.
 
     Args:
         params: The parameters, of one dtype and device.
@@ -97,6 +125,7 @@ class Adam:
         Refused: If the parameters have several dtypes or devices, or came one after the other.
     """
 
+    @torch.no_grad()
     def __init__(
         self, params: Sequence[Tensor], optimizer: torch.optim.Adam, factors: Sequence[float]
     ) -> None:
@@ -112,22 +141,21 @@ class Adam:
             for group, factor in zip(optimizer.param_groups, factors, strict=True)
             for param in group["params"]
         }
-        rates = [p.detach().new_full((p.numel(),), factor_of[id(p)]) for p in params]
-        self.rates = torch.cat(rates)
-        self.load()
-
-    @torch.no_grad()
-    def load(self) -> None:
-        """Reads parameters and state."""
-        self.values = self._flat(lambda p: p)
-        self.first = self._flat(lambda p: self._state_of(p).get("exp_avg", torch.zeros_like(p)))
-        self.second = self._flat(lambda p: self._state_of(p).get("exp_avg_sq", torch.zeros_like(p)))
-        taken = {float(self._state_of(param).get("step", 0)) for param in self.params}
+        states = [optimizer.state.get(param, {}) for param in params]
+        taken = {float(state.get("step", 0)) for state in states}
         if len(taken) != 1:
             raise Refused(
                 "Some parameters were trained for more steps than others, which compiled steps "
                 "can't go on with: compile=False."
             )
+
+        def average(name: str) -> Tensor:
+            found = (s.get(name, torch.zeros_like(p)) for s, p in zip(states, params, strict=True))
+            return torch.cat([average.reshape(-1) for average in found])
+
+        self.values = torch.cat([param.reshape(-1) for param in params])
+        self.first, self.second = average("exp_avg"), average("exp_avg_sq")
+        self.rates = torch.cat([p.new_full((p.numel(),), factor_of[id(p)]) for p in params])
         # The loss's health, and how many steps were taken.
         self.state = torch.tensor([0.0, *taken], dtype=torch.float64, device=self.values.device)
         self.views = self.in_shape(self.values)
@@ -148,14 +176,46 @@ class Adam:
                 "exp_avg_sq": second.clone(),
             }
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What :meth:`step` changes, and the rates."""
+        return [self.values, self.first, self.second, self.state, self.rates]
+
+    @staticmethod
+    def step(
+        tensors: Sequence[Tensor],
+        value: Tensor,
+        health: Tensor,
+        slope: Tensor,
+        rate: Tensor,
+        largest_norm: Tensor,
+    ) -> Tensor:
+        """A step by the gradient of a loss, clipped; it changes nothing if these are not finite.
+
+        Args:
+            tensors: As of :attr:`tensors`.
+            value: The loss.
+            health: Its health, which is kept with the count of steps.
+            slope: Its gradient, as flat.
+            rate: The learning rate.
+            largest_norm: Of the gradient, whose norm is returned.
+        """
+        values, first, second, state, rates = tensors
+        norm: Tensor = slope.norm().to(state.dtype)
+        fine = value.isfinite() & norm.isfinite()
+        go = fine.to(state.dtype)
+        clip = torch.where(fine, (largest_norm / (norm + 1e-6)).clamp(max=1), 0)
+        # In one tensor, or else each parameter would compute them by itself.
+        common = torch.stack([clip, *coefficients(state[1] + 1, rate, go)])
+        clip, *numbers = common.to(values.dtype).unbind()
+        m, v, change = moved(first, second, torch.where(fine, slope, 0) * clip, numbers)
+        values.copy_(values - rates * change)
+        first.copy_(m)
+        second.copy_(v)
+        state.copy_(torch.stack([health.to(state.dtype), state[1] + go]))
+        return norm
+
     def in_shape(self, flat: Tensor) -> list[Tensor]:
         """The parts of a flat tensor, in the shapes of the parameters."""
         parts = flat.split_with_sizes(self.sizes)
         return [part.view(param.shape) for part, param in zip(parts, self.params, strict=True)]
-
-    def _flat(self, of: Callable[[Tensor], Tensor]) -> Tensor:
-        return torch.cat([of(param).detach().reshape(-1) for param in self.params])
-
-    def _state_of(self, param: Tensor) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = self.optimizer.state.get(param, {})
-        return state

@@ -43,9 +43,8 @@ from .batches import Batches, odd_data
 from .checkpoints import Checkpoint, settings_of
 from .compiled_step import Built, CompiledSteps
 from .interrupts import Interrupts
-from .optimizers import RowAdam
+from .optimizers import BETAS, EPS, RowAdam
 from .progress import progress_bar
-from .recordings import Recordings
 from .result import AVERAGED, FitResult
 from .schedule import Schedule
 
@@ -161,6 +160,10 @@ class Run:
                     "each has its own rows. Give compile=False, or an encoder."
                 )
             self.compile = False
+        self.checkpoint.look(*first)
+        if saved is not None:
+            self.checkpoint.restore(saved)
+        self.resumed_at = self.step
         self.steps = CompiledSteps(
             self.loss,
             self.params,
@@ -168,17 +171,10 @@ class Run:
             factors=RATES,
             weighted=self.schedule.annealing is not None,
             settings=(self.num_particles, settings_of(self.elbo)),
-        )
-        self.checkpoint.look(*first)
-        if saved is not None:
-            self.checkpoint.restore(saved)
-        self.resumed_at = self.step
-        self.recordings = Recordings(
-            self.steps,
             compile=self.compile,
             num_steps=self.schedule.num_steps,
-            before=None if saved is None else saved["recordings"],
             change=self.batches.change,
+            before=None if saved is None else saved["recordings"],
         )
         return first, saved
 
@@ -252,7 +248,11 @@ class Run:
         params = stated(seen).values()
         fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in params)
         self.optimizer = torch.optim.Adam(
-            [{"params": []}, {"params": []}], lr=self.schedule.lr, fused=fused
+            [{"params": []}, {"params": []}],
+            lr=self.schedule.lr,
+            betas=BETAS,
+            eps=EPS,
+            fused=fused,
         )
         self.rows = RowAdam(context_tables_of(self.guide))
         self._add(seen)
@@ -274,7 +274,7 @@ class Run:
         """Takes one step, or as many compiled ones as there are until something else is to do."""
         args, kwargs = self.waiting.pop() if self.waiting else self._next()
         with self.interrupts.open():
-            built = self.recordings.find(self.step, args, kwargs, bar)
+            built = self.steps.step_for(self.step, args, kwargs, bar)
         with quietly():
             if built is None:
                 self._take_step(args, kwargs)
@@ -321,11 +321,11 @@ class Run:
         """Takes compiled steps until there is something to see to."""
         began = time.perf_counter()
         self.backend = built.backend
-        self.steps.start(built)
-        params = dict(zip(built.live, self.steps.views, strict=True))
+        adam = self.steps.start(built)
+        params = dict(zip(built.live, adam.views, strict=True))
         steps = range(self.step, self.step + self._num_undisturbed())
         rows = torch.tensor([self._numbers(k) for k in steps], dtype=torch.float64)
-        rows = rows.to(self.steps.views[0].device)
+        rows = rows.to(adam.values.device)
         take = self.steps.bind(built, args, kwargs)
         pairs: list[Tensor] = []
         try:
@@ -335,7 +335,7 @@ class Run:
                         self.step = step
                         with torch.enable_grad():  # as it was when the step was built
                             batch = self._next()
-                            is_same = self.recordings.is_for(built, *batch)
+                            is_same = self.steps.is_for(built, *batch)
                         if not is_same:
                             self.waiting.append(batch)
                             break
@@ -347,7 +347,7 @@ class Run:
         finally:  # whatever ends it, what was taken counts
             self.step = steps.start
             if pairs:
-                self.steps.write()
+                adam.store()
                 results = torch.stack(pairs).tolist()
                 affordable = SECONDS_A_CHUNK * len(pairs) / (time.perf_counter() - began)
                 self.chunk = max(1, min(int(affordable), 2 * self.chunk, LARGEST_CHUNK))

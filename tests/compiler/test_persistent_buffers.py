@@ -124,7 +124,8 @@ def test_a_program_keeps_so_much_and_no_more(monkeypatch):
 def test_a_forked_process_compiles_by_itself(tmp_path):
     program = """
 import os, torch
-from pyro_iaf.compiler.lowering import lower, warm_up
+from pyro_iaf.compiler.inductor import warm_up
+from pyro_iaf.compiler.lowering import lower
 warm_up()
 child = os.fork()
 run, backend = lower(lambda x: ((x @ x).exp(),), [torch.ones(3, 3)], "inductor")

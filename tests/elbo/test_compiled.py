@@ -253,7 +253,7 @@ def test_new_shapes_are_recorded_anew_and_old_ones_kept():
             pyro.set_rng_seed(0)
             values.append(elbo.loss_and_grads(arguments, guide, x[:size], y[:size], noise=2.0))
         assert values[0] == pytest.approx(values[1])
-    assert len(loss._steps) == 2
+    assert len(loss.recorder.recordings) == 2
 
 
 def test_ever_new_kinds_are_warned_about_and_bounded():
@@ -270,7 +270,7 @@ def test_ever_new_kinds_are_warned_about_and_bounded():
         step(loss, 100.0)
     for noise in (101.0, 102.0):
         assert step(loss, noise) == step(Trace_ELBO(), noise)
-    assert len(loss._steps) == MAX_GRAPHS
+    assert len(loss.recorder.recordings) == MAX_GRAPHS
 
 
 def test_subsamples_are_drawn_at_each_step():
@@ -592,6 +592,19 @@ def test_a_model_that_changes_is_refused():
         graph().loss_and_grads(model, guide_for(model, ()))
 
 
+def test_sites_that_take_turns_are_refused_at_the_first_call():
+    calls = []
+
+    def model():
+        calls.append(1)
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample(f"y{len(calls) % 2}", dist.Normal(z, 0.5), obs=torch.tensor(1.0))
+
+    guide = guide_for(model, ())
+    with pytest.raises(ValueError, match="its sites are not the same in two runs"):
+        graph().loss_and_grads(model, guide)
+
+
 @pytest.mark.parametrize("way", [lambda y: y.tolist(), lambda y: y.numpy(), lambda y: y.item()])
 def test_numbers_taken_out_of_arguments_are_refused(way):
     def model(y):
@@ -724,7 +737,7 @@ def test_a_guide_that_grows_at_its_first_call_has_one_graph():
     guide = AutoNormal(plates)
     for _ in range(3):
         loss.loss_and_grads(plates, guide)
-    assert len(loss._steps) == 1
+    assert len(loss.recorder.recordings) == 1
 
 
 def test_handlers_around_a_step_are_heeded():
@@ -753,7 +766,7 @@ def test_a_compiler_that_fails_is_done_without(monkeypatch):
     def fail(*_):
         raise RuntimeError("no Python.h")
 
-    monkeypatch.setattr(lowering, "_compiled", fail)
+    monkeypatch.setattr(lowering.Inductor, "lower", fail)
     loss = CompiledTrace_ELBO(backend="inductor")
     with pytest.warns(UserWarning, match=r"The compiler failed.*no Python\.h"):
         assert_same(*both(one_latent, guide_for(one_latent, ()), elbo=lambda *_: loss))
@@ -761,10 +774,10 @@ def test_a_compiler_that_fails_is_done_without(monkeypatch):
 
 
 def test_a_compiled_step_that_is_wrong_is_not_used(monkeypatch):
-    def wrong(fn, *_):
+    def wrong(_, fn, *__):
         return lambda tensors: [2 * out for out in fn(*tensors)]
 
-    monkeypatch.setattr(lowering, "_compiled", wrong)
+    monkeypatch.setattr(lowering.Inductor, "lower", wrong)
     loss = CompiledTrace_ELBO(backend="inductor")
     with pytest.warns(UserWarning, match="does not agree"):
         assert_same(*both(one_latent, guide_for(one_latent, ()), elbo=lambda *_: loss))

@@ -27,7 +27,8 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
 from pyro_iaf import AutoIAF, TraceSTL_ELBO, fit
-from pyro_iaf.training import checkpoints, recordings
+from pyro_iaf.compiler.lowering import Backend, Inductor
+from pyro_iaf.training import checkpoints
 from pyro_iaf.training.digests import digest, digests_of_sites
 
 Y = torch.tensor([1.0, 2.0, 0.5, 1.5])
@@ -821,8 +822,8 @@ def test_an_interrupt_before_the_first_step_leaves_no_file(tmp_path):
 
 def test_a_run_of_other_kinds_of_batches_can_be_interrupted(tmp_path, monkeypatch):
     """Two kinds of minibatches, of which one is compiled late, and one is left over at times."""
-    monkeypatch.setattr(recordings, "has_compiler", lambda device: False)
-    monkeypatch.setattr(recordings, "FEWEST_STEPS", 60)
+    monkeypatch.setattr(Inductor, "is_available", lambda *_: False)
+    monkeypatch.setattr(Backend, "fewest_steps", 60)
     settings = {"num_steps": 200, "compile": "auto", "kind": AutoNormal}
     whole = interrupted("data", None, None, **settings)
     assert whole[0].backend == "graph"

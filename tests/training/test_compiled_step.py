@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_iaf import AutoIAF, CompiledTrace_ELBO, fit
 from pyro_iaf.compiler import lowering
-from pyro_iaf.training import compiled_step, recordings
+from pyro_iaf.compiler.lowering import Backend, Inductor, worthwhile_backend
+from pyro_iaf.training import compiled_step
 from pyro_iaf.training import run as running
 
 needs_compiler = pytest.mark.skipif(
@@ -234,8 +235,8 @@ def test_parameters_of_a_model_are_trained_too():
 
 def test_auto_compiles_what_repays_it(monkeypatch):
     assert run("plates", compile="auto")[0].backend == "eager"  # forty steps don't
-    monkeypatch.setattr(recordings, "FEWEST_STEPS", 10)
-    monkeypatch.setattr(recordings, "has_compiler", lambda _: False)
+    monkeypatch.setattr(Backend, "fewest_steps", 10)
+    monkeypatch.setattr(Inductor, "is_available", lambda *_: False)
     assert run("plates", compile="auto")[0].backend == "graph"
 
 
@@ -244,15 +245,17 @@ def test_auto_does_not_replay_what_is_slower_replayed(monkeypatch):
         z = pyro.sample("z", dist.Normal(torch.zeros(70), 1.0).to_event(1))
         pyro.sample("y", dist.Normal(z.sum(-1), 1.0), obs=torch.tensor(1.0))
 
-    monkeypatch.setattr(recordings, "FEWEST_STEPS", 10)
-    monkeypatch.setattr(recordings, "has_compiler", lambda _: False)
+    monkeypatch.setattr(Backend, "fewest_steps", 10)
+    monkeypatch.setattr(Inductor, "is_available", lambda *_: False)
     assert run(many, compile="auto")[0].backend == "eager"
 
 
 @pytest.mark.parametrize("num_operations", [100, 600, 5000])
-def test_long_runs_are_compiled_and_short_ones_replayed(num_operations):
-    assert recordings.backend_for(500, num_operations) == "graph"
-    assert recordings.backend_for(50_000, num_operations) == "inductor"
+def test_long_runs_are_compiled_and_short_ones_replayed(num_operations, monkeypatch):
+    monkeypatch.setattr(Inductor, "is_available", lambda *_: True)
+    cpu = torch.device("cpu")
+    assert worthwhile_backend(cpu, 500, num_operations).name == "graph"
+    assert worthwhile_backend(cpu, 50_000, num_operations).name == "inductor"
 
 
 def branching():
@@ -269,7 +272,7 @@ def test_what_cant_be_compiled_is_refused_or_done_without(monkeypatch):
         run(branching, compile=True)
     with pytest.raises(ValueError, match=r"TraceMeanField_ELBO can't be compiled"):
         run("plates", kind=AutoNormal, loss=TraceMeanField_ELBO(), compile="graph")
-    monkeypatch.setattr(recordings, "FEWEST_STEPS", 10)
+    monkeypatch.setattr(Backend, "fewest_steps", 10)
     with pytest.warns(UserWarning, match=r"steps uncompiled: .*if z.mean"):
         result, *_ = run(branching, compile="auto")
     assert result.backend == "eager"
@@ -292,8 +295,8 @@ def test_a_graph_that_is_wrong_is_not_used(monkeypatch):
 
 
 def test_the_bar_says_that_it_compiles(capsys, monkeypatch):
-    monkeypatch.setattr(lowering, "_compiled", lambda fn, *_: lambda tensors: fn(*tensors))
-    monkeypatch.setattr(recordings, "has_compiler", lambda _: True)
+    monkeypatch.setattr(Inductor, "lower", lambda _, fn, *__: lambda tensors: fn(*tensors))
+    monkeypatch.setattr(Inductor, "is_available", lambda *_: True)
     run("plates", compile=True, progress=True)
     assert "compiling the step" in capsys.readouterr().err
 

@@ -1,0 +1,150 @@
+"""PyTorch's compiler on the CPU, without what it does besides compiling."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from .persistent_buffers import kept_buffers
+
+__all__ = ["compile_for_cpu", "warm_up"]
+
+# Loops over fewer numbers than this stay in one thread: it takes microseconds to wake another.
+NUMBERS_PER_THREAD = 16384
+
+# A program that compiles to nothing, with all headers.
+NOTHING = """
+#include <torch/csrc/inductor/cpp_wrapper/cpu.h>
+void inductor_entry_impl(AtenTensorHandle*, AtenTensorHandle*) {}
+"""
+
+
+def compile_for_cpu(
+    fn: Callable[..., Any], example: Sequence[Tensor], keeping: Callable[[], Any] = kept_buffers
+) -> Callable[[list[Tensor]], Sequence[Tensor]]:
+    """One C++ program of a function that any tracer can follow; it may write into its arguments.
+
+    Args:
+        fn: The function, of tensors; it returns a tuple of tensors.
+        example: What to trace it with.
+        keeping: Within what it is compiled, such as :func:`kept_buffers`.
+    """
+    warm_up()
+    # Not torch.compile: it would trace once more, and guard at each call what is known here.
+    from torch._decomp import get_decompositions
+    from torch._guards import TracingContext, tracing
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.virtualized import V
+
+    functional = torch.func.functionalize(fn, remove="mutations")
+    aten = torch.ops.aten
+    decompositions = {**select_decomp_table(), **get_decompositions([aten.addmm])}
+    decompositions[aten.linalg_solve_triangular.default] = _solve_triangular
+    with _without_remarks():
+        module = make_fx(functional, decompositions, tracing_mode="fake")(*example)
+        values = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
+        mode = values[0].fake_mode
+        _processor_is_known().wait()
+        with (
+            config.patch(_settings()),
+            tracing(TracingContext(mode)),
+            V.set_fake_mode(mode),
+            keeping(),
+        ):
+            compiled: Any = compile_fx_inner(module, values, cpp_wrapper=True, is_inference=True)
+    return compiled.current_callable  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _without_remarks() -> Iterator[None]:
+    """Without what the compiler remarks on its own ways."""
+    logger = logging.getLogger("torch._inductor.ir")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.triangular_solve(torch.ones(1, 1), torch.ones(1, 1))  # it warns but once
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def warm_up() -> None:
+    """Begins what compiling needs first on a machine, in other processes.
+
+    That is what the compiler can make for the processor, and PyTorch's headers in its own form.
+    """
+    # Imported here, as a thread that imports when the process forks leaves a lock behind.
+    from torch._inductor import codecache, cpu_vec_isa  # noqa: F401
+
+    _processor_is_known()
+
+
+@functools.cache
+def _processor_is_known() -> threading.Event:
+    known = threading.Event()
+    threading.Thread(target=_warm_up, args=(known,), daemon=True).start()
+    return known
+
+
+if hasattr(os, "register_at_fork"):  # a forked process has none of its parent's threads
+    os.register_at_fork(after_in_child=_processor_is_known.cache_clear)
+
+
+def _warm_up(processor_is_known: threading.Event) -> None:
+    try:
+        from torch._inductor import config, cpu_vec_isa
+        from torch._inductor.codecache import CppWrapperCodeCache
+
+        with config.patch(_settings()):
+            cpu_vec_isa.pick_vec_isa()
+        processor_is_known.set()
+        CppWrapperCodeCache.load_pybinding(
+            argtypes=["std::vector<AtenTensorHandle>"],
+            main_code=NOTHING,
+            device_type="cpu",
+            needs_vec_isa=True,
+            num_outputs=0,
+        )
+    except Exception as error:  # whoever compiles next meets it again, and says so
+        logging.getLogger(__name__).debug("not warmed up: %s", error)
+    finally:
+        processor_is_known.set()
+
+
+def _settings() -> dict[str, Any]:
+    """What differs from the compiler's defaults, as far as its version knows it."""
+    from torch._inductor import config
+
+    settings: dict[str, Any] = {
+        "cpp.min_chunk_size": NUMBERS_PER_THREAD,
+        "size_asserts": False,  # whoever calls has compared shapes and strides
+        "use_post_grad_passes": False,  # on small matrices addmm is slower than what it is made of
+    }
+    if torch.backends.cpu.get_cpu_capability() == "AVX512":
+        settings["cpp.vec_isa_ok"] = True  # PyTorch's own kernels are of that kind: don't try again
+    return {name: value for name, value in settings.items() if name in config.get_config_copy()}
+
+
+def _solve_triangular(
+    matrix: Tensor, rows: Tensor, *, upper: bool, left: bool = True, unitriangular: bool = False
+) -> Tensor:
+    """Triangular systems in the one form that compiled code calls without Python."""
+    solve: Any = torch.triangular_solve
+    if left:
+        return solve(rows, matrix, upper, False, unitriangular)[0]  # type: ignore[no-any-return]
+    solved: Tensor = solve(rows.mT, matrix, upper, True, unitriangular)[0]  # x A = b is A' x' = b'
+    return solved.mT
