@@ -20,6 +20,7 @@ from torch.distributions import biject_to
 
 from .._validation import check_levels, check_size
 from ..models.traces import split_sizes, taking_turns
+from ..nn.univariate import UnivariateMap
 from .base import quantiles_of
 from .hierarchical import GroupedGuide
 from .plates import checked_rows
@@ -65,7 +66,8 @@ class AutoHierarchicalIAF(GroupedGuide):
         num_flows: How many flows for each group of latents.
         hidden_dims: Widths of each network's hidden layers; by default two layers of
             ``max(64, D)`` for the D numbers of a row.
-        gated: Whether the flows gate instead of shift and scale.
+        univariate: How a flow maps each coordinate: ``"affine"``, ``"gated"`` or a
+            :class:`~pyro_iaf.UnivariateMap`.
         init_loc_fn: As for :class:`~pyro_iaf.AutoIAF`.
         init_scale: Standard deviation of a fresh guide in unconstrained space.
         scale: As for :class:`~pyro_iaf.AutoIAF`, for each group.
@@ -113,7 +115,7 @@ class AutoHierarchicalIAF(GroupedGuide):
         context_dim: int | None = None,
         num_flows: int = 2,
         hidden_dims: int | Sequence[int] | None = None,
-        gated: bool = False,
+        univariate: str | UnivariateMap = "affine",
         init_loc_fn: Callable[..., Any] | None = None,
         init_scale: float | None = None,
         scale: str = "auto",
@@ -127,7 +129,7 @@ class AutoHierarchicalIAF(GroupedGuide):
             context_dim=context_dim,
             num_flows=num_flows,
             hidden_dims=hidden_dims,
-            gated=gated,
+            univariate=univariate,
             init_loc_fn=init_loc_fn,
             init_scale=init_scale,
             scale=scale,

@@ -20,7 +20,7 @@ from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 from torch.distributions import biject_to
 
-from .._validation import check_callable, check_flag, check_size, check_widths, in_one_line, warn
+from .._validation import check_callable, check_size, check_widths, in_one_line, warn
 from ..flows.autoregressive import InverseAutoregressiveFlowStack, inverse_autoregressive_flow
 from ..flows.conditional import (
     ConditionalInverseAutoregressiveFlowStack,
@@ -35,11 +35,11 @@ from ..models.matching import Mismatch
 from ..models.particles import Particles
 from ..models.traces import full_size, is_latent, is_point, taking_turns
 from ..nn.made import MaskedAutoregressiveNetwork
+from ..nn.univariate import Affine, UnivariateMap, map_of_repr, univariate_map
 from .pathfinder import Start, or_draw
 from .plates import quoted
 
 __all__ = ["FlowGuide", "Transform", "check_unknown", "joined", "quantiles_of"]
-GATE_BIAS = 2.0
 Transform = InverseAutoregressiveFlowStack | ConditionalInverseAutoregressiveFlowStack
 
 # More latents than this have a scale for each by default, and not a matrix.
@@ -65,7 +65,7 @@ class FlowGuide(AutoGuide):
         *,
         num_flows: int,
         hidden_dims: int | Sequence[int] | None,
-        gated: bool,
+        univariate: str | UnivariateMap,
         init_loc_fn: Callable[..., Any] | None,
         init_scale: float | None,
         scale: str,
@@ -78,7 +78,7 @@ class FlowGuide(AutoGuide):
         AutoGuide.__init__(self, model, create_plates=create_plates)
         self.num_flows = check_size("num_flows", num_flows)
         self.hidden_dims = None if hidden_dims is None else check_widths(hidden_dims, 1)
-        self.gated = check_flag("gated", gated)
+        self.univariate = univariate_map(univariate)
         if scale not in ("auto", "dense", "diagonal"):
             raise ValueError(f'scale should be "auto", "dense" or "diagonal"; got {scale!r}.')
         self.scale = scale
@@ -104,8 +104,8 @@ class FlowGuide(AutoGuide):
         widths = {tuple(network.hidden_dims) for network in networks}
         if self.hidden_dims is not None or len(widths) == 1:
             words.append(f"hidden_dims={self.hidden_dims or list(*widths)}")
-        if self.gated:
-            words.append("gated=True")
+        if self.univariate != Affine():
+            words.append(f"univariate={self.univariate}")
         if self._encoder is not None:
             words.append(
                 f"encoder={getattr(self._encoder, '__name__', type(self._encoder).__name__)}"
@@ -305,13 +305,13 @@ class FlowGuide(AutoGuide):
         settings: dict[str, Any] = {
             "hidden_dims": 2 * [max(64, D)] if self.hidden_dims is None else self.hidden_dims,
             "num_flows": self.num_flows,
-            "gated": self.gated,
-            "gate_bias": GATE_BIAS,
+            "univariate": self.univariate,
             # The last flow takes the latents as the model draws them: causes before effects.
             "order": torch.arange(D) if self.num_flows % 2 else torch.arange(D).flip(0),
         }
-        if self.gated:  # each flow contracts
-            log_scale += self.num_flows * math.log1p(math.exp(-GATE_BIAS))
+        # What the maps of fresh flows do to the scale, gates above all, is made up for.
+        zeros = torch.zeros(1 + self.univariate.num_params, dtype=torch.float64, device="cpu")
+        log_scale -= self.num_flows * float(self.univariate.forward(*zeros)[1])
         flows: Any
         if context_dim:
             flows = conditional_inverse_autoregressive_flow(D, context_dim, **settings)
@@ -325,14 +325,19 @@ class FlowGuide(AutoGuide):
         transform.to(start.loc).parts.append(affine)  # type: ignore[union-attr]  # a ModuleList
         return transform
 
-    def _rebuilt(self, state: dict[str, Tensor], gated: bool) -> Transform | None:
+    def _rebuilt(self, state: dict[str, Tensor], univariate: str) -> Transform | None:
         """A transform of the make that a state is of; None if it is of none."""
         sizes = [v for k, v in state.items() if k.endswith(".network._extra_state")]
         affine = f"parts.{len(sizes)}"
         learned, frame = state.get(f"{affine}.coefficients"), state.get(f"{affine}.frame")
         if not sizes or learned is None or frame is None:
             return None
-        self.num_flows, self.gated = len(sizes), gated
+        if univariate != repr(self.univariate):
+            kind = map_of_repr(univariate)
+            if kind is None:
+                return None
+            self.univariate = kind
+        self.num_flows = len(sizes)
         _, context_dim, _, *self.hidden_dims = sizes[0].tolist()
         self.scale = "dense" if len(learned) > 4 else "diagonal"
         with torch.inference_mode(False):
@@ -402,7 +407,7 @@ class FlowGuide(AutoGuide):
         """What no shape of a parameter tells, as the bytes of a text, so that all is tensors."""
         is_built = self.prototype_trace is not None
         sites = self._site_shapes() if is_built else self._loaded_sites
-        text = json.dumps({"gated": self.gated, "sites": sites})
+        text = json.dumps({"univariate": repr(self.univariate), "sites": sites})
         return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -411,16 +416,19 @@ class FlowGuide(AutoGuide):
     def _told_by(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
         """What a state has from :meth:`get_extra_state`."""
         state = state_dict.get(f"{prefix}_extra_state")
-        told: dict[str, Any] = {"gated": self.gated, "sites": {}}
+        told: dict[str, Any] = {"univariate": repr(self.univariate), "sites": {}}
         return told if state is None else json.loads(bytes(state.tolist()))
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        gated, theirs = self._told_by(state_dict, prefix).values()
+        univariate, theirs = self._told_by(state_dict, prefix).values()
         error_messages: list[str] = args[4]
-        if self.gated != gated:
-            error_messages.append(f"The state is of a guide with {gated=}; this one is not.")
+        if univariate != (own := repr(self.univariate)):
+            error_messages.append(
+                f"The state is of a guide with univariate={univariate}; this one has "
+                f"univariate={own}."
+            )
         if self.prototype_trace is None:
             self._loaded_sites = theirs
         elif theirs and theirs.keys() != (ours := self._latent_sites().keys()):

@@ -377,7 +377,7 @@ class GroupedGuide(FlowGuide):
                 part = {
                     k.removeprefix(start): v for k, v in state_dict.items() if k.startswith(start)
                 }
-                transform = self._rebuilt(part, self._told_by(state_dict, prefix)["gated"])
+                transform = self._rebuilt(part, self._told_by(state_dict, prefix)["univariate"])
                 if transform is None:
                     break
                 transforms.append(transform)

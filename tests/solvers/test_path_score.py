@@ -41,7 +41,7 @@ def foreign(D):
 STACKS = {
     "one coordinate": lambda: guide_like(1),
     "affine": lambda: guide_like(5),
-    "gated": lambda: guide_like(5, gated=True),
+    "gated": lambda: guide_like(5, univariate="gated"),
     "tanh": lambda: guide_like(4, activation="tanh", hidden_dims=[8, 16, 8]),
     "another order": lambda: guide_like(4, order=[2, 0, 3, 1]),
     "more than is written out": lambda: guide_like(70),
