@@ -4,6 +4,7 @@ import shutil
 
 import torch
 from pyro.nn import AutoRegressiveNN
+from univariate_maps import TOYS
 
 from pyro_iaf import (
     DiagonalNormal,
@@ -53,6 +54,14 @@ BIJECTIONS = {
     "stack": lambda: flow(4, [16], num_flows=3),
     "stack, float32": lambda: flow(4, [16], num_flows=2).float(),
     "gated stack": lambda: flow(4, [16], num_flows=2, univariate="gated"),
+    **{
+        name: lambda univariate=univariate: flow(4, [16], univariate=univariate)
+        for name, univariate in TOYS.items()
+    },
+    "bent stack": lambda: flow(4, [16], num_flows=2, univariate=TOYS["bent"]),
+    "conditioned, bent": lambda: conditional(4, 2, [16], univariate=TOYS["bent"]).condition(
+        torch.randn(2)
+    ),
     "conditioned": lambda: conditional(4, 2, [16]).condition(torch.randn(2)),
     "conditioned, gated": lambda: conditional(4, 2, [16], univariate="gated").condition(
         torch.randn(2)

@@ -16,6 +16,7 @@ from bijections import (
 from pyro.distributions import TransformedDistribution
 from pyro.nn import AutoRegressiveNN
 from torch.testing import assert_close
+from univariate_maps import TOYS
 
 from pyro_iaf import (
     Gated,
@@ -258,6 +259,12 @@ def test_a_mistake_is_named_where_it_is_made():
 FLOWS = {
     "affine": lambda: inverse_autoregressive_flow(4, [16]),
     "gated": lambda: inverse_autoregressive_flow(4, [16], univariate="gated"),
+    **{
+        name: lambda univariate=univariate: inverse_autoregressive_flow(
+            4, [16], univariate=univariate
+        )
+        for name, univariate in TOYS.items()
+    },
     "own order": lambda: inverse_autoregressive_flow(4, [16], order=[2, 0, 3, 1]),
     "two layers": lambda: inverse_autoregressive_flow(5, [7, 16]),
     "many coordinates": lambda: hard(inverse_autoregressive_flow(70, [90]), 0.3),
