@@ -129,8 +129,7 @@ def num_sweeps(flow, y, eps):
     """How many sweeps over all coordinates it takes until no more than rounding moves."""
     x, D = torch.zeros_like(y), y.shape[-1]
     for sweep in range(1, D + 1):
-        shift, log_scale = flow._coefficients(x)
-        x, last = (y - shift) / log_scale.exp(), x
+        x, last = flow.univariate.inverse(y, *flow.params_at(x))[0], x
         if ((x - last).abs() <= eps * (1 + x.abs())).all():
             return sweep
     return D

@@ -27,11 +27,13 @@ from .flows.inverse import invert, solve_transposed
 from .guides.auto_iaf import AutoIAF
 from .guides.hierarchical import AutoHierarchicalIAF
 from .nn.made import MaskedAutoregressiveNetwork
+from .nn.univariate import Affine, Gated, UnivariateMap
 from .training.fit import FitResult, fit
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Affine",
     "AutoHierarchicalIAF",
     "AutoIAF",
     "CompiledTrace_ELBO",
@@ -40,10 +42,12 @@ __all__ = [
     "Diagnosis",
     "DiagonalNormal",
     "FitResult",
+    "Gated",
     "InverseAutoregressiveFlow",
     "InverseAutoregressiveFlowStack",
     "MaskedAutoregressiveNetwork",
     "TraceSTL_ELBO",
+    "UnivariateMap",
     "conditional_inverse_autoregressive_flow",
     "diagnose",
     "fit",

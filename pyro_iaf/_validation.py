@@ -56,13 +56,6 @@ def check_size(name: str, value: object, smallest: int = 1) -> int:
     return int(value)
 
 
-def check_flag(name: str, value: object) -> bool:
-    """The value, or a ValueError if it is neither True nor False."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} should be True or False; got {value!r}. Left out, it is False.")
-    return value
-
-
 def check_number(name: str, value: object) -> float:
     """The value as a float, or a ValueError if it is no finite number."""
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):

@@ -4,9 +4,11 @@ import shutil
 
 import torch
 from pyro.nn import AutoRegressiveNN
+from univariate_maps import TOYS
 
 from pyro_iaf import (
     DiagonalNormal,
+    Gated,
     InverseAutoregressiveFlow,
     conditional_inverse_autoregressive_flow,
     inverse_autoregressive_flow,
@@ -47,13 +49,23 @@ BIJECTIONS = {
     "conditioned, separate weights": lambda: separate(
         lambda: conditional(4, 2, [16]).condition(torch.randn(2))
     ),
-    "gated": lambda: flow(4, [16], gated=True),
-    "gated, biased": lambda: flow(4, [16], gated=True, gate_bias=-1.0),
+    "gated": lambda: flow(4, [16], univariate="gated"),
+    "gated, biased": lambda: flow(4, [16], univariate=Gated(bias=-1.0)),
     "stack": lambda: flow(4, [16], num_flows=3),
     "stack, float32": lambda: flow(4, [16], num_flows=2).float(),
-    "gated stack": lambda: flow(4, [16], num_flows=2, gated=True),
+    "gated stack": lambda: flow(4, [16], num_flows=2, univariate="gated"),
+    **{
+        name: lambda univariate=univariate: flow(4, [16], univariate=univariate)
+        for name, univariate in TOYS.items()
+    },
+    "bent stack": lambda: flow(4, [16], num_flows=2, univariate=TOYS["bent"]),
+    "conditioned, bent": lambda: conditional(4, 2, [16], univariate=TOYS["bent"]).condition(
+        torch.randn(2)
+    ),
     "conditioned": lambda: conditional(4, 2, [16]).condition(torch.randn(2)),
-    "conditioned, gated": lambda: conditional(4, 2, [16], gated=True).condition(torch.randn(2)),
+    "conditioned, gated": lambda: conditional(4, 2, [16], univariate="gated").condition(
+        torch.randn(2)
+    ),
     "conditioned, one coordinate": lambda: conditional(1, 2, [8]).condition(torch.randn(2)),
     "conditioned stack": lambda: conditional(4, 2, 16, num_flows=2).condition(torch.randn(2)),
     "inverse": lambda: flow(4, [16]).inv,
@@ -83,8 +95,8 @@ def coordinate_by_coordinate(flow, y):
     for part in reversed(getattr(flow, "parts", [flow])):
         x = torch.zeros_like(y)
         for k in part.order:
-            shift, log_scale = part._coefficients(x)
-            x = torch.where(torch.arange(y.shape[-1]) == k, (y - shift) * (-log_scale).exp(), x)
+            better, _ = part.univariate.inverse(y, *part.params_at(x))
+            x = torch.where(torch.arange(y.shape[-1]) == k, better, x)
         y = x
     return y
 

@@ -21,6 +21,7 @@ from pyro_iaf import (
     AutoHierarchicalIAF,
     AutoIAF,
     DiagonalNormal,
+    Gated,
     InverseAutoregressiveFlow,
     InverseAutoregressiveFlowStack,
     MaskedAutoregressiveNetwork,
@@ -58,9 +59,9 @@ GUIDES = [AutoIAF, AutoHierarchicalIAF]
             "InverseAutoregressiveFlow(input_dim=3, network=AutoRegressiveNN; 86 parameters)",
         ),
         (
-            lambda: inverse_autoregressive_flow(3, [8], num_flows=2, gated=True),
-            "InverseAutoregressiveFlowStack(input_dim=3, num_flows=2, hidden_dims=[8], gated=True, "
-            "gate_bias=2.0; 208 parameters)",
+            lambda: inverse_autoregressive_flow(3, [8], num_flows=2, univariate="gated"),
+            "InverseAutoregressiveFlowStack(input_dim=3, num_flows=2, hidden_dims=[8], "
+            "univariate=Gated(bias=2.0); 208 parameters)",
         ),
         (
             lambda: conditional_inverse_autoregressive_flow(3, 2, [8], num_flows=2),
@@ -135,7 +136,7 @@ def test_guides_move_by_to(kind, when):
 HAND_MADE = {
     "one flow": lambda: inverse_autoregressive_flow(3, [8]),
     "stack": lambda: inverse_autoregressive_flow(3, [8], num_flows=2),
-    "gated": lambda: inverse_autoregressive_flow(3, [8], gated=True),
+    "gated": lambda: inverse_autoregressive_flow(3, [8], univariate="gated"),
     "inverse": lambda: inverse_autoregressive_flow(3, [8]).inv,
     "conditional": lambda: conditional_inverse_autoregressive_flow(3, 2, [8]),
     "conditional stack": lambda: conditional_inverse_autoregressive_flow(3, 2, [8], num_flows=2),
@@ -299,7 +300,7 @@ def test_fit_says_so_of_other_guides():
 
 
 @pytest.mark.parametrize("kind", GUIDES)
-def test_a_guide_gates_by_a_bool(kind):
-    for bad in ("no", 1, None):
-        with pytest.raises(ValueError, match="gated should be True or False"):
-            kind(model, gated=bad)
+def test_a_guide_names_its_map(kind):
+    for bad in ("no", 1, None, True, Gated):
+        with pytest.raises(ValueError, match='univariate should be "affine", "gated" or a'):
+            kind(model, univariate=bad)

@@ -29,7 +29,7 @@ from pyro_iaf import (
 def by_hand() -> Tensor:
     network = MaskedAutoregressiveNetwork(3, [16, 16], order=[2, 1, 0])
     shift, log_scale = network(torch.randn(5, 3))
-    flow = InverseAutoregressiveFlow(network, gated=True)
+    flow = InverseAutoregressiveFlow(network, univariate="gated")
     y: Tensor = flow(torch.randn(5, 3))
     x: Tensor = invert(flow, y)
     solved: Tensor = solve_transposed(flow, x, shift + log_scale)

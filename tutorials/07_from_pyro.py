@@ -13,7 +13,7 @@
 # | `conditional_affine_autoregressive(D, C)` | `conditional_inverse_autoregressive_flow(D, C)` |
 # | `iterated(2, affine_autoregressive, D)` | `inverse_autoregressive_flow(D, num_flows=2)` |
 # | `AffineAutoregressive(network)` | `InverseAutoregressiveFlow(network)` |
-# | `stable=True, sigmoid_bias=2.0` | `gated=True, gate_bias=2.0` |
+# | `stable=True, sigmoid_bias=2.0` | `univariate=Gated(bias=2.0)` |
 # | `log_scale_min_clip`, `log_scale_max_clip` | nothing |
 # | `AutoRegressiveNN(D, [H], permutation=p)` | `MaskedAutoregressiveNetwork(D, [H], order=p)` |
 # | `Normal(zeros, ones).to_event(1)` | `DiagonalNormal(zeros, ones)`, or as it was |
@@ -23,8 +23,8 @@
 # What changes: a guide has two flows by default, the order reversed between them, and a last loc
 # and scale that are found before the first step. Networks have two layers of `max(64, 2 D)` by
 # default, in a guide `max(64, D)`, where Pyro's have one of `3 D + 1`, with a context `10 D`.
-# What comes after the sizes is named: `num_flows=2`, `gated=True`. A fresh flow is nearly the
-# identity; a gated one contracts, so put a scale after it. Scales are bounded smoothly and not
+# What comes after the sizes is named: `num_flows=2`, `univariate="gated"`. A fresh flow is nearly
+# the identity; a gated one contracts, so put a scale after it. Scales are bounded smoothly and not
 # clipped, so gradients are the true ones. A context brings its batch shape. A draw is forgotten
 # when a parameter changes, so nobody clears a cache.
 #
@@ -49,6 +49,7 @@ from sklearn.datasets import load_diabetes
 from pyro_iaf import (
     AutoIAF,
     DiagonalNormal,
+    Gated,
     InverseAutoregressiveFlow,
     MaskedAutoregressiveNetwork,
     conditional_inverse_autoregressive_flow,
@@ -80,7 +81,7 @@ gap = (theirs(x) - ours(x)).abs().max().item()
 print(f"Pyro's transform and ours, of one network: {gap:.1e} apart at most")
 assert gap < 0.05
 stable = AffineAutoregressive(network, stable=True, sigmoid_bias=2.0)
-gated = InverseAutoregressiveFlow(network, gated=True, gate_bias=2.0)
+gated = InverseAutoregressiveFlow(network, univariate=Gated(bias=2.0))
 torch.testing.assert_close(gated(x), stable(x), rtol=0.01, atol=0.01)
 
 # %% [markdown]

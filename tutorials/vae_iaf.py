@@ -26,6 +26,7 @@ from torch import nn
 
 from pyro_iaf import (
     DiagonalNormal,
+    Gated,
     conditional_inverse_autoregressive_flow,
     fit,
     inverse_autoregressive_flow,
@@ -42,7 +43,7 @@ parser.add_argument("--latents", type=int, default=8)
 parser.add_argument("--width", type=int, default=128, help="of encoder and decoder")
 parser.add_argument("--flows", type=int, default=2)
 parser.add_argument("--flow-width", type=int, default=64)
-parser.add_argument("--gate-bias", type=float, default=1.0, help="of gated flows")
+parser.add_argument("--bias", type=float, default=1.0, help="of gated flows")
 parser.add_argument("--free-bits", type=float, default=0.0, help="nats of KL that cost nothing")
 parser.add_argument(
     "--warm-up", type=int, default=500, help="steps until the KL counts in full, or free bits"
@@ -156,16 +157,15 @@ class Vae(nn.Module):
         )
         self.heads = nn.Linear(width, 2 * latents + self.context_dim)
         self.flow, self.widened = None, 1.0
-        if posterior == "gated":  # of a fresh gate comes out sigmoid(gate_bias) of what goes in
-            self.widened = (1 + math.exp(-args.gate_bias)) ** args.flows
+        if posterior == "gated":  # of a fresh gate comes out sigmoid(bias) of what goes in
+            self.widened = (1 + math.exp(-args.bias)) ** args.flows
         if posterior != "diagonal":
             self.flow = conditional_inverse_autoregressive_flow(
                 latents,
                 self.context_dim,
                 [args.flow_width] * 2,
                 num_flows=args.flows,
-                gated=posterior == "gated",
-                gate_bias=args.gate_bias,
+                univariate=Gated(args.bias) if posterior == "gated" else "affine",
             )
         self.prior_flow = None
         if flow_prior:

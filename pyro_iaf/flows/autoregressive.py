@@ -1,11 +1,12 @@
 r"""Inverse autoregressive flows: noise ``x`` to latent ``y`` in one network pass.
 
 .. math::
-    y = m(x) + e^{s(x)} \odot x, \qquad
-    \log \left| \det \frac{\partial y}{\partial x} \right| = \sum_{i=1}^{D} s_i(x),
+    y_i = f(x_i; p_i(x)), \qquad
+    \log \left| \det \frac{\partial y}{\partial x} \right| =
+    \sum_{i=1}^{D} \log f'(x_i; p_i(x)),
 
-where coordinate :math:`i` of :math:`m` and :math:`s` listens only to the coordinates before it. The
-Jacobian is triangular, so its log-determinant is a sum over the vector: one number per vector.
+where the parameters :math:`p_i` of coordinate :math:`i` depend only on the coordinates before it.
+The Jacobian is triangular, so its log-determinant is a sum over the vector: one number per vector.
 """
 
 from __future__ import annotations
@@ -17,19 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from .._validation import (
-    check_flag,
-    check_number,
-    check_order,
-    check_size,
-    check_tensors,
-    in_one_line,
-)
+from .._validation import check_order, check_size, check_tensors, in_one_line
 from ..nn.made import MaskedAutoregressiveNetwork, check_network, order_of
+from ..nn.univariate import Affine, UnivariateMap, univariate_map
 from ..solvers.fixed_point import runs_eagerly
 from ..solvers.implicit import attach_gradient, check_round_trip, transposed_solution, walk_back
+from ..solvers.path_score import Step, can_be_written_out, written_out
 from . import pass_cache
 from .base import Flow, SinglePass
 
@@ -39,18 +34,16 @@ __all__ = [
     "inverse_autoregressive_flow",
 ]
 
-# Networks speak freely; scales stay within e^-10 and e^10. Smooth, so gradients are the true ones.
-LOG_SCALE_BOUND = 10.0
-
 
 class OnNetwork:
-    """What a flow and its conditional twin share: a network, and how it is read."""
+    """What a flow and its conditional twin share: a network, and the map that its outputs steer."""
 
     network: Any
+    univariate: UnivariateMap
 
-    def _adopt(self, network: Callable[..., Any], gated: bool, gate_bias: float) -> None:
-        self.gated = check_flag("gated", gated)
-        self.gate_bias = check_number("gate_bias", gate_bias)
+    def _adopt(self, network: Callable[..., Any], univariate: str | UnivariateMap) -> None:
+        self.univariate = univariate_map(univariate)
+        check_network(network, self.univariate)
         self.network = network
         self.input_dim = len(order_of(network))
 
@@ -65,28 +58,23 @@ class OnNetwork:
             found = self.network.words()
         else:
             found = [f"input_dim={self.input_dim}", f"network={type(self.network).__name__}"]
-        return [*found, f"gated=True, gate_bias={self.gate_bias}"] if self.gated else found
+        is_default = self.univariate == Affine()
+        return found if is_default else [*found, f"univariate={self.univariate}"]
 
     def __repr__(self) -> str:
         return in_one_line(self, *self.words())  # type: ignore[arg-type]
 
 
 class InverseAutoregressiveFlow(OnNetwork, SinglePass):
-    r"""One layer of inverse autoregressive flow, affine or gated.
-
-    Affine, with a network that returns :math:`m` and :math:`s`:
+    r"""One layer of inverse autoregressive flow: a univariate map of each coordinate.
 
     .. math::
-        y = m(x) + \sigma(x) \odot x, \qquad \sigma = e^{s}
+        y_i = f(x_i; p_i(x))
 
-    Gated, which can only contract:
-
-    .. math::
-        y = \sigma(x) \odot x + (1 - \sigma(x)) \odot m(x), \qquad
-        \sigma = \mathrm{sigmoid}(s + \mathrm{gate\_bias})
-
-    :math:`s` is bounded by :math:`10 \tanh(s / 10)`. A fresh affine flow is nearly the identity, a
-    fresh gated one nearly ``x * sigmoid(gate_bias)``.
+    with parameters that a network computes from the coordinates before. The map is affine,
+    :math:`y = m + e^s x`, unless another is given: see :class:`~pyro_iaf.Affine`,
+    :class:`~pyro_iaf.Gated`, and :class:`~pyro_iaf.UnivariateMap` for one of your own. A fresh
+    affine flow is nearly the identity.
 
     The event is the vector: ``log_abs_det_jacobian`` is summed over it, of shape ``batch_shape``
     and in nats. Forward costs one network pass, and the log-determinant of a value that the flow
@@ -95,16 +83,16 @@ class InverseAutoregressiveFlow(OnNetwork, SinglePass):
     autoregressive flow with the same parameters: it scores in one pass, and its draws are inverses.
 
     Args:
-        network: A :class:`~pyro_iaf.MaskedAutoregressiveNetwork` with two parameters, or any
-            autoregressive callable with an ``order`` or a ``permutation`` that returns two vectors,
-            as ``pyro.nn.AutoRegressiveNN`` does. Passes of a callable that is no module are not
-            remembered, since nobody can tell when its parameters change.
-        gated: Whether to gate instead of shift and scale.
-        gate_bias: Added to the gate; at 2 a fresh flow keeps 88 % of the noise.
+        network: A :class:`~pyro_iaf.MaskedAutoregressiveNetwork` with the map's ``num_params``, or
+            any autoregressive callable with an ``order`` or a ``permutation`` that returns so many
+            vectors, as ``pyro.nn.AutoRegressiveNN`` does. Passes of a callable that is no module
+            are not remembered, since nobody can tell when its parameters change.
+        univariate: The map of each coordinate: ``"affine"``, ``"gated"`` or a
+            :class:`~pyro_iaf.UnivariateMap`.
 
     Raises:
-        ValueError: If the network has no order, does not return two vectors, or wants a context; if
-            ``gated`` is no bool, or ``gate_bias`` no finite number.
+        ValueError: If the network has no order, does not return the map's parameters, or wants a
+            context; or if there is no such map.
 
     References:
         Kingma et al. (2016), equations 10, 13 and 14, https://arxiv.org/abs/1606.04934
@@ -123,7 +111,7 @@ class InverseAutoregressiveFlow(OnNetwork, SinglePass):
     context: Tensor | None = None
 
     def __init__(
-        self, network: Callable[..., Any], *, gated: bool = False, gate_bias: float = 2.0
+        self, network: Callable[..., Any], *, univariate: str | UnivariateMap = "affine"
     ) -> None:
         super().__init__()
         if getattr(network, "context_dim", 0):
@@ -132,16 +120,14 @@ class InverseAutoregressiveFlow(OnNetwork, SinglePass):
                 f"context_dim={network.context_dim}. Use "  # type: ignore[attr-defined]
                 "ConditionalInverseAutoregressiveFlow(network).condition(context)."
             )
-        check_network(network)
-        self._adopt(network, gated, gate_bias)
+        self._adopt(network, univariate)
 
     @property
     def _sources(self) -> tuple[object, ...]:
-        return self.network, self.context, self.gated, self.gate_bias
+        return self.network, self.context, self.univariate
 
     def _compute(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        shift, log_scale = self._coefficients(x)
-        return torch.addcmul(shift, log_scale.exp(), x), log_scale
+        return self.univariate.forward(x, *self.params_at(x))
 
     def _undo(self, y: Tensor, method: str = "auto") -> tuple[Tensor, Tensor]:
         return walk_back(self, y, method)
@@ -149,28 +135,32 @@ class InverseAutoregressiveFlow(OnNetwork, SinglePass):
     def _undo_known(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         return attach_gradient(self, x, y)
 
-    def _solve_transposed(self, x: Tensor, v: Tensor) -> Tensor:
+    def solve_transposed(self, x: Tensor, v: Tensor) -> Tensor:
         return transposed_solution(self, x, v)
 
-    def _coefficients(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        context = {} if self.context is None else {"context": self.context}
-        out = self.network(x, **context)
-        if not isinstance(out, tuple | list) or len(out) != 2:
-            raise ValueError(
-                "The network should return two tensors like x, a shift and a log-scale; got "
-                f"{type(out).__name__}. MaskedAutoregressiveNetwork(..., num_params=2) does."
-            )
-        shift, log_scale = out
-        if shift.shape[-1] != self.input_dim or log_scale.shape[-1] != self.input_dim:
-            raise ValueError(
-                f"The network should return a shift and a log-scale for {self.input_dim} "
-                f"coordinates; got shapes {tuple(shift.shape)} and {tuple(log_scale.shape)}."
-            )
-        return self._read(shift, log_scale)
+    def pass_with_score(self, x: Tensor, by_kernel: bool) -> tuple[Tensor, Tensor, Step]:
+        if can_be_written_out(self, by_kernel):
+            return written_out(self, x)
+        return super().pass_with_score(x, by_kernel)
 
-    @property
-    def _read(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        return functools.partial(read_outputs, self.gate_bias if self.gated else None)
+    def params_at(self, x: Tensor) -> Sequence[Tensor]:
+        """The map's parameters at ``x``, in one pass of the network."""
+        context = {} if self.context is None else {"context": self.context}
+        params = self.network(x, **context)
+        num_params = self.univariate.num_params
+        if not isinstance(params, tuple | list) or len(params) != num_params:
+            several = isinstance(params, tuple | list)
+            raise ValueError(
+                f"The network should return {num_params} tensors like x, the parameters of "
+                f"{self.univariate}; got {len(params) if several else type(params).__name__}. "
+                f"MaskedAutoregressiveNetwork(..., num_params={num_params}) does."
+            )
+        if any(param.shape[-1] != self.input_dim for param in params):
+            raise ValueError(
+                f"The network should return parameters of {self.univariate} for {self.input_dim} "
+                f"coordinates; got shapes {' and '.join(str(tuple(p.shape)) for p in params)}."
+            )
+        return params
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
         shape = super().forward_shape(shape)
@@ -184,17 +174,6 @@ class InverseAutoregressiveFlow(OnNetwork, SinglePass):
                 f"The batch shape of the context, {tuple(batch_shape)}, should broadcast with that "
                 f"of the value, {tuple(shape[:-1])}."
             ) from error
-
-
-def read_outputs(
-    gate_bias: float | None, shift: Tensor, log_scale: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The shift and the log-scale of what a network returns; gated, if there is a bias."""
-    log_scale = LOG_SCALE_BOUND * torch.tanh(log_scale / LOG_SCALE_BOUND)
-    if gate_bias is None:
-        return shift, log_scale
-    gate = log_scale + gate_bias
-    return torch.sigmoid(-gate) * shift, functional.logsigmoid(gate)
 
 
 class InverseAutoregressiveFlowStack(Flow):
@@ -254,7 +233,7 @@ class InverseAutoregressiveFlowStack(Flow):
                 check_round_trip(self, self(x.detach()), y)
         return x
 
-    def _noise_and_log_det(self, y: Tensor) -> tuple[Tensor, Tensor]:
+    def noise_and_log_det(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """The inverse and its log-determinant at once, each part asked once if it remembers."""
         known = self._walk(pass_cache.pass_to, reversed(self.parts), y)
         if known is not None:
@@ -314,8 +293,7 @@ def inverse_autoregressive_flow(
     hidden_dims: int | Sequence[int] | None = None,
     *,
     num_flows: int = 1,
-    gated: bool = False,
-    gate_bias: float = 2.0,
+    univariate: str | UnivariateMap = "affine",
     order: Sequence[int] | Tensor | None = None,
     activation: str | nn.Module = "elu",
 ) -> InverseAutoregressiveFlow | InverseAutoregressiveFlowStack:
@@ -327,14 +305,13 @@ def inverse_autoregressive_flow(
             layers of ``max(64, 2 * input_dim)``.
         num_flows: How many flows; more than one make a stack, each with the order of the one before
             it reversed.
-        gated: Whether to gate instead of shift and scale.
-        gate_bias: Added to the gate.
+        univariate: The map of each coordinate: ``"affine"``, ``"gated"`` or a
+            :class:`~pyro_iaf.UnivariateMap`.
         order: The order of the coordinates in the first flow; by default as they stand.
         activation: What follows each hidden layer, by name or as a module.
 
     Raises:
-        ValueError: If a size is not positive, ``order`` is no permutation, ``gated`` no bool, or
-            ``gate_bias`` no finite number.
+        ValueError: If a size is not positive, ``order`` is no permutation, or there is no such map.
 
     Example:
         >>> flow = inverse_autoregressive_flow(10, num_flows=2)
@@ -343,9 +320,12 @@ def inverse_autoregressive_flow(
         >>> posterior.log_prob(posterior.rsample()).shape
         torch.Size([])
     """
+    univariate = univariate_map(univariate)
     parts = [
-        InverseAutoregressiveFlow(network, gated=gated, gate_bias=gate_bias)
-        for network in fresh_networks(num_flows, input_dim, hidden_dims, 0, order, activation)
+        InverseAutoregressiveFlow(network, univariate=univariate)
+        for network in fresh_networks(
+            num_flows, input_dim, hidden_dims, 0, univariate.num_params, order, activation
+        )
     ]
     return parts[0] if num_flows == 1 else InverseAutoregressiveFlowStack(parts)
 
@@ -355,6 +335,7 @@ def fresh_networks(
     input_dim: int,
     hidden_dims: int | Sequence[int] | None,
     context_dim: int,
+    num_params: int,
     order: Sequence[int] | Tensor | None,
     activation: str | nn.Module,
 ) -> Iterator[MaskedAutoregressiveNetwork]:
@@ -365,6 +346,7 @@ def fresh_networks(
             input_dim,
             hidden_dims,
             context_dim=context_dim,
+            num_params=num_params,
             order=order,
             activation=copy.deepcopy(activation),  # one for each, if it has parameters
         )

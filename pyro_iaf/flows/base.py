@@ -15,6 +15,7 @@ from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor, nn
 
 from .._validation import check_tensors
+from ..solvers.path_score import Solver, Step
 from . import pass_cache
 
 __all__ = ["Flow", "SinglePass"]
@@ -135,20 +136,35 @@ class SinglePass(Flow):
         raise NotImplementedError
 
     def _compute(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The value that ``x`` becomes, and the log-scale of each coordinate."""
+        """The value that ``x`` becomes, and the log-slope of each coordinate."""
         raise NotImplementedError
 
     def _undo(self, y: Tensor, method: str = "auto") -> tuple[Tensor, Tensor]:
-        """The noise of a value from elsewhere, and the log-scales; both with their gradients."""
+        """The noise of a value from elsewhere, and the log-slopes; both with their gradients."""
         raise NotImplementedError
 
     def _undo_known(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The noise of ``y``, known to be ``x``, and the log-scales; both with their gradients."""
+        """The noise of ``y``, known to be ``x``, and the log-slopes; both with their gradients."""
         raise NotImplementedError
 
-    def _solve_transposed(self, x: Tensor, v: Tensor) -> Tensor:
-        """The ``u`` with ``J^T u = v`` at ``x``."""
+    def solve_transposed(self, x: Tensor, v: Tensor) -> Tensor:
+        """The ``u`` with ``J^T u = v``, where J is the Jacobian at ``x``."""
         raise NotImplementedError
+
+    def pass_with_score(self, x: Tensor, by_kernel: bool) -> tuple[Tensor, Tensor, Step]:
+        """A pass, and what carries a score along it; see :func:`~.path_score.draw_with_score`."""
+        with torch.enable_grad():
+            x = x if x.requires_grad else x.detach().requires_grad_()
+            y, log_slope = self._compute(x)
+            slope = torch.zeros_like(x)
+            if log_slope.requires_grad:  # not where the slope is the same everywhere
+                total = log_slope.sum()
+                (slope,) = torch.autograd.grad(total, x, retain_graph=True, materialize_grads=True)
+        return y, log_slope, Solver(self, x.detach(), slope.detach())
+
+    def remember(self, x: Tensor, y: Tensor, log_slope: Tensor) -> None:
+        """Keeps a pass for as long as ``y`` is alive."""
+        pass_cache.keep(self._sources, x, y, log_slope, x)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Carries noise to a latent, in one network pass."""
@@ -176,14 +192,14 @@ class SinglePass(Flow):
             return known.partner, True
         noise = pass_cache.noise_of(self._sources, y)
         if noise is None:
-            x, log_scale = self._undo(y.expand(self.inverse_shape(y.shape)))
-            pass_cache.keep_gradient(self._sources, x, y, log_scale)
+            x, log_slope = self._undo(y.expand(self.inverse_shape(y.shape)))
+            pass_cache.keep_gradient(self._sources, x, y, log_slope)
             return x, False
         if not torch.is_grad_enabled():
             return noise, True
         # The noise is known. What it lacks is its dependence on y and on the parameters.
-        x, log_scale = self._undo_known(noise, y)
-        pass_cache.keep_gradient(self._sources, x, y, log_scale, noise)
+        x, log_slope = self._undo_known(noise, y)
+        pass_cache.keep_gradient(self._sources, x, y, log_slope, noise)
         return x, True
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
@@ -200,11 +216,11 @@ class SinglePass(Flow):
     def _pass(self, x: Tensor) -> tuple[Tensor, Tensor]:
         shape = self.forward_shape(x.shape)
         wide = x if x.shape == shape else x.expand(shape)  # the very tensor where it can be
-        y, log_scale = self._compute(wide)
-        log_scale = log_scale.to(y.dtype)  # autocast computes it in half precision
-        log_scale = log_scale if log_scale.shape == y.shape else log_scale.expand_as(y)
-        pass_cache.keep(self._sources, wide, y, log_scale, x)
-        return y, log_scale
+        y, log_slope = self._compute(wide)
+        log_slope = log_slope.to(y.dtype)  # autocast computes it in half precision
+        log_slope = log_slope if log_slope.shape == y.shape else log_slope.expand_as(y)
+        pass_cache.keep(self._sources, wide, y, log_slope, x)
+        return y, log_slope
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
         if not shape or shape[-1] != self.input_dim:

@@ -1,7 +1,7 @@
 r"""Flows that wait for a context, and become flows when they get one.
 
 .. math::
-    y = m(x, c) + e^{s(x, c)} \odot x
+    y_i = f(x_i; p_i(x, c))
 
 One set of parameters serves all contexts: an encoder's output, a state of a sequence, the latents
 that a plate shares.
@@ -17,7 +17,7 @@ from pyro.distributions.conditional import ConditionalTransformModule
 from torch import Tensor, nn
 
 from .._validation import check_context
-from ..nn.made import check_network
+from ..nn.univariate import UnivariateMap, univariate_map
 from .autoregressive import (
     InverseAutoregressiveFlow,
     InverseAutoregressiveFlowStack,
@@ -47,12 +47,11 @@ class ConditionalInverseAutoregressiveFlow(OnNetwork, ConditionalTransformModule
             ``network(x, context=context)``; a
             :class:`~pyro_iaf.MaskedAutoregressiveNetwork` with a ``context_dim``, or
             ``pyro.nn.ConditionalAutoRegressiveNN``.
-        gated: Whether to gate instead of shift and scale.
-        gate_bias: Added to the gate.
+        univariate: The map of each coordinate, as for :class:`~pyro_iaf.InverseAutoregressiveFlow`.
 
     Raises:
-        ValueError: If the network has no order or takes no context, ``gated`` is no bool, or
-            ``gate_bias`` no finite number; from ``condition``, if the context doesn't end in
+        ValueError: If the network has no order, does not return the map's parameters, or takes no
+            context, or if there is no such map; from ``condition``, if the context doesn't end in
             ``context_dim`` features.
 
     References:
@@ -72,7 +71,7 @@ class ConditionalInverseAutoregressiveFlow(OnNetwork, ConditionalTransformModule
     bijective = True
 
     def __init__(
-        self, network: Callable[..., Any], *, gated: bool = False, gate_bias: float = 2.0
+        self, network: Callable[..., Any], *, univariate: str | UnivariateMap = "affine"
     ) -> None:
         super().__init__()
         if getattr(network, "context_dim", None) == 0:
@@ -80,8 +79,7 @@ class ConditionalInverseAutoregressiveFlow(OnNetwork, ConditionalTransformModule
                 "ConditionalInverseAutoregressiveFlow expects a network with a context; got one "
                 "with context_dim=0. Give it a context_dim, or use InverseAutoregressiveFlow."
             )
-        check_network(network)
-        self._adopt(network, gated, gate_bias)
+        self._adopt(network, univariate)
 
     def condition(self, context: Tensor) -> InverseAutoregressiveFlow:
         """The flow at this context, with the same parameters."""
@@ -142,8 +140,7 @@ def conditional_inverse_autoregressive_flow(
     hidden_dims: int | Sequence[int] | None = None,
     *,
     num_flows: int = 1,
-    gated: bool = False,
-    gate_bias: float = 2.0,
+    univariate: str | UnivariateMap = "affine",
     order: Sequence[int] | Tensor | None = None,
     activation: str | nn.Module = "elu",
 ) -> ConditionalInverseAutoregressiveFlow | ConditionalInverseAutoregressiveFlowStack:
@@ -154,24 +151,24 @@ def conditional_inverse_autoregressive_flow(
         context_dim: Size of the context's last axis, C.
         hidden_dims: This and all that follows as for :func:`inverse_autoregressive_flow`.
         num_flows: How many flows.
-        gated: Whether to gate.
-        gate_bias: Added to the gate.
+        univariate: The map of each coordinate.
         order: The order of the coordinates in the first flow.
         activation: What follows each hidden layer.
 
     Raises:
-        ValueError: If a size is not positive, ``order`` is no permutation, ``gated`` no bool, or
-            ``gate_bias`` no finite number.
+        ValueError: If a size is not positive, ``order`` is no permutation, or there is no such map.
 
     Example:
         >>> flow = conditional_inverse_autoregressive_flow(10, context_dim=4)
         >>> flow.condition(torch.randn(5, 4))(torch.randn(5, 10)).shape
         torch.Size([5, 10])
     """
+    univariate = univariate_map(univariate)
+    num_params = univariate.num_params
     parts = [
-        ConditionalInverseAutoregressiveFlow(network, gated=gated, gate_bias=gate_bias)
+        ConditionalInverseAutoregressiveFlow(network, univariate=univariate)
         for network in fresh_networks(
-            num_flows, input_dim, hidden_dims, context_dim, order, activation
+            num_flows, input_dim, hidden_dims, context_dim, num_params, order, activation
         )
     ]
     return parts[0] if num_flows == 1 else ConditionalInverseAutoregressiveFlowStack(parts)
@@ -184,7 +181,7 @@ class _ConditionedFlow(InverseAutoregressiveFlow):
         Flow.__init__(self)
         # Past Module.__setattr__, which is slow; and a context that is a Parameter belongs to
         # whoever made it.
-        own = {name: flow.__dict__[name] for name in ("input_dim", "gated", "gate_bias")}
+        own = {name: flow.__dict__[name] for name in ("input_dim", "univariate")}
         if isinstance(flow.network, nn.Module):
             self._modules["network"] = flow.network
         else:

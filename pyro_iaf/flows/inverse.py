@@ -114,7 +114,7 @@ def solve_transposed(flow: Any, x: Tensor, v: Tensor) -> Tensor:
                     f"v should have the shape and dtype of the value, {tuple(x.shape)} and "
                     f"{x.dtype}; got {tuple(v.shape)} and {v.dtype}."
                 )
-            v = part._solve_transposed(x, v)
+            v = part.solve_transposed(x, v)
             x = part(x)
     return v
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
 
+from ..nn.univariate import UnivariateMap
 from ..solvers.fixed_point import runs_eagerly
 
 __all__ = [
@@ -58,17 +59,17 @@ class Watched(NamedTuple):
 
 
 class Pass:
-    """One pass of a flow: the tensor at its other end, and the flow's log-scale there.
+    """One pass of a flow: the tensor at its other end, and the flow's log-slope there.
 
-    The log-scale is kept, and not the log-determinant, so that everybody gets a sum of their own.
+    The log-slope is kept, and not the log-determinant, so that everybody gets a sum of their own.
     """
 
     def __init__(
-        self, watched: Watched, made: Tensor, partner: Tensor, given: Tensor, log_scale: Tensor
+        self, watched: Watched, made: Tensor, partner: Tensor, given: Tensor, log_slope: Tensor
     ) -> None:
         self.partner = partner
         self.given = given  # the partner before the context widened its batch shape
-        self._log_scale = log_scale
+        self._log_slope = log_slope
         self._tensors, self._settings = watched.tensors, watched.settings
         # Weakly, as a module may well hold what its flow made. Those alive have their ids for good.
         self._objects = list(map(weakref.ref, watched.objects))
@@ -103,7 +104,7 @@ class Pass:
 
     def log_det(self) -> Tensor:
         """The flow's log-determinant, from noise to value."""
-        return self._log_scale.sum(-1)
+        return self._log_slope.sum(-1)
 
 
 _forward = WeakIdKeyDictionary()  # value: the pass that made it of its noise
@@ -112,20 +113,20 @@ _twins = WeakIdKeyDictionary()  # noise of a backward pass: the tensor that it i
 _values = WeakIdKeyDictionary()  # noise that an inverse has returned: its value, weakly
 
 
-def keep(sources: Sequence[object], x: Tensor, y: Tensor, log_scale: Tensor, given: Tensor) -> None:
+def keep(sources: Sequence[object], x: Tensor, y: Tensor, log_slope: Tensor, given: Tensor) -> None:
     """Remembers that a flow made ``y`` of ``x``, if all that this depends on can be watched."""
-    _keep(_forward, sources, y, x, given, log_scale)
+    _keep(_forward, sources, y, x, given, log_slope)
 
 
 def keep_gradient(
     sources: Sequence[object],
     x: Tensor,
     y: Tensor,
-    log_scale: Tensor,
+    log_slope: Tensor,
     twin: Tensor | None = None,
 ) -> None:
     """Remembers ``x``, the inverse of ``y``; its twin is the same noise with less of a graph."""
-    _keep(_backward, sources, x, y, y, log_scale)
+    _keep(_backward, sources, x, y, y, log_slope)
     if twin is not None:
         _twins[x] = twin
 
@@ -209,14 +210,14 @@ def _keep(
     made: Tensor,
     partner: Tensor,
     given: Tensor,
-    log_scale: Tensor,
+    log_slope: Tensor,
 ) -> None:
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return
     watched = _watch(sources)
     # Tensors from inference mode have no version.
     if watched is not None and not any(t.is_inference() for t in (*watched.tensors, partner)):
-        passes[made] = Pass(watched, made, partner, given, log_scale)
+        passes[made] = Pass(watched, made, partner, given, log_slope)
 
 
 def _recall(
@@ -254,6 +255,8 @@ def _watch(sources: Sequence[object]) -> Watched | None:
             settings.append(source)
         elif isinstance(source, Tensor):
             tensors.append(source)
+        elif isinstance(source, UnivariateMap):
+            settings += type(source), vars(source).copy()
         elif isinstance(source, functools.partial):
             objects.append(source)
             queue += [source.func, *source.args, *source.keywords.values()]

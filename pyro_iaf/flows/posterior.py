@@ -24,6 +24,6 @@ class Posterior(dist.TransformedDistribution):  # type: ignore[misc]
         if self._drawn is not None:  # reweighted wake-sleep scores its draws after detach()
             pass_cache.recognise(value, self._drawn)
         (transform,) = self.transforms
-        x, log_det = transform._noise_and_log_det(value)
+        x, log_det = transform.noise_and_log_det(value)
         log_prob: Tensor = self.base_dist.log_prob(x) - log_det
         return log_prob

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .._validation import in_one_line
+from ..solvers.path_score import Solver
 from .base import SinglePass
 
 __all__ = ["LocScale"]
@@ -92,7 +93,7 @@ class LocScale(SinglePass):
     def _undo_known(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         return self._undo(y)
 
-    def _solve_transposed(self, x: Tensor, v: Tensor) -> Tensor:
+    def solve_transposed(self, x: Tensor, v: Tensor) -> Tensor:
         # A row v of J^T u = v is u J = v.
         tail = self.coefficients[3].exp()
         slope = torch.addcmul(self.coefficients[2], tail, x.asinh()).cosh() * tail
@@ -104,6 +105,10 @@ class LocScale(SinglePass):
         if len(self.frame) > 2:
             return _solve(self.frame[1:], v, upper=False)
         return v / self.frame[1]
+
+    def pass_with_score(self, x: Tensor, by_kernel: bool) -> tuple[Tensor, Tensor, Solver]:
+        y, log_slope = self._compute(x)
+        return y, log_slope, Solver(self, x.detach(), self.slope_of_log_det(x).detach())
 
     @torch.no_grad()
     def slope_of_log_det(self, x: Tensor) -> Tensor:

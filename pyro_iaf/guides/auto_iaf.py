@@ -26,6 +26,7 @@ from ..models import param_store
 from ..models.arguments import Args, Kwargs, Program
 from ..models.matching import Given
 from ..models.traces import full_size
+from ..nn.univariate import UnivariateMap
 from ..solvers.path_score import draw_with_score
 from .base import FlowGuide
 from .latents import joined
@@ -62,7 +63,8 @@ class AutoIAF(FlowGuide, AutoContinuous):
         num_flows: How many flows; each has the order of the one before it reversed.
         hidden_dims: Widths of each network's hidden layers, a list or one int. By default two
             layers of ``max(64, D)``.
-        gated: Whether the flows gate instead of shift and scale.
+        univariate: How a flow maps each coordinate: ``"affine"``, ``"gated"`` or a
+            :class:`~pyro_iaf.UnivariateMap`.
         start: Where a fresh guide sits: ``"pathfinder"``, at the Gaussian of the highest ELBO that
             a few short climbs of the log joint density meet; or ``"init"``, around what
             ``init_loc_fn`` says. By default ``"pathfinder"``, unless ``init_scale`` is given.
@@ -112,7 +114,7 @@ class AutoIAF(FlowGuide, AutoContinuous):
         *,
         num_flows: int = 2,
         hidden_dims: int | Sequence[int] | None = None,
-        gated: bool = False,
+        univariate: str | UnivariateMap = "affine",
         start: str | None = None,
         init_loc_fn: Callable[..., Any] | None = None,
         init_scale: float | None = None,
@@ -126,7 +128,7 @@ class AutoIAF(FlowGuide, AutoContinuous):
             model,
             num_flows=num_flows,
             hidden_dims=hidden_dims,
-            gated=gated,
+            univariate=univariate,
             init_loc_fn=init_loc_fn,
             init_scale=init_scale,
             scale=scale,
@@ -354,7 +356,7 @@ class AutoIAF(FlowGuide, AutoContinuous):
         given = part_of(state_dict, f"{prefix}transform.")
         if self.prototype_trace is None and not self._fits(given):
             # Never set up, so the state says what to build.
-            self.transform = self._rebuilt(given, self._told_by(state_dict, prefix)["gated"])
+            self.transform = self._rebuilt(given, self._told_by(state_dict, prefix)["univariate"])
             if (transform := self._transform) is not None:
                 self.context_dim = transform.context_dim or None
                 self.hidden_dims = transform.networks[0].hidden_dims

@@ -21,7 +21,6 @@ from torch.distributions import biject_to
 
 from .._validation import (
     check_callable,
-    check_flag,
     check_levels,
     check_size,
     check_widths,
@@ -35,6 +34,7 @@ from ..models.masks import Unmasked, log_priors, sites_to_lift
 from ..models.traces import full_size, is_latent, taking_turns
 from ..models.weighted import WeightedParticles
 from ..nn.made import MaskedAutoregressiveNetwork
+from ..nn.univariate import Affine, UnivariateMap, map_of_repr, univariate_map
 from .init_loc import or_draw
 from .latents import check_latents, check_loaded, quantiles_of, warn_of_masks
 from .pathfinder import Start
@@ -66,7 +66,7 @@ class FlowGuide(AutoGuide):
         *,
         num_flows: int,
         hidden_dims: int | Sequence[int] | None,
-        gated: bool,
+        univariate: str | UnivariateMap,
         init_loc_fn: Callable[..., Any] | None,
         init_scale: float | None,
         scale: str,
@@ -79,7 +79,7 @@ class FlowGuide(AutoGuide):
         AutoGuide.__init__(self, model, create_plates=create_plates)
         self.num_flows = check_size("num_flows", num_flows)
         self.hidden_dims = None if hidden_dims is None else check_widths(hidden_dims, 1)
-        self.gated = check_flag("gated", gated)
+        self.univariate = univariate_map(univariate)
         if scale not in ("auto", "dense", "diagonal"):
             raise ValueError(f'scale should be "auto", "dense" or "diagonal"; got {scale!r}.')
         self.scale = scale
@@ -104,8 +104,8 @@ class FlowGuide(AutoGuide):
         widths = {tuple(network.hidden_dims) for network in self.networks()}
         if self.hidden_dims is not None or len(widths) == 1:
             words.append(f"hidden_dims={self.hidden_dims or list(*widths)}")
-        if self.gated:
-            words.append("gated=True")
+        if self.univariate != Affine():
+            words.append(f"univariate={self.univariate}")
         if self._encoder is not None:
             words.append(
                 f"encoder={getattr(self._encoder, '__name__', type(self._encoder).__name__)}"
@@ -268,18 +268,21 @@ class FlowGuide(AutoGuide):
             context_dim=context_dim,
             num_flows=self.num_flows,
             hidden_dims=self.hidden_dims,
-            gated=self.gated,
+            univariate=self.univariate,
             dense=self._is_dense(len(start.loc)),
         )
 
-    def _rebuilt(self, state: dict[str, Tensor], gated: bool) -> Transform | None:
+    def _rebuilt(self, state: dict[str, Tensor], univariate: str) -> Transform | None:
         """A transform of the make that a state is of; None if it is of none."""
         with torch.inference_mode(False):
             make = make_of(state)
-            if make is None:
+            # A map of the user's own is known by this guide alone.
+            own = univariate == repr(self.univariate)
+            maps = self.univariate if own else map_of_repr(univariate)
+            if make is None or maps is None:
                 return None
-            self.num_flows, self.gated = make["num_flows"], gated
-            return fresh_transform(**make, log_scale=0.0, gated=gated)
+            self.num_flows, self.univariate = make["num_flows"], maps
+            return fresh_transform(**make, log_scale=0.0, univariate=maps)
 
     @property
     def model(self) -> Program:
@@ -389,8 +392,8 @@ class FlowGuide(AutoGuide):
         """What no shape of a parameter tells, as the bytes of a text, so that all is tensors."""
         is_built = self.prototype_trace is not None
         sites = self._site_shapes() if is_built else self._loaded_sites
-        text = json.dumps({"gated": self.gated, "sites": sites}).encode()
-        return torch.tensor(list(text), dtype=torch.uint8)
+        text = json.dumps({"univariate": repr(self.univariate), "sites": sites})
+        return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Nothing to set: loading has seen to it."""
@@ -398,16 +401,19 @@ class FlowGuide(AutoGuide):
     def _told_by(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
         """What a state has from :meth:`get_extra_state`."""
         state = state_dict.get(f"{prefix}_extra_state")
-        told: dict[str, Any] = {"gated": self.gated, "sites": {}}
+        told: dict[str, Any] = {"univariate": repr(self.univariate), "sites": {}}
         return told if state is None else json.loads(bytes(state.tolist()))
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        gated, theirs = self._told_by(state_dict, prefix).values()
+        univariate, theirs = self._told_by(state_dict, prefix).values()
         error_messages: list[str] = args[4]
-        if self.gated != gated:
-            error_messages.append(f"The state is of a guide with {gated=}; this one is not.")
+        if univariate != (own := repr(self.univariate)):
+            error_messages.append(
+                f"The state is of a guide with univariate={univariate}; this one has "
+                f"univariate={own}."
+            )
         if self.prototype_trace is None:
             self._loaded_sites = theirs
         elif theirs and theirs.keys() != (ours := self._latent_sites().keys()):

@@ -15,6 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .._validation import check_callable, check_size
 from ..models.arguments import Args, Kwargs, Program
 from ..models.traces import full_size
+from ..nn.univariate import UnivariateMap
 from .base import FlowGuide
 from .plates import Encoders, GivenSubsamples, Group, QuickSubsamples
 
@@ -42,7 +43,7 @@ class GuideWithContexts(FlowGuide):
         context_dim: int | None = None,
         num_flows: int = 2,
         hidden_dims: int | Sequence[int] | None = None,
-        gated: bool = False,
+        univariate: str | UnivariateMap = "affine",
         init_loc_fn: Callable[..., Any] | None = None,
         init_scale: float | None = None,
         scale: str = "auto",
@@ -54,7 +55,7 @@ class GuideWithContexts(FlowGuide):
             model,
             num_flows=num_flows,
             hidden_dims=hidden_dims,
-            gated=gated,
+            univariate=univariate,
             init_loc_fn=init_loc_fn,
             init_scale=init_scale,
             scale=scale,

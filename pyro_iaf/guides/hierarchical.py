@@ -74,7 +74,8 @@ class AutoHierarchicalIAF(GuideWithContexts):
         num_flows: How many flows for each group of latents.
         hidden_dims: Widths of each network's hidden layers; by default two layers of
             ``max(64, D)`` for the D numbers of a row.
-        gated: Whether the flows gate instead of shift and scale.
+        univariate: How a flow maps each coordinate: ``"affine"``, ``"gated"`` or a
+            :class:`~pyro_iaf.UnivariateMap`.
         init_loc_fn: As for :class:`~pyro_iaf.AutoIAF`.
         init_scale: Standard deviation of a fresh guide in unconstrained space.
         scale: As for :class:`~pyro_iaf.AutoIAF`, for each group.
@@ -352,7 +353,7 @@ class AutoHierarchicalIAF(GuideWithContexts):
             # Never set up, so the state says what to build.
             while True:
                 part = part_of(state_dict, f"{prefix}transforms.{len(transforms)}.")
-                transform = self._rebuilt(part, self._told_by(state_dict, prefix)["gated"])
+                transform = self._rebuilt(part, self._told_by(state_dict, prefix)["univariate"])
                 if transform is None:
                     break
                 transforms.append(transform)

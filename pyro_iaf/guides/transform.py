@@ -10,7 +10,6 @@ where :math:`f` is a stack of inverse autoregressive flows, nearly the identity 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,10 +25,10 @@ from ..flows.conditional import (
 from ..flows.posterior import Posterior
 from ..flows.sinh_arcsinh import LocScale
 from ..nn.made import MaskedAutoregressiveNetwork
+from ..nn.univariate import UnivariateMap
 from .pathfinder import Start
 
 __all__ = ["ConditionalGuideTransform", "GuideTransform", "fresh_transform", "make_of"]
-GATE_BIAS = 2.0
 
 
 class _FlowsAndLastStep:
@@ -128,7 +127,7 @@ def fresh_transform(
     context_dim: int = 0,
     num_flows: int,
     hidden_dims: Sequence[int] | None,
-    gated: bool,
+    univariate: UnivariateMap,
     dense: bool,
 ) -> Transform:
     """A transform that carries noise to a start, or nearly so.
@@ -139,20 +138,20 @@ def fresh_transform(
         context_dim: Size of the context, 0 for none.
         num_flows: How many flows.
         hidden_dims: Widths of each network's hidden layers, by default two of ``max(64, D)``.
-        gated: Whether the flows gate.
+        univariate: How a flow maps each coordinate.
         dense: Whether the last step learns a triangular matrix.
     """
     D = len(start.loc)
     settings: dict[str, Any] = {
         "hidden_dims": 2 * [max(64, D)] if hidden_dims is None else hidden_dims,
         "num_flows": num_flows,
-        "gated": gated,
-        "gate_bias": GATE_BIAS,
+        "univariate": univariate,
         # The last flow takes the latents as the model draws them: causes before effects.
         "order": torch.arange(D) if num_flows % 2 else torch.arange(D).flip(0),
     }
-    if gated:  # each flow contracts
-        log_scale += num_flows * math.log1p(math.exp(-GATE_BIAS))
+    # What the maps of fresh flows do to the scale, gates above all, is made up for.
+    zeros = torch.zeros(1 + univariate.num_params, dtype=torch.float64, device="cpu")
+    log_scale -= num_flows * float(univariate.forward(*zeros)[1])
     flows: Any
     if context_dim:
         flows = conditional_inverse_autoregressive_flow(D, context_dim, **settings)

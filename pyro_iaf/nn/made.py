@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .._validation import check_context, check_order, check_size, check_widths, in_one_line
+from .univariate import UnivariateMap
 
 __all__ = ["MaskedAutoregressiveNetwork"]
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -128,7 +129,7 @@ class MaskedAutoregressiveNetwork(nn.Module):
             x: Of shape ``batch_shape + (input_dim,)``.
             context: Of shape ``batch_shape + (context_dim,)``; the batch shapes broadcast.
         """
-        self._check(x, context)
+        self.check_inputs(x, context)
         *hidden, output, offsets = map(product, self.factors())
         h = x
         if context is None:
@@ -255,7 +256,8 @@ class MaskedAutoregressiveNetwork(nn.Module):
         # Not in the state: it follows from the order and the sizes.
         self.register_buffer("mask", mask.to(self.weights[0]), persistent=False)
 
-    def _check(self, x: Tensor, context: Tensor | None) -> None:
+    def check_inputs(self, x: Tensor, context: Tensor | None) -> None:
+        """Raises a ValueError unless the network can take these."""
         if x.dim() == 0 or x.shape[-1] != self.input_dim:
             raise ValueError(
                 f"x should end in input_dim={self.input_dim} coordinates; got a tensor of shape "
@@ -324,8 +326,8 @@ def order_of(network: Any) -> Tensor:
     return getattr(network, "permutation", None) if order is None else order  # type: ignore[return-value]
 
 
-def check_network(network: Any) -> None:
-    """Raises a ValueError unless a flow can stand on this network."""
+def check_network(network: Any, univariate: UnivariateMap) -> None:
+    """Raises a ValueError unless the network gives what a flow of this map needs."""
     if not callable(network) or not isinstance(order_of(network), Tensor):
         raise ValueError(
             "A flow expects an autoregressive network: a callable with an `order`, or a "
@@ -336,11 +338,12 @@ def check_network(network: Any) -> None:
     if not isinstance(network, MaskedAutoregressiveNetwork):  # which has checked its own
         order = order_of(network)
         check_order(order, len(order))
-    num_params = getattr(network, "num_params", 2)
-    if num_params != 2:
+    expected = univariate.num_params
+    num_params = getattr(network, "num_params", expected)
+    if num_params != expected:
         raise ValueError(
-            "A flow expects a network with num_params=2, a shift and a log-scale; got "
-            f"{num_params}."
+            f"A flow with univariate={univariate} expects a network with num_params={expected}; "
+            f"got one with num_params={num_params}."
         )
 
 

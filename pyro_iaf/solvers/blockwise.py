@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..nn.made import ACTIVATIONS, MaskedAutoregressiveNetwork, product
+from ..nn.univariate import UnivariateMap
 from .fixed_point import has_values, runs_eagerly, settle
 
-__all__ = ["Cut", "Map", "can_be_cut", "solve_in_blocks", "transposed_in_blocks"]
+__all__ = ["Autoregressive", "Cut", "can_be_cut", "solve_in_blocks", "transposed_in_blocks"]
 
 # Sweeps that a first block is expected to take; others take about as many as the one before them,
 # so nobody looks whether they have settled before the last but one of these.
@@ -34,21 +35,18 @@ FEWEST = 3
 ELEMENTWISE = {*ACTIVATIONS.values(), nn.CELU, nn.Hardtanh, nn.Hardswish, nn.Identity, nn.Mish}
 
 
-class Map(Protocol):
-    """An autoregressive map: what a network returns, and how it is read."""
+class Autoregressive(Protocol):
+    """An autoregressive map: a univariate one whose parameters a network gives."""
 
     network: Any
     context: Tensor | None
+    univariate: UnivariateMap
 
     @property
     def order(self) -> Tensor: ...
 
-    def _coefficients(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The shift and the log-scale at ``x``, in one pass of the network."""
-
-    @property
-    def _read(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Makes the same of what the network returned, coordinate by coordinate."""
+    def params_at(self, x: Tensor) -> Sequence[Tensor]:
+        """The map's parameters at ``x``, in one pass of the network."""
 
 
 class Layer(NamedTuple):
@@ -63,7 +61,7 @@ class Layer(NamedTuple):
         return made
 
 
-def can_be_cut(flow: Map) -> bool:
+def can_be_cut(flow: Autoregressive) -> bool:
     """Whether the network is one of ours and computes what its weights say, unit by unit."""
     network = flow.network
     return (
@@ -76,8 +74,8 @@ def can_be_cut(flow: Map) -> bool:
     )
 
 
-def solve_in_blocks(flow: Map, y: Tensor, method: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The inverse of ``y``, and the shift and the log-scale there, all of its shape."""
+def solve_in_blocks(flow: Autoregressive, y: Tensor, method: str) -> tuple[Tensor, list[Tensor]]:
+    """The inverse of ``y``, and the map's parameters there, all of its shape."""
     cut = Cut(flow, y.shape, method)
     network, L, offsets = cut.network, cut.L, cut.offsets
     y = cut.features_first(y)
@@ -93,16 +91,16 @@ def solve_in_blocks(flow: Map, y: Tensor, method: str) -> tuple[Tensor, Tensor, 
         layers.append(Layer(weight, torch.add, (offset,)))
         if cut.one_by_one:
             sizes = [cut.units_of_each(k, a, b) for k in range(L + 1)]
-            x, levels, *coefficients = _solve_one_by_one(cut, layers, sizes, y[a:b])
+            x, levels, params = _solve_one_by_one(cut, layers, sizes, y[a:b])
         else:
-            x, (levels, *coefficients), num_sweeps = _solve_block(
+            x, (levels, params, _), num_sweeps = _solve_block(
                 cut, layers, y[a:b], method, num_sweeps - 1
             )
         if b < cut.D:
             known = [torch.cat(pair) for pair in zip(known, [x, *levels], strict=True)]
-        solved.append(torch.stack([x, *coefficients]))
-    x, shift, log_scale = map(cut.as_given, torch.cat(solved, 1))
-    return x, shift, log_scale
+        solved.append(torch.cat([x, params]).view(1 + cut.P, b - a, -1))
+    x, *found = map(cut.as_given, torch.cat(solved, 1))
+    return x, found
 
 
 def _beside_what_is_known(
@@ -113,8 +111,8 @@ def _beside_what_is_known(
     for k in range(cut.L):
         before, within = _split(cut.hidden(k, now[k + 1], slice(now[k].stop)), now[k].start)
         yield within, _plus(offsets[k][now[k + 1]], before, known[k])
-    # The outputs, shifts and then log-scales, read the last hidden layer and the coordinates.
-    last, offset = [], _stacked(offsets[-1].view(2, cut.D, -1)[:, a:b])
+    # The outputs, parameter by parameter, read the last hidden layer and the coordinates.
+    last, offset = [], _stacked(offsets[-1].view(cut.P, cut.D, -1)[:, a:b])
     for k in (cut.L, 0):
         weight = _stacked(cut.output(slice(a, b), k, slice(now[k].stop)))
         before, within = _split(weight, now[k].start)
@@ -127,9 +125,9 @@ def _solve_block(
     cut: Cut, layers: list[Layer], y: Tensor, method: str, first: int
 ) -> tuple[Tensor, Any, int]:
     def sweep(x: Tensor) -> tuple[Tensor, Any]:
-        *levels, out = _through(layers, x)
-        shift, log_scale = cut.read(*out.chunk(2))
-        return (y - shift) / log_scale.exp(), (levels, shift, log_scale)
+        *levels, params = _through(layers, x)
+        x, log_slope = cut.univariate.inverse(y, *params.chunk(cut.P))
+        return x, (levels, params, log_slope)
 
     def size(found: tuple[Any, Tensor, Tensor]) -> Tensor:
         return y / found[-1].exp()
@@ -140,17 +138,15 @@ def _solve_block(
 
 def _solve_one_by_one(
     cut: Cut, layers: list[Layer], sizes: list[list[int]], y: Tensor
-) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-    found: list[tuple[Tensor, Tensor]] = []
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    found: list[Tensor] = []
 
-    def finish(j: int, out: Tensor) -> Tensor:
-        shift, log_scale = cut.read(*out.split(1))
-        found.append((shift, log_scale))
-        return (y[j] - shift) / log_scale.exp()
+    def finish(j: int, params: Tensor) -> Tensor:
+        found.append(params)
+        return cut.univariate.inverse(y[j : j + 1], *params.split(1))[0]
 
-    x, levels = _one_by_one(layers, [*sizes, None], torch.zeros_like(y), range(len(y)), finish)
-    shifts, log_scales = zip(*found, strict=True)
-    return x, levels, torch.cat(shifts), torch.cat(log_scales)
+    x, levels = _one_by_one(layers, [*sizes, cut.P], torch.zeros_like(y), range(len(y)), finish)
+    return x, levels, _stacked(torch.stack(found, 1))
 
 
 def transposed_in_blocks(cut: Cut, x: Tensor, v: Tensor) -> Tensor:
@@ -212,24 +208,25 @@ def _solve_transposed_one_by_one(
         found.insert(0, u)
         return by_outputs[:, j] * u
 
-    outputs = by_outputs.new_zeros(2 * n, start.shape[1])
-    rows = [None, *sizes, [1] * n]
+    outputs = by_outputs.new_zeros(len(by_outputs) * n, start.shape[1])
+    rows: list[list[int] | int] = [len(by_outputs), *sizes, [1] * n]
     _, levels = _one_by_one(layers, rows, outputs, range(n - 1, -1, -1), finish)
     return torch.cat(found), levels
 
 
 def _one_by_one(
     layers: list[Layer],
-    sizes: list[list[int] | None],
+    sizes: list[list[int] | int],
     first: Tensor,
     positions: Iterable[int],
     finish: Callable[[int, Tensor], Tensor],
 ) -> tuple[Tensor, list[Tensor]]:
     """Settles a block coordinate by coordinate, each with the units that it adds to each level.
 
-    ``sizes`` counts these, level by level; None is for outputs, the shifts of all coordinates and
-    then their log-scales. ``finish`` makes of what the last layer says of a coordinate its rows of
-    the first level, which are zero so far. Returns the first level, and the hidden ones.
+    ``sizes`` counts these, level by level; an int is for outputs, so many parameters of all
+    coordinates one after the other. ``finish`` makes of what the last layer says of a coordinate
+    its rows of the first level, which are zero so far. Returns the first level, and the hidden
+    ones.
     """
     levels = [first.new_zeros(len(layer.weight), first.shape[1]) for layer in layers[:-1]]
     both = torch.cat([levels[-1], first])  # as the last layer reads them
@@ -246,13 +243,15 @@ def _one_by_one(
     return first, levels
 
 
-def _by_coordinate(level: Tensor, sizes: list[int] | None) -> Sequence[Tensor]:
-    pairs = level.unflatten(0, (2, -1)) if sizes is None else level
-    rows: Sequence[Tensor] = pairs.unbind(1) if sizes is None else level.split(sizes)
+def _by_coordinate(level: Tensor, sizes: list[int] | int) -> Sequence[Tensor]:
+    is_of_outputs = isinstance(sizes, int)
+    rows: Sequence[Tensor] = (
+        level.unflatten(0, (sizes, -1)).unbind(1) if is_of_outputs else level.split(sizes)
+    )
     return rows
 
 
-def _layer_by_coordinate(layer: Layer, sizes: list[int] | None) -> list[Layer]:
+def _layer_by_coordinate(layer: Layer, sizes: list[int] | int) -> list[Layer]:
     rows = (_by_coordinate(t, sizes) for t in (layer.weight, *layer.arguments))
     return [Layer(weight, layer.then, rest) for weight, *rest in zip(*rows, strict=True)]
 
@@ -286,20 +285,19 @@ def _linearised(cut: Cut, x: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
             h = cut.network.activation(z.clone())  # it may write in place
             slopes += torch.autograd.grad(h.sum(), z)
             h = h.detach()
+    with torch.no_grad():
         weight, offset = output
-        out = (weight @ torch.cat([h, x]) + offset).view(2, cut.D, -1).detach().requires_grad_()
-        shift, log_scale = cut.read(*out)
-        scale = log_scale.exp()
-        (by_outputs,) = torch.autograd.grad((shift + scale * x).sum(), out)
-    return slopes, by_outputs, scale.detach()
+        params = (weight @ torch.cat([h, x]) + offset).view(cut.P, cut.D, -1)
+        found = cut.univariate.derivatives(x, *params)
+        return slopes, torch.stack(list(found.by_params)), found.by_x
 
 
 class Cut:
     """A flow's network, cut into blocks of coordinates that follow one another in its order.
 
     Features come first here, in that order, and the batch after them: units of one degree stand
-    together. Level 0 are the coordinates, levels 1 to L the hidden layers; outputs are the shifts
-    of all coordinates and then their log-scales.
+    together. Level 0 are the coordinates, levels 1 to L the hidden layers; outputs are the P
+    parameters of the univariate map, each for all coordinates.
 
     Args:
         flow: The flow, as it is now.
@@ -308,10 +306,13 @@ class Cut:
         keep: Whether to hold on to the weights of now, whatever becomes of the network.
     """
 
-    def __init__(self, flow: Map, shape: torch.Size, method: str, keep: bool = False) -> None:
+    def __init__(
+        self, flow: Autoregressive, shape: torch.Size, method: str, keep: bool = False
+    ) -> None:
         self.network: MaskedAutoregressiveNetwork = flow.network
-        self.order, self.shape, self.read = flow.order, shape, flow._read
+        self.order, self.shape, self.univariate = flow.order, shape, flow.univariate
         self.D, self.L = shape[-1], len(self.network.hidden_dims)
+        self.P = self.univariate.num_params
         self.natural = self.network.in_natural_order
         factors = self.network.factors()
         if keep:
@@ -361,11 +362,11 @@ class Cut:
         return product([_take(factor, rows, where) for factor in self._hidden[k]])
 
     def output(self, rows: slice, k: int, columns: slice) -> Tensor:
-        """Weights from level k, L or 0, to the outputs, of shape (2, rows, columns)."""
+        """Weights from level k, L or 0, to the outputs, of shape (P, rows, columns)."""
         H = self.network.hidden_dims[-1]
         half, where = (slice(H), columns) if k else (slice(H, None), self._at(columns))
-        pairs = [factor.view(2, self.D, -1)[..., half] for factor in self._output]
-        return product([_take(pair, self._at(rows), where) for pair in pairs])
+        parts = [factor.view(self.P, self.D, -1)[..., half] for factor in self._output]
+        return product([_take(part, self._at(rows), where) for part in parts])
 
     def from_outputs(self, k: int, now: list[slice], gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Weights from a block's outputs back to level k, and what the outputs after it bring."""
@@ -384,11 +385,11 @@ class Cut:
             if context.dim() > 1:
                 offsets = offsets.expand(*self.shape[:-1], -1)
             offsets = offsets.reshape(-1, offsets.shape[-1]).T
-        *hidden, output = offsets.split_with_sizes([*self.network.hidden_dims, 2 * self.D])
+        *hidden, output = offsets.split_with_sizes([*self.network.hidden_dims, self.P * self.D])
         return [*hidden, output if self.natural else self._outputs_in_order(output)]
 
     def _outputs_in_order(self, rows: Tensor) -> Tensor:
-        return rows[torch.cat([self.order, self.D + self.order])]
+        return _stacked(rows.view(self.P, self.D, -1)[:, self.order])
 
     def _at(self, positions: slice) -> slice | Tensor:
         """Where the coordinates at these positions of the order are."""
@@ -416,9 +417,9 @@ def _split(weight: Tensor, size: int, dim: int = -1) -> tuple[Tensor, Tensor]:
     return weight.narrow(dim, 0, size), weight.narrow(dim, size, weight.shape[dim] - size)
 
 
-def _stacked(pair: Tensor) -> Tensor:
-    """Shifts and log-scales, of shape (2, n, _), one below the other."""
-    return pair.reshape(2 * pair.shape[1], pair.shape[2])
+def _stacked(parts: Tensor) -> Tensor:
+    """Parameters of shape (P, n, _), one below the other."""
+    return parts.reshape(parts.shape[0] * parts.shape[1], parts.shape[2])
 
 
 def _plus(offset: Tensor, weight: Tensor, units: Tensor) -> Tensor:

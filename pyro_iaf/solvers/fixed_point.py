@@ -1,8 +1,7 @@
 r"""Triangular equations, solved by sweeps.
 
-An autoregressive map turned round, :math:`x_i = (y_i - m_i(x_{<i}))\, e^{-s_i(x_{<i})}`, improves a
-guess of :math:`x` at every sweep, and coordinate k is exact after k of them. Mostly a few settle
-all.
+An autoregressive map turned round, :math:`x_i = f^{-1}(y_i; p_i(x_{<i}))`, improves a guess of
+:math:`x` at every sweep, and coordinate k is exact after k of them. Mostly a few settle all.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
 r"""The exact inverse of an autoregressive map, and its gradient.
 
 .. math::
-    y_i = m_i(x_{<i}) + e^{s_i(x_{<i})}\, x_i
-    \quad\Longleftrightarrow\quad
-    x_i = \bigl( y_i - m_i(x_{<i}) \bigr)\, e^{-s_i(x_{<i})}
+    y_i = f(x_i; p_i(x_{<i})) \quad\Longleftrightarrow\quad x_i = f^{-1}(y_i; p_i(x_{<i}))
 
 It is found by sweeps, or coordinate by coordinate. Its gradient, by the implicit function theorem,
 takes a solve with the transposed Jacobian and no graph of the way back.
@@ -12,6 +10,7 @@ takes a solve with the transposed Jacobian and no graph of the way back.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -19,39 +18,41 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .blockwise import Cut, Map, can_be_cut, solve_in_blocks, transposed_in_blocks
+from .blockwise import Autoregressive, Cut, can_be_cut, solve_in_blocks, transposed_in_blocks
 from .fixed_point import has_values, runs_eagerly, settle
 
 __all__ = ["attach_gradient", "check_round_trip", "leaves_of", "walk_back"]
 ROUND_TRIP = {torch.float64: 1e-10, torch.float32: 1e-4}
 
 
-def walk_back(flow: Map, y: Tensor, method: str = "auto") -> tuple[Tensor, Tensor]:
-    """The noise of ``y`` and the log-scales there, both of the shape of ``y``; see :func:`invert`.
+def walk_back(flow: Autoregressive, y: Tensor, method: str = "auto") -> tuple[Tensor, Tensor]:
+    """The noise of ``y`` and the log-slopes there, both of the shape of ``y``; see :func:`invert`.
 
     Where gradients are on, both are differentiable as :func:`attach_gradient` says.
     """
     if not runs_eagerly():
-        x, _, log_scale = _solve(flow, y, "incremental")
-        return x, log_scale.expand_as(x).to(x.dtype)
+        x, params = _solve(flow, y, "incremental")
+        log_slope = flow.univariate.forward(x, *params)[1]
+        return x, log_slope.expand_as(x).to(x.dtype)
     with torch.no_grad():
-        x, shift, log_scale = _solve(flow, y, method)
+        x, params = _solve(flow, y, method)
     if can_be_cut(flow):
         used = (y, flow.context, *flow.network.weights)
     else:  # nobody knows what it uses, or whether it says the same twice
-        shift, log_scale = flow._coefficients(x)
-        used = (y, shift, log_scale)
+        params = flow.params_at(x)
+        used = (y, *params)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in used):
         return attach_gradient(flow, x, y)
-    check_round_trip(flow, shift + log_scale.exp() * x, y)
-    return x, log_scale.expand_as(x).to(x.dtype)
+    again, log_slope = flow.univariate.forward(x, *params)
+    check_round_trip(flow, again, y)
+    return x, log_slope.expand_as(x).to(x.dtype)
 
 
-def attach_gradient(flow: Map, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def attach_gradient(flow: Autoregressive, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     r"""Makes a known inverse ``x`` of ``y`` differentiable, by the implicit function theorem.
 
     With :math:`y = f_\theta(x)`, the Jacobian :math:`J = \partial f_\theta / \partial x`, and
-    :math:`v, w` the gradients in :math:`x` and in the log-scale :math:`s_\theta(x)`, those in
+    :math:`v, w` the gradients in :math:`x` and in the log-slope :math:`s_\theta(x)`, those in
     :math:`y` and :math:`\theta` are
 
     .. math::
@@ -61,7 +62,7 @@ def attach_gradient(flow: Map, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         \bigl(\tfrac{\partial f}{\partial \theta}\bigr)^{\mathsf T} u.
 
     Costs one network pass now, and backward as much as :func:`solve_transposed`, one pass back to
-    the parameters, and one to the noise if the log-scale is used. All of it is of the map as it is
+    the parameters, and one to the noise if the log-slope is used. All of it is of the map as it is
     now, whatever becomes of its parameters.
 
     Args:
@@ -70,7 +71,7 @@ def attach_gradient(flow: Map, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         y: Value, of shape ``batch_shape + (D,)``.
 
     Returns:
-        ``x``, and the map's log-scale there, both like ``y`` and differentiable once in ``y`` and
+        ``x``, and the map's log-slope there, both like ``y`` and differentiable once in ``y`` and
         in all that the map uses.
 
     Warns:
@@ -80,36 +81,35 @@ def attach_gradient(flow: Map, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         >>> flow = inverse_autoregressive_flow(3)
         >>> x = torch.randn(5, 3)
         >>> y = flow(x).detach().requires_grad_()
-        >>> x, log_scale = attach_gradient(flow, x, y)
-        >>> (x.square().sum() + log_scale.sum()).backward()
+        >>> x, log_slope = attach_gradient(flow, x, y)
+        >>> (x.square().sum() + log_slope.sum()).backward()
         >>> y.grad.shape
         torch.Size([5, 3])
     """
     point = x.detach().clone().requires_grad_()
     point.is_passing = True  # type: ignore[attr-defined]  # a leaf of no one's: see leaves_of
-    shift, log_scale = flow._coefficients(point)
-    again = shift + log_scale.exp() * point
+    again, log_slope = flow.univariate.forward(point, *flow.params_at(point))
     check_round_trip(flow, again, y)
-    log_scale = log_scale.expand_as(again).to(again.dtype)
-    x, log_scale = _Implicit.apply(flow, point, y, again, log_scale)
-    return x, log_scale
+    log_slope = log_slope.expand_as(again).to(again.dtype)
+    x, log_slope = _Implicit.apply(flow, point, y, again, log_slope)
+    return x, log_slope
 
 
 class _Implicit(torch.autograd.Function):
-    """The inverse and its log-scale, where the map makes ``again`` of the inverse ``x``."""
+    """The inverse and its log-slope, where the map makes ``again`` of the inverse ``x``."""
 
     @staticmethod
     def forward(
-        ctx: Any, flow: Map, x: Tensor, y: Tensor, again: Tensor, log_scale: Tensor
+        ctx: Any, flow: Autoregressive, x: Tensor, y: Tensor, again: Tensor, log_slope: Tensor
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.x, ctx.log_scale = x, log_scale
+        ctx.x, ctx.log_slope = x, log_slope
         # All of it as it is now: parameters may have moved on when the gradient is asked for.
         if can_be_cut(flow):
             ctx.solve = partial(transposed_in_blocks, Cut(flow, y.shape, "auto", keep=True), x)
         else:
-            ctx.solve = partial(_transposed_by_sweeps, flow.order, x, again, log_scale)
-        return x.detach().clone(), log_scale.detach().clone()
+            ctx.solve = partial(_transposed_by_sweeps, flow.order, x, again, log_slope)
+        return x.detach().clone(), log_slope.detach().clone()
 
     @staticmethod
     def backward(ctx: Any, v: Tensor | None, w: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -118,9 +118,9 @@ class _Implicit(torch.autograd.Function):
                 "The gradient of an inverse can be taken once, not twice. Differentiate the "
                 "inverse with torch.func, for instance torch.func.hessian, which unrolls it."
             )
-        if w is not None and ctx.log_scale.requires_grad:
+        if w is not None and ctx.log_slope.requires_grad:
             (slope,) = torch.autograd.grad(
-                ctx.log_scale, ctx.x, w, retain_graph=True, materialize_grads=True
+                ctx.log_slope, ctx.x, w, retain_graph=True, materialize_grads=True
             )
             v = slope if v is None else v + slope
         if v is None:
@@ -129,21 +129,20 @@ class _Implicit(torch.autograd.Function):
         return None, None, u, -u, w
 
 
-def transposed_solution(flow: Map, x: Tensor, v: Tensor) -> Tensor:
+def transposed_solution(flow: Autoregressive, x: Tensor, v: Tensor) -> Tensor:
     """The ``u`` with ``J^T u = v``, where J is the Jacobian at ``x``."""
     if can_be_cut(flow):
         return transposed_in_blocks(Cut(flow, v.shape, "auto"), x, v)
     with torch.enable_grad():
         x = x.detach().clone().requires_grad_()
-        shift, log_scale = flow._coefficients(x)
-        y = shift + log_scale.exp() * x
-    return _transposed_by_sweeps(flow.order, x, y, log_scale, v)
+        y, log_slope = flow.univariate.forward(x, *flow.params_at(x))
+    return _transposed_by_sweeps(flow.order, x, y, log_slope, v)
 
 
 def _transposed_by_sweeps(
-    order: Tensor, x: Tensor, y: Tensor, log_scale: Tensor, v: Tensor
+    order: Tensor, x: Tensor, y: Tensor, log_slope: Tensor, v: Tensor
 ) -> Tensor:
-    scale = log_scale.detach().exp()
+    scale = log_slope.detach().exp()
 
     def sweep(u: Tensor) -> tuple[Tensor, None]:
         (product,) = torch.autograd.grad(y, x, u, retain_graph=True)
@@ -153,23 +152,24 @@ def _transposed_by_sweeps(
     return settle(sweep, torch.zeros_like(v), position, "auto", size=lambda _: v / scale)[0]
 
 
-def _solve(flow: Map, y: Tensor, method: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The inverse of ``y``, and the shift and the log-scale there, all of its shape."""
+def _solve(flow: Autoregressive, y: Tensor, method: str) -> tuple[Tensor, Sequence[Tensor]]:
+    """The inverse of ``y``, and the map's parameters there."""
     if can_be_cut(flow):
-        flow.network._check(y, flow.context)
+        flow.network.check_inputs(y, flow.context)
         return solve_in_blocks(flow, y, method)
 
-    def sweep(x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        shift, log_scale = flow._coefficients(x)
-        return (y - shift) / log_scale.exp(), (shift, log_scale)
+    def sweep(x: Tensor) -> tuple[Tensor, tuple[Sequence[Tensor], Tensor]]:
+        params = flow.params_at(x)
+        x, log_slope = flow.univariate.inverse(y, *params)
+        return x, (params, log_slope)
 
-    def size(found: tuple[Tensor, Tensor]) -> Tensor:
+    def size(found: tuple[Sequence[Tensor], Tensor]) -> Tensor:
         return y / found[1].exp()
 
     position = torch.argsort(flow.order)
     start = torch.zeros_like(y)
-    x, (shift, log_scale), _ = settle(sweep, start, position, method, size=size)
-    return x, shift, log_scale
+    x, (params, _), _ = settle(sweep, start, position, method, size=size)
+    return x, params
 
 
 # The residual that was told of each network.

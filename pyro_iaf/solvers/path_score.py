@@ -16,30 +16,55 @@ import itertools
 import math
 import operator
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..flows import pass_cache
-from ..flows.autoregressive import LOG_SCALE_BOUND
-from ..flows.sinh_arcsinh import LocScale
 from ..nn.made import product
-from .blockwise import can_be_cut
+from ..nn.univariate import Derivatives
+from .blockwise import Autoregressive, can_be_cut
 from .fixed_point import runs_eagerly
 from .score_kernel import MAX_WRITTEN_OUT, Carrier, by_jacobian, carried, has_kernel
 
-__all__ = ["Drawn", "draw_with_score", "noise_of_draw"]
+__all__ = [
+    "Carrier",
+    "Drawn",
+    "Scored",
+    "Solver",
+    "can_be_written_out",
+    "draw_with_score",
+    "noise_of_draw",
+    "written_out",
+]
+
+
+class Scored(Protocol):
+    """What a bijection owes, to be passed with the score of its density."""
+
+    def forward_shape(self, shape: torch.Size) -> torch.Size: ...
+
+    def pass_with_score(self, x: Tensor, by_kernel: bool) -> tuple[Tensor, Tensor, Step]:
+        """The value of ``x``, the log-slopes, and what the score is to be carried through."""
+
+    def remember(self, x: Tensor, y: Tensor, log_slope: Tensor) -> None:
+        """Keeps the pass from ``x`` for when ``y`` is scored."""
+
+    def solve_transposed(self, x: Tensor, v: Tensor) -> Tensor:
+        """The ``u`` with ``J^T u = v``, where J is the Jacobian at ``x``."""
 
 
 class Solver(NamedTuple):
     """A flow that solves the transposed system by itself, with the slope of its log-determinant."""
 
-    part: Any
+    part: Scored
     x: Tensor
     slope: Tensor
+
+
+Step: TypeAlias = Carrier | Solver
 
 
 class Drawn(NamedTuple):
@@ -53,19 +78,20 @@ class Drawn(NamedTuple):
     log_prob: Tensor
     score: Tensor
     noise: Tensor
-    parts: Sequence[Any]
-    steps: Sequence[Carrier | Solver]
+    parts: Sequence[Scored]
+    steps: Sequence[Step]
     by_kernel: bool
 
     def solve_transposed(self, v: Tensor) -> Tensor:
         """The ``u`` with ``J^T u = v``, where J is the Jacobian of all the flows."""
-        still: list[Carrier | Solver] = []
+        still: list[Step] = []
         for step in self.steps:
             if isinstance(step, Solver):
                 still.append(step._replace(slope=torch.zeros_like(step.slope)))
             else:
-                *slopes, slope = step.slopes
-                still.append(step._replace(slopes=(*slopes, torch.zeros_like(slope))))
+                by_x, by_params, *_ = step.slopes
+                slopes = Derivatives(by_x, by_params, None, [None] * len(by_params))
+                still.append(step._replace(slopes=slopes))
         return _carry(v.expand_as(self.value), still, self.by_kernel)
 
     def lend_noise(self, leaf: Tensor) -> Tensor | None:
@@ -90,11 +116,11 @@ def noise_of_draw(stack: Any, value: Tensor) -> Tensor:
     parts, noise = _lent.get(value, ((), None))
     if len(parts) == len(stack.parts) and all(map(operator.is_, parts, stack.parts)):
         return noise  # type: ignore[no-any-return]
-    return stack._noise_and_log_det(value)[0]  # type: ignore[no-any-return]
+    return stack.noise_and_log_det(value)[0]  # type: ignore[no-any-return]
 
 
 def draw_with_score(
-    parts: Iterable[Any],
+    parts: Iterable[Scored],
     x: Tensor,
     log_q: Tensor | None = None,
     score: Tensor | None = None,
@@ -113,20 +139,15 @@ def draw_with_score(
     if log_q is None or score is None:
         log_q, score = -0.5 * (x.square() + math.log(2 * math.pi)).sum(-1), -x
     noise, parts, by_kernel = x, list(parts), _goes_by_kernel(x, remember)
-    steps: list[Carrier | Solver] = []
-    step: Carrier | Solver
+    steps: list[Step] = []
     for part in parts:
         shape = part.forward_shape(x.shape)
-        before = x = x if x.shape == shape else x.expand(shape)  # the very tensor, to be known by
-        is_small = by_kernel or part.input_dim <= MAX_WRITTEN_OUT
-        if is_small and hasattr(part, "network") and can_be_cut(part):
-            x, log_scale, step = _written_out(part, x)
-        else:
-            x, log_scale, step = _for_solving(part, x)
+        before = x if x.shape == shape else x.expand(shape)  # the very tensor, to be known by
+        x, log_slope, step = part.pass_with_score(before, by_kernel)
         steps.append(step)
-        log_q = log_q - log_scale.sum(-1)
+        log_q = log_q - log_slope.sum(-1)
         if remember:
-            pass_cache.keep(part._sources, before, x, log_scale, before)
+            part.remember(before, x, log_slope)
     score = _carry(score.expand_as(x), steps, by_kernel)
     return Drawn(x, log_q, score, noise, parts, steps, by_kernel)
 
@@ -137,9 +158,9 @@ def _goes_by_kernel(x: Tensor, is_wanted: bool) -> bool:
 
 
 @torch.no_grad()
-def _carry(score: Tensor, steps: Sequence[Carrier | Solver], by_kernel: bool) -> Tensor:
+def _carry(score: Tensor, steps: Sequence[Step], by_kernel: bool) -> Tensor:
     for _, alike in itertools.groupby(
-        steps, lambda step: type(step) is Carrier and len(step.bends)
+        steps, lambda step: isinstance(step, Carrier) and step.layout
     ):
         run = list(alike)
         flows = [step for step in run if isinstance(step, Carrier)]
@@ -148,29 +169,20 @@ def _carry(score: Tensor, steps: Sequence[Carrier | Solver], by_kernel: bool) ->
             continue
         for step in run:
             if isinstance(step, Solver):
-                score = step.part._solve_transposed(step.x, score - step.slope)
+                score = step.part.solve_transposed(step.x, score - step.slope)
             else:
                 slopes, bends, weights, network = step
                 score = by_jacobian(score, slopes, bends, weights, network.order)
     return score
 
 
-def _for_solving(part: Any, x: Tensor) -> tuple[Tensor, Tensor, Solver]:
-    """The value and the log-scale, for the part's own solution of the transposed system."""
-    if isinstance(part, LocScale):
-        y, log_scale = part._compute(x)
-        slope = part.slope_of_log_det(x)
-    else:
-        with torch.enable_grad():
-            x = x if x.requires_grad else x.detach().requires_grad_()
-            y, log_scale = part._compute(x)
-            total = log_scale.sum()
-            (slope,) = torch.autograd.grad(total, x, retain_graph=True, materialize_grads=True)
-    return y, log_scale, Solver(part, x.detach(), slope.detach())
+def can_be_written_out(flow: Autoregressive, by_kernel: bool) -> bool:
+    """Whether the Jacobian is made of a network of ours, and is small where there is no kernel."""
+    return (by_kernel or len(flow.order) <= MAX_WRITTEN_OUT) and can_be_cut(flow)
 
 
-def _written_out(flow: Any, x: Tensor) -> tuple[Tensor, Tensor, Carrier]:
-    """The value and the log-scale, and what the Jacobian of a network of ours is made of."""
+def written_out(flow: Autoregressive, x: Tensor) -> tuple[Tensor, Tensor, Carrier]:
+    """The value and the log-slopes, and what the Jacobian of a network of ours is made of."""
     network = flow.network
     *hidden, output, offsets = map(product, network.factors())
     if flow.context is None:
@@ -184,22 +196,18 @@ def _written_out(flow: Any, x: Tensor) -> tuple[Tensor, Tensor, Carrier]:
         h, bend = _bend(network.activation, _linear(h, weight, shift))
         bends.append(bend)
     inputs = torch.cat([h.expand(*x.shape[:-1], h.shape[-1]), x], -1)
-    out = _linear(inputs, output, last).chunk(2, -1)
-    y, log_scale = _applied(x, *flow._read(*out))
+    params = _linear(inputs, output, last).chunk(flow.univariate.num_params, -1)
+    y, log_slope = flow.univariate.forward(x, *params)
     with torch.no_grad():
-        slopes = _slopes_of_reading(flow, x, *out)
+        slopes = flow.univariate.derivatives(x, *params)
     weights = [weight.detach() for weight in (*hidden, output)]
-    return y, log_scale, Carrier(slopes, bends, weights, network)
+    return y, log_slope, Carrier(slopes, bends, weights, network)
 
 
 def _linear(h: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
     if shift.dim() == 1:
         return functional.linear(h, weight, shift)
     return functional.linear(h, weight) + shift
-
-
-def _applied(x: Tensor, shift: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.addcmul(shift, log_scale.exp(), x), log_scale
 
 
 def _bend(activation: nn.Module, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -211,16 +219,3 @@ def _bend(activation: nn.Module, z: Tensor) -> tuple[Tensor, Tensor]:
         leaf = z.detach().requires_grad_()
         (slope,) = torch.autograd.grad(activation(leaf.clone()).sum(), leaf)
     return activation(z), slope
-
-
-def _slopes_of_reading(flow: Any, x: Tensor, m: Tensor, s: Tensor) -> tuple[Tensor, ...]:
-    """The scale, the value's slopes in ``m`` and ``s``, and the slope of the log-scale in ``s``."""
-    s = LOG_SCALE_BOUND * torch.tanh(s / LOG_SCALE_BOUND)
-    slope = 1 - (s / LOG_SCALE_BOUND).square()
-    if not flow.gated:
-        scale = s.exp()
-        return scale, torch.ones_like(m), scale * x * slope, slope
-    scale = torch.sigmoid(s + flow.gate_bias)
-    rest = 1 - scale
-    slope = rest * slope
-    return scale, rest, scale * slope * (x - m), slope

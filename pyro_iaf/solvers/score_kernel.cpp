@@ -22,16 +22,18 @@ static void add_rows(T* to, const T* row, T factor, const T* other, T factor_of_
   for (int64_t c = first; c < last; ++c) to[c] += row[c] * factor + other[c] * factor_of_other;
 }
 
-// The particles from k0 to k1. `weights` are those of the L hidden layers and of the outputs, which
-// read the last hidden layer and then the coordinates; `starts[l * (D + 1) + d]` is the first unit
-// of degree d in hidden layer l; the coordinates at the first d positions lie from `lowest[d]` to
-// before `highest[d]`.
+// The particles from k0 to k1. `slopes` are the map's derivatives: of the value in the coordinate and
+// in the P parameters, then of the logarithm of the slope in these, null where they are zero.
+// `weights` are those of the L hidden layers and of the outputs, which read the last hidden layer and
+// then the coordinates; `starts[l * (D + 1) + d]` is the first unit of degree d in hidden layer l;
+// the coordinates at the first d positions lie from `lowest[d]` to before `highest[d]`.
 template <typename T>
-static void carry(int64_t k0, int64_t k1, int64_t D, int64_t L, const int64_t* widths,
-                  const T* score, const T* scale, const T* by_m, const T* by_s, const T* slope,
-                  const T* const* bends, const T* const* weights, const int64_t* order,
-                  const int64_t* starts, T* u) {
+static void carry(int64_t k0, int64_t k1, int64_t D, int64_t L, int64_t P, const int64_t* widths,
+                  const T* score, const T* const* slopes, const T* const* bends,
+                  const T* const* weights, const int64_t* order, const int64_t* starts, T* u) {
   const int64_t K = k1 - k0, H = widths[L - 1];
+  const T* const* by_params = slopes + 1;
+  const T* const* log_slopes = slopes + 1 + P;  // in the coordinate, and in the parameters
   std::vector<int64_t> lowest(D + 1, D), highest(D + 1, 0);
   for (int64_t p = 0; p < D; ++p) {
     lowest[p + 1] = std::min(lowest[p], order[p]);
@@ -56,33 +58,55 @@ static void carry(int64_t k0, int64_t k1, int64_t D, int64_t L, const int64_t* w
       }
     }
     const int64_t i = order[p], last = starts[(L - 1) * (D + 1) + p + 1];
-    const T* of_m = output + i * (H + D);
-    const T* of_s = output + (D + i) * (H + D);
     for (int64_t k = 0; k < K; ++k) {
       const int64_t at = (k0 + k) * D + i;
+      T* in_units = &gradients[L][k * H];
       T* in_x = &gradients[0][k * D];
-      const T found = (score[at] - in_x[i]) / scale[at];
+      const T own = log_slopes[0] ? score[at] - log_slopes[0][at] : score[at];
+      const T found = (own - in_x[i]) / slopes[0][at];
       u[at] = found;
-      const T m = by_m[at] * found, s = by_s[at] * found + slope[at];
-      add_rows(&gradients[L][k * H], of_m, m, of_s, s, 0, last);
-      add_rows(in_x, of_m + H, m, of_s + H, s, lowest[p], highest[p]);
+      auto in_param = [&](int64_t j) {
+        const T by_value = by_params[j][at] * found;
+        return log_slopes[1 + j] ? by_value + log_slopes[1 + j][at] : by_value;
+      };
+      int64_t j = 0;
+      for (; j + 1 < P; j += 2) {
+        const T* row = output + (j * D + i) * (H + D);
+        const T* other = row + D * (H + D);
+        const T a = in_param(j), b = in_param(j + 1);
+        add_rows(in_units, row, a, other, b, 0, last);
+        add_rows(in_x, row + H, a, other + H, b, lowest[p], highest[p]);
+      }
+      if (j < P) {
+        const T* row = output + (j * D + i) * (H + D);
+        const T a = in_param(j);
+        add_row(in_units, row, a, 0, last);
+        add_row(in_x, row + H, a, lowest[p], highest[p]);
+      }
     }
   }
 }
 
-// All particles through all flows. Of each flow there are 2 L + 7 tensors: scale, by_m, by_s, slope,
-// the bends, the weights, the order, and the starts.
+// All particles through all flows. Of each flow there are the slopes, of which bit k of `given` says
+// whether the k-th of those of the logarithm is there, the bends, the weights, the order, and the
+// starts.
 template <typename T>
 static void carry_all(int64_t K, int64_t num_threads, int64_t num_flows, int64_t D, int64_t L,
-                      const int64_t* widths, const void** tensors, const T* score, T* u) {
+                      int64_t P, int64_t given, const int64_t* widths, const void** tensors,
+                      const T* score, T* u) {
   const int64_t size = (K + num_threads - 1) / num_threads;
   auto part = [&](int64_t k0) {
+    const void** next = tensors;
     for (int64_t f = 0; f < num_flows; ++f) {
-      const void** own = tensors + f * (2 * L + 7);
-      const T* const* t = reinterpret_cast<const T* const*>(own);
-      carry(k0, std::min(k0 + size, K), D, L, widths + f * L, f ? u : score, t[0], t[1], t[2],
-            t[3], t + 4, t + 4 + L, static_cast<const int64_t*>(own[2 * L + 5]),
-            static_cast<const int64_t*>(own[2 * L + 6]), u);
+      std::vector<const T*> slopes;
+      for (int64_t k = 0; k < 2 * P + 2; ++k) {
+        const bool is_there = k <= P || (given >> (k - P - 1) & 1);
+        slopes.push_back(is_there ? static_cast<const T*>(*next++) : nullptr);
+      }
+      const T* const* t = reinterpret_cast<const T* const*>(next);
+      next += 2 * L + 3;
+      carry(k0, std::min(k0 + size, K), D, L, P, widths + f * L, f ? u : score, slopes.data(), t,
+            t + L, static_cast<const int64_t*>(next[-2]), static_cast<const int64_t*>(next[-1]), u);
     }
   };
   std::vector<std::thread> others;
@@ -161,31 +185,35 @@ static Owned in_rows(Owned matrix) {
   return copy;
 }
 
-// The operation: the score, the tensors of the flows, the number of flows and that of threads lie
-// on a stack, where the tensors are ours to delete and the first place takes what is returned.
+// The operation: the score, the tensors of the flows, the numbers of flows, of threads and of
+// parameters, and which slopes are given lie on a stack, where the tensors are ours to delete and the
+// first place takes what is returned.
 static void carry_operation(uint64_t* stack, uint64_t num_arguments, uint64_t) {
-  const int64_t count = num_arguments - 3;
+  const int64_t count = num_arguments - 5;
   const int64_t num_flows = stack[count + 1], num_threads = stack[count + 2];
-  const int64_t each = count / num_flows, L = (each - 7) / 2;
+  const int64_t P = stack[count + 3], given = stack[count + 4];
+  int64_t num_slopes = 1 + P;
+  for (int64_t k = 0; k <= P; ++k) num_slopes += given >> k & 1;
+  const int64_t each = count / num_flows, L = (each - num_slopes - 3) / 2;
   std::vector<Owned> tensors;
   for (int64_t k = 0; k <= count; ++k) tensors.emplace_back(reinterpret_cast<Handle>(stack[k]));
   std::vector<const void*> data;
   std::vector<int64_t> widths;
   for (int64_t k = 0; k <= count; ++k) {
     const int64_t place = (k + each - 1) % each;
-    if (!k || place < 5 + 2 * L) {  // orders and starts are in rows anyway
+    if (!k || place <= num_slopes + 2 * L) {  // orders and starts are in rows anyway
       Owned matrix = in_rows(std::move(tensors[k]));
       tensors[k].tensor = matrix.release();
     }
     data.push_back(data_of(tensors[k].tensor));
-    if (k && place >= 4 && place < 4 + L) widths.push_back(sizes_of(tensors[k].tensor)[1]);
+    if (k && place >= num_slopes && place < num_slopes + L) widths.push_back(sizes_of(tensors[k].tensor)[1]);
   }
   const int64_t K = sizes_of(tensors[0].tensor)[0], D = sizes_of(tensors[0].tensor)[1];
   const int32_t dtype = dtype_of(tensors[0].tensor);
   Owned found = new_matrix(sizes_of(tensors[0].tensor), dtype);
   auto run = [&](auto zero) {
     using T = decltype(zero);
-    carry_all(K, num_threads, num_flows, D, L, widths.data(), data.data() + 1,
+    carry_all(K, num_threads, num_flows, D, L, P, given, widths.data(), data.data() + 1,
               static_cast<const T*>(data[0]), static_cast<T*>(data_of(found.tensor)));
   };
   if (dtype == aoti_torch_dtype_float32()) {

@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import itertools
 import logging
 import os
 import platform
@@ -30,6 +31,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..nn.made import MaskedAutoregressiveNetwork
+from ..nn.univariate import Derivatives
 
 __all__ = ["MAX_WRITTEN_OUT", "Carrier", "by_jacobian", "carried", "has_kernel", "load_kernel"]
 
@@ -105,21 +107,27 @@ class Carrier(NamedTuple):
     """What a flow's score is carried by.
 
     Attributes:
-        slopes: The scale, the value's slopes in the shift and in the log-scale that the network
-            returned, and the slope of the log-determinant in the latter; of the noise's shape.
+        slopes: The derivatives of the univariate map, of the noise's shape.
         bends: The slopes of the activations, one tensor for each hidden layer.
         weights: Masked, of the hidden layers and of the outputs.
         network: The network, of which sizes and order are used.
     """
 
-    slopes: Sequence[Tensor]
+    slopes: Derivatives
     bends: Sequence[Tensor]
     weights: Sequence[Tensor]
     network: MaskedAutoregressiveNetwork
 
+    @property
+    def layout(self) -> tuple[int, int, int]:
+        """How many hidden layers and parameters there are, and which slopes are not zero."""
+        slopes = [self.slopes.log_slope_by_x, *self.slopes.log_slope_by_params]
+        given = sum(2**k for k, slope in enumerate(slopes) if slope is not None)
+        return len(self.bends), len(self.slopes.by_params), given
+
 
 def carried(score: Tensor, flows: Sequence[Carrier]) -> Tensor:
-    """The score of what flows with equally many hidden layers made of noise, as one operation.
+    """The score of what flows of one layout made of noise, as one operation.
 
     Args:
         score: Of the noise, of shape ``batch_shape + (D,)``.
@@ -127,8 +135,11 @@ def carried(score: Tensor, flows: Sequence[Carrier]) -> Tensor:
     """
     K, D = score.shape[:-1].numel(), score.shape[-1]
     tensors: list[Tensor] = []
+    _, P, given = flows[0].layout
     for slopes, bends, weights, network in flows:
-        wide = [part.expand(*score.shape[:-1], -1) for part in (*slopes, *bends)]
+        own = [slopes.by_x, *slopes.by_params, slopes.log_slope_by_x, *slopes.log_slope_by_params]
+        own += bends
+        wide = [part.expand(*score.shape[:-1], -1) for part in own if part is not None]
         tensors += [part.reshape(K, -1) for part in wide]
         with _disable_current_modes():  # it follows from the sizes, so it is not part of a graph
             bounds = torch.arange(D + 1, device=score.device)
@@ -137,7 +148,7 @@ def carried(score: Tensor, flows: Sequence[Carrier]) -> Tensor:
     numbers = K * sum(weight.numel() for _, _, weights, _ in flows for weight in weights)
     num_threads = max(1, min(torch.get_num_threads(), K, numbers // WORK_PER_THREAD))
     run = _operation(len(tensors)) if score.dtype in (torch.float32, torch.float64) else _in_slow
-    found: Tensor = run(score.reshape(K, D), *tensors, len(flows), num_threads)
+    found: Tensor = run(score.reshape(K, D), *tensors, len(flows), num_threads, P, given)
     return found.reshape(score.shape)
 
 
@@ -148,7 +159,8 @@ def _operation(count: int) -> Any:
     name = f"carry_{count}"
     arguments = ", ".join(["Tensor score", *(f"Tensor t{k}" for k in range(count))])
     library = torch.library.Library("pyro_iaf", "FRAGMENT")
-    library.define(f"{name}({arguments}, int num_flows, int num_threads) -> Tensor")
+    numbers = "int num_flows, int num_threads, int num_params, int given"
+    library.define(f"{name}({arguments}, {numbers}) -> Tensor")
     library.impl(name, _in_slow, "CompositeExplicitAutograd")  # where no kernel is registered
     library.impl(name, lambda score, *_: score.new_empty(score.shape), "Meta")
     _libraries.append(library)  # an operation lasts as long as its library
@@ -158,26 +170,23 @@ def _operation(count: int) -> Any:
     return getattr(torch.ops.pyro_iaf, name).default
 
 
-def _num_layers(tensors: list[Tensor], num_flows: int) -> int:
-    return (len(tensors) // num_flows - 7) // 2
-
-
 def _in_slow(score: Tensor, *arguments: Any) -> Tensor:
     """The same without the kernel."""
-    *tensors, num_flows, _ = arguments
-    L = _num_layers(tensors, num_flows)
-    for k in range(0, len(tensors), 2 * L + 7):
-        slopes, bends, weights, (order, starts) = (
-            tensors[k + a : k + b]
-            for a, b in ((0, 4), (4, 4 + L), (4 + L, 5 + 2 * L), (5 + 2 * L, 7 + 2 * L))
-        )
-        score = _through_one(score, slopes, bends, weights, order, starts)
+    *tensors, num_flows, _, P, given = arguments
+    L = (len(tensors) // num_flows - P - given.bit_count() - 4) // 2
+    left = iter(tensors)
+    for _ in range(num_flows):
+        by_x, *by_params = itertools.islice(left, 1 + P)
+        bend, *by_log = [next(left) if given >> k & 1 else None for k in range(1 + P)]
+        slopes = Derivatives(by_x, by_params, bend, by_log)
+        bends, weights = list(itertools.islice(left, L)), list(itertools.islice(left, L + 1))
+        score = _through_one(score, slopes, bends, weights, next(left), next(left))
     return score.contiguous()
 
 
 def _through_one(
     score: Tensor,
-    slopes: list[Tensor],
+    slopes: Derivatives,
     bends: list[Tensor],
     weights: list[Tensor],
     order: Tensor,
@@ -190,22 +199,27 @@ def _through_one(
 
 def by_jacobian(
     score: Tensor,
-    slopes: Sequence[Tensor],
+    slopes: Derivatives,
     bends: Sequence[Tensor],
     weights: Sequence[Tensor],
     order: Tensor,
 ) -> Tensor:
     """The score of what one flow made, by its Jacobian, written out layer by layer."""
-    scale, by_m, by_s, slope = slopes
+    by_x, by_params, bend_of_map, log_by_params = slopes
     *hidden, output = weights
     H = output.shape[1] - score.shape[-1]
     rows: Any = None
     for weight, bend in zip(hidden, bends, strict=True):
         rows = bend.unsqueeze(-1) * (weight if rows is None else weight @ rows)
-    of_m, of_s = (output[:, :H] @ rows + output[:, H:]).chunk(2, -2)
-    score = score - (slope.unsqueeze(-2) @ of_s).squeeze(-2)
-    jacobian = torch.addcmul(by_m.unsqueeze(-1) * of_m, by_s.unsqueeze(-1), of_s)
-    jacobian.diagonal(dim1=-2, dim2=-1).add_(scale)
+    of_params = (output[:, :H] @ rows + output[:, H:]).chunk(len(by_params), -2)
+    score = score if bend_of_map is None else score - bend_of_map
+    jacobian = by_params[0].unsqueeze(-1) * of_params[0]
+    for by, of in zip(by_params[1:], of_params[1:], strict=True):
+        jacobian = torch.addcmul(jacobian, by.unsqueeze(-1), of)
+    for log_by, of in zip(log_by_params, of_params, strict=True):
+        if log_by is not None:
+            score = score - (log_by.unsqueeze(-2) @ of).squeeze(-2)
+    jacobian.diagonal(dim1=-2, dim2=-1).add_(by_x)
     jacobian, rows = jacobian[..., order, :][..., order], score[..., order].unsqueeze(-2)
     solved: Tensor = torch.linalg.solve_triangular(jacobian, rows, upper=False, left=False)
     return solved.squeeze(-2)[..., torch.argsort(order)]
@@ -213,14 +227,15 @@ def by_jacobian(
 
 def _one_by_one(
     score: Tensor,
-    slopes: list[Tensor],
+    slopes: Derivatives,
     bends: list[Tensor],
     weights: list[Tensor],
     order: list[int],
     starts: list[list[int]],
 ) -> Tensor:
     """The same as in the kernel, for all particles at once."""
-    scale, by_m, by_s, slope = slopes
+    by_x, by_params, bend_of_map, log_by_params = slopes
+    score = score if bend_of_map is None else score - bend_of_map
     *hidden, output = weights
     D, H = score.shape[1], bends[-1].shape[1]
     in_x = torch.zeros_like(score)
@@ -233,9 +248,12 @@ def _one_by_one(
                 below = in_units[k - 1] if k else in_x
                 below += (in_units[k][:, units] * bends[k][:, units]) @ hidden[k][units]
         i = order[p]
-        solved[:, i] = u = (score[:, i] - in_x[:, i]) / scale[:, i]
-        pair = torch.stack([by_m[:, i] * u, by_s[:, i] * u + slope[:, i]], 1)
-        pushed = pair @ output[[i, D + i]]
+        solved[:, i] = u = (score[:, i] - in_x[:, i]) / by_x[:, i]
+        of_params = [
+            by[:, i] * u if log_by is None else by[:, i] * u + log_by[:, i]
+            for by, log_by in zip(by_params, log_by_params, strict=True)
+        ]
+        pushed = torch.stack(of_params, 1) @ output[i::D]
         in_units[-1] += pushed[:, :H]
         in_x += pushed[:, H:]
     return solved

@@ -122,7 +122,7 @@ PAIRS = {
     "dense": (lambda: moved(regression, AutoMultivariateNormal(regression)), set()),
     "flows of Pyro": (lambda: moved(regression, AutoIAFNormal(regression, hidden_dim=[6])), set()),
     "affine": (lambda: widths(AutoIAF, regression), set()),
-    "gated": (lambda: widths(AutoIAF, regression, gated=True, num_flows=3), set()),
+    "gated": (lambda: widths(AutoIAF, regression, univariate="gated", num_flows=3), set()),
     "hierarchical": (lambda: widths(AutoHierarchicalIAF, local), set()),
     "two sites": (lambda: two("normal"), set()),
     "flow of normals": (lambda: two("normal base"), set()),

@@ -29,6 +29,7 @@ from torch.testing import assert_close
 from pyro_iaf import (
     ConditionalInverseAutoregressiveFlow,
     DiagonalNormal,
+    Gated,
     InverseAutoregressiveFlow,
     InverseAutoregressiveFlowStack,
     MaskedAutoregressiveNetwork,
@@ -159,10 +160,10 @@ def test_gradients_reach_every_parameter(bijection, x):
             assert parameter.grad.any(), name
 
 
-@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("univariate", ["affine", "gated"])
 @pytest.mark.parametrize("level", [-60.0, -12.0, 0.0, 12.0, 60.0])
-def test_gradients_are_true_wherever_the_scale_is(gated, level):
-    flow = rough(inverse_autoregressive_flow(3, [6], gated=gated))
+def test_gradients_are_true_wherever_the_scale_is(univariate, level):
+    flow = rough(inverse_autoregressive_flow(3, [6], univariate=univariate))
     with torch.no_grad():
         biases(flow.network)[-6:] = torch.cat([torch.zeros(3), torch.full((3,), level)])
     weights = flow.network.weights[0].detach().requires_grad_()
@@ -223,11 +224,11 @@ def test_a_fresh_affine_flow_is_nearly_the_identity(D, num_flows):
     assert ((y - x).abs() <= 1e-2 * (1 + x.abs())).all()
 
 
-@pytest.mark.parametrize("gate_bias", [-1.0, 2.0])
-def test_a_fresh_gated_flow_contracts_by_its_bias(gate_bias):
+@pytest.mark.parametrize("bias", [-1.0, 2.0])
+def test_a_fresh_gated_flow_contracts_by_its_bias(bias):
     x = 3 * torch.randn(200, 5)
-    flow = inverse_autoregressive_flow(5, gated=True, gate_bias=gate_bias)
-    y = x * torch.sigmoid(torch.tensor(gate_bias))
+    flow = inverse_autoregressive_flow(5, univariate=Gated(bias))
+    y = x * torch.sigmoid(torch.tensor(bias))
     assert ((flow(x) - y).abs() <= 1e-2 * (1 + x.abs())).all()
     rough(flow, 3.0)
     assert (flow.log_abs_det_jacobian(x, flow(x)) < 0).all()
@@ -328,15 +329,15 @@ def test_shapes_are_inferred(bijection, x):
     batch_shape=st.lists(st.integers(0, 3), max_size=3),
     context_shape=st.one_of(st.none(), st.lists(st.integers(1, 3), max_size=2)),
     num_flows=st.integers(1, 3),
-    gated=st.booleans(),
+    univariate=st.sampled_from(["affine", "gated"]),
     data=st.data(),
 )
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_shapes_hold_for_any_sizes(
-    D, hidden_dims, batch_shape, context_shape, num_flows, gated, data
+    D, hidden_dims, batch_shape, context_shape, num_flows, univariate, data
 ):
     order = data.draw(st.permutations(range(D)))
-    options = {"num_flows": num_flows, "gated": gated, "order": order}
+    options = {"num_flows": num_flows, "univariate": univariate, "order": order}
     if context_shape is None:
         flow = rough(inverse_autoregressive_flow(D, hidden_dims, **options))
         context_shape = []
@@ -677,14 +678,17 @@ MAKERS = {
 
 
 @pytest.mark.parametrize("maker", MAKERS.values(), ids=MAKERS)
-def test_gates_are_described_by_a_bool_and_a_finite_number(maker):
-    for bad in ("no", "False", 1, None, torch.tensor(True)):
-        with pytest.raises(ValueError, match="gated should be True or False"):
-            maker(gated=bad)
+def test_a_map_is_given_by_name_or_as_itself(maker):
+    for bad in ("no", "Affine", 1, None, True, torch.tensor(True), Gated):
+        with pytest.raises(ValueError, match='univariate should be "affine", "gated" or a'):
+            maker(univariate=bad)
+
+
+def test_the_bias_of_a_gate_is_a_finite_number():
     for bad in (math.nan, math.inf, -math.inf, "2", True, None):
-        for gated in (True, False):
-            with pytest.raises(ValueError, match="gate_bias should be a finite number"):
-                maker(gated=gated, gate_bias=bad)
+        with pytest.raises(ValueError, match="bias should be a finite number"):
+            Gated(bias=bad)
+    assert Gated(bias=2).bias == 2.0
 
 
 def test_a_missing_context_says_how_to_give_one():
@@ -721,7 +725,7 @@ def test_the_wrong_kind_of_network_is_refused():
         InverseAutoregressiveFlow(MaskedAutoregressiveNetwork(4, [8], num_params=3))
     with pytest.raises(ValueError, match="permutation"):
         InverseAutoregressiveFlow(torch.nn.Linear(4, 4))
-    with pytest.raises(ValueError, match="two tensors"):
+    with pytest.raises(ValueError, match="2 tensors"):
         InverseAutoregressiveFlow(AutoRegressiveNN(4, [8], param_dims=[2]))(torch.zeros(2, 4))
     short = AutoRegressiveNN(4, [8])
     short.permutation = torch.tensor([0, 0, 1, 2])

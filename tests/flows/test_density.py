@@ -11,7 +11,7 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO
 from torch.testing import assert_close
 
-from pyro_iaf import DiagonalNormal, inverse_autoregressive_flow
+from pyro_iaf import DiagonalNormal, Gated, inverse_autoregressive_flow
 
 BASES = {
     "Normal": lambda D: dist.Normal(torch.zeros(D), torch.ones(D)),
@@ -31,8 +31,8 @@ def flows_by_hand(flow, noise):
     for part in getattr(flow, "parts", [flow]):
         m, s = part.network(z)
         s = 10 * torch.tanh(s / 10)
-        if part.gated:
-            sigma = 1 / (1 + (-s - part.gate_bias).exp())
+        if isinstance(part.univariate, Gated):
+            sigma = 1 / (1 + (-s - part.univariate.bias).exp())
             z = sigma * z + (1 - sigma) * m
         else:
             sigma = s.exp()
@@ -49,12 +49,13 @@ def density_by_hand(noise, log_scales):
     return total
 
 
-@pytest.mark.parametrize("kind", [{}, {"gated": True}, {"gated": True, "gate_bias": -1.0}])
+@pytest.mark.parametrize("univariate", ["affine", "gated", Gated(bias=-1.0)], ids=str)
 @pytest.mark.parametrize("num_flows", [1, 3])
 @pytest.mark.parametrize("D", [1, 2, 3, 10, 50])
 @pytest.mark.parametrize("batch_shape", [(), (5,), (3, 5)])
-def test_density_is_that_of_the_paper(base, D, batch_shape, num_flows, kind):
-    flow = rough(inverse_autoregressive_flow(D, [16], num_flows=num_flows, **kind), 0.1)
+def test_density_is_that_of_the_paper(base, D, batch_shape, num_flows, univariate):
+    settings = {"num_flows": num_flows, "univariate": univariate}
+    flow = rough(inverse_autoregressive_flow(D, [16], **settings), 0.1)
     noise = torch.randn(*batch_shape, D)
     value, log_scales = flows_by_hand(flow, noise)
     expected = density_by_hand(noise, log_scales)
@@ -125,9 +126,9 @@ def test_density_integrates_to_one(base):
     assert standard_error < 0.02
 
 
-@pytest.mark.parametrize("gated", [False, True])
-def test_a_lone_coordinate_is_an_affine_normal(base, gated):
-    flow = rough(inverse_autoregressive_flow(1, [8], gated=gated))
+@pytest.mark.parametrize("univariate", ["affine", "gated"])
+def test_a_lone_coordinate_is_an_affine_normal(base, univariate):
+    flow = rough(inverse_autoregressive_flow(1, [8], univariate=univariate))
     shift = flow(torch.zeros(1)).detach()
     scale = (flow(torch.ones(1)) - shift).detach()
     exact = dist.Normal(shift, scale).to_event(1)

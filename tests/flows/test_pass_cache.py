@@ -16,6 +16,7 @@ from torch.testing import assert_close
 
 from pyro_iaf import (
     DiagonalNormal,
+    Gated,
     InverseAutoregressiveFlow,
     conditional_inverse_autoregressive_flow,
     inverse_autoregressive_flow,
@@ -158,7 +159,7 @@ CHANGES = {
     "another network": lambda f: setattr(
         f, "network", rough(inverse_autoregressive_flow(D, 8)).network
     ),
-    "gate": lambda f: setattr(f, "gated", True),
+    "gate": lambda f: setattr(f, "univariate", Gated()),
     "recycled storage": recycle,
     "activation": lambda f: setattr(f.network, "activation", torch.nn.Tanh()),
     "training mode": lambda f: f.eval(),
@@ -183,10 +184,10 @@ def test_no_stale_value_after_a_change_of_parameters(change):
 
 
 def test_no_stale_value_after_a_change_of_an_integer():
-    flow = rough(inverse_autoregressive_flow(D, [8], gated=True))
-    flow.gate_bias = 1
+    flow = rough(inverse_autoregressive_flow(D, [8], univariate="gated"))
+    flow.univariate = Gated(1.0)
     y = flow(x := torch.randn(3, D))
-    flow.gate_bias = 3
+    flow.univariate = Gated(3.0)
     assert_close(flow(flow.inv(y)), y)
     assert_close(flow.log_abs_det_jacobian(x, y), flow.log_abs_det_jacobian(x.clone(), y.clone()))
 
@@ -482,7 +483,7 @@ def no_gc():
 
 LIVES = {
     "stack": lambda: inverse_autoregressive_flow(D, [8], num_flows=2),
-    "gated": lambda: inverse_autoregressive_flow(D, [8], gated=True),
+    "gated": lambda: inverse_autoregressive_flow(D, [8], univariate="gated"),
     "conditioned": lambda: conditional_inverse_autoregressive_flow(D, 2, [8], num_flows=2),
 }
 

@@ -43,7 +43,7 @@ def test_its_jacobian_is_lower_triangular(affine):
 
 def test_transposed_systems_are_solved(affine):
     x, v = torch.randn(5, 3), torch.randn(5, 3)
-    u = affine._solve_transposed(x, v)
+    u = affine.solve_transposed(x, v)
     slope = torch.func.vmap(torch.func.jacrev(lambda x: affine._compute(x)[0]))(x)
     assert_close((slope.mT @ u.unsqueeze(-1)).squeeze(-1), v)
 

@@ -544,9 +544,9 @@ def test_a_state_of_another_size_is_refused():
     guide.setup()
     with pytest.raises(RuntimeError, match="Missing key"):
         guide.load_state_dict(state)
-    gated = AutoIAF(two_sites, gated=True)
+    gated = AutoIAF(two_sites, univariate="gated")
     gated.setup()
-    with pytest.raises(RuntimeError, match="a guide with gated=False"):
+    with pytest.raises(RuntimeError, match=r"a guide with univariate=Affine\(\)"):
         gated.load_state_dict(values_of_two())
     guide = AutoIAF(MODELS["plates"][0]())
     guide.load_state_dict(state)
@@ -615,7 +615,8 @@ def test_parameters_can_be_swapped():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"num_flows": 3}, {"hidden_dims": [8, 9, 7]}, {"gated": True}, {"num_flows": 1}]
+    "settings",
+    [{"num_flows": 3}, {"hidden_dims": [8, 9, 7]}, {"univariate": "gated"}, {"num_flows": 1}],
 )
 def test_a_guide_builds_itself_from_a_state(settings):
     guide = AutoIAF(two_sites, name="other", **settings)

@@ -19,13 +19,13 @@ from torch.testing import assert_close
 from pyro_iaf import AutoHierarchicalIAF, AutoIAF
 
 
-@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("univariate", ["affine", "gated"])
 @pytest.mark.parametrize("init_scale", [1e-4, 0.1, 2.0])
-def test_a_fresh_guide_sits_where_it_is_told(gated, init_scale):
+def test_a_fresh_guide_sits_where_it_is_told(univariate, init_scale):
     inits = {"x": torch.randn(2), "y": torch.randn(3)}
     guide = AutoIAF(
         two_sites,
-        gated=gated,
+        univariate=univariate,
         init_scale=init_scale,
         init_loc_fn=lambda site: inits[site["name"]],
     )

@@ -16,8 +16,10 @@ from bijections import (
 from pyro.distributions import TransformedDistribution
 from pyro.nn import AutoRegressiveNN
 from torch.testing import assert_close
+from univariate_maps import TOYS
 
 from pyro_iaf import (
+    Gated,
     InverseAutoregressiveFlow,
     conditional_inverse_autoregressive_flow,
     inverse_autoregressive_flow,
@@ -47,10 +49,10 @@ def hard(flow, size=1.0):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("D", [1, 2, 8, 33, 150])
-@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("univariate", ["affine", "gated"])
 @pytest.mark.parametrize("method", METHODS)
-def test_inverse_is_exact(D, gated, dtype, method):
-    flow = inverse_autoregressive_flow(D, [32, 20], gated=gated, order=torch.randperm(D))
+def test_inverse_is_exact(D, univariate, dtype, method):
+    flow = inverse_autoregressive_flow(D, [32, 20], univariate=univariate, order=torch.randperm(D))
     flow = hard(flow, 0.5).to(dtype)
     x = torch.randn(6, D, dtype=dtype)
     with torch.no_grad():
@@ -256,7 +258,13 @@ def test_a_mistake_is_named_where_it_is_made():
 
 FLOWS = {
     "affine": lambda: inverse_autoregressive_flow(4, [16]),
-    "gated": lambda: inverse_autoregressive_flow(4, [16], gated=True),
+    "gated": lambda: inverse_autoregressive_flow(4, [16], univariate="gated"),
+    **{
+        name: lambda univariate=univariate: inverse_autoregressive_flow(
+            4, [16], univariate=univariate
+        )
+        for name, univariate in TOYS.items()
+    },
     "own order": lambda: inverse_autoregressive_flow(4, [16], order=[2, 0, 3, 1]),
     "two layers": lambda: inverse_autoregressive_flow(5, [7, 16]),
     "many coordinates": lambda: hard(inverse_autoregressive_flow(70, [90]), 0.3),
@@ -302,9 +310,8 @@ def score(flow, y, inverse=None):
         x = z = inverse(flow, y)
         log_det = 0
         for part in getattr(flow, "parts", [flow]):
-            shift, log_scale = part._coefficients(z)
-            log_det = log_det + log_scale.sum(-1)
-            z = shift + log_scale.exp() * z
+            z, log_slope = part.univariate.forward(z, *part.params_at(z))
+            log_det = log_det + log_slope.sum(-1)
     weights = torch.linspace(1, 2, x.numel()).reshape(x.shape)
     return (weights * x.square()).sum() + (weights[..., 0] * log_det).sum()
 
@@ -356,7 +363,7 @@ MOVES = {
     "weights": lambda flow: flow.network.weights[0].mul_(2.0),
     "an optimiser's step": lambda flow: flow.network.weights[0].data.add_(1.0),
     "context": lambda flow: flow.context.mul_(2.0),
-    "gate": lambda flow: setattr(flow, "gate_bias", -3.0),
+    "gate": lambda flow: setattr(flow, "univariate", Gated(-3.0)),
     "order": lambda flow: flow.network.load_state_dict(
         {**flow.network.state_dict(), "order": torch.tensor([3, 1, 0, 2])}
     ),
@@ -367,7 +374,7 @@ MOVES = {
 @pytest.mark.parametrize("separate_weights", [False, True])
 def test_a_gradient_is_of_the_flow_as_it_was(move, separate_weights):
     def make():
-        return conditional_inverse_autoregressive_flow(4, 2, [16], gated=True)
+        return conditional_inverse_autoregressive_flow(4, 2, [16], univariate="gated")
 
     conditional = rough(separate(make) if separate_weights else make()).requires_grad_(False)
     flow = conditional.condition(torch.randn(2))
@@ -397,7 +404,8 @@ def test_a_log_scale_has_a_gradient_by_itself():
     y = torch.randn(5, 4, requires_grad=True)
     weights = torch.randn(5)
     log_det = flow.log_abs_det_jacobian(flow.inv(y), y)
-    truth = flow._coefficients(coordinate_by_coordinate(flow, y))[1].sum(-1)
+    x = coordinate_by_coordinate(flow, y)
+    truth = flow.univariate.forward(x, *flow.params_at(x))[1].sum(-1)
     inputs = leaves(flow, y)
     assert_close(
         gradients((weights * log_det).sum(), inputs), gradients((weights * truth).sum(), inputs)

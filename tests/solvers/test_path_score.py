@@ -2,6 +2,7 @@ import pytest
 import torch
 from bijections import rough
 from torch.testing import assert_close
+from univariate_maps import TOYS
 
 from pyro_iaf import (
     DiagonalNormal,
@@ -41,7 +42,12 @@ def foreign(D):
 STACKS = {
     "one coordinate": lambda: guide_like(1),
     "affine": lambda: guide_like(5),
-    "gated": lambda: guide_like(5, gated=True),
+    "gated": lambda: guide_like(5, univariate="gated"),
+    **{
+        name: lambda univariate=univariate: guide_like(5, univariate=univariate)
+        for name, univariate in TOYS.items()
+    },
+    "bent, more than is written out": lambda: guide_like(70, univariate=TOYS["bent"]),
     "tanh": lambda: guide_like(4, activation="tanh", hidden_dims=[8, 16, 8]),
     "another order": lambda: guide_like(4, order=[2, 0, 3, 1]),
     "more than is written out": lambda: guide_like(70),

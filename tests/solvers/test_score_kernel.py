@@ -2,6 +2,7 @@ import pytest
 import torch
 from bijections import rough
 from torch.testing import assert_close
+from univariate_maps import TOYS
 
 from pyro_iaf import inverse_autoregressive_flow
 from pyro_iaf.compiler import lowering
@@ -12,7 +13,9 @@ FLOWS = {
     "one coordinate": (1, {"hidden_dims": [4]}),
     "narrow": (5, {"hidden_dims": [7, 3]}),
     "some order": (6, {"hidden_dims": [9, 8, 7], "order": [3, 1, 0, 5, 2, 4]}),
-    "gated": (12, {"hidden_dims": [16, 16], "gated": True}),
+    "gated": (12, {"hidden_dims": [16, 16], "univariate": "gated"}),
+    **{name: (6, {"univariate": univariate}) for name, univariate in TOYS.items()},
+    "many coordinates, bent": (70, {"hidden_dims": [70], "univariate": TOYS["bent"]}),
     "many coordinates": (100, {"hidden_dims": [100, 100]}),
 }
 
@@ -72,4 +75,4 @@ def test_the_score_lies_in_memory_as_compiled_code_takes_it(kernel, monkeypatch)
     operation = score_kernel._operation(1)
     if operation is not score_kernel._in_slow:
         meta = x.to("meta")
-        assert operation(meta, meta, 1, 1).is_contiguous()
+        assert operation(meta, meta, 1, 1, 2, 0).is_contiguous()

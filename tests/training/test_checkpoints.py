@@ -486,9 +486,9 @@ def test_another_guide_of_the_same_shapes_is_told(tmp_path):
     with pytest.raises(ValueError, match="what differs is site 'z' of the guide"):
         run(by_hand(dist.Laplace))
     (tmp_path / "run").unlink()
-    run(AutoIAF(conjugate, gated=True))
+    run(AutoIAF(conjugate, univariate="gated"))
     with pytest.raises(ValueError, match="of another guide or model"):
-        run(AutoIAF(conjugate, gated=False))
+        run(AutoIAF(conjugate, univariate="affine"))
 
 
 def shuffled(generator=None):
