@@ -29,7 +29,6 @@ from torch.distributions import Independent, TransformedDistribution, constraint
 from .._validation import check_size, warn
 from ..distributions import DiagonalNormal
 from ..flows import pass_cache
-from ..flows.autoregressive import InverseAutoregressiveFlowStack
 from ..flows.base import SinglePass
 from ..flows.posterior import Posterior
 from ..models.arguments import Args, Kwargs, Program
@@ -388,12 +387,7 @@ def _flows_of(fn: Any) -> list[SinglePass] | None:
         return None  # who knows how it draws and scores
     if len(fn.event_shape) != 1:
         return None
-    flows: list[Any] = []
-    for transform in fn.transforms:
-        if isinstance(transform, InverseAutoregressiveFlowStack):
-            flows += transform.parts
-        else:
-            flows.append(transform)
+    flows = [flow for part in fn.transforms for flow in getattr(part, "parts", [part])]
     return flows if flows and all(isinstance(flow, SinglePass) for flow in flows) else None
 
 

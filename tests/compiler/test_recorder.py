@@ -96,8 +96,6 @@ class OfFit(OfElbo):
             compile="graph",
             num_steps=10_000,
             change=True,
-            flow_dim=0,
-            prepare=lambda: None,
             before=None,
         )
 
