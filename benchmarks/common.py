@@ -1,4 +1,4 @@
-"""Paired timings: contenders take turns, so that a noisy machine is noisy to all of them."""
+"""Paired timings: contenders take turns, so that noise of the machine affects all of them."""
 
 import json
 import pathlib
@@ -43,7 +43,7 @@ def race(contenders, *, rounds=15, seconds=0.02):
 
 
 def save(name, note, rows, **more):
-    """Writes the rows as JSON, with what they were measured on and more, and prints a table."""
+    """Writes the rows as JSON with the machine, the versions and ``more``, and prints a table."""
     about = {
         "command": f"python -m benchmarks.{pathlib.Path(sys.argv[0]).stem}",
         "note": note,

@@ -1,6 +1,6 @@
-"""Rows a second by one process and by two, at the same number of rows a step (strong scaling).
+"""Rows per second by one process and by two, at equal rows per step (strong scaling).
 
-The tutorial's own fit, cut short, a few times in turns; each process has one thread.
+The tutorial's own fit in few steps, several times in turns; each process has one thread.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import tempfile
 from .common import save
 from .tutorials import tutorial
 
-STEPS = {1_000: 400, 4_000: 200, 16_000: 80, 64_000: 40}  # by rows a step
+STEPS = {1_000: 400, 4_000: 200, 16_000: 80, 64_000: 40}  # by rows per step
 
 
 def rows_a_second(batch, processes):

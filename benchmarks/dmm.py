@@ -1,9 +1,9 @@
-"""The Deep Markov Model of the tutorial: what flows in its guide buy, and what a step costs.
+"""The Deep Markov Model of the tutorial: the gain by flows in its guide, and the time of a step.
 
-Scores run the tutorial's own code up to its table, once for each seed and number of flows. Steps
-race the tutorial's model and guide against the same networks in the structure of Pyro's example:
-a site for each time step on either side, and its own flow, which walks back from the draws that it
-has forgotten.
+The gain comes from the tutorial's own code up to its table, run once for each seed and number of
+flows. The time of a step is that of the tutorial's model and guide, beside the same networks in the
+structure of Pyro's example: a site for each time step in model and guide, and Pyro's flow, which
+inverts all draws but the last.
 """
 
 import argparse
@@ -105,7 +105,7 @@ def steps(latents, num_flows, time_steps, rounds):
 
 
 def work(num_flows, seed, settings):
-    """What one process measures: both bounds of the test chorales."""
+    """The measurement of one process: both bounds of the test chorales."""
     space = tutorial_dmm([*settings, "--seed", seed])
     trained, _ = space["trained"](int(num_flows), int(seed))
     print(json.dumps(space["scores"](trained, *space["test"], space["args"].samples)))

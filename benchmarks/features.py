@@ -1,6 +1,6 @@
-"""What works and what does not, tried on Pyro's AffineAutoregressive and on ours.
+"""Features of Pyro's AffineAutoregressive and of our flows, each tried on both.
 
-Each row of the README's table is a function here, run on both; its result is what it returns.
+Each row of the README's table is the result of a function here.
 """
 
 import copy

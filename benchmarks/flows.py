@@ -1,4 +1,4 @@
-"""What each operation of a flow costs, beside Pyro's AffineAutoregressive of the same widths."""
+"""Time of each operation of a flow, beside Pyro's AffineAutoregressive of equal widths."""
 
 import pyro.distributions as dist
 import torch

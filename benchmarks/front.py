@@ -1,4 +1,4 @@
-"""The README's picture: a curved posterior, and what two guides make of it."""
+"""The README's picture: a curved posterior, and draws of two guides."""
 
 import warnings
 

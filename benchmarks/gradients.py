@@ -1,11 +1,11 @@
-"""Sticking the landing: what a step costs, how noisy gradients are, and where fits end.
+"""Sticking the landing: the time of a step, the variance of gradients, and the quality of fits.
 
-Steps and noise compare ``TraceSTL_ELBO`` with Pyro's ``Trace_ELBO``. Fits are of ``AutoIAF`` to
+Time and variance compare ``TraceSTL_ELBO`` with Pyro's ``Trace_ELBO``. Fits are of ``AutoIAF`` to
 real posteriors with known answers (``--data`` as for ``benchmarks.posteriors``): with either as the
-loss of ``fit`` at equal steps, with the first at equal seconds, with the first from where the rate
-begins to fall, and with the default, which goes through the draws from the first step on and also
-leans towards draws that the guide makes too rarely. Then ``AutoHierarchicalIAF`` on models with
-local latents, with either loss at equal steps, and with Pyro's for twice as many.
+loss of ``fit`` at equal steps, with the first at equal seconds, with the first only after the rate
+begins to fall, and with the default, which goes through the draws from the first step and is also
+weighted by importance while the rate falls. Further fits are of ``AutoHierarchicalIAF`` to models
+with local latents, with either loss at equal steps, and with Pyro's for twice as many.
 """
 
 import argparse
@@ -96,7 +96,7 @@ def schools():
 
 
 def fitted(kind, model, loss, num_steps, seed):
-    """A fitted guide, and the seconds that its steps took of one processor."""
+    """A fitted guide, and the processor time of its steps in seconds."""
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
     guide = kind(model)
@@ -108,7 +108,7 @@ def fitted(kind, model, loss, num_steps, seed):
 
 
 def hierarchies(seeds):
-    """Where fits of ``AutoHierarchicalIAF`` end: ELBOs, and seconds of one processor."""
+    """ELBOs of fits of ``AutoHierarchicalIAF``, and their processor time in seconds."""
     torch.set_num_threads(1)
     ways = {
         "ordinary": (Trace_ELBO, NUM_STEPS),
@@ -133,7 +133,7 @@ def hierarchies(seeds):
 
 
 def noise(D=10, num_draws=300):
-    """The variance of either gradient, on the way from a fresh guide to a trained one."""
+    """The variance of both gradients between a fresh guide and a trained one."""
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     model = regression(D)
@@ -170,7 +170,7 @@ def noise(D=10, num_draws=300):
 
 
 def draw(rows):
-    """The picture of the noise."""
+    """Saves the picture of the variances."""
     plt.switch_backend("Agg")
     figure, panel = plt.subplots(figsize=(6, 4), layout="constrained")
     shares = [row["share of the way left"] for row in rows]
@@ -185,7 +185,7 @@ def draw(rows):
 
 
 class Late:
-    """The ordinary gradient until the rate of ``fit`` begins to fall, then that of the draws."""
+    """The ordinary gradient until the rate of ``fit`` begins to fall, then through the draws."""
 
     def __init__(self, *args, **kwargs):
         self.ordinary, self.late = Trace_ELBO(*args, **kwargs), TraceSTL_ELBO(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""AutoIAF beside Pyro's guides: what a step of SVI costs, and how well a few hundred steps fit."""
+"""AutoIAF beside Pyro's guides: the time of an SVI step, and the quality of short fits."""
 
 import functools
 import statistics
@@ -16,7 +16,7 @@ from pyro_iaf import AutoIAF
 
 
 def named(name, guide):
-    guide._pyro_name = name  # Pyro's guides of one class share their parameters otherwise
+    guide._pyro_name = name  # else Pyro's guides of one class share parameters
     return guide
 
 
@@ -99,7 +99,7 @@ def poisson():
                     svi = SVI(model, guide, pyro.optim.Adam({"lr": lr}), Trace_ELBO())
                     try:
                         history = torch.tensor([svi.step(x, y) for _ in range(300)])
-                    except ValueError:  # Pyro's check of a distribution's parameters: NaN
+                    except ValueError:  # Pyro's check of a distribution's parameters fails for NaN
                         history = torch.tensor([torch.nan])
                     failed += not history.isfinite().all()
                     losses.append(history[-50:].mean().item())
@@ -117,7 +117,7 @@ def poisson():
 
 
 def funnel():
-    """Neal's funnel, D=10: standard deviation of v, whose truth is 3, after 1500 steps."""
+    """Neal's funnel, D=10: standard deviation of v, whose true value is 3, after 1500 steps."""
 
     def model():
         v = pyro.sample("v", dist.Normal(0.0, 3.0))
@@ -163,7 +163,7 @@ def funnel():
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")  # Pyro's, of the NaNs that are counted here
+    warnings.simplefilter("ignore")  # Pyro warns of the NaNs that are counted here
     for run in (steps, poisson, funnel):
         pyro.clear_param_store()
         run()

@@ -1,6 +1,6 @@
-"""A step of AutoHierarchicalIAF at a thousand to a million rows: its time, and the memory.
+"""A step of AutoHierarchicalIAF with a thousand to a million rows: its time and memory.
 
-One process for each number of rows and way of training, one after the other in turns.
+Each number of rows and way of training has a process of its own; they run one after the other.
 """
 
 import argparse
@@ -19,7 +19,7 @@ BATCH, ROUNDS, STEPS = 100, 5, 100
 
 
 def work(way, rows):
-    """What one process measures: milliseconds a step, and megabytes beyond the import."""
+    """The measurement of one process: milliseconds per step, and megabytes beyond the import."""
     import pyro
     import pyro.distributions as dist
     import torch
@@ -58,7 +58,7 @@ def work(way, rows):
         return time.perf_counter() - began
 
     seconds(20)
-    # What a fit does before its steps it does in both.
+    # Both fits include the work before the first step; the difference is the time of the steps.
     taken = [seconds(STEPS + 20) - seconds(20) for _ in range(ROUNDS)]
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(json.dumps([1000 * statistics.median(taken) / STEPS, (after - before) / 1024]))

@@ -1,9 +1,9 @@
-"""The inverse beside that of Pyro, Zuko and nflows: its time, its gradient and its memory.
+"""Time, gradient and memory of the inverse, beside Pyro, Zuko and nflows.
 
-All have one flow with two hidden layers of max(64, 2 D) and ReLU. Peers take D passes whatever
-their weights are. Ours takes as long as its sweeps, so its weights are moved away from where they
-start, by noise on every matrix that a layer multiplies by: gently (0.5 N(0, 1) / sqrt(fan-in)), and
-hard (1.0).
+All have one flow with two hidden layers of max(64, 2 D) and ReLU. The other libraries take D passes
+for any weights. Ours takes a number of sweeps that depends on the weights, so they are moved from
+their initial values by noise on each weight matrix: gently (0.5 N(0, 1) / sqrt(fan-in)), and hard
+(1.0).
 """
 
 import pathlib
@@ -37,7 +37,7 @@ def ours(D, noise):
     weights = list(network.weights)
     weights = network.matrices(weights[0]) if len(weights) == 1 else weights
     for weight, mask in zip(weights, masks, strict=False):
-        # The layer multiplies by weight * mask; zeros of the mask stay what they are.
+        # The layer multiplies by weight * mask: this moves the product, except where the mask is 0.
         moved = noise * torch.randn_like(mask) / mask.shape[1] ** 0.5
         weight.view(mask.shape).add_(torch.where(mask == 0, mask, moved / mask))
     return flow
@@ -60,7 +60,7 @@ def peer(name, D):
 
 
 def contender(name, D):
-    """The module, what carries noise to values, and its inverse; both past any cache."""
+    """The module, its forward map and its inverse; both without a cache."""
     if name not in OURS:
         return peer(name, D)
     flow = ours(D, NOISE[name.removeprefix("pyro_iaf, ")])
@@ -68,7 +68,7 @@ def contender(name, D):
 
 
 def contenders(D, batch, names):
-    """Each with values of its own."""
+    """The flows, each with its own values."""
     found = {name: contender(name, D) for name in names}
     with torch.no_grad():
         values = {name: forward(torch.randn(batch, D)) for name, (_, forward, _) in found.items()}
@@ -99,7 +99,7 @@ def timings():
                     "forward": milliseconds(forward, 11),
                     "inverse": milliseconds(inverse, rounds),
                 }
-            # The peers keep D graphs: at D = 512 that is many gigabytes.
+            # The other libraries keep D graphs, which are many gigabytes at D = 512.
             slope = {
                 n: partial(with_gradient, flow, f, y)
                 for n, (flow, _, f, y) in flows.items()
@@ -126,7 +126,7 @@ def timings():
 
 @torch.no_grad()
 def num_sweeps(flow, y, eps):
-    """How many sweeps over all coordinates it takes until no more than rounding moves."""
+    """Number of sweeps over all coordinates until they change by rounding only."""
     x, D = torch.zeros_like(y), y.shape[-1]
     for sweep in range(1, D + 1):
         x, last = flow.univariate.inverse(y, *flow.params_at(x))[0], x
@@ -157,13 +157,13 @@ def exactness():
 
 
 def high_water():
-    """The most megabytes this process has held so far, as Linux tells."""
+    """Peak memory of this process in megabytes, from Linux."""
     status = pathlib.Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
 
 
 def peak_memory(name, D):
-    """Megabytes that an inverse with its gradient needs, beyond a forward pass with its own."""
+    """Megabytes of an inverse with gradient beyond those of a forward pass with gradient."""
     torch.manual_seed(0)
     flow, forward, inverse, y = contenders(D, 128, [name])[name]
     with_gradient(flow, forward, y)

@@ -13,7 +13,7 @@ from benchmarks.jobs import PRIOR, Programs, X, Y, emptied, python_rests, solves
 
 
 class Jax:
-    """What they share."""
+    """Methods that all these libraries share."""
 
     models, context, ran = False, "by your network", 0
     np, asarray = jnp, staticmethod(jnp.asarray)
@@ -29,7 +29,7 @@ class Jax:
         return jax.random.normal(self.key, shape)
 
     def counted(self, net):
-        """The network, telling of each call; and how many there were."""
+        """The network with its calls counted, and a function that returns their number."""
         calls = []
 
         def counting(*args):
@@ -43,7 +43,7 @@ class Jax:
         return counting, count
 
     def kept(self, f, x):
-        """How many numbers are kept for the gradient of f at x."""
+        """How many numbers are stored for the gradient of f at x."""
         _, backward = jax.vjp(f, x)
         return sum(leaf.size for leaf in jax.tree.leaves(backward))
 
@@ -51,7 +51,10 @@ class Jax:
         return {"yes": lambda f, x: jax.hessian(f)(x)}
 
     def slopes(self, losses, usual, weights, calls):
-        """Gradients by the usual one's; and calls in the losses, since gradients hide them."""
+        """For each loss, the size of its gradient relative to the usual one, and its network calls.
+
+        Calls are counted without the gradient, which hides them.
+        """
 
         def slope(loss):
             leaves = jax.tree.leaves(jax.grad(loss)(weights))
@@ -65,12 +68,12 @@ class Jax:
             yield ratio, calls()
 
     def target(self, z):
-        """A model of two latents, for those without programs."""
+        """A log density of two latents, for libraries without probabilistic programs."""
         self.ran += 1
         return -0.5 * ((z - 1.0) ** 2).sum(-1)
 
     def masked(self, D, C=0):
-        """Weights and an autoregressive network by hand, for those that bring none."""
+        """Weights and an autoregressive network, for libraries that have none."""
         upper = jnp.triu(jnp.ones((D, D)), 1)
 
         def net(weights, x, c=None):
@@ -142,7 +145,7 @@ class NumPyro(Programs, Jax):
         return float(svi.evaluate(svi.init(self.key)))
 
     def subsamples(self):
-        """AutoIAFNormal refuses; with AutoSemiDAIS it serves the latents that rows share."""
+        """AutoIAFNormal raises an error; with AutoSemiDAIS it is for the global latents."""
         rows = self.grouped()
         try:
             self.train(rows, self.guide(rows), 1)
@@ -161,7 +164,7 @@ class NumPyro(Programs, Jax):
         return self.tells_rows_apart(np.array(means)) and "shared latents"
 
     def landings(self):
-        """The gradient of a flow that is its target, by the usual one's; and calls; a loss each."""
+        """For each loss, its gradient where flow and target agree, and its network calls."""
         weights, net = self.network(8)
         counting, calls = self.counted(net)
         key = self.key
@@ -179,7 +182,10 @@ class NumPyro(Programs, Jax):
             return loss.loss(key, {"weights": weights}, model, guide)
 
         names = {name for name in self.infer.__all__ if name.endswith("ELBO")}
-        names -= {"ELBO", "TraceEnum_ELBO"}  # which is Trace_ELBO here, by another package
+        names -= {
+            "ELBO",
+            "TraceEnum_ELBO",
+        }  # in this model the same as Trace_ELBO, by another package
         losses = [getattr(self.infer, name)(1 + (name == "RenyiELBO")) for name in sorted(names)]
         usual = partial(at, self.infer.Trace_ELBO())
         return self.slopes([partial(at, loss) for loss in losses], usual, weights, calls)
@@ -257,7 +263,7 @@ class TFP(Jax):
 
     def there_and_back(self, transform):
         x = self.noise(5, 4)
-        y = jnp.array(np.array(transform.forward(x)))  # unknown to its cache
+        y = jnp.array(np.array(transform.forward(x)))  # a copy, which is not in the cache
         return np.allclose(transform.inverse(y), x, atol=1e-3)
 
     def splines(self):
@@ -275,7 +281,7 @@ class TFP(Jax):
         return self.there_and_back(flow)
 
     def guide_with_flows(self):
-        """Around a flow that one brings; its gradient can be taken."""
+        """A guide around a given flow, with a finite gradient."""
         parts = {
             "w": self.dist.MultivariateNormalDiag(jnp.zeros(3), jnp.array(PRIOR)),
             "y": lambda w: self.dist.Independent(self.dist.Normal(w @ X.T, 1.0), 1),
@@ -296,7 +302,7 @@ class TFP(Jax):
         return bool(jnp.isfinite(jax.grad(loss)(weights)[0]).all()) and "around your flow"
 
     def landings(self):
-        """The gradient of a flow that is its target, by the usual one's; and calls; a loss each."""
+        """For each loss, its gradient where flow and target agree, and its network calls."""
         weights, net = self.masked(8)
         counting, calls = self.counted(net)
         key, kinds = self.key, self.tfp.vi.GradientEstimators
@@ -419,7 +425,7 @@ class FlowJAX(Jax):
         return np.allclose(coupled.inverse(coupled.transform(x)), x, atol=1e-3)
 
     def landings(self):
-        """The gradient of a flow that is its target, by the usual one's; and calls."""
+        """The gradient where flow and target agree, and the network calls."""
         flow, key = self.flow(8), self.key
         weights, rest = self.equinox.partition(flow.q, self.equinox.is_inexact_array)
 
@@ -446,7 +452,7 @@ class FlowJAX(Jax):
         )
 
     def simulated(self):
-        """One latent, and an idle one, since the network wants two."""
+        """One latent, and an unused one, because the network needs two."""
         mu = self.noise(5000, 2)
         y = mu[:, :1] + self.noise(5000, 5)
         q, _ = self.fit(self.behind(self.make.Invert(self.transform(2, 5)), 2), (mu, y))

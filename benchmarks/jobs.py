@@ -1,12 +1,12 @@
-"""The jobs of `benchmarks.peers` that several libraries share: models, and what is right.
+"""Models and checks of results that several libraries of `benchmarks.peers` share.
 
-A library is a class in `torch_libraries` or `jax_libraries`. A method does one job with that
-library's own tools, and returns whether it came out right, or a few words. For a job that it has no
-tool for there is no method.
+A library is a class in `torch_libraries` or `jax_libraries`. Each method does one job with that
+library's own tools, and returns whether the result is right, or a few words. A library that has no
+tools for a job has no method for it.
 
-`flow` builds its inverse autoregressive flow as a few functions: `forward` and `inverse` between
-noise and values, `draw`, `score` and `draw_and_score` for one vector, and `calls`, how often the
-network ran since the last time.
+`flow` builds the library's inverse autoregressive flow as a few functions: `forward` and `inverse`
+between noise and values, `draw`, `score` and `draw_and_score` for one vector, and `calls`, the
+number of network calls since it was last called.
 """
 
 import inspect
@@ -34,7 +34,7 @@ def solves_the_simulated(draws):
 
 
 def python_rests(lib, train):
-    """Whether most steps of a run go without the model's Python."""
+    """Whether most steps of a run do not call the model's Python code."""
     train(5)
     lib.ran = 0
     train(100)
@@ -48,7 +48,7 @@ def emptied(calls):
 
 
 class Programs:
-    """What Pyro and NumPyro share: models, in the same words."""
+    """Models for Pyro and NumPyro, which have the same primitives."""
 
     models = True
     rows = np.repeat([-3.0, 3.0], 10)
@@ -63,7 +63,7 @@ class Programs:
         return model
 
     def prior(self):
-        """A guide for it."""
+        """A guide for the simple model: its prior."""
         self.ppl.sample("z", self.dist.Normal(self.np.zeros(2), 1.0).to_event(1))
         self.ppl.sample("s", self.dist.LogNormal(0.0, 1.0))
 
@@ -98,11 +98,11 @@ class Programs:
         self.grouped()()
 
     def tells_rows_apart(self, mean):
-        """Their exact means are 2.4 and -2.4; short fits come to half of that at least."""
+        """Whether the means of short fits are at least half of the exact ones, 2.4 and -2.4."""
         return mean.shape == (20,) and bool((np.asarray(mean) * self.rows > 3 * 1.2).all())
 
     def encoder(self):
-        """Whether an automatic guide has a parameter for one."""
+        """Whether an automatic guide has a parameter for an encoder."""
         guides = [getattr(self.autoguide, name) for name in dir(self.autoguide) if "Auto" in name]
         words = {word for guide in guides for word in inspect.signature(guide).parameters}
         return any(re.search("encoder|embed|context|network", word) for word in words)

@@ -1,11 +1,11 @@
-"""What seven libraries give to someone who wants inverse autoregressive flows.
+"""Features of seven libraries with inverse autoregressive flows.
 
-Each row of the README's table is tried on every library, in a process of its own. What is asked of
-a flow is asked of the one that `torch_libraries` and `jax_libraries` build with the library's own
-parts; the rest are jobs there. Where a library has no such job its public names are searched, or
-its training loops' parameters. So "no" means that it was tried and isn't so, or that nothing was
-found, and "-" that there are no models, guides or loops to ask it of. If a search does find
-something, this stops and asks to look: a new version may have learnt it.
+Each row of the README's table is tried on every library, in a process of its own. Features of flows
+are tried on the flow that `torch_libraries` and `jax_libraries` build with the library's own
+parts; the other rows are jobs there. If a library has no method for a job, its public names are
+searched, or the parameters of its training loops. So "no" means that it failed, or that nothing was
+found, and "-" that the library has no models, guides or loops. If a search finds something, this
+stops with an error: a new version may have the feature.
 """
 
 import importlib
@@ -56,7 +56,7 @@ def scores_draws_handed_back_later_without_inverting(lib):
 
 
 def takes_a_context(lib):
-    """One for each row, and no row hears another's."""
+    """One context for each row, which affects no other row."""
     carry, x = lib.conditional(4, 2), lib.noise(5, 4)
     context = np.ones((5, 2))
     other = context.copy()
@@ -97,12 +97,12 @@ def runs_through_xla(lib):
 
 
 def starts_a_guide_near_the_posterior(lib):
-    """Within a nat of the evidence before the first step."""
+    """Whether the ELBO is within a nat of the evidence before the first step."""
     return lib.start() < 1 if hasattr(lib, "start") else "-"
 
 
 def sticks_the_landing(lib):
-    """Whether a flow of 8 coordinates that is its target has no gradient, by some loss."""
+    """Whether some loss has a zero gradient where a flow of 8 coordinates is its own target."""
     if not hasattr(lib, "landings"):
         return job("landings", "elbo|stick_?the|landing")(lib)
     calls = [calls for slope, calls in lib.landings() if slope < 1e-3]
@@ -114,7 +114,7 @@ def detached(x):
 
 
 def job(method, words, *, models=False, loops=False):
-    """A row on a job of the library; or else on its public names, or its loops' parameters."""
+    """A row by a job of the library, or by its public names or its loops' parameters."""
 
     def feature(lib):
         if hasattr(lib, method):
@@ -135,7 +135,7 @@ def parameters(functions, words):
 
 
 def public_names(package, words):
-    """Names of modules, and of what they hold, that some of the words are in."""
+    """Names of modules and of their contents that contain one of the words."""
     root = importlib.import_module(package)
     found = set()
     for module in pkgutil.walk_packages(root.__path__, package + ".", onerror=lambda _: None):
@@ -144,7 +144,7 @@ def public_names(package, words):
             continue
         try:
             found |= {parts[-1], *dir(importlib.import_module(module.name))}
-        except Exception:  # it needs what isn't here
+        except Exception:  # it needs a package that isn't installed
             found.add(parts[-1])
     return {name for name in found if name[0] != "_" and re.search(words, name.lower())}
 
@@ -187,7 +187,7 @@ def answer(feature, kind):
 
 
 def column(name):
-    """All answers of a library, from a process in which no other changes anything."""
+    """All results of a library, from a process of its own."""
     run = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "benchmarks.peers", name],
         check=True,

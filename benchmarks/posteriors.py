@@ -34,7 +34,7 @@ PYRO = {
 
 
 def train(name, model, seed):
-    """A trained guide, and the seconds that its making and training took."""
+    """A trained guide, and the seconds of building and training it."""
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
     start = time.perf_counter()
@@ -54,7 +54,7 @@ def train(name, model, seed):
 
 
 def quality(model, guide, summary):
-    """ELBOs, k-hat, and how far means and spreads are from the reference draws'."""
+    """ELBOs, k-hat, and errors of means and standard deviations against the reference draws."""
     particles = WeightedParticles(model, guide, (), {})
     runs = [particles.weighted(NUM_DRAWS) for _ in range(3)]
     log_weights = torch.cat([run.log_weights for run in runs])
@@ -102,11 +102,11 @@ def main():
                 try:
                     guide, seconds = train(guide_name, model, seed)
                     row |= quality(model, guide, summary) | {"seconds": round(seconds, 1)}
-                except (ValueError, RuntimeError):  # NaN, by Pyro's checks
+                except (ValueError, RuntimeError):  # Pyro's checks found NaN
                     row["failed"] = True
                 print(row, flush=True)
                 rows.append(row)
-    # A number that isn't finite is none; a guide that failed has none.
+    # None stands for numbers that are not finite, and for those of failed guides.
     columns = list(max(rows, key=len))
     rows = [{c: _finite_or_none(row.get(c)) for c in columns} for row in rows]
     save("posteriors", "3000 steps of 16 particles, float64; in reference sd", rows)

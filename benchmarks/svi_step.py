@@ -1,7 +1,7 @@
-"""A step of SVI by this library, Pyro and NumPyro: its time, what compiling takes, and memory.
+"""A step of SVI by this library, Pyro and NumPyro: time, compilation time and memory.
 
-Each contender has a process of its own. Those of one row take turns, so that a noisy machine is
-noisy to all of them.
+Each contender has a process of its own. Those of one row take turns, so that noise of the machine
+affects all of them.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def data_of(name):
 
 
 def model_of(name, sample, dist, data, zeros, expand):
-    """The model, in words that Pyro and NumPyro share."""
+    """The model, in primitives that Pyro and NumPyro share."""
 
     def schools():
         y, error = data
@@ -80,7 +80,7 @@ def width_of(name):
 
 
 def stepper(contender, name, particles):
-    """A function that takes so many steps and returns how long they took."""
+    """A function that takes a number of steps and returns their seconds."""
     if contender == "NumPyro":
         return numpyro_stepper(name, particles)
     import pyro
@@ -114,8 +114,8 @@ def stepper(contender, name, particles):
             return time.perf_counter() - began
 
         return run
-    # What a fit does for the guide's tails after its last step is no part of a step.
-    pyro_iaf.elbo.objectives.LatentLoss.see_to_tails = lambda self, batch: None
+    # Adjusting the guide's tails after the last step is no part of a step.
+    pyro_iaf.elbo.objectives.LatentLoss.adjust_tails = lambda self, batch: None
     guide = pyro_iaf.AutoIAF(model, hidden_dims=widths, start="init")
     how = {"eager": False, "graph": "graph", "compiled": True}[contender.removeprefix("fit, ")]
 
@@ -125,7 +125,7 @@ def stepper(contender, name, particles):
         return result.seconds
 
     def run(num_steps):
-        # What a fit does before its steps it does in both.
+        # Both fits include the work before the first step; the difference is the time of the steps.
         return max(1e-9, fit(num_steps + 20) - fit(20))
 
     fit(1)  # builds the guide, and the step
@@ -170,7 +170,7 @@ def numpyro_stepper(name, particles):
 
 
 def work(contender, name, particles):
-    """What a contender's process does: it takes orders line by line."""
+    """The loop of a contender's process, which reads numbers of steps line by line."""
     began = time.perf_counter()
     if contender == "NumPyro":
         import numpyro  # noqa: F401
@@ -190,7 +190,7 @@ def work(contender, name, particles):
 
 
 class Contender:
-    """A contender's process, seen from outside."""
+    """A contender's process, as its parent uses it."""
 
     def __init__(self, contender, name, particles, cache):
         command = [sys.executable, "-m", "benchmarks.svi_step", "--work"]

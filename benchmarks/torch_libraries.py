@@ -12,7 +12,7 @@ from benchmarks.jobs import Programs, emptied, python_rests, solves_the_simulate
 
 
 class Torch:
-    """What they share."""
+    """Methods that all these libraries share."""
 
     models, context, ran = False, True, 0
     np = torch
@@ -27,7 +27,7 @@ class Torch:
         return torch.randn(*shape)
 
     def roughened(self, module):
-        """Fresh flows may be nearly the identity; this one isn't."""
+        """The module with noise on its parameters; fresh, it may be nearly the identity."""
         with torch.no_grad():
             for parameter in module.parameters():
                 parameter.add_(0.2 * torch.randn_like(parameter))
@@ -39,7 +39,7 @@ class Torch:
         return partial(emptied, calls)
 
     def kept(self, f, x):
-        """How many numbers are kept for the gradient of f at x."""
+        """How many numbers are stored for the gradient of f at x."""
         sizes = []
 
         def note(tensor):
@@ -127,7 +127,7 @@ class Pyro(Programs, Torch):
         return self.infer.Trace_ELBO(num_particles=100).loss(model, guide)
 
     def subsamples(self):
-        """AutoIAFNormal would hold the first five; beside AutoNormal it serves what rows share."""
+        """AutoIAFNormal has five rows only; beside AutoNormal it is for the global latents."""
         rows = self.grouped()
         flows = self.guide(rows)
         self.train(rows, flows, 1)
@@ -150,7 +150,7 @@ class Pyro(Programs, Torch):
         ]
 
     def landings(self):
-        """The gradient of a flow that is its target, by the usual one's; and calls; a loss each."""
+        """For each loss, its gradient where flow and target agree, and its network calls."""
         flow = self.roughened(self.transform(8))
         twin = copy.deepcopy(flow)
         calls = self.counted(self.network(flow))
@@ -171,7 +171,7 @@ class Pyro(Programs, Torch):
             yield slope(loss) / usual, calls()
 
     def compiled(self):
-        """JitTrace_ELBO with the guide; it refuses parameters of modules, so then by hand."""
+        """JitTrace_ELBO with the guide; if it fails for parameters of modules, by hand."""
         model, flow = self.simple(), self.transform(2)
 
         def by_hand():
@@ -244,7 +244,7 @@ class PyroIAF(Pyro):
         return lambda x, context: flow.condition(context)(x)
 
     def splines(self):
-        """Pyro's, behind a flow of ours."""
+        """Pyro's spline coupling after a flow of ours."""
         coupled = self.make.spline_coupling(4, 2, [16], bound=5.0).with_cache(1)
         both = self.make.ComposeTransform([self.transform(4), coupled])
         return self.there_and_back(both, both.inv) and "Pyro's"
@@ -267,7 +267,7 @@ class PyroIAF(Pyro):
         return len(self.fit(model, self.guide(model), 3000).losses) < 3000
 
     def resumes(self):
-        """A run whose model raises half-way, run once more."""
+        """Whether a run that an error ended resumes with the same losses."""
 
         class KilledError(Exception):
             pass

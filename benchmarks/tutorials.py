@@ -1,4 +1,4 @@
-"""What benchmarks take from the tutorials: their code, run in several processes."""
+"""Runs code of the tutorials for benchmarks, in several processes."""
 
 import concurrent.futures
 import json
@@ -14,7 +14,7 @@ FOLDER = pathlib.Path(__file__).parent.parent / "tutorials"
 
 
 def tutorial(name, settings, until):
-    """What a tutorial's own code, run with these settings, has defined before this text."""
+    """The names that a tutorial's code before this text defines, with these settings."""
     path = FOLDER / name
     code, found, _ = path.read_text().partition(until)
     assert found, f"{name} has no {until!r} any more"
@@ -25,7 +25,7 @@ def tutorial(name, settings, until):
 
 
 def in_processes(module, jobs, settings):
-    """Runs ``python -m module --work *job`` for each job; the last lines they print, as JSON."""
+    """Runs ``python -m module --work *job`` for each job; returns their last lines, as JSON."""
 
     def run(job):
         command = [sys.executable, "-m", module, "--work", *map(str, job), *settings]
@@ -42,6 +42,6 @@ def in_processes(module, jobs, settings):
 
 
 def shown(settings):
-    """Settings as results tell of them, without paths of this machine."""
+    """Settings for the results, without paths of this machine."""
     paths = {"--mnist": "FOLDER", "--data": "FILE"}
     return " ".join(paths.get(before, s) for before, s in pairwise(["", *settings]))

@@ -1,7 +1,7 @@
-"""What a flow in the encoder buys: the VAE of the tutorial over several seeds, at equal steps.
+"""The gain by a flow in the encoder: the tutorial's VAE over several seeds, at equal steps.
 
 The tutorial's own code is run up to its table, once for each seed and posterior. Differences are
-paired by seed: between seeds the decoders differ by more than the posteriors do.
+paired by seed, because the seed changes the likelihood by more than the posterior does.
 """
 
 import argparse
@@ -15,7 +15,7 @@ POSTERIORS = ["diagonal", "affine", "gated"]
 
 
 def work(posterior, seed, settings):
-    """What one process measures: ELBO and log-likelihood of the test images."""
+    """The measurement of one process: ELBO and log likelihood of the test images."""
     vae = tutorial("vae_iaf.py", [*settings, "--seed", seed], until="kinds = {")
     args = vae["args"]
     trained = vae["trained"](posterior, args.latents, args.seed)

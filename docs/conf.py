@@ -1,4 +1,4 @@
-"""How the site is built: ``make docs``, or ``make docs SMOKE=1`` with the tutorials cut short."""
+"""The site's settings: build it by ``make docs``, or ``make docs SMOKE=1`` for short tutorials."""
 
 import hashlib
 import importlib.util
@@ -18,7 +18,7 @@ import pyro_iaf  # noqa: E402
 
 
 def package_hash():
-    """Of all code of the package."""
+    """A hash of all code of the package."""
     code = b"".join(path.read_bytes() for path in sorted((ROOT / "pyro_iaf").rglob("*.py")))
     return hashlib.sha256(code).hexdigest()[:16]
 
@@ -34,7 +34,7 @@ extensions = [
     "sphinx.ext.napoleon",
 ]
 exclude_patterns = ["_build", "*.py"]
-nitpicky = True  # a name that leads nowhere is a mistake, but for these
+nitpicky = True  # warns of references that are not found, except for these
 nitpick_ignore_regex = [("py:class", r"collections\.abc\..*|pathlib\..*|pyro_iaf\.flows\.base\..*")]
 
 html_theme = "furo"
@@ -44,17 +44,17 @@ html_css_files = ["site.css"]
 html_copy_source = False
 html_show_copyright = False
 
-# Formulas without a network: one file that draws them as pictures, and needs no fonts.
+# Formulas without network access: a single file draws them as SVG, without fonts.
 (mathjax,) = importlib.util.find_spec("sphinx-mathjax-offline").submodule_search_locations
 html_static_path += [f"{mathjax}/static/mathjax/tex-svg.js"]
 mathjax_path = "tex-svg.js"
 
-# Pages in Markdown, with numbers as they were measured.
+# Pages in Markdown, with numbers from the benchmarks.
 myst_enable_extensions = ["attrs_block", "attrs_inline", "dollarmath", "substitution"]
 myst_substitutions = measured.substitutions()
 myst_heading_anchors = 3
 
-# Docstrings. Types stand beside what they are types of, and signatures stay short.
+# Docstrings. Types are in the descriptions of the arguments, so signatures are short.
 autodoc_member_order = "bysource"
 autodoc_inherit_docstrings = False
 autodoc_typehints = "description"
@@ -63,11 +63,10 @@ autodoc_typehints_format = "short"
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 
-# What Pyro and PyTorch describe.
+# References to Pyro and PyTorch.
 intersphinx_mapping = inventories.mapping(HERE / "_build" / "inventories")
 
-# Tutorials and the code on pages run when they or the package have changed; what fails, fails the
-# build.
+# Tutorials and code on pages run if they or the package have changed; an error fails the build.
 nb_execution_mode = "cache"
 nb_execution_cache_path = str(HERE / "_build" / "cache" / package_hash())
 nb_execution_in_temp = True
@@ -88,7 +87,7 @@ sys.argv = {}
 
 
 def copy_tutorials(app):
-    """Puts the tutorials among the pages, each with a first cell that is not shown."""
+    """Copies the tutorials to the pages, each with a hidden first cell."""
     copies = HERE / "tutorials"
     copies.mkdir(exist_ok=True)
     pictures = (HERE / "first_cell.py").read_text()
@@ -99,12 +98,12 @@ def copy_tutorials(app):
     for copy, path in wanted.items():
         arguments = [path.name, *(["--smoke"] if os.environ.get("SMOKE") else [])]
         text = FIRST_CELL.format(arguments) + pictures + "\n" + path.read_text()
-        if not copy.exists() or copy.read_text() != text:  # else its page is as it was
+        if not copy.exists() or copy.read_text() != text:  # unchanged pages are not rebuilt
             copy.write_text(text)
 
 
 def name_pictures(app, doctree):
-    """Gives pictures that say nothing of themselves the names of their page and section."""
+    """Gives pictures without an alternative text the titles of their page and section."""
     for picture in doctree.findall(nodes.image):
         place, titles = picture.parent, []
         while place is not None:
@@ -115,7 +114,7 @@ def name_pictures(app, doctree):
 
 
 def setup(app):
-    """Called by Sphinx."""
+    """Connects the functions above to Sphinx, which calls this."""
     app.connect("doctree-read", name_pictures)
     app.connect("builder-inited", copy_tutorials)
     app.connect("missing-reference", inventories.describe, priority=400)  # before intersphinx

@@ -1,11 +1,11 @@
-"""What runs before a tutorial's own cells: below each, the page shows the pictures it saved.
+"""The first cell of each tutorial's page: below every cell the page then shows its saved pictures.
 
-The scripts open no windows. All names are local here, since a tutorial may have the same.
+The scripts open no windows. All names are local, because a tutorial may use the same names.
 """
 
 
 def show_pictures():
-    """Looks for new pictures after every cell."""
+    """Displays new pictures after every cell."""
     import pathlib
 
     from IPython import get_ipython

@@ -1,9 +1,9 @@
-"""Where Pyro and PyTorch describe what our pages refer to.
+"""The addresses of names of Pyro and PyTorch that our pages refer to.
 
-Sphinx looks foreign names up in inventories, which it fetches from their sites. These are small
-ones of the same kind, so that a build is the same with a network and without: what a page refers
-to, and Sphinx doesn't find, is to be added here. People import ``pyro.infer.SVI``, which is
-described as ``pyro.infer.svi.SVI``, so such names are translated.
+Sphinx usually downloads inventories of other projects' names from their sites. This module writes
+small ones instead, so that a build needs no network. Add a name to ``PAGES`` if Sphinx does not
+find it. Aliases are translated: users import ``pyro.infer.SVI``, and Pyro's documentation has it as
+``pyro.infer.svi.SVI``.
 """
 
 import functools
@@ -18,7 +18,7 @@ SITES = {
     "torch": "https://docs.pytorch.org/docs/stable/",
 }
 
-# Which page describes which names.
+# The names on each page.
 PAGES = {
     "pyro": {
         "distributions.html": [
@@ -62,7 +62,7 @@ PAGES = {
 
 
 def mapping(folder):
-    """Writes the inventories into a folder; the value for ``intersphinx_mapping``."""
+    """Writes the inventories into a folder, and returns the value of ``intersphinx_mapping``."""
     folder.mkdir(parents=True, exist_ok=True)
     found = {}
     for project, site in SITES.items():
@@ -73,42 +73,37 @@ def mapping(folder):
 
 
 def inventory(project):
-    """The bytes of an inventory, as Sphinx reads it."""
+    """The bytes of an inventory in Sphinx's format."""
     head = f"# Sphinx inventory version 2\n# Project: {project}\n# Version: \n"
     head += "# The remainder of this file is compressed using zlib.\n"
     lines = [
-        f"{name} py:{kind_of(thing_called(name))} 1 {page}#$ -\n"
+        f"{name} py:{'class' if inspect.isclass(located(name)) else 'function'} 1 {page}#$ -\n"
         for page, names in PAGES[project].items()
         for name in names
     ]
     return head.encode() + zlib.compress("".join(lines).encode())
 
 
-def kind_of(thing):
-    """What Sphinx calls it."""
-    return "class" if inspect.isclass(thing) else "function"
-
-
-def thing_called(name):
-    """What a name stands for in the packages that are installed."""
+def located(name):
+    """The object of a dotted name in the installed packages."""
     thing = pydoc.locate(name)
     if thing is None:
-        raise ValueError(f"There is no {name}; inventories.py should name what there is.")
+        raise ValueError(f"inventories.py should list existing names; {name} does not exist.")
     return thing
 
 
 def describe(app, env, node, contnode):
-    """Before Sphinx looks for a name elsewhere: puts the name there that is described."""
-    node["reftarget"] = described().get(node.get("reftarget"), node.get("reftarget"))
+    """Replaces an alias by its documented name, before Sphinx looks it up in the inventories."""
+    node["reftarget"] = documented().get(node.get("reftarget"), node.get("reftarget"))
 
 
 @functools.cache
-def described():
-    """From names by which things are imported, or defined, to names that are described."""
-    found = {"Tensor": "torch.Tensor", "nn.Module": "torch.nn.Module"}  # annotations say so
+def documented():
+    """The documented name of each alias: of where a thing is imported from, or defined."""
+    found = {"Tensor": "torch.Tensor", "nn.Module": "torch.nn.Module"}  # as in annotations
     for pages in PAGES.values():
         for name in (name for names in pages.values() for name in names):
-            thing = thing_called(name)
+            thing = located(name)
             *package, last = name.split(".")
             short = ".".join([*package[:-1], last])
             for alias in (f"{thing.__module__}.{thing.__qualname__}", short):

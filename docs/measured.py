@@ -1,7 +1,7 @@
-"""What the pages say in numbers, from ``benchmarks/results``: none of them is typed by hand.
+"""The numbers and tables on the pages, read from ``benchmarks/results``.
 
-``{{ name }}`` in a page is what the function of that name returns here: a table, or words for a
-sentence.
+``{{ name }}`` in a page is replaced by the result of the function of that name: a table, or a
+number within a sentence.
 """
 
 import json
@@ -15,13 +15,13 @@ SAID = {}
 
 
 def said(function):
-    """Makes a function's text known to the pages under its name."""
+    """Registers a function for the pages under its name."""
     SAID[function.__name__] = function
     return function
 
 
 def substitutions():
-    """All that the pages may say, by name."""
+    """The texts for the pages, by name."""
     return {name: function() for name, function in SAID.items()}
 
 
@@ -31,7 +31,7 @@ def rows(name):
 
 
 def only(found):
-    """The one element there is."""
+    """The only element."""
     (one,) = found
     return one
 
@@ -43,7 +43,7 @@ def table(header, body):
 
 
 def span(values, digits):
-    """The smallest and the largest, in words."""
+    """The range of the values, as ``1 to 2``."""
     return f"{min(values):{digits}} to {max(values):{digits}}"
 
 
@@ -53,7 +53,7 @@ def milliseconds(ms):
 
 
 def gain(row):
-    """What flows gain over none, with its standard error."""
+    """The gain by flows, with its standard error."""
     return f"{row['gain']:.2f} ± {row['se of the gain']:.2f}" if row["gain"] else ""
 
 
@@ -63,7 +63,7 @@ GUIDES = ["AutoIAF", "AutoIAFNormal", "AutoMultivariateNormal", "AutoNormal"]
 
 
 def by_posterior(cell):
-    """A table of posteriors by guides, of a text for the seeds of each."""
+    """A table of posteriors by guides; ``cell`` makes a text of the rows of all seeds."""
     measured = rows("posteriors")
     body = []
     for name in dict.fromkeys(row["posterior"] for row in measured):
@@ -73,7 +73,7 @@ def by_posterior(cell):
 
 
 def worst(seeds, key, digits):
-    """The largest of the seeds, in words."""
+    """The largest value of the seeds as text."""
     if any(row["failed"] for row in seeds):
         return "failed"
     values = [row[key] for row in seeds]
@@ -107,7 +107,7 @@ def fit_seconds():
 
 
 def of_guide(guide, key):
-    """One measure of a guide over all posteriors and seeds, without those that failed."""
+    """The values of ``key`` for a guide over all posteriors and seeds, without failed fits."""
     found = [row[key] for row in rows("posteriors") if row["guide"] == guide and not row["failed"]]
     return [value for value in found if value is not None]
 
@@ -205,7 +205,7 @@ def vae():
 
 
 def vae_gains(posterior):
-    """What one kind of flow gains, over the data sets."""
+    """The range of the gain by a kind of flow over the data sets."""
     found = [row["gain"] for name in VAES for row in rows(name) if row["posterior"] == posterior]
     return span(found, ".2f")
 
@@ -227,7 +227,7 @@ def dmm():
 
 
 def dmm_gain(flows):
-    """What so many flows gain at every time step."""
+    """The gain by this number of flows at every time step."""
     return gain(only(row for row in rows("dmm") if row["flows"] == flows))
 
 
@@ -343,7 +343,7 @@ def step_of_a_thousand():
 
 
 def fit_rows(contender):
-    """The rows of one contender for the fastest step."""
+    """The rows of one implementation of a step."""
     return [row for row in rows("svi_step") if row["contender"] == contender]
 
 
@@ -383,7 +383,7 @@ def compiled_and_pyro():
 
 
 def microseconds(particles):
-    """Of a compiled step of eight schools."""
+    """The microseconds of a compiled step of eight schools."""
     one = only(
         row
         for row in fit_rows("fit, compiled")

@@ -3,7 +3,8 @@ r"""Inverse autoregressive flows for Pyro.
 .. math::
     y = \mu(x) + \sigma(x) \odot x, \qquad x \sim N(0, I)
 
-Noise ``x`` to latent ``y`` in one network pass; the density of what was drawn comes for free.
+A flow carries noise ``x`` to latent ``y`` in one network pass. The log density of a value that it
+drew costs no further pass.
 """
 
 from ._registration import register

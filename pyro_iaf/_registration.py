@@ -1,7 +1,7 @@
 """Everything that importing pyro_iaf adds to Pyro and PyTorch, in one list.
 
-Names are added where they are free; nothing that was there changes. The hook counts optimiser
-steps, so that no flow returns a value from before the last one.
+Names are added where they are free, and nothing that exists is changed. The hook counts optimiser
+steps, so that no flow returns a value cached before the last step.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def register() -> None:
     Called once by ``import pyro_iaf``; calling it again does nothing.
 
     Warns:
-        UserWarning: If Pyro has some of the names already, which it then keeps.
+        UserWarning: If Pyro already has some of the names. Those are left as they are.
 
     Example:
         >>> register()
@@ -49,15 +49,15 @@ def register() -> None:
     """
     global _counts_steps
     taken = []
-    for host, thing in NAMES:
-        if getattr(host, thing.__name__, thing) is not thing:
-            taken.append(f"{host.__name__}.{thing.__name__}")
+    for host, member in NAMES:
+        if getattr(host, member.__name__, member) is not member:
+            taken.append(f"{host.__name__}.{member.__name__}")
         else:
-            setattr(host, thing.__name__, thing)
+            setattr(host, member.__name__, member)
     if taken:
         warnings.warn(
-            f"pyro_iaf leaves these names of Pyro as they are: {', '.join(taken)}. Import its own "
-            "from pyro_iaf.",
+            f"Pyro already has these names, and pyro_iaf leaves them as they are: "
+            f"{', '.join(taken)}. Import its own from pyro_iaf.",
             UserWarning,
             stacklevel=2,
         )

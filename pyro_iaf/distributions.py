@@ -4,13 +4,12 @@ r"""The normal distribution over vectors whose coordinates are independent.
     \log p(y) = -\sum_{i=1}^{D} \left[ \tfrac{1}{2} \left( \frac{y_i - \mu_i}{\sigma_i} \right)^2
                 + \log \sigma_i + \tfrac{1}{2} \log 2\pi \right]
 
-It is the base that a flow wants: a flow's log-determinant is one number per vector, and so is this
-log-density. Everything costs O(D).
+Its log density is one number per vector, as the log-determinant of a flow is, so it serves as a
+flow's base distribution. Everything costs O(D).
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -26,6 +25,7 @@ from torch.distributions import (
     LowRankMultivariateNormal,
     MultivariateNormal,
     Normal,
+    kl_divergence,
 )
 from torch.distributions.utils import broadcast_all
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
@@ -39,10 +39,10 @@ _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 class DiagonalNormal(TorchDistribution):
     r"""A multivariate normal with diagonal covariance, :math:`N(\mu, \mathrm{diag}(\sigma^2))`.
 
-    Equal to ``Normal(loc, scale).to_event(1)`` to rounding, as a distribution of its own: the
-    event is a vector, ``log_prob`` and ``entropy`` are one number per vector, in nats. Broadcasts
-    ``loc`` and ``scale``; sampling, scoring and the divergence from another diagonal normal cost
-    O(D). The matrices are built when asked for.
+    Equal to ``Normal(loc, scale).to_event(1)`` up to rounding. The event is a vector;
+    ``log_prob`` and ``entropy`` are one number per vector, in nats. Sampling, scoring and the
+    divergence from another diagonal normal cost O(D). The matrices, of size O(D²), are built on
+    access.
 
     ``kl_divergence(p, q)`` has closed forms between this class and itself, ``MultivariateNormal``,
     ``LowRankMultivariateNormal`` and ``Normal(...).to_event(1)``, both ways.
@@ -50,8 +50,8 @@ class DiagonalNormal(TorchDistribution):
     Args:
         loc: Mean, of shape ``batch_shape + (D,)``.
         scale: Standard deviation, positive, broadcastable with ``loc``; may be a number.
-        validate_args: Whether to check the arguments, and the values that are scored. Defaults to
-            Pyro's global setting.
+        validate_args: Whether to check the arguments and the scored values; by default Pyro's
+            global setting.
 
     Raises:
         ValueError: If ``loc`` is no vector, if the shapes don't broadcast, or, under validation,
@@ -84,7 +84,7 @@ class DiagonalNormal(TorchDistribution):
                 f"least one dimension; got {_described(loc)}. For one coordinate use "
                 "loc.unsqueeze(-1); for a univariate normal use Normal."
             )
-        # The scale as given: its logarithms are summed before it is repeated over the batch.
+        # The scale without the batch dimensions of loc, so that its logarithms are summed once.
         own_scale = scale
         if not isinstance(scale, Tensor) or loc.shape != scale.shape:
             try:
@@ -95,13 +95,19 @@ class DiagonalNormal(TorchDistribution):
                     f"loc {_described(loc)} and scale {_described(scale)}."
                 ) from error
         if loc.dtype != scale.dtype or not loc.is_floating_point():
-            loc, scale = _as_floats(loc, scale)
+            dtype = torch.promote_types(loc.dtype, scale.dtype)
+            if not dtype.is_floating_point:
+                raise ValueError(
+                    "DiagonalNormal expects a floating-point loc or scale; got "
+                    f"{loc.dtype} and {scale.dtype}. Convert one of them with .float()."
+                )
+            loc, scale = loc.to(dtype), scale.to(dtype)
         if not isinstance(own_scale, Tensor) or own_scale.shape[-1:] != loc.shape[-1:]:
             own_scale = scale
         self.loc, self.scale, self._own_scale = loc, scale, own_scale.to(scale.dtype)
-        # All that Distribution.__init__ does, but with checks of our own: its lets infinities pass.
+        # As Distribution.__init__ does, except for its checks, which accept infinities.
         self._batch_shape, self._event_shape = loc.shape[:-1], loc.shape[-1:]
-        if validate_args is not None:  # else Pyro's setting counts, whenever it is asked for
+        if validate_args is not None:  # by default Pyro's setting at the time of each call
             self._validate_args = validate_args
         if self._validate_args and not _is_traced():
             _check_values(loc, self._own_scale)
@@ -120,18 +126,18 @@ class DiagonalNormal(TorchDistribution):
     def infer_shapes(  # type: ignore[override]  # as Pyro's own distributions do
         loc: torch.Size, scale: torch.Size
     ) -> tuple[torch.Size, torch.Size]:
-        """The ``batch_shape`` and ``event_shape`` that arguments of these shapes give."""
+        """``batch_shape`` and ``event_shape`` for arguments of these shapes."""
         shape = torch.Size(broadcast_shape(loc, scale))
         return shape[:-1], shape[-1:]
 
     def rsample(self, sample_shape: _size = ()) -> Tensor:
-        """Draws ``loc + scale * noise``, differentiable in both; one kernel after the noise."""
+        """Draws ``loc + scale * noise``, differentiable in both parameters."""
         shape = self._extended_shape(torch.Size(sample_shape))
         noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
         return torch.addcmul(self.loc, noise, self.scale)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log-density at ``value``, in nats, one number per vector."""
+        """Log density at ``value``, in nats, one number per vector."""
         if self._validate_args and not _is_traced():
             self._validate_sample(value)
         z = (value - self.loc) / self.scale
@@ -144,7 +150,7 @@ class DiagonalNormal(TorchDistribution):
         return entropy if entropy.shape == self.batch_shape else entropy.expand(self.batch_shape)
 
     def _log_scale_sum(self) -> Tensor:
-        """Of a shape that broadcasts to ``batch_shape``."""
+        """The sum over the event, of a shape that broadcasts to ``batch_shape``."""
         return self._own_scale.log().sum(-1)
 
     @property
@@ -179,18 +185,8 @@ class DiagonalNormal(TorchDistribution):
         return torch.diag_embed(self.scale.square().reciprocal())
 
 
-def _as_floats(loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(loc.dtype, scale.dtype)
-    if not dtype.is_floating_point:
-        raise ValueError(
-            "DiagonalNormal expects a floating-point loc or scale; got "
-            f"{loc.dtype} and {scale.dtype}. Convert one of them with .float()."
-        )
-    return loc.to(dtype), scale.to(dtype)
-
-
 def _is_traced() -> bool:
-    """Whether there are no values to look at, as no graph can hold a check of them."""
+    """Whether a graph is being traced, which can't hold checks of values."""
     return torch.compiler.is_compiling() or get_proxy_mode() is not None
 
 
@@ -198,15 +194,15 @@ def _check_values(loc: Tensor, scale: Tensor) -> None:
     if not torch._is_all_true(loc.isfinite()):
         raise ValueError(
             f"DiagonalNormal expects a finite loc; got {_described(loc)} with "
-            f"{int((~loc.isfinite()).sum())} entries that are infinite or NaN. Look at what "
-            "computed it."
+            f"{int((~loc.isfinite()).sum())} entries that are infinite or NaN. Check the code that "
+            "computes it."
         )
     if not (torch._is_all_true(scale > 0) and torch._is_all_true(scale < math.inf)):
         wrong = ~((scale > 0) & scale.isfinite())
         raise ValueError(
             f"DiagonalNormal expects a positive, finite scale; got {_described(scale)} with "
-            f"{int(wrong.sum())} entries that are not, as {float(scale[wrong][0])}. exp or "
-            "softplus makes a positive scale of any number that is not too large."
+            f"{int(wrong.sum())} entries that are not, as {float(scale[wrong][0])}. Compute the "
+            "scale by exp or softplus of a number that is not too large."
         )
 
 
@@ -216,9 +212,7 @@ def _described(value: object) -> str:
     return repr(value)
 
 
-# Kullback-Leibler divergences, KL(p | q) in nats. Each is half of
-#     tr(C_q^-1 C_p) + (m_q - m_p)' C_q^-1 (m_q - m_p) - D + log det C_q - log det C_p.
-# `_registration` enters this table in torch's registry.
+# Kullback-Leibler divergences KL(p | q) in nats, in closed form.
 
 
 def _kl_diagonal_diagonal(p: DiagonalNormal, q: DiagonalNormal) -> Tensor:
@@ -227,81 +221,35 @@ def _kl_diagonal_diagonal(p: DiagonalNormal, q: DiagonalNormal) -> Tensor:
     return 0.5 * (ratio + shift - 1 - ratio.log()).sum(-1)
 
 
-def _kl_diagonal_multivariate(p: DiagonalNormal, q: MultivariateNormal) -> Tensor:
-    shift = (q.loc - p.loc).unsqueeze(-1)
-    quadratic = _whitened(q.scale_tril, p.scale_tril) + _whitened(q.scale_tril, shift)
-    return _half_gap(quadratic, 2 * _log_det(q.scale_tril), p)
-
-
-def _kl_multivariate_diagonal(p: MultivariateNormal, q: DiagonalNormal) -> Tensor:
-    variance = p.scale_tril.square().sum(-1)
-    return _half_quadratic(p.loc, variance, q) - _log_det(p.scale_tril)
-
-
-def _kl_diagonal_low_rank(p: DiagonalNormal, q: LowRankMultivariateNormal) -> Tensor:
-    # Woodbury: C_q^-1 = E^-1 - E^-1 W K^-1 W' E^-1, with E diagonal and K the capacitance.
-    factor, diagonal = q._unbroadcasted_cov_factor, q._unbroadcasted_cov_diag
-    shift = q.loc - p.loc
-    weighted = (factor / diagonal.unsqueeze(-1)).mT
-    quadratic = ((p.scale.square() + shift.square()) / diagonal).sum(-1)
-    shrunk_spread = _whitened(q._capacitance_tril, weighted * p.scale.unsqueeze(-2))
-    shrunk_shift = _whitened(q._capacitance_tril, weighted @ shift.unsqueeze(-1))
-    return _half_gap(quadratic - shrunk_spread - shrunk_shift, _low_rank_log_det(q), p)
-
-
-def _kl_low_rank_diagonal(p: LowRankMultivariateNormal, q: DiagonalNormal) -> Tensor:
-    return _half_quadratic(p.loc, p.variance, q) - 0.5 * _low_rank_log_det(p)
-
-
-def _kl_diagonal_independent(p: DiagonalNormal, q: Independent[Distribution]) -> Tensor:
-    return _kl_diagonal_diagonal(p, _as_diagonal(q))
-
-
-def _kl_independent_diagonal(p: Independent[Distribution], q: DiagonalNormal) -> Tensor:
-    return _kl_diagonal_diagonal(_as_diagonal(p), q)
-
-
 def _as_diagonal(d: Independent[Distribution]) -> DiagonalNormal:
     if d.reinterpreted_batch_ndims != 1 or not isinstance(d.base_dist, Normal):
         raise NotImplementedError(
-            "Of Independent distributions, DiagonalNormal has a KL with Normal(...).to_event(1) "
-            f"alone; got {type(d.base_dist).__name__}(...).to_event({d.reinterpreted_batch_ndims})."
+            "The KL divergence between DiagonalNormal and an Independent is known for "
+            "Normal(...).to_event(1) only; got "
+            f"{type(d.base_dist).__name__}(...).to_event({d.reinterpreted_batch_ndims})."
         )
     return DiagonalNormal(d.base_dist.loc, d.base_dist.scale, validate_args=False)
 
 
-def _log_det(tril: Tensor) -> Tensor:
-    return tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+def _as_low_rank(d: DiagonalNormal) -> LowRankMultivariateNormal:
+    """The same distribution as one whose divergences PyTorch has; the factor of rank 1 is zero."""
+    factor = torch.zeros_like(d.loc).unsqueeze(-1)
+    return LowRankMultivariateNormal(d.loc, factor, d.variance, validate_args=False)
 
 
-def _low_rank_log_det(d: LowRankMultivariateNormal) -> Tensor:
-    diagonal: Tensor = d._unbroadcasted_cov_diag
-    return 2 * _log_det(d._capacitance_tril) + diagonal.log().sum(-1)
+def _kl_from_diagonal(p: DiagonalNormal, q: Distribution) -> Tensor:
+    return kl_divergence(_as_low_rank(p), q)
 
 
-def _whitened(tril: Tensor, columns: Tensor) -> Tensor:
-    """Sum of squares of ``tril^-1 columns``."""
-    white: Tensor = torch.linalg.solve_triangular(tril, columns, upper=False)
-    return white.square().sum((-2, -1))
+def _kl_to_diagonal(p: Distribution, q: DiagonalNormal) -> Tensor:
+    return kl_divergence(p, _as_low_rank(q))
 
 
-def _half_gap(quadratic: Tensor, log_det_q: Tensor, p: DiagonalNormal) -> Tensor:
-    gap: Tensor = 0.5 * (quadratic - p.event_shape[0] + log_det_q)
-    return gap - p.scale.log().sum(-1)
-
-
-def _half_quadratic(loc: Tensor, variance: Tensor, q: DiagonalNormal) -> Tensor:
-    """All of KL(p | q) but p's log-determinant, for a p of these moments."""
-    quadratic = (variance + (loc - q.loc).square()) / q.scale.square()
-    return 0.5 * (quadratic - 1).sum(-1) + q.scale.log().sum(-1)
-
-
-def _on_one_space(divergence: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]:
-    @functools.wraps(divergence)
+def _with_shape_check(divergence: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]:
     def checked(p: Distribution, q: Distribution) -> Tensor:
         if p.event_shape != q.event_shape:
             raise ValueError(
-                "KL(p | q) is between distributions over the same vectors; got event shapes "
+                "KL(p | q) needs distributions of equal event_shape; got event shapes "
                 f"{tuple(p.event_shape)} and {tuple(q.event_shape)}."
             )
         return divergence(p, q)
@@ -310,14 +258,14 @@ def _on_one_space(divergence: Callable[[Any, Any], Tensor]) -> Callable[[Any, An
 
 
 KL_DIVERGENCES = {
-    pair: _on_one_space(divergence)
+    pair: _with_shape_check(divergence)
     for pair, divergence in [
         ((DiagonalNormal, DiagonalNormal), _kl_diagonal_diagonal),
-        ((DiagonalNormal, MultivariateNormal), _kl_diagonal_multivariate),
-        ((MultivariateNormal, DiagonalNormal), _kl_multivariate_diagonal),
-        ((DiagonalNormal, LowRankMultivariateNormal), _kl_diagonal_low_rank),
-        ((LowRankMultivariateNormal, DiagonalNormal), _kl_low_rank_diagonal),
-        ((DiagonalNormal, Independent), _kl_diagonal_independent),
-        ((Independent, DiagonalNormal), _kl_independent_diagonal),
+        ((DiagonalNormal, MultivariateNormal), _kl_from_diagonal),
+        ((MultivariateNormal, DiagonalNormal), _kl_to_diagonal),
+        ((DiagonalNormal, LowRankMultivariateNormal), _kl_from_diagonal),
+        ((LowRankMultivariateNormal, DiagonalNormal), _kl_to_diagonal),
+        ((DiagonalNormal, Independent), lambda p, q: _kl_diagonal_diagonal(p, _as_diagonal(q))),
+        ((Independent, DiagonalNormal), lambda p, q: _kl_diagonal_diagonal(_as_diagonal(p), q)),
     ]
 }

@@ -27,12 +27,12 @@ def foreign(input_dim):
 
 def separate(make):
     """What ``make`` makes, with a parameter for each matrix, as in big made."""
-    largest = made.LARGEST_SHARED
+    largest = made.MAX_SHARED
     try:
-        made.LARGEST_SHARED = 0
+        made.MAX_SHARED = 0
         return make()
     finally:
-        made.LARGEST_SHARED = largest
+        made.MAX_SHARED = largest
 
 
 BIJECTIONS = {

@@ -3,11 +3,11 @@
 #
 # Eight schools coach their pupils for a test. Each reports an effect with a standard error. How
 # much is coaching worth, and how much do schools differ? The posterior of this small model is a
-# funnel: the less the schools differ, the more tightly their effects are tied together. A
-# mean-field guide can't see that. Does a flow?
+# funnel: the less the schools differ, the closer their effects are to each other. A mean-field
+# guide can't represent that. Can a flow?
 #
-# It takes a minute and a half on two cores. `--smoke` runs every line in seconds, to no purpose but
-# to show that it runs.
+# It takes a minute and a half on two cores. `--smoke` runs every line in seconds, only to check
+# that it runs.
 
 # %%
 import argparse
@@ -25,7 +25,7 @@ from tqdm.auto import trange
 
 from pyro_iaf import AutoIAF, DiagonalNormal, inverse_autoregressive_flow
 
-plt.switch_backend("Agg")  # a file, no window
+plt.switch_backend("Agg")  # writes files, opens no window
 parser = argparse.ArgumentParser(description="Eight schools with a guide by hand.")
 parser.add_argument("--smoke", action="store_true", help="run every line in seconds")
 parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("tutorials/output"))
@@ -39,7 +39,7 @@ torch.set_default_dtype(torch.float64)
 #
 # The data are Rubin's (1981). `mu` is the effect of coaching, `tau` how much schools differ,
 # `theta` the effect in each school: ten latents. The effects are one vector, so the site has an
-# event dimension; with that, the model runs on a batch of particles as it stands.
+# event dimension, and the model also runs on a batch of particles.
 
 # %%
 y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
@@ -56,8 +56,8 @@ def model():
 # %% [markdown]
 # ## The answer
 #
-# A long run of NUTS is as good as the truth here. It walks the same model with `theta` written as
-# `mu + tau * noise`, which changes how it moves and not where.
+# A long run of NUTS serves as the truth here. It samples the same posterior with `theta` written as
+# `mu + tau * noise`, which mixes better.
 
 # %%
 kernel = NUTS(
@@ -79,22 +79,22 @@ exact = {
 # %% [markdown]
 # ## The guide
 #
-# Ten coordinates of noise, from a normal with diagonal covariance. Two flows bend them, and what
-# comes out is shifted and scaled into the units of the problem. All of it is *one* distribution
-# over vectors: its `event_shape` is 10 and its log-density a single number, so nothing is counted
+# The noise has ten coordinates, from a normal with diagonal covariance. Two flows transform it, and
+# their result is shifted and scaled into the units of the problem. All of it is *one* distribution
+# over vectors: its `event_shape` is 10 and its log density a single number, so nothing is counted
 # once per coordinate.
 #
-# Pyro wants one value for each site of the model. So the vector is an auxiliary sample, and the
-# sites are deltas on its parts. `tau` is positive: it takes the exponential of its coordinate, and
-# `log_density` holds what that does to the density, minus the log of the slope.
+# Pyro needs one value for each site of the model. So the vector is an auxiliary sample, and the
+# sites are deltas at its parts. `tau` is positive: it is the exponential of its coordinate, and
+# `log_density` has the change of the density by that, minus the log of the slope.
 #
-# The affine transform comes from PyTorch, which forgets what it transformed unless told to keep
-# it. With `cache_size=1` it hands the flow's own value back to the flow, which knows it: scoring a
-# draw costs no network pass.
+# The affine transform is PyTorch's, which by default does not cache what it transformed. With
+# `cache_size=1` it returns the flow's own tensor to the flow, which recognises it: scoring a draw
+# costs no network pass.
 #
-# Each flow goes through the coordinates in the reverse order of the one before it. The last one
-# should go as the model does, causes before effects: `tau` says how wide `theta` is. So the first
-# of two starts at the end.
+# Each flow takes the coordinates in the reverse order of the one before it. The last flow should
+# take them in the model's order, causes before effects: `theta` depends on `tau`. So the first of
+# two flows has the reversed order.
 
 # %%
 flow = inverse_autoregressive_flow(10, hidden_dims=[64, 64], num_flows=2, order=range(9, -1, -1))
@@ -117,15 +117,15 @@ def by_hand():
 # %% [markdown]
 # ## One number for each vector
 #
-# Is anything counted once per coordinate after all? The flow's log determinant is summed over the
-# vector, as its event is the whole of it. So the density is the same on a base of ten univariate
+# Is anything counted once per coordinate after all? The event of the flow is the whole vector, and
+# its log determinant is summed over it. So the density is the same on a base of ten univariate
 # normals and on bases over vectors, and it is the density of one vector.
 #
-# Pyro's first inverse autoregressive flow returned ten numbers here, and called itself a map of
-# single numbers. Where the base is one over vectors these are added up, and all is well. Where it
-# is not, look at the fourth line: ten numbers stand for ten independent draws, as plates,
-# masks and subsamples take them. They are none, since each scale hangs on other coordinates; only
-# their sum is a density.
+# Pyro's first inverse autoregressive flow returned ten numbers here, with an event of a single
+# number. A base over vectors adds these up, and the density is right. For a base of univariate
+# normals look at the fourth line: ten numbers, as if for ten independent draws, which plates, masks
+# and subsamples may separate. They are no such densities, because each scale depends on other
+# coordinates; only their sum is a log density.
 
 # %%
 one = flow.parts[0]
@@ -165,10 +165,10 @@ for transform in (one, NumberByNumber()):
         print(f"{title:15} {shapes} log q of shape {tuple(log_q.shape)}")
 
 # %% [markdown]
-# ## The guide that writes itself
+# ## The automatic guide
 #
-# Once that is understood, nobody needs to write it again. `AutoIAF` finds the sites, their shapes
-# and constraints, and does the same for any model.
+# You need not write this for each model. `AutoIAF` finds the sites, their shapes and constraints,
+# and does the same for any model.
 
 # %%
 auto = AutoIAF(model)
@@ -176,7 +176,7 @@ auto = AutoIAF(model)
 # %% [markdown]
 # ## The fit
 #
-# Sixteen draws a step, all at once. The loss is the negative evidence lower bound, in nats.
+# Each step has sixteen draws, all at once. The loss is the negative evidence lower bound, in nats.
 
 # %%
 num_steps = 20 if args.smoke else 4000
@@ -195,7 +195,7 @@ for title, guide in [("Flow by hand", by_hand), ("AutoIAF", auto)]:
 # %% [markdown]
 # ## What they found
 #
-# Draws come from a guide by hand as from any Pyro program, and from `AutoIAF` by name.
+# A guide by hand is sampled like any Pyro program, and `AutoIAF` by `sample_posterior`.
 
 # %%
 num_draws = 100 if args.smoke else 10_000
@@ -221,9 +221,9 @@ for name, *row in zip(names, *columns, strict=True):
     print(f"{name:10}" + ("{:10.2f}{:8.2f}" * len(draws)).format(*row))
 
 # %% [markdown]
-# Below, look for the funnel: at small `tau` the effect in the first school has little room, at
-# large `tau` a lot. The guides' dots should spread and narrow as those of NUTS do; see how far down
-# the neck they reach.
+# Look for the funnel in the picture: at small `tau` the effect in the first school has a narrow
+# range, at large `tau` a wide one. The guides' dots should spread and narrow as those of NUTS do;
+# see how far down the neck they reach.
 
 # %%
 colors = {"NUTS": "0.35", "Flow by hand": "tab:orange", "AutoIAF": "tab:red"}
@@ -249,8 +249,9 @@ print(f"The picture is in {picture}")
 # %% [markdown]
 # ## Is it right?
 #
-# Means within a quarter of a posterior standard deviation of NUTS, spreads within a quarter of its
-# spreads. `tau` has a heavy tail, and both runs know its spread only roughly.
+# Means should be within a quarter of a posterior standard deviation of NUTS, and standard
+# deviations within a quarter of those of NUTS. `tau` has a heavy tail, and both runs estimate its
+# standard deviation only roughly.
 
 # %%
 exact_mean, exact_sd = rows(exact)
@@ -265,9 +266,9 @@ for title in losses:
         assert worst_sd < math.log(1.25)
 
 # %% [markdown]
-# ## Where it bends
+# ## Limitations
 #
-# A guide reaches into the neck of the funnel as far as its flows can contract; below that it
-# stops short, and the ELBO says so only by a little. More flows help slowly; writing the model
-# with `theta` decentred, as for NUTS above, helps at once. And the ELBO alone can't say how far
-# off a guide is: compare it with something, as done here.
+# A guide reaches into the neck of the funnel only as far as its flows can contract, and the ELBO is
+# only a little lower for that. More flows help slowly. Writing the model with `theta` decentred, as
+# for NUTS above, helps at once. The ELBO alone can't tell how far a guide is from the posterior:
+# compare it with something else, as here.

@@ -1,14 +1,14 @@
 # %% [markdown]
 # # AutoIAF on a regression
 #
-# Ten measurements of 442 diabetes patients, and how far the disease went in a year (Efron et al.
-# 2004). Two of the measurements, total cholesterol and LDL, nearly say the same thing, so their
-# weights trade off: only their sum is known well. Will the guide see the ridge, and do its
-# intervals tell the truth about each weight?
+# Ten measurements of 442 diabetes patients, and the progress of the disease in a year (Efron et al.
+# 2004). Two of the measurements, total cholesterol and LDL, are nearly the same, so their weights
+# trade off: only their sum is known well. Does the guide represent this ridge, and are its
+# intervals right for each weight?
 #
-# The first tutorial wrote a guide by hand. Here the guide writes itself. The model is conjugate, so
-# the exact posterior and the evidence are there to compare with. It takes a minute on two cores;
-# `--smoke` runs every line in seconds, to no purpose but to show that it runs.
+# The first tutorial wrote a guide by hand. Here the guide is built automatically. The model is
+# conjugate, so the exact posterior and evidence are known. It takes a minute on two cores.
+# `--smoke` runs every line in seconds, only to check that it runs.
 
 # %%
 import argparse
@@ -26,7 +26,7 @@ from tqdm.auto import trange
 
 from pyro_iaf import AutoIAF, DiagonalNormal, diagnose, fit, inverse_autoregressive_flow
 
-plt.switch_backend("Agg")  # a file, no window
+plt.switch_backend("Agg")  # writes files, opens no window
 parser = argparse.ArgumentParser(description="AutoIAF on a real regression.")
 parser.add_argument("--smoke", action="store_true", help="run every line in seconds")
 parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("tutorials/output"))
@@ -38,8 +38,8 @@ torch.set_default_dtype(torch.float64)
 # %% [markdown]
 # ## The data and the model
 #
-# Everything is brought to mean 0 and standard deviation 1. The variance of the noise is unknown,
-# and the prior of the weights is in units of it.
+# All variables are standardised to mean 0 and standard deviation 1. The variance of the noise is
+# unknown, and the prior of the weights is scaled by it.
 
 # %%
 features, response = map(torch.tensor, load_diabetes(return_X_y=True, scaled=False))
@@ -82,10 +82,10 @@ evidence = (
 # %% [markdown]
 # ## By hand
 #
-# What the first tutorial did: one vector for all latents, flows, a loc and a scale, and a piece of
-# it for each site. The variance is positive, so its coordinate is a logarithm, and `log_density`
-# pays for that. The second flow goes through the latents in the model's order, first causes first,
-# and so the first one backwards.
+# As in the first tutorial: one vector for all latents, flows, a loc and a scale, and a part of the
+# vector for each site. The variance is positive, so its coordinate is a logarithm, and
+# `log_density` has the change of the density by that. The second flow takes the latents in the
+# model's order, causes first, and so the first flow takes them in reverse.
 
 # %%
 flow = inverse_autoregressive_flow(D + 1, num_flows=2, order=range(D, -1, -1))
@@ -105,12 +105,13 @@ def by_hand(x, y):
 
 
 # %% [markdown]
-# ## By itself
+# ## Automatically
 #
 # `AutoIAF` runs the model, finds its latents, their shapes and their constraints, and builds the
-# same thing. It starts where a few short climbs of the posterior density say. `AutoNormal` is
-# Pyro's mean-field guide, one normal for each number. These two go through SVI like any guide;
-# `fit` does that for `AutoIAF`, with a rate that falls once the ELBO has settled.
+# same guide. It starts at a Gaussian found by a few short maximisations of the posterior density.
+# `AutoNormal` is Pyro's mean-field guide, one normal for each number. The guide by hand and
+# `AutoNormal` are trained by SVI like any guide. `fit` trains `AutoIAF`, with a learning rate that
+# falls once the ELBO has settled.
 
 # %%
 guides = {"AutoNormal": AutoNormal(model), "Flow by hand": by_hand, "AutoIAF": AutoIAF(model)}
@@ -128,8 +129,8 @@ print(f"{'AutoIAF':14} {result}")
 # %% [markdown]
 # ## Can it be trusted?
 #
-# Here the answer is known; elsewhere it isn't, and `diagnose` asks the importance weights of the
-# guide's draws. They tell a mean-field guide from a good one without any exact draw.
+# Here the answer is known. Where it isn't, `diagnose` computes importance weights of the guide's
+# draws. They distinguish a mean-field guide from a good one without any exact draw.
 
 # %%
 num_weights = 200 if args.smoke else 4000
@@ -139,8 +140,9 @@ for name in ("AutoNormal", "AutoIAF"):
 # %% [markdown]
 # ## What it found
 #
-# Draws, medians and quantiles are in the units of the model. Below, the middle 90 % of each weight:
-# a mean-field guide takes the ridge for certainty and reports two weights as known that are not.
+# Draws, medians and quantiles are in the units of the model. The picture has the middle 90 % of
+# each weight: a mean-field guide misses the ridge, and its intervals for two of the weights are
+# much too narrow.
 
 # %%
 auto, mean_field = guides["AutoIAF"], guides["AutoNormal"]
@@ -191,9 +193,9 @@ print(f"The picture is in {picture}")
 # %% [markdown]
 # ## Is it right?
 #
-# Medians within a tenth of a posterior standard deviation, the ends of the intervals within a
-# quarter, the correlation within 0.02, and an ELBO within 0.1 nats of the evidence, which it can't
-# exceed.
+# Medians should be within a tenth of a posterior standard deviation, the ends of the intervals
+# within a quarter, the correlation within 0.02, and the ELBO within 0.1 nats of the evidence, which
+# it can't exceed.
 
 # %%
 sd = exact["weights"].std(0)
@@ -211,8 +213,8 @@ if not args.smoke:
     assert abs(correlations["AutoIAF"] - correlations["exact"]) < 0.02
 
 # %% [markdown]
-# ## Where it bends
+# ## Limitations
 #
-# One vector holds all the latents, so the guide can't follow a plate whose *latents* are
-# subsampled, and its cost grows with their number. It is fitted by the same loss as any guide, and
-# that loss is content with one mode of several.
+# One vector has all latents, so the guide can't follow a plate whose *latents* are subsampled, and
+# its cost grows with their number. Like any guide it minimises KL(q | p), so it may fit only one of
+# several modes.

@@ -1,13 +1,12 @@
 # %% [markdown]
 # # Quantiles, better draws, and ArviZ
 #
-# Twenty animals got one of four doses of a poison, and some died of it (Racine et al. 1986). Which
-# dose kills half of them, and how sure can we be of it? Two parameters only, so a grid over the
-# plane gives the exact posterior: its corner, its long tail and all. What can be asked of a fitted
-# guide, and how far are its answers off?
+# Twenty animals got one of four doses of a poison, and some died (Racine et al. 1986). Which dose
+# kills half of them, and how certain is that? There are only two parameters, so a grid over the
+# plane gives the exact posterior, including its long tail. What can you ask of a fitted guide, and
+# how accurate are its answers?
 #
-# It takes a minute on two cores. `--smoke` runs every line in seconds, to no purpose but to
-# show that it runs.
+# It takes a minute on two cores. `--smoke` runs every line in seconds, only to check that it runs.
 
 # %%
 import argparse
@@ -22,7 +21,7 @@ from pyro.infer.autoguide import AutoNormal
 
 from pyro_iaf import AutoIAF, diagnose, fit, to_arviz
 
-plt.switch_backend("Agg")  # a file, no window
+plt.switch_backend("Agg")  # writes files, opens no window
 parser = argparse.ArgumentParser(description="Quantiles, resampled draws and ArviZ.")
 parser.add_argument("--smoke", action="store_true", help="run every line in seconds")
 parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("tutorials/output"))
@@ -34,8 +33,8 @@ torch.set_default_dtype(torch.float64)
 # %% [markdown]
 # ## The data and the model
 #
-# Doses are logarithms of grams per millilitre, five animals each. The chance to die is logistic in
-# the dose, and the prior is wide.
+# Doses are logarithms of grams per millilitre, with five animals each. The probability of death is
+# logistic in the dose, and the prior is wide.
 
 # %%
 dose = torch.tensor([-0.86, -0.30, -0.05, 0.73])
@@ -54,8 +53,8 @@ def model():
 # %% [markdown]
 # ## The answer
 #
-# The density on a fine grid, and draws from its cells. `alpha / beta`, with its sign turned, is the
-# dose that kills half: no latent of the model, but known as soon as the two are.
+# The density is computed on a fine grid, and draws come from its cells. `-alpha / beta` is the dose
+# that kills half of the animals. It is not a latent of the model, but a function of the two.
 
 # %%
 side = 200 if args.smoke else 1000
@@ -80,8 +79,9 @@ def half_killing(draws):
 # %% [markdown]
 # ## The fit
 #
-# `AutoNormal` for comparison, and twice `AutoIAF`: once at its defaults, and once begun at the
-# prior's median and stopped after forty steps, far too early. We shall see what can be made of it.
+# `AutoNormal` is for comparison. `AutoIAF` is fitted twice: once at its defaults, and once from the
+# prior's median for forty steps only, far too few. The next sections show what its draws are still
+# good for.
 
 # %%
 num_steps = 20 if args.smoke else 2000
@@ -97,8 +97,9 @@ for name, guide in guides.items():
 # %% [markdown]
 # ## Quantiles
 #
-# `quantiles` takes levels and gives, for each site, a tensor whose first axis goes with them. They
-# are those of draws, so they are in the model's units and never cross. `median` is the middle one.
+# `quantiles` takes levels and returns, for each site, a tensor with the levels along its first
+# axis. They are quantiles of draws, so they are in the model's units and never cross. `median` is
+# the quantile at 0.5.
 
 # %%
 levels = [0.025, 0.25, 0.5, 0.75, 0.975]
@@ -110,7 +111,7 @@ for site in ("alpha", "beta"):
     print(f"{'':6} AutoIAF" + "".join(f"{q:8.2f}" for q in found[site]))
 
 # %% [markdown]
-# What isn't a site has quantiles too: those of what the draws make of it.
+# A function of the sites has quantiles too: compute it for the draws.
 
 # %%
 draws = {name: guides[name].sample_posterior(num_draws) for name in ("AutoIAF, stopped", "AutoIAF")}
@@ -122,12 +123,13 @@ print("dose   exact  " + "".join(f"{q:8.3f}" for q in true))
 print("       AutoIAF" + "".join(f"{q:8.3f}" for q in dead))
 
 # %% [markdown]
-# ## Better draws from a worse guide
+# ## Better draws from a bad guide
 #
-# The density of every draw is known, under the guide and, but for a constant, under the posterior.
-# Their ratio is the draw's weight. With `resample=True` draws are picked from many more by these
-# weights, smoothed where they are extreme. That mends a guide as long as its draws are about
-# everywhere where the posterior is; `diagnose` tells, by k-hat: below 0.7 weights can be relied on.
+# The density of every draw is known: exactly under the guide, and up to a constant under the
+# posterior. Their ratio is the draw's importance weight. `resample=True` chooses draws from a
+# larger number of draws by these weights, after smoothing the largest ones. This corrects a guide
+# whose draws cover the posterior. `diagnose` checks that by k-hat: below 0.7 the weights are
+# reliable.
 
 # %%
 print(diagnose(model, guides["AutoIAF, stopped"], num_samples=200 if args.smoke else 4000))
@@ -153,10 +155,10 @@ for name in order:
     print(f"{name:18}" + "   ".join(cells))
 
 # %% [markdown]
-# ## On to ArviZ
+# ## ArviZ
 #
-# `to_arviz` hands over draws, predictions of the data, the pointwise log-likelihood and the data.
-# From there on everything is ArviZ': tables, leave-one-out checks, plots.
+# `to_arviz` returns the draws, predictions of the data, the log likelihood of each observation and
+# the data. With that you can use all of ArviZ: tables, leave-one-out checks, plots.
 
 # %%
 data = to_arviz(model, auto, num_samples=200 if args.smoke else 4000)
@@ -166,8 +168,9 @@ chances = (predicted >= seen).mean(("chain", "draw")).values
 print("Chance of at least as many deaths: " + "".join(f"{p:6.2f}" for p in chances))
 
 # %% [markdown]
-# Below, the posterior leans and has a long tail to the upper right. `AutoNormal` stands upright in
-# its densest corner and never goes up there; dots of the others should thin out as the grey does.
+# In the picture the posterior is tilted and has a long tail to the upper right. `AutoNormal` is an
+# upright ellipse at the mode, and has no draws in the tail. The dots of the other guides should
+# thin out as the grey does.
 
 # %%
 figure, axes = plt.subplots(1, 4, figsize=(15, 4), layout="constrained")
@@ -193,9 +196,9 @@ print(f"The picture is in {picture}")
 # %% [markdown]
 # ## Is it right?
 #
-# Medians within a tenth of a posterior standard deviation, the ends of the middle 95 % within a
-# quarter; means of resampled draws within a tenth, though they come from a guide whose own means
-# are off by one.
+# Medians should be within a tenth of a posterior standard deviation, and the ends of the middle 95
+# % within a quarter. Means of resampled draws should be within a tenth, although the guide's own
+# means are off by one.
 
 # %%
 for site, true in exact.items():
@@ -208,8 +211,8 @@ for site, true in exact.items():
         assert abs(errors(draws["AutoIAF, stopped"])[site][0]) > 0.5
 
 # %% [markdown]
-# ## Where it bends
+# ## Limitations
 #
-# Resampling can't find what no draw has found: a mode that the guide never visits has no weight. Of
-# many draws a few then count, and `diagnose` says how many. Quantiles far out are those of few
-# draws, and the guide's tails are the last thing that a fit gets right.
+# Resampling can't find a mode without any draws near it. If the guide is far from the posterior,
+# only a few draws have large weights: `diagnose` reports the effective sample size. Extreme
+# quantiles come from few draws, and a fit is least accurate in its tails.

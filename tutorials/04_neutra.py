@@ -1,14 +1,14 @@
 # %% [markdown]
 # # NUTS in the guide's coordinates
 #
-# A guide is an approximation, and NUTS is exact in the limit, if only it gets about. In Neal's
-# funnel it doesn't: where `v` is small the other coordinates have no room, and a step size that
-# suits the mouth is too long for the neck. A fitted flow knows the shape. Seen through its inverse
-# the posterior is nearly a standard normal, where NUTS is at its best: "neural transport", NeuTra
-# (Hoffman et al. 2019). How many more effective draws a second does that bring?
+# A guide is an approximation, and NUTS is exact in the limit, if it mixes. In Neal's funnel it
+# doesn't: where `v` is small, the other coordinates have small scales, and a step size for the
+# mouth is too large for the neck. In the coordinates of a fitted flow the posterior is nearly a
+# standard normal, where NUTS mixes best: "neural transport", NeuTra (Hoffman et al. 2019). How much
+# larger is the effective sample size per second?
 #
-# It takes a minute and a half on two cores. `--smoke` runs every line in seconds, to no purpose but
-# to show that it runs.
+# It takes a minute and a half on two cores. `--smoke` runs every line in seconds, only to check
+# that it runs.
 
 # %%
 import argparse
@@ -25,7 +25,7 @@ from pyro.ops.stats import effective_sample_size
 
 from pyro_iaf import AutoIAF, fit
 
-plt.switch_backend("Agg")  # a file, no window
+plt.switch_backend("Agg")  # writes files, opens no window
 parser = argparse.ArgumentParser(description="NUTS preconditioned by a fitted guide.")
 parser.add_argument("--smoke", action="store_true", help="run every line in seconds")
 parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("tutorials/output"))
@@ -51,7 +51,7 @@ def funnel():
 # %% [markdown]
 # ## The guide
 #
-# Fitted as ever. Good as it is, its draws are the guide's and not the posterior's.
+# It is fitted as usual. However good it is, its draws are the guide's and not the posterior's.
 
 # %%
 guide = AutoIAF(funnel)
@@ -62,7 +62,7 @@ fitting = time.perf_counter() - start
 # %% [markdown]
 # ## Two chains
 #
-# `NeuTraReparam` is Pyro's: it samples the noise, and makes the latents of it by the guide's
+# `NeuTraReparam` is Pyro's: it samples the noise, and computes the latents from it by the guide's
 # transform. A step of NUTS then costs a pass through the flows besides the model. The guide is not
 # trained any more, so its parameters need no gradient.
 
@@ -87,10 +87,10 @@ for name, model in models.items():
         draws[name] = neutra.transform_sample(draws[name]["v_shared_latent"])
 
 # %% [markdown]
-# ## What it brought
+# ## Effective sample size
 #
-# Effective draws: how many independent ones would know the mean of `v` as well. The fit's own time
-# counts too, so it is added to that of the chain that it serves.
+# The effective sample size is the number of independent draws that would estimate the mean of `v`
+# equally well. The time of the fit is added to that of the chain that uses it.
 
 # %%
 rates = {}
@@ -107,9 +107,9 @@ for name, found in draws.items():
 print(f"{rates[name] / rates['NUTS']:.0f} times as many effective draws a second; sd of v is 3")
 
 # %% [markdown]
-# Below, `v` against one of the nine. On the left NUTS keeps to the mouth of the funnel, or hangs in
-# its neck, for hundreds of steps, as its path on the right shows; in the guide's coordinates it is
-# somewhere else at every step, and reaches from top to bottom.
+# The picture has `v` against one of the nine. On the left NUTS stays in the mouth of the funnel, or
+# in its neck, for hundreds of steps, as its path on the right shows. In the guide's coordinates
+# successive draws are nearly independent, and cover the funnel from top to bottom.
 
 # %%
 colors = {"NUTS": "tab:blue", "NUTS in the guide's coordinates": "tab:red"}
@@ -133,8 +133,8 @@ print(f"The picture is in {picture}")
 # %% [markdown]
 # ## Is it right?
 #
-# `v` is normal with mean 0 and standard deviation 3. In the guide's coordinates both should come
-# out within a few standard errors.
+# `v` is normal with mean 0 and standard deviation 3. In the guide's coordinates both estimates
+# should be within a few standard errors.
 
 # %%
 v = draws["NUTS in the guide's coordinates"]["v"].reshape(-1)
@@ -145,9 +145,9 @@ if not args.smoke:
     assert rates["NUTS in the guide's coordinates"] > 10 * rates["NUTS"]
 
 # %% [markdown]
-# ## Where it bends
+# ## Limitations
 #
-# What the flow straightens NUTS need not climb; what it doesn't, is as hard as ever, and each step
-# costs passes through the flows. If `diagnose` calls the guide good, its own draws do, and cost
-# nothing. In between, where k-hat is high and an answer has to be right, NeuTra is what a fit is
-# still good for.
+# NeuTra removes only the difficulty that the flow has learnt; the rest is as hard as before, and
+# each step costs passes through the flows. If `diagnose` calls the guide good, use the guide's own
+# draws, which cost nothing more. NeuTra is for the cases between, where k-hat is high and the
+# answer has to be exact.

@@ -1,13 +1,13 @@
 # %% [markdown]
 # # One fit for many data sets
 #
-# A laboratory measures ten specimens of everything that comes in, and wants for each batch its mean
-# and its spread, with honest intervals. Fitting each anew takes seconds. An encoder reads the data
-# and tells the guide what to draw, so one fit on simulated batches serves all that will ever come:
-# amortised inference. Are its intervals as honest as they look?
+# A laboratory measures ten specimens of each batch, and needs the mean and standard deviation of
+# the batch with correct intervals. Fitting each batch anew takes seconds. With an encoder the guide
+# depends on the data, so one fit on simulated batches serves all later ones: amortised inference.
+# Are its intervals right?
 #
-# It takes a minute and a half on two cores. `--smoke` runs every line in seconds, to no purpose but
-# to show that it runs.
+# It takes a minute and a half on two cores. `--smoke` runs every line in seconds, only to check
+# that it runs.
 
 # %%
 import argparse
@@ -22,7 +22,7 @@ from torch import nn
 
 from pyro_iaf import AutoIAF, fit
 
-plt.switch_backend("Agg")  # a file, no window
+plt.switch_backend("Agg")  # writes files, opens no window
 parser = argparse.ArgumentParser(description="Amortised inference, with its calibration.")
 parser.add_argument("--smoke", action="store_true", help="run every line in seconds")
 parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("tutorials/output"))
@@ -34,9 +34,9 @@ N = 10
 # %% [markdown]
 # ## The model
 #
-# It takes the data as an argument, and draws them itself where there are none. The prior is
-# conjugate, so that there is an exact posterior to compare with: the precision has a gamma
-# distribution, and the mean a Student's t.
+# The model takes the data as an argument, and draws them itself if they are not given. The prior is
+# conjugate, so there is an exact posterior to compare with: the precision has a gamma distribution,
+# and the mean a Student's t.
 
 # %%
 SHAPE, RATE = 3.0, 3.0
@@ -61,8 +61,9 @@ def exact(y, num_draws):
 # %% [markdown]
 # ## The guide
 #
-# The encoder is called as the model is, and makes a context of the data: here of each specimen and
-# its square, summed. `simulate=["y"]` draws the data afresh from the model at each step.
+# The encoder takes the arguments of the model, and returns a context: here from the mean and
+# variance of the specimens, and from a mean of learned features of each. `simulate=["y"]` draws the
+# data from the model anew at each step.
 
 
 # %%
@@ -87,7 +88,7 @@ fitting = time.perf_counter() - start
 # %% [markdown]
 # ## Against the exact posterior
 #
-# Batches that the guide never saw, and for each of them draws: no fitting any more.
+# For new batches the guide only draws, without any fitting.
 
 # %%
 num_sets, num_draws = (20, 99) if args.smoke else (400, 999)
@@ -111,10 +112,10 @@ for site, values in found.items():
 # %% [markdown]
 # ## Calibration, without an exact posterior
 #
-# Mostly there is none. But each batch came from parameters that we know, since we drew them. If
-# the posterior is right, they are to its draws as one more draw: their rank among them is uniform
-# (Talts et al. 2018). A guide that is too sure of itself has too many at both ends, one that is
-# biased leans.
+# Usually there is no exact posterior. But we have drawn the parameters of each simulated batch, so
+# we know them. If the posterior is right, the true parameter is distributed like one more draw: its
+# rank among the draws is uniform (Talts et al. 2018). If the guide is too narrow, ranks pile up at
+# both ends; if it is biased, at one end.
 
 # %%
 NUM_BINS = 20
@@ -132,8 +133,8 @@ for site, value in chi_squared.items():
     print(f"{site:10} chi squared {value:.1f}; uniform ranks stay below 43.8 in 999 of 1000 runs")
 
 # %% [markdown]
-# Left and middle, dots should lie on the diagonal. Right, the ranks of each should stay in the grey
-# band: all twenty bars of exact posteriors do, nineteen times of twenty.
+# Left and middle, dots should lie on the diagonal. Right, the ranks should stay in the grey band:
+# for exact posteriors all twenty bars do so nineteen times of twenty.
 
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
@@ -159,8 +160,8 @@ print(f"The picture is in {picture}")
 # %% [markdown]
 # ## Is it right?
 #
-# Means within a tenth of a posterior standard deviation in half of the batches and within three
-# tenths in nineteen of twenty, and ranks that may well be uniform.
+# Means should be within a tenth of a posterior standard deviation in half of the batches and within
+# three tenths in nineteen of twenty, and the ranks compatible with a uniform distribution.
 
 # %%
 if not args.smoke:
@@ -171,9 +172,9 @@ if not args.smoke:
         assert chi_squared[site] < 43.8
 
 # %% [markdown]
-# ## Where it bends
+# ## Limitations
 #
-# The guide knows data as the prior draws them. A batch far from all that it saw gets an answer all
-# the same, and `diagnose(model, guide, kwargs={"y": y})` tells for that one batch whether to trust
-# it. Uniform ranks are no proof either: a guide that ignores the data and draws from the prior has
-# them too, so look at both.
+# The guide is trained on data as the prior draws them. It also returns an answer for a batch far
+# from all of these; `diagnose(model, guide, kwargs={"y": y})` tells whether to trust it. Uniform
+# ranks alone are no proof: a guide that ignores the data and draws from the prior has them too. So
+# check both.

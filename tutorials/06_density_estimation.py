@@ -1,13 +1,13 @@
 # %% [markdown]
-# # A density from data
+# # Density estimation
 #
-# So far flows drew, for a guide. Turned round, the same flow is a masked autoregressive flow
-# (Papamakarios et al. 2017): one pass scores a point, so it can be fitted to data by maximum
-# likelihood, and drawing is what takes an inverse. Three variables that hang together in a curve,
-# with a noise that grows along it: how much does a flow know of them that a normal doesn't?
+# In a guide a flow draws. Its inverse is a masked autoregressive flow (Papamakarios et al. 2017):
+# scoring a point takes one pass, so it can be fitted to data by maximum likelihood, and drawing
+# takes an inverse. The data are three variables on a curve, with noise that grows along it. How
+# much better is a flow than a normal?
 #
-# It takes half a minute on two cores. `--smoke` runs every line in seconds, to no purpose but to
-# show that it runs.
+# It takes half a minute on two cores. `--smoke` runs every line in seconds, only to check that it
+# runs.
 
 # %%
 import argparse
@@ -20,7 +20,7 @@ import torch
 
 from pyro_iaf import DiagonalNormal, inverse_autoregressive_flow
 
-plt.switch_backend("Agg")  # a file, no window
+plt.switch_backend("Agg")  # writes files, opens no window
 parser = argparse.ArgumentParser(description="A masked autoregressive flow, fitted to data.")
 parser.add_argument("--smoke", action="store_true", help="run every line in seconds")
 parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("tutorials/output"))
@@ -31,8 +31,8 @@ pyro.set_rng_seed(0)
 # %% [markdown]
 # ## The data
 #
-# We draw them ourselves, so we know their density, and with it the best score that any model can
-# have on average: the negative entropy, in nats.
+# The data are simulated, so their density is known, and with it the best mean score that any model
+# can have: the negative entropy, in nats.
 
 
 # %%
@@ -63,11 +63,12 @@ best = true_log_prob(held_out).mean().item()
 # %% [markdown]
 # ## The density
 #
-# `flow.inv` is the flow turned round, a module and a transform as the flow is. In a
-# `TransformedDistribution` its density of a value is one pass, and nothing is inverted. Standardise
-# the data first; the change of units is a transform too, and its log determinant a constant.
+# `flow.inv` is the inverse flow, a module and a transform like the flow. In a
+# `TransformedDistribution` its density of a value takes one pass, and no inverse. Standardise the
+# data first: the change of units is a transform too, with a constant log determinant.
 #
-# Orders matter less than for a guide, since several flows are stacked and each reverses the order.
+# The order of the coordinates matters less than for a guide, because several flows are stacked and
+# each reverses the order.
 
 # %%
 flow = inverse_autoregressive_flow(3, hidden_dims=[64, 64], num_flows=4)
@@ -78,7 +79,7 @@ density = dist.TransformedDistribution(base, [flow.inv, units])
 # %% [markdown]
 # ## The fit
 #
-# Maximum likelihood is plain PyTorch. In a Pyro program the same density would stand in
+# Maximum likelihood is plain PyTorch. In a Pyro program you would write
 # `pyro.sample("data", density, obs=data)`.
 
 # %%
@@ -96,10 +97,10 @@ for _ in range(num_steps):
     history.append(loss.item())
 
 # %% [markdown]
-# ## What it knows
+# ## Scores
 #
-# The mean log density of points that the fit never saw, in nats: of a normal with the covariance of
-# the data, of the flow, and of the truth, which nothing can beat but by luck.
+# The mean log density of new points, in nats: of a normal with the covariance of the data, of the
+# flow, and of the true density, which no model can exceed except by chance.
 
 # %%
 with torch.no_grad():
@@ -113,9 +114,9 @@ for name, score in {
     print(f"{name:10}{score:8.3f} nats a point")
 
 # %% [markdown]
-# Drawing goes back through the flows. Elsewhere that takes a pass for each coordinate; here blocks
-# of them are settled at once. Below, the flow's draws should lie where the data do, in the curve
-# and in the fan.
+# Drawing inverts the flows. Other libraries take a pass for each coordinate; here several are
+# solved at once. In the picture the flow's draws should lie where the data do, along the curve and
+# in the fan.
 
 # %%
 with torch.no_grad():
@@ -142,8 +143,9 @@ print(f"The picture is in {picture}")
 # %% [markdown]
 # ## Is it right?
 #
-# The flow's score within a twentieth of a nat of the truth's. Its density adds up to one, or scores
-# would mean nothing: the mean of `p(x) / q(x)` over draws from a wider `q` says so.
+# The flow's score should be within a twentieth of a nat of the truth's. Scores mean something only
+# if the density integrates to one: we estimate the integral by the mean of `p(x) / q(x)` over draws
+# from a wider `q`.
 
 # %%
 wide = dist.MultivariateStudentT(torch.tensor(4.0), normal.loc, 1.5 * normal.scale_tril)
@@ -157,8 +159,8 @@ if not args.smoke:
     assert abs(mass.mean() - 1) < 4 * error + 0.001
 
 # %% [markdown]
-# ## Where it bends
+# ## Limitations
 #
-# A continuous map can't tear: clusters far apart keep thin bridges between them, and edges of a
-# support are rounded off. The tails are those of the base, stretched. And a score per point is what
-# was asked for here: samples that look right are another matter than a posterior that is right.
+# A continuous map can't separate clusters: it leaves thin bridges between them, and smooths the
+# edges of a support. The tails are those of the base, stretched. The fit maximises the score of
+# points; a good score does not mean that draws look right, nor that a posterior is right.

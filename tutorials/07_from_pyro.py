@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Moving over from Pyro's flows
 #
-# You have a guide with `AffineAutoregressive`, or `AutoIAFNormal`, and it works, or nearly. What is
-# to be renamed, what can stay, and what changes? What the table says to change more than a name is
-# tried below, and then both guides are fitted to a regression whose exact answer we know.
+# You have a guide with `AffineAutoregressive` or `AutoIAFNormal`. What is to be renamed, what can
+# stay, and what changes? The table has the names. The changes of behaviour are shown below it, and
+# then both guides are fitted to a regression whose exact answer is known.
 #
 # | In Pyro | Here |
 # |---|---|
@@ -16,20 +16,19 @@
 # | `stable=True, sigmoid_bias=2.0` | `univariate=Gated(bias=2.0)` |
 # | `log_scale_min_clip`, `log_scale_max_clip` | nothing |
 # | `AutoRegressiveNN(D, [H], permutation=p)` | `MaskedAutoregressiveNetwork(D, [H], order=p)` |
-# | `Normal(zeros, ones).to_event(1)` | `DiagonalNormal(zeros, ones)`, or as it was |
+# | `Normal(zeros, ones).to_event(1)` | `DiagonalNormal(zeros, ones)`, or the same |
 # | `transform.clear_cache()` | nothing |
 # | `SVI(model, guide, Adam(...), Trace_ELBO())` | the same, or `fit(model, guide)` |
 #
-# What changes: a guide has two flows by default, the order reversed between them, and a last loc
-# and scale that are found before the first step. Networks have two layers of `max(64, 2 D)` by
-# default, in a guide `max(64, D)`, where Pyro's have one of `3 D + 1`, with a context `10 D`.
-# What comes after the sizes is named: `num_flows=2`, `univariate="gated"`. A fresh flow is nearly
-# the identity; a gated one contracts, so put a scale after it. Scales are bounded smoothly and not
-# clipped, so gradients are the true ones. A context brings its batch shape. A draw is forgotten
-# when a parameter changes, so nobody clears a cache.
+# What changes: a guide has two flows by default, with the order reversed between them, and a last
+# loc and scale that are found before the first step. Networks have two layers of `max(64, 2 D)` by
+# default, in a guide `max(64, D)`; Pyro's have one of `3 D + 1`, with a context `10 D`.
+# Arguments after the sizes are given by keyword: `num_flows=2`, `univariate="gated"`. A fresh flow
+# is nearly the identity; a gated one contracts, so put a scale after it. Scales are bounded
+# smoothly and not clipped, so gradients are exact. A context brings its batch shape. A cached draw
+# is dropped when a parameter changes, so you never need to clear a cache.
 #
-# It takes a minute on two cores. `--smoke` runs every line in seconds, to no purpose but to show
-# that it runs.
+# It takes a minute on two cores. `--smoke` runs every line in seconds, only to check that it runs.
 
 # %%
 import argparse
@@ -58,7 +57,7 @@ from pyro_iaf import (
     inverse_autoregressive_flow,
 )
 
-plt.switch_backend("Agg")  # a file, no window
+plt.switch_backend("Agg")  # writes files, opens no window
 parser = argparse.ArgumentParser(description="From Pyro's flows to these.")
 parser.add_argument("--smoke", action="store_true", help="run every line in seconds")
 parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("tutorials/output"))
@@ -70,8 +69,8 @@ torch.set_default_dtype(torch.float64)
 # %% [markdown]
 # ## The network may stay
 #
-# A network that was trained under Pyro's transform keeps its weights under ours. Values agree to
-# the bend of the bound on scales: `10 tanh(s / 10)` for `s`, a third of a per cent at `s = 1`.
+# A network that was trained under Pyro's transform keeps its weights under ours. Values agree up to
+# the smooth bound on scales: `10 tanh(s / 10)` for `s`, a third of a per cent at `s = 1`.
 
 # %%
 network = AutoRegressiveNN(5, [16])
@@ -85,7 +84,7 @@ gated = InverseAutoregressiveFlow(network, univariate=Gated(bias=2.0))
 torch.testing.assert_close(gated(x), stable(x), rtol=0.01, atol=0.01)
 
 # %% [markdown]
-# A permutation is an order: which coordinate comes first, second, and so on.
+# A permutation is an order: `order[k]` is the coordinate that comes k-th.
 
 # %%
 order = torch.tensor([2, 0, 4, 1, 3])
@@ -97,8 +96,8 @@ assert torch.equal(reached, slopes(x)[0].ne(0).any(0))
 # %% [markdown]
 # ## Shapes
 #
-# Both act on vectors and sum their log determinant over them. Ours has batch shape from its context
-# alone, and the base distribution follows it: no `expand`, no plate.
+# Both act on vectors and sum their log determinant over them. Ours takes its batch shape from its
+# context alone, and the base distribution is expanded to it: no `expand`, no plate.
 
 # %%
 flow = inverse_autoregressive_flow(5, [16], num_flows=2)
@@ -110,10 +109,10 @@ posterior = dist.ConditionalTransformedDistribution(base, [conditional])
 print(f"batch shape of its context: {tuple(posterior.condition(torch.randn(7, 3)).batch_shape)}")
 
 # %% [markdown]
-# ## Draws, once more
+# ## Scoring earlier draws
 #
-# Pyro's transform remembers its last draw. Score an earlier one, and it goes back coordinate by
-# coordinate; ours knows every draw that is still alive.
+# Pyro's transform caches its last draw. To score an earlier one, it inverts coordinate by
+# coordinate. Ours caches every draw that is still alive.
 
 # %%
 wide = dist.Normal(torch.zeros(200), torch.ones(200)).to_event(1)
@@ -132,8 +131,8 @@ for name, transform in transforms.items():
 # %% [markdown]
 # ## A regression
 #
-# Ten measurements of 442 diabetes patients (Efron et al. 2004), two of which nearly say the same.
-# With the noise known, posterior and evidence are those of a normal.
+# Ten measurements of 442 diabetes patients (Efron et al. 2004), two of which are nearly the same.
+# With known noise, the posterior is a normal, and the evidence has a closed form.
 
 # %%
 features, response = map(torch.tensor, load_diabetes(return_X_y=True, scaled=False))
@@ -156,7 +155,7 @@ covariance = x @ x.mT + NOISE**2 * torch.eye(len(y))
 evidence = dist.MultivariateNormal(torch.zeros(len(y)), covariance).log_prob(y).item()
 
 # %% [markdown]
-# `AutoIAFNormal` as one would use it, by SVI at a rate that falls; `AutoIAF` in its place, with
+# Three fits: `AutoIAFNormal` by SVI at a falling learning rate; `AutoIAF` in its place, with
 # nothing else changed; and `AutoIAF` by `fit`.
 
 # %%
@@ -181,7 +180,7 @@ for name, guide in guides.items():
 # %% [markdown]
 # ## What they found
 #
-# The gap between evidence and ELBO is how far the guide is from the posterior, in nats.
+# The gap between evidence and ELBO is KL(q | p), the guide's distance from the posterior in nats.
 
 # %%
 many = Trace_ELBO(num_particles=10_000, vectorize_particles=True, max_plate_nesting=1)
@@ -193,8 +192,8 @@ for name, guide in guides.items():
 print(diagnose(model, guides["AutoIAF, fit"], num_samples=200 if args.smoke else 4000))
 
 # %% [markdown]
-# Below, the two weights that trade off, and the way there. `AutoIAF` starts where its flows have
-# little left to do.
+# The picture has the two weights that trade off, and the losses. `AutoIAF` starts close to the
+# posterior, so its flows have little left to learn.
 
 # %%
 colors = dict(zip(guides, ("tab:blue", "tab:orange", "tab:red"), strict=True))
@@ -219,7 +218,7 @@ print(f"The picture is in {picture}")
 # %% [markdown]
 # ## Is it right?
 #
-# `AutoIAF` within 0.05 nats of the evidence by `fit`, and within 0.2 by SVI.
+# `AutoIAF` should be within 0.05 nats of the evidence by `fit`, and within 0.2 by SVI.
 
 # %%
 if not args.smoke:
@@ -227,8 +226,8 @@ if not args.smoke:
     assert -0.02 < gaps["AutoIAF, SVI"] < 0.2
 
 # %% [markdown]
-# ## Where it bends
+# ## Limitations
 #
-# A guide saved by Pyro's classes does not load here: what is in the file has other names. Wrap its
-# networks as above, or fit anew. Networks by Pyro are called as they are, which costs a little: the
-# quick inverse is for those made here.
+# A guide saved by Pyro's classes does not load here: the entries of the file have other names. Wrap
+# its networks as above, or fit anew. Pyro's networks work, but are slower to invert: the fast
+# inverse is only for our own networks.

@@ -1,20 +1,20 @@
 # %% [markdown]
 # # More than one process
 #
-# Blood pressure is two numbers, and a cuff that sits badly is off in both. Given the readings of
-# very many patients, where is each patient's own pressure, and where are patients on average? When
-# one process is too slow for the readings, or can't hold them, PyTorch's own engine shares them
-# out. What has to be said to it, so that many processes find the posterior that one would?
+# Blood pressure is two numbers, and a cuff that sits badly shifts both. Given the readings of very
+# many patients, what is each patient's own pressure, and what is the mean over patients? If one
+# process is too slow for the readings, or can't hold them, PyTorch's `DistributedDataParallel`
+# divides them among several. What does it need to find the same posterior as one process?
 #
 # It takes a quarter of a minute on a CPU. As a notebook, and by `python tutorials/distributed.py`,
-# it is one process; two, begun anew up to three times where one of them dies, are
+# it is one process. For two processes, which are restarted up to three times if one dies, run
 #
 #     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 #     torchrun --standalone --nproc-per-node 2 --max-restarts 3 tutorials/distributed.py
 #
-# The variable gives every start a store of addresses of its own; without it, one that begins anew
-# may look for the dead (PyTorch's issue 135712). `--smoke` runs every line in seconds, to no
-# purpose but to show that it runs.
+# The variable gives every start its own store of addresses; without it a restarted process may wait
+# for a dead one (PyTorch's issue 135712). `--smoke` runs every line in seconds, only to check that
+# it runs.
 
 # %%
 import argparse
@@ -28,7 +28,7 @@ import matplotlib.pyplot as plt
 import pyro
 import pyro.distributions as dist
 import torch
-import torch.distributed.nn  # before there is a group: its functions hold one that they find
+import torch.distributed.nn  # before the group exists: its functions keep a reference to one
 from pyro.infer import Trace_ELBO
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -37,15 +37,15 @@ from torch.utils.data.distributed import DistributedSampler
 
 from pyro_iaf import AutoHierarchicalIAF
 
-plt.switch_backend("Agg")  # a file, no window
+plt.switch_backend("Agg")  # writes files, opens no window
 parser = argparse.ArgumentParser(description="One posterior by several processes.")
 parser.add_argument("--smoke", action="store_true", help="run every line in seconds")
 parser.add_argument("--patients", type=int, default=4000)
-parser.add_argument("--batch", type=int, default=1000, help="patients a step, of all processes")
+parser.add_argument("--batch", type=int, default=1000, help="patients per step, over all processes")
 parser.add_argument("--epochs", type=int, default=400)
 parser.add_argument("--lr", type=float, default=0.05)
 parser.add_argument("--seed", type=int, default=0)
-parser.add_argument("--die-at", type=int, metavar="STEP", help="of the last rank: a fire drill")
+parser.add_argument("--die-at", type=int, metavar="STEP", help="kills the last rank at this step")
 parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("tutorials/output"))
 args, _ = parser.parse_known_args()
 if args.smoke:
@@ -54,10 +54,10 @@ if args.smoke:
 # %% [markdown]
 # ## The ranks
 #
-# Every process runs this file from top to bottom. `torchrun` tells each of them its number, the
-# rank, and where the others are; a process that was started alone is a group of one. Each has a GPU
-# where there are enough, and they talk by NCCL then; otherwise they are on the CPU, and talk by
-# gloo.
+# Every process runs this file from top to bottom. `torchrun` gives each process its number, the
+# rank, and the address of the others; a process that was started alone is a group of one. If there
+# are enough GPUs, each process has one, and they communicate by NCCL; otherwise they run on the CPU
+# and communicate by gloo.
 
 # %%
 alone = {"store": distributed.HashStore(), "rank": 0, "world_size": 1}
@@ -73,9 +73,9 @@ rank, num_ranks = distributed.get_rank(), distributed.get_world_size()
 # %% [markdown]
 # ## The model
 #
-# A patient's pressures scatter around the mean of all, and a reading around the patient's. What a
-# step sees is a minibatch. The plate says how many patients there are, and counts each that came
-# for `patients / len(y)`.
+# A patient's pressures scatter around the mean over patients, and readings around the patient's
+# pressures. A step sees a minibatch. The plate has the number of all patients, so it multiplies the
+# log density of each in the minibatch by `patients / len(y)`.
 
 # %%
 spread = torch.eye(2)  # between patients
@@ -96,11 +96,11 @@ def model(y):
 # %% [markdown]
 # ## The shards
 #
-# In each epoch the sampler puts the patients in a new order, the same on all ranks, and deals them
-# out: no rank reads the rows of another. It has to deal out equally many. By default it repeats
-# some for that; with `drop_last` it leaves some out, others in each epoch. The readings here are
-# made up and in memory. A dataset that reads the rows it is asked for from a disk takes their place
-# when they outgrow it.
+# In each epoch the sampler shuffles the patients, in the same order on all ranks, and divides them:
+# no two ranks read the same rows. All ranks have to get equally many. By default the sampler
+# repeats some rows for that; with `drop_last` it omits some, others in each epoch. The readings
+# here are simulated and in memory. For data that are larger than memory, use a dataset that reads
+# the requested rows from a disk.
 
 # %%
 maker = torch.Generator().manual_seed(1)
@@ -122,19 +122,20 @@ loader = DataLoader(y, sampler=batches, batch_size=None)  # rows of a batch are 
 # %% [markdown]
 # ## The guide, and why the gradient is right
 #
-# The guide has a flow for the mean, and one for patients that listens to the mean and to what an
-# encoder makes of the reading. It has no parameter that belongs to a patient, so its size doesn't
-# grow with the data, and ranks have little to tell each other. It starts about as wide as a reading
-# leaves a patient's pressures. `setup` builds it, since its parameters must be there before they
-# are shared. `Trace_ELBO()(model, guide)` is Pyro's own way to make a module of a loss, and
-# `DistributedDataParallel` asks for no more: it gives all ranks the parameters of the first, and
-# after each backward pass the *average* of their gradients.
+# The guide has a flow for the mean, and one for patients that depends on the mean and on the
+# encoder's output for the reading. It has no parameters of single patients, so its size doesn't
+# grow with the data, and ranks exchange little. It starts about as wide as the posterior of a
+# patient's pressures given the reading. `setup` builds it, because its parameters must exist before
+# they are shared. `Trace_ELBO()(model, guide)` is Pyro's way to make a module of a loss, and
+# `DistributedDataParallel` takes any module: it copies the parameters of the first rank to all, and
+# after each backward pass gives all ranks the *average* of their gradients.
 #
-# So each rank has to be right by itself. Its minibatch of b patients is as likely as any other b,
-# and the plate counts each for `patients / b`, not for a share of that among the ranks: the ELBO of
-# this is, in mean, the ELBO of all data, and so is its gradient. An average of R such gradients is
-# unbiased too, with the noise of R b patients. Had each rank counted for its shard alone, the prior
-# of the mean would have counted R times as much as it should.
+# So each rank's gradient has to be unbiased by itself. Its minibatch of b patients is a random
+# sample of all, and the plate multiplies each log density by `patients / b`, not by a share of that
+# among the ranks. So the mean of this ELBO is the ELBO of all data, and the same holds for its
+# gradient. An average of R such gradients is unbiased too, with the noise of R b patients. If each
+# rank scaled only to its own shard, the prior of the mean would have R times the weight that it
+# should.
 
 # %%
 pyro.set_rng_seed(args.seed)
@@ -151,12 +152,12 @@ schedule = torch.optim.lr_scheduler.OneCycleLR(
 # %% [markdown]
 # ## Checkpoints
 #
-# The first rank writes, into a file beside the checkpoint that then takes its place, so that a
-# death in the middle leaves the last one whole. All ranks read it. If one is killed, `torchrun`
-# ends the others and begins anew with all of them, and they go on after the last full epoch; if all
-# die, the same command once more does it. Every epoch has a seed of its own on each rank: ranks
-# draw different noise, and a run that went on draws what it would have drawn. So no generator has
-# to be written down.
+# The first rank writes a file beside the checkpoint and then renames it, so that a crash during
+# writing leaves the last checkpoint complete. All ranks read it. If one rank is killed, `torchrun`
+# stops the others and restarts all, and they resume after the last full epoch. If all die, run the
+# same command again. Every epoch has its own seed on each rank: ranks draw different noise, and a
+# resumed run draws the same noise as an uninterrupted one. So the state of no generator has to be
+# saved.
 
 # %%
 args.output.mkdir(parents=True, exist_ok=True)
@@ -173,7 +174,7 @@ def save(epoch):
 
 
 def load():
-    """The epoch to go on with."""
+    """The epoch to resume with."""
     if not checkpoint.exists():
         return 0
     state = torch.load(checkpoint, map_location=device, weights_only=True)
@@ -195,13 +196,13 @@ def begin(epoch):
 # %% [markdown]
 # ## The fit
 #
-# An ordinary loop of PyTorch. The fire drill: `--die-at 100` has the last rank kill itself at step
-# 100, at the first start.
+# An ordinary PyTorch loop. `--die-at 100` tests a restart: the last rank kills itself at step 100
+# of the first start.
 
 # %%
 is_first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
 first = load()
-distributed.barrier()  # nobody writes before all have read
+distributed.barrier()  # so that no rank writes before all have read
 if rank == 0:
     print(f"{num_ranks} processes" if num_ranks > 1 else "One process", f"from epoch {first} on")
 start, start_epoch = time.perf_counter(), first
@@ -220,9 +221,9 @@ for epoch in range(first, args.epochs):
         start, start_epoch = time.perf_counter(), epoch + 1
 
 # %% [markdown]
-# A step sees `--batch` patients whatever the number of processes, so more of them do the same work,
-# if all goes well in less time (strong scaling). With a thousand patients a step nothing is gained:
-# most of its time is Python's and Pyro's own, which no process can share with another.
+# A step sees `--batch` patients for any number of processes, so more processes do the same work,
+# ideally in less time (strong scaling). With a thousand patients per step nothing is gained: most
+# of its time is the overhead of Python and Pyro, which every process has.
 # `benchmarks/distributed.py` has up to 64,000.
 
 # %%
@@ -231,11 +232,11 @@ if rank == 0 and start_epoch < args.epochs:
     print(f"{rows / (time.perf_counter() - start):,.0f} rows a second")
 
 # %% [markdown]
-# That was all there is to do for many. What the first rank has now, each has.
+# That is all for several processes. All ranks now have the same parameters.
 
 # %%
-distributed.barrier()  # nobody hangs up while another still listens
-del loss  # it holds the group, and the group its threads, which may end the program in an error
+distributed.barrier()  # no rank may leave while another still communicates
+del loss  # it keeps the group, whose threads may crash the program at its end
 distributed.destroy_process_group()
 if rank:
     sys.exit()
@@ -246,9 +247,9 @@ checkpoint.unlink(missing_ok=True)  # the run has ended
 # %% [markdown]
 # ## The answer
 #
-# All is normal, so the posterior is known: of the mean by what all readings say of it, of a
-# patient's own pressures by the reading and the mean. The latter holds for new patients too, and
-# the guide has an answer for these: nobody has to train it on them.
+# All distributions are normal, so the posterior is known: for the mean given all readings, and for
+# a patient's pressures given the reading and the mean. The latter also holds for new patients, for
+# whom the guide needs no training.
 
 # %%
 with torch.no_grad():
@@ -266,7 +267,7 @@ with torch.no_grad():
 
 # %% [markdown]
 # In the picture, dots are the guide's draws, and ellipses hold half and nine tenths of the exact
-# posterior. Look for the lean of both: readings lean together, and so does what they leave open.
+# posterior. Both should be tilted, because the errors of the two readings are correlated.
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
@@ -293,13 +294,13 @@ print(f"The picture is in {picture}")
 # %% [markdown]
 # ## Is it right?
 #
-# Means within 0.3 posterior standard deviations, spreads within a quarter of theirs, and the
-# correlation of a patient's two pressures within 0.1.
+# Means should be within 0.3 posterior standard deviations, standard deviations within a quarter,
+# and the correlation of a patient's two pressures within 0.1.
 
 
 # %%
 def errors(draws, loc, cov):
-    """The worst of a mean in standard deviations, of a spread as a share, of a correlation."""
+    """The largest errors of a mean in sd, of an sd as a share, and of a correlation."""
     sd = cov.diagonal().sqrt()
     found = torch.einsum("n...i,n...j->...ij", draws - draws.mean(0), draws - draws.mean(0))
     found = found / (len(draws) - 1)
@@ -324,10 +325,9 @@ for title, *exact in [("mean", mean_loc, mean_cov), ("own", own_loc, own_cov)]:
         assert title == "mean" or of_correlation < 0.1
 
 # %% [markdown]
-# ## Where it bends
+# ## Limitations
 #
-# Gradients travel after every step, so a step is as slow as its slowest rank, and a guide with a
-# learned row for each patient, in place of the encoder, would send all rows each time. More
-# processes at the same `--batch` change nothing in the noise of a step; larger batches lessen it,
-# and the rate may rise. And a checkpoint lies where all ranks can read it: on several machines, on
-# a disk that they share.
+# Gradients are exchanged after every step, so a step is as slow as its slowest rank. A guide with a
+# learned row for each patient, instead of the encoder, would exchange all rows at every step. More
+# processes at the same `--batch` don't change the noise of a step; larger batches reduce it, and
+# allow a larger learning rate. The checkpoint has to be on a disk that all machines can read.

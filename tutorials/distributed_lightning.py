@@ -1,13 +1,13 @@
 # %% [markdown]
 # # The same under Lightning
 #
-# `distributed.py` says in a loop of its own what several processes need. Lightning knows most of
-# that by itself: how much is left to say? The model is the same, readings of blood pressure by a
-# cuff that may sit badly, and so is its exact answer.
+# `distributed.py` has its own training loop for several processes. Lightning does most of that by
+# itself. How much code is left? The model is the same, readings of blood pressure with errors by
+# the cuff, and so is its exact answer.
 #
-# It takes a quarter of a minute on a CPU, and `pip install '.[lightning]'`. Two processes are
-# `python tutorials/distributed_lightning.py --processes 2`; `--smoke` runs every line in seconds,
-# to no purpose but to show that it runs.
+# It takes a quarter of a minute on a CPU, and needs `pip install '.[lightning]'`. For two processes
+# run `python tutorials/distributed_lightning.py --processes 2`. `--smoke` runs every line in
+# seconds, only to check that it runs.
 
 # %%
 import argparse
@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 import pyro
 import pyro.distributions as dist
 import torch
-import torch.distributed.nn  # before there is a group: its functions hold one that they find
+import torch.distributed.nn  # before the group exists: its functions keep a reference to one
 from pyro.infer import Trace_ELBO
 from torch import distributed, nn
 from torch.utils.data import DataLoader
@@ -31,12 +31,12 @@ try:
 except ModuleNotFoundError:
     sys.exit("This tutorial needs Lightning: pip install '.[lightning]'")
 
-plt.switch_backend("Agg")  # a file, no window
+plt.switch_backend("Agg")  # writes files, opens no window
 parser = argparse.ArgumentParser(description="One posterior by Lightning.")
 parser.add_argument("--smoke", action="store_true", help="run every line in seconds")
 parser.add_argument("--processes", type=int, default=1)
 parser.add_argument("--patients", type=int, default=4000)
-parser.add_argument("--batch", type=int, default=1000, help="patients a step, of all processes")
+parser.add_argument("--batch", type=int, default=1000, help="patients per step, over all processes")
 parser.add_argument("--epochs", type=int, default=400)
 parser.add_argument("--lr", type=float, default=0.05)
 parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("tutorials/output"))
@@ -47,8 +47,9 @@ if args.smoke:
 # %% [markdown]
 # ## The model and the guide
 #
-# The plate counts each patient of a minibatch for `patients / len(y)`, on every rank. Lightning
-# averages the gradients of the ranks, so each has to be right by itself.
+# The plate multiplies the log density of each patient in a minibatch by `patients / len(y)`, on
+# every rank. Lightning averages the gradients of the ranks, so each rank's gradient has to be
+# unbiased by itself.
 
 # %%
 spread = torch.eye(2)  # between patients
@@ -78,9 +79,9 @@ guide.setup(y[:2])
 # %% [markdown]
 # ## The fit
 #
-# A `LightningModule` says what the loss of a minibatch is, and which optimiser goes with it. Every
-# process runs this file with the same seed, so each rank takes another before it draws. The
-# sampler, devices and checkpoints are the Trainer's.
+# A `LightningModule` defines the loss of a minibatch and its optimiser. Every process runs this
+# file with the same seed, so each rank sets another one before it draws. The Trainer provides the
+# sampler, the devices and the checkpoints.
 
 
 # %%
@@ -120,7 +121,7 @@ trainer = pl.Trainer(
 batches = DataLoader(y, args.batch // args.processes, shuffle=True, drop_last=True)
 trainer.fit(Fit(), batches)
 if distributed.is_initialized():
-    distributed.barrier()  # nobody hangs up while another still listens
+    distributed.barrier()  # no rank may leave while another still communicates
     distributed.destroy_process_group()  # Lightning leaves gloo's threads running at the exit
 if not trainer.is_global_zero:
     sys.exit()
@@ -129,8 +130,8 @@ print(f"{trainer.world_size} processes took {trainer.global_step} steps")
 # %% [markdown]
 # ## Is it right?
 #
-# All is normal, so the posterior of the mean is known. In the picture dots are the guide's draws,
-# and the ellipse holds nine tenths of the exact posterior.
+# All distributions are normal, so the posterior of the mean is known. In the picture dots are the
+# guide's draws, and the ellipse holds nine tenths of the exact posterior.
 
 # %%
 precision = torch.linalg.inv(spread + error)
@@ -151,14 +152,14 @@ print(f"The picture is in {picture}")
 
 of_mean = ((draws.mean(0) - loc) / sd).abs().max().item()
 of_spread = (draws.std(0) / sd).log().abs().max().exp().item() - 1
-print(f"Largest error of a mean: {of_mean:.2f} sd; of a spread: {of_spread:.0%}")
+print(f"Largest error of a mean: {of_mean:.2f} sd; of an sd: {of_spread:.0%}")
 if not args.smoke:
     assert of_mean < 0.3
     assert of_spread < 0.25
 
 # %% [markdown]
-# ## Where it bends
+# ## Limitations
 #
-# Rows come one by one through `DataLoader`, which for rows as short as these takes longer than
-# reading a minibatch at once, as `distributed.py` does. And in a notebook several processes want
+# `DataLoader` reads rows one by one, which is slower for rows as short as these than reading a
+# minibatch at once, as `distributed.py` does. In a notebook several processes need
 # `strategy="ddp_notebook"`.

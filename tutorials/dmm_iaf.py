@@ -1,16 +1,15 @@
 # %% [markdown]
 # # A flow at every time step: the Deep Markov Model
 #
-# Behind the chords of a chorale the model has a hidden state that moves on from chord to chord
-# (Krishnan et al. 2017). The guide hears the chorale from its end, and guesses each state by the
-# one before and the chords to come. Usually the guess is a diagonal normal. Does a flow there make
-# it better, and what does it cost?
+# The model of a chorale has a hidden state for each chord, which depends on the state before
+# (Krishnan et al. 2017). The guide reads the chorale backwards, and approximates the posterior of
+# each state given the one before and the chords to come. Usually this is a diagonal normal. Does a
+# flow improve it, and what does it cost?
 #
 # One flow serves all time steps, so a chorale of T chords takes T calls of its network, and not T
-# times D for D latents. The chorales are those that come with music21
-# (`pip install "pyro_iaf[tutorials]"`) and take a minute to read, or with `--data PATH` those of a
-# JSON file. The rest takes a quarter of an hour on two cores; `--smoke` runs every line in seconds,
-# to no purpose but to show that it runs.
+# times D for D latents. The chorales are those of music21 (`pip install "pyro_iaf[tutorials]"`),
+# which take a minute to read, or with `--data PATH` those of a JSON file. The rest takes a quarter
+# of an hour on two cores. `--smoke` runs every line in seconds, only to check that it runs.
 
 # %%
 import argparse
@@ -30,7 +29,7 @@ from tqdm import tqdm
 
 from pyro_iaf import DiagonalNormal, conditional_inverse_autoregressive_flow, fit
 
-plt.switch_backend("Agg")  # a file, no window
+plt.switch_backend("Agg")  # writes files, opens no window
 parser = argparse.ArgumentParser(description="A Deep Markov Model with flows in its guide.")
 parser.add_argument("--smoke", action="store_true", help="run every line in seconds")
 parser.add_argument("--data", type=pathlib.Path, help="JSON: train and test, lists of chorales")
@@ -40,8 +39,8 @@ parser.add_argument("--batch", type=int, default=20, help="chorales in a minibat
 parser.add_argument("--latents", type=int, default=20)
 parser.add_argument("--width", type=int, default=100)
 parser.add_argument("--flow-width", type=int, default=64)
-parser.add_argument("--warm-up", type=int, default=1000, help="steps until the KL counts in full")
-parser.add_argument("--samples", type=int, default=20, help="of each test chorale")
+parser.add_argument("--warm-up", type=int, default=1000, help="steps until the KL has full weight")
+parser.add_argument("--samples", type=int, default=20, help="draws for each test chorale")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("tutorials/output"))
 args, _ = parser.parse_known_args()
@@ -51,10 +50,10 @@ if args.smoke:
 # %% [markdown]
 # ## The chorales
 #
-# A chorale is a list of chords, one for each quarter note, and a chord a list of pitches as MIDI
-# counts them: 60 is the middle C. As in the standard data set, each is moved to C major or A minor.
-# The standard split is 229 chorales to train on and 77 to test on; so many are drawn from the
-# corpus here.
+# A chorale is a list of chords, one for each quarter note. A chord is a list of MIDI pitches: 60 is
+# the middle C. As in the standard data set, each chorale is transposed to C major or A minor. The
+# standard split is 229 chorales for training and 77 for testing; as many are drawn from the corpus
+# here.
 
 # %%
 LOWEST, HIGHEST = 21, 108  # a piano's keys
@@ -62,7 +61,7 @@ NUM_TRAIN, NUM_TEST = 229, 77
 
 
 def read_corpus(wanted):
-    """So many of Bach's chorales in four parts, as music21 has them, in a random order."""
+    """This many of Bach's chorales in four parts from music21, in random order."""
     try:
         from music21 import corpus
     except ImportError as error:
@@ -144,11 +143,11 @@ train, test = piano_rolls(parts["train"]), piano_rolls(parts["test"])
 
 
 class Batches:
-    """Walks through the chorales, those of about one length together, in random order."""
+    """Minibatches of chorales of similar lengths, in random order."""
 
     def __iter__(self):
         rolls, lengths = train
-        # Chorales of one length come in another order, and other company, each time.
+        # The noise mixes chorales of similar lengths differently in each epoch.
         near = (lengths + 4 * torch.rand(len(lengths))).argsort()
         batches = near.split(args.batch)
         for k in torch.randperm(len(batches)).tolist():
@@ -159,13 +158,13 @@ class Batches:
 # %% [markdown]
 # ## The model
 #
-# The state's walk is one site `z` of shape (T, D) for each chorale, whose distribution knows that
-# chorales end: time steps in the padding don't count. Written so, all its steps are scored at once.
+# The states of a chorale are one site `z` of shape (T, D). Its distribution has the lengths of the
+# chorales, and leaves out time steps in the padding. So all steps are scored at once.
 
 
 # %%
 class Transition(nn.Module):
-    """Where the next state lies, and how far around: a gate between a line and a network."""
+    """Loc and scale of the next state: a gate between a linear map and a network."""
 
     def __init__(self, latents, width):
         super().__init__()
@@ -187,7 +186,7 @@ def two_layers(*sizes):
 
 
 class Walk(dist.TorchDistribution):
-    """A row of states, each drawn from where the one before leads.
+    """A sequence of states, each drawn given the one before.
 
     Args:
         transition: From states to the distribution of the next.
@@ -216,11 +215,11 @@ class Walk(dist.TorchDistribution):
 # %% [markdown]
 # ## The guide
 #
-# A recurrent network hears the chorale backwards. At each time step the guide joins what it heard
-# with the state before: that gives a loc and a scale, and the context of the flow, which carries
-# `x` on to the state `z`. What the flow made it also knows how to score, without a second pass and
-# without an inverse. So a minibatch takes T calls of its network; they are counted at the end. All
-# states together are the one site of the model, at a point with a density of its own.
+# A recurrent network reads the chorale backwards. At each time step the guide combines its output
+# with the state before. That gives a loc, a scale, and the context of the flow, which maps `x` to
+# the state `z`. The flow scores its own draw without a second pass and without an inverse, so a
+# minibatch takes T calls of its network; they are counted at the end. All states together are the
+# one site of the model, drawn as a point with a density of its own.
 
 
 # %%
@@ -260,14 +259,14 @@ class Dmm(nn.Module):
     def guide(self, rolls, lengths):
         pyro.module("dmm", self)
         mask = mask_of(rolls, lengths)
-        # From a chorale's own end to its beginning, and the padding after that.
+        # Reverses each chorale, and leaves its padding at the end.
         times = torch.arange(rolls.shape[1])
         backwards = ((lengths.unsqueeze(-1) - 1 - times) % rolls.shape[1]).unsqueeze(-1)
         heard, _ = self.hearing(rolls.take_along_dim(backwards, 1))
         heard = heard.take_along_dim(backwards, 1)
         noise = torch.randn(*rolls.shape[:2], len(self.start))
         z, steps = self.guessed_start.expand(len(rolls), -1), []
-        # Apart at once: the gradient of heard[:, t] would fill a tensor of all time steps.
+        # Unbound once: the gradient of each heard[:, t] would fill a tensor of all time steps.
         for heard_now, noise_now in zip(heard.unbind(1), noise.unbind(1), strict=True):
             context = (torch.tanh(self.remembering(z)) + heard_now) / 2
             loc, spread = self.guess(context).chunk(2, -1)
@@ -277,7 +276,7 @@ class Dmm(nn.Module):
             if self.flow is not None:
                 flow = self.flow.condition(context)
                 z = flow(x)
-                log_det = flow.log_abs_det_jacobian(x, z)  # known from the call before
+                log_det = flow.log_abs_det_jacobian(x, z)  # cached by the call before
             steps.append((loc, scale, x, z, log_det))
         loc, scale, x, z, log_det = (torch.stack(part, 1) for part in zip(*steps, strict=True))
         log_q = DiagonalNormal(loc, scale, validate_args=False).log_prob(x) - log_det
@@ -286,7 +285,7 @@ class Dmm(nn.Module):
 
 
 def mask_of(rolls, lengths):
-    """Which time steps are chords and which are padding, of shape (N, T)."""
+    """Whether each time step is a chord and not padding, of shape (N, T)."""
     fits = isinstance(rolls, torch.Tensor) and rolls.dim() == 3
     fits = fits and isinstance(lengths, torch.Tensor) and lengths.shape == rolls.shape[:1]
     if not fits or lengths.max() > rolls.shape[1]:
@@ -300,8 +299,8 @@ def mask_of(rolls, lengths):
 # %% [markdown]
 # ## Training
 #
-# At first the divergence between the guide and the walk counts little, so that states learn to say
-# something of the chords before that costs anything (KL annealing).
+# At first the KL divergence between the guide and the prior has a small weight, so that the states
+# learn to describe the chords before the divergence limits them (KL annealing).
 
 
 # %%
@@ -315,17 +314,17 @@ def trained(num_flows, seed):
 
 
 # %% [markdown]
-# ## What a test chorale is worth
+# ## Scores of the test chorales
 #
-# Figures are nats for each chord, as in the literature. The first is the negative ELBO, which is
-# what is mostly published: a bound that the guide's own error loosens. The second is the bound of
-# as many weighted draws, nearer to the likelihood.
+# Scores are in nats per chord, as in the literature. The first is the negative ELBO, which most
+# papers report: a bound that is loose if the guide is bad. The second is the importance-weighted
+# bound of `--samples` draws, which is closer to the likelihood.
 
 
 # %%
 @torch.no_grad()
 def scores(dmm, rolls, lengths, num_samples):
-    """The negative ELBO and the importance-weighted bound, in nats a time step."""
+    """The negative ELBO and the importance-weighted bound, in nats per time step."""
     log_weights = []
     for _ in range(num_samples):
         guided = poutine.trace(dmm.guide).get_trace(rolls, lengths)
@@ -345,19 +344,19 @@ for name, num_flows in guides.items():
     dmms[name], result = trained(num_flows, args.seed)
     losses[name] = result.losses
     table[name] = scores(dmms[name], *test, args.samples)
-print(f"{'guide':12}{'-ELBO':>8}{'weighted':>10}   nats a chord, {args.steps} steps")
+print(f"{'guide':12}{'-ELBO':>8}{'weighted':>10}   nats per chord, {args.steps} steps")
 for name, (bound, weighted) in table.items():
     print(f"{name:12}{bound:8.3f}{weighted:10.3f}")
 
 # %% [markdown]
-# Pyro's own example, trained for a long time with larger networks on the standard split, comes to
-# 6.87 without flows, 6.82 with one and 6.80 with two. After a run as short as this one flows have
-# more to give: look for one or two tenths of a nat.
+# Pyro's own example, trained for a long time with larger networks on the standard split, reaches
+# 6.87 without flows, 6.82 with one and 6.80 with two. After a run as short as this one the gain of
+# flows is larger: look for one or two tenths of a nat.
 #
 # ## Pictures
 #
-# How the bound fell once the divergence counted in full. And a chorale that the model has never
-# heard, as written, as its states play it again, and one that it makes up.
+# The first picture has the bound once the divergence has its full weight. The second has a test
+# chorale as written, its reconstruction from the states, and a chorale generated by the model.
 
 # %%
 figure, panel = plt.subplots(figsize=(7, 4), layout="constrained")
@@ -393,8 +392,8 @@ print(f"The pictures are in {args.output}")
 # %% [markdown]
 # ## Is it right?
 #
-# The flow's network has to be called once for each time step in a step of training, and flows
-# should end below no flow.
+# The flow's network should be called once for each time step in a step of training, and guides with
+# flows should have a lower bound than one without.
 
 # %%
 calls = []
@@ -408,17 +407,18 @@ if not args.smoke:
     gains = {name: table["no flow"][0] - bound for name, (bound, _) in table.items()}
     assert min(gains["one flow"], gains["two flows"]) > 0, "flows gained nothing"
     for name in list(gains)[1:]:
-        print(f"{name}: {gains[name]:.3f} nats a chord gained")
+        print(f"{name}: {gains[name]:.3f} nats per chord gained")
 
 # %% [markdown]
-# Where states are single numbers the likelihood itself is known: filter them on a fine grid. The
-# draws of a guide with a flow, weighted, have to come to that, and its bound has to stay above.
+# If the states are single numbers, the likelihood can be computed by a filter on a fine grid. The
+# importance-weighted bound of a guide with a flow has to agree with it, and the bound has to stay
+# above.
 
 
 # %%
 @torch.no_grad()
 def by_filter(dmm, rolls):
-    """The negative log-likelihood in nats a chord, for states of one number."""
+    """The negative log-likelihood in nats per chord, for states of one number."""
     grid = torch.linspace(-15, 15, 3000).unsqueeze(-1)
     share = (grid[1] - grid[0]).item()
     moves = dmm.transition(grid).log_prob(grid.unsqueeze(1)).exp().T * share  # from, to
@@ -440,16 +440,16 @@ num_chords = min(8, int(test[1].max()))
 rolls = test[0][test[1] >= num_chords][:20, :num_chords]
 bound, weighted = scores(small, rolls, torch.full((len(rolls),), num_chords), 1000)
 exact = by_filter(small, rolls)
-print(f"-ELBO {bound:.3f}, weighted {weighted:.3f}, by the filter {exact:.3f} nats a chord")
+print(f"-ELBO {bound:.3f}, weighted {weighted:.3f}, by the filter {exact:.3f} nats per chord")
 if not args.smoke:
     assert abs(weighted - exact) < 0.01
     assert exact < bound < exact + 0.3
 
 # %% [markdown]
-# ## Where it bends
+# ## Limitations
 #
-# Some 0.15 to 0.2 nats are what flows give after so short a run, at twice the time of a step; after
-# Pyro's long run it was a few hundredths, so a good part of it is speed. With some 200 chorales
-# longer training also learns them by heart in the end: look at the bound of the test chorales, not
-# at the curves above. And the chords come one after the other, in the guide as in the model, so a
-# step takes as long as the longest chorale of its minibatch, on a GPU too.
+# Flows gain 0.15 to 0.2 nats after so short a run, at twice the time per step. After Pyro's long
+# run the gain was a few hundredths, so a good part of it is speed of training. With about 200
+# chorales longer training overfits in the end: look at the bound of the test chorales, not at the
+# curves above. The chords come one after the other, in the guide as in the model, so a step takes
+# as long as the longest chorale of its minibatch, also on a GPU.

@@ -1,14 +1,14 @@
 # %% [markdown]
 # # Flows inside an encoder: the VAE of the paper
 #
-# A variational autoencoder draws an image from a few latent numbers, and its encoder guesses the
-# posterior of these from the image. The guess is usually a diagonal normal. Kingma et al. (2016)
-# put inverse autoregressive flows there: how many nats does it buy, and what does the posterior
-# look like that a diagonal normal can't follow?
+# A variational autoencoder generates an image from a few latent numbers, and its encoder
+# approximates their posterior given the image, usually by a diagonal normal. Kingma et al. (2016)
+# add inverse autoregressive flows to it. How many nats does that gain, and what do posteriors look
+# like that a diagonal normal can't represent?
 #
-# Images are scikit-learn's handwritten digits, 8 by 8; with `--mnist PATH`, those of MNIST in the
-# four idx files. It takes two minutes on two cores; `--smoke` runs every line in seconds, to no
-# purpose but to show that it runs.
+# The images are scikit-learn's handwritten digits, 8 by 8; with `--mnist PATH`, those of MNIST in
+# its four idx files. It takes two minutes on two cores. `--smoke` runs every line in seconds, only
+# to check that it runs.
 
 # %%
 import argparse
@@ -32,7 +32,7 @@ from pyro_iaf import (
     inverse_autoregressive_flow,
 )
 
-plt.switch_backend("Agg")  # a file, no window
+plt.switch_backend("Agg")  # writes files, opens no window
 parser = argparse.ArgumentParser(description="A VAE whose posterior is a flow.")
 parser.add_argument("--smoke", action="store_true", help="run every line in seconds")
 parser.add_argument("--mnist", type=pathlib.Path, help="folder of MNIST's four idx files")
@@ -40,15 +40,15 @@ parser.add_argument("--images", type=int, help="how many images to train on, by 
 parser.add_argument("--steps", type=int, default=12000)
 parser.add_argument("--lr", type=float, default=2e-3)
 parser.add_argument("--latents", type=int, default=8)
-parser.add_argument("--width", type=int, default=128, help="of encoder and decoder")
+parser.add_argument("--width", type=int, default=128, help="width of encoder and decoder")
 parser.add_argument("--flows", type=int, default=2)
 parser.add_argument("--flow-width", type=int, default=64)
-parser.add_argument("--bias", type=float, default=1.0, help="of gated flows")
-parser.add_argument("--free-bits", type=float, default=0.0, help="nats of KL that cost nothing")
+parser.add_argument("--bias", type=float, default=1.0, help="bias of gated flows")
+parser.add_argument("--free-bits", type=float, default=0.0, help="nats of KL without a loss")
 parser.add_argument(
-    "--warm-up", type=int, default=500, help="steps until the KL counts in full, or free bits"
+    "--warm-up", type=int, default=500, help="steps until the KL has full weight, without free bits"
 )
-parser.add_argument("--samples", type=int, default=256, help="of importance sampling, an image")
+parser.add_argument("--samples", type=int, default=256, help="importance samples per image")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("tutorials/output"))
 args, _ = parser.parse_known_args()
@@ -58,13 +58,13 @@ if args.smoke:
 # %% [markdown]
 # ## The images
 #
-# Grey values are probabilities, and each step draws its own black and white images by them
-# (dynamic binarisation, as in the paper). Those that we test on are drawn once.
+# Grey values are probabilities, and each step draws black and white images from them (dynamic
+# binarisation, as in the paper). The test images are drawn once.
 
 
 # %%
 def read_idx(folder, name):
-    """The array in one of MNIST's files, packed or not."""
+    """The array in one of MNIST's files, compressed or not."""
     found = [p for p in (folder / name, folder / f"{name}.gz") if p.exists()]
     if not found:
         raise FileNotFoundError(
@@ -86,7 +86,7 @@ def read_idx(folder, name):
 
 
 def load_images():
-    """Grey values between 0 and 1, to train on and to test on, one image in a row."""
+    """Grey values between 0 and 1 for training and testing, one image per row."""
     if args.mnist:
         names = ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte")
         train, test = (read_idx(args.mnist, name).flatten(1) / 255 for name in names)
@@ -110,7 +110,7 @@ batch_size = min(100, len(train))
 
 
 class Batches:
-    """Walks through the images in random order, drawn anew in black and white."""
+    """Minibatches in random order, of images drawn anew in black and white."""
 
     def __iter__(self):
         for rows in torch.randperm(len(train)).split(batch_size):
@@ -121,12 +121,11 @@ class Batches:
 # %% [markdown]
 # ## The model and its posteriors
 #
-# The decoder makes pixels of latents. The encoder reads an image and returns a loc, a scale and a
-# context. A diagonal posterior stops at loc and scale. The others send that normal through flows
-# which listen to the context, affine ones or gated. Gates only contract, so what goes into them is
-# wider by as much. These are the three rows of the table to come. The fourth has a flow on the
-# model's side as well: the prior itself is learned, and its density at the encoder's draws takes
-# the flow's inverse, which is exact.
+# The decoder maps latents to pixels. The encoder maps an image to a loc, a scale and a context. A
+# diagonal posterior uses loc and scale alone. The others map that normal by flows with the context,
+# affine or gated ones. Gates only contract, so the normal before them is wider by the same factor.
+# These are three rows of the table below. The fourth has a flow in the model too: the prior itself
+# is learned, and its density at the encoder's draws takes the flow's inverse, which is exact.
 
 
 # %%
@@ -157,7 +156,7 @@ class Vae(nn.Module):
         )
         self.heads = nn.Linear(width, 2 * latents + self.context_dim)
         self.flow, self.widened = None, 1.0
-        if posterior == "gated":  # of a fresh gate comes out sigmoid(bias) of what goes in
+        if posterior == "gated":  # a fresh gate multiplies by sigmoid(bias)
             self.widened = (1 + math.exp(-args.bias)) ** args.flows
         if posterior != "diagonal":
             self.flow = conditional_inverse_autoregressive_flow(
@@ -199,14 +198,15 @@ class Vae(nn.Module):
 # ## Training
 #
 # `fit` takes any model and guide, minibatches, and a weight of the KL divergence that rises in the
-# first steps, so that the decoder learns to use the latents before they cost. Free bits are another
-# way (the paper's equation 15): below so many nats the KL divergence, averaged over the minibatch,
-# costs nothing. They need a loss of their own, for which any ELBO of Pyro's will do.
+# first steps, so that the decoder learns to use the latents before the divergence limits them. Free
+# bits are an alternative (the paper's equation 15): a KL divergence below this number of nats,
+# averaged over the minibatch, adds nothing to the loss. They need their own loss, a subclass of one
+# of Pyro's ELBOs.
 
 
 # %%
 class FreeBits_ELBO(Trace_ELBO):  # noqa: N801
-    """The ELBO with the KL divergence of a minibatch's images at least so many nats each."""
+    """The ELBO with a mean KL divergence of a minibatch's images of at least ``nats``."""
 
     def __init__(self, nats):
         super().__init__()
@@ -241,16 +241,16 @@ def trained(posterior, latents, seed, flow_prior=False):
 
 
 # %% [markdown]
-# ## What a test image is worth
+# ## Scores of the test images
 #
-# The ELBO is a bound that a bad posterior makes loose, so models are compared by the likelihood
-# itself: the mean of importance weights, a few hundred for each image.
+# The ELBO is a bound that is loose if the posterior is bad, so models are compared by the
+# likelihood itself: the mean of importance weights, a few hundred for each image.
 
 
 # %%
 @torch.no_grad()
 def scores(vae, x, num_samples):
-    """ELBO and log-likelihood, in nats an image."""
+    """ELBO and log-likelihood, in nats per image."""
     elbo, likelihood = [], []
     for part in x.split(100):
         with pyro.plate("samples", num_samples, dim=-2):
@@ -276,19 +276,19 @@ vaes, table = {}, {}
 for name, (posterior, flow_prior) in kinds.items():
     vaes[name] = trained(posterior, args.latents, args.seed, flow_prior)
     table[name] = scores(vaes[name], test, args.samples)
-print(f"{'posterior':32}{'ELBO':>10}{'log p(x)':>10}   nats an image")
+print(f"{'posterior':32}{'ELBO':>10}{'log p(x)':>10}   nats per image")
 for name, (elbo, likelihood) in table.items():
     print(f"{name:32}{elbo:10.2f}{likelihood:10.2f}")
 
 # %% [markdown]
-# Look along the rows: what a flow gains in the ELBO is mostly gained in the likelihood too, since
-# the decoder needn't make posteriors that a diagonal normal can follow. On MNIST, with large
-# networks and after days, the paper has -81.08 for the diagonal, -79.77 for two flows of width 320,
-# and -79.10 for eight of width 1920.
+# Most of what a flow gains in the ELBO it also gains in the likelihood, because the decoder need
+# not keep posteriors close to diagonal normals. On MNIST, with large networks and after days, the
+# paper has -81.08 for the diagonal posterior, -79.77 for two flows of width 320, and -79.10 for
+# eight of width 1920.
 #
 # ## Pictures
 #
-# Test images, what the model makes of them, and images from the prior.
+# Test images, their reconstructions, and images from the prior.
 
 
 # %%
@@ -312,10 +312,10 @@ args.output.mkdir(parents=True, exist_ok=True)
 figure.savefig(args.output / "vae_iaf_images.png", dpi=120)
 
 # %% [markdown]
-# With two latents the posterior of an image can be drawn: contours are the exact one, by its
-# density on a grid, and dots are draws of the encoder's. Look for contours that bend or lean, and
-# dots that follow them in the lower row only. The grid's sum is the likelihood itself, so it tells
-# whether the weighted samples of the table can be trusted.
+# With two latents the posterior of an image can be plotted: contours are the exact one, by its
+# density on a grid, and dots are draws from the encoder's posterior. Look for contours that are
+# curved or tilted; only the dots of the lower row follow them. The sum over the grid is the
+# likelihood itself, so it checks the importance-sampled likelihoods of the table.
 
 # %%
 figure, panels = plt.subplots(2, 4, figsize=(10, 5), layout="constrained")
@@ -346,22 +346,23 @@ print(f"The pictures are in {args.output}")
 # %% [markdown]
 # ## Is it right?
 #
-# With two latents the weighted samples have to agree with the grid, and with more, flows have to be
-# above the diagonal. `benchmarks/vae.py` does this for five seeds, with standard errors.
+# With two latents the importance-sampled likelihoods have to agree with the grid, and with more,
+# flows have to be above the diagonal. `benchmarks/vae.py` does this for five seeds, with standard
+# errors.
 
 # %%
 error = max(abs(by_grid.item() - by_weights) for by_grid, by_weights in pairs)
-print(f"Weighted samples are off by {error:.3f} nats at most, for {len(pairs)} images.")
+print(f"Largest error of an importance-sampled likelihood: {error:.3f} nats.")
 if not args.smoke:
     assert error < 0.1, "the likelihoods of the table can't be trusted"
     diagonal, _, gated, _ = (likelihood for _, likelihood in table.values())
     assert gated > diagonal, "flows gained nothing"
-    print("The flow gains", f"{gated - diagonal:.2f} nats an image.")
+    print("The flow gains", f"{gated - diagonal:.2f} nats per image.")
 
 # %% [markdown]
-# ## Where it bends
+# ## Limitations
 #
-# A flow makes the posterior better, and nothing else: with a weak decoder, or few images, the gain
-# is lost in what the model can't do. The encoder's own error stays: an image unlike those it was
-# trained on gets a bad guess, however flexible. And an importance-sampled likelihood is a bound
-# too, looser for a bad posterior, so that it flatters flows a little; more samples tell.
+# A flow improves only the posterior: with a weak decoder, or few images, the gain is small beside
+# the error of the model. The encoder has an error of its own: for an image unlike those it was
+# trained on, its posterior is bad, however flexible. And an importance-sampled likelihood is a
+# bound too, looser for a bad posterior, so it favours flows a little; more samples reduce that.

@@ -1,9 +1,9 @@
-r"""Pyro code run once, and then again without Python: the tensor operations of a run as a graph.
+"""The tensor operations of one run of Pyro code, as a graph that runs again without the code.
 
-Handlers, distributions and autograd work while the graph is recorded and never after. What a run
-draws from PyTorch's generator is drawn anew each time, ahead of the rest and in the same order, so
-under one seed a graph makes the numbers that the code itself makes. Tensors that the code reads
-from elsewhere, parameters above all, are held as they are and read at each run.
+Handlers, distributions and autograd run only while the graph is recorded. Random numbers are drawn
+anew at each run, before the other operations and in the same order, so under one seed a graph and
+the code give the same numbers. A graph refers to the parameters and other outside tensors that the
+code reads, and so uses their current values.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import traceback
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import CodeType, FrameType, TracebackType
+from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 import pyro
@@ -37,10 +37,10 @@ from .graph_passes import Refused
 
 __all__ = ["Graph", "Refused", "kind_of_tensor", "record"]
 
-# Code of these is not where a user's mistake is.
+# Error messages name a line of the user's code, so none of these.
 LIBRARIES = [Path(torch.__file__).parent, Path(pyro.__file__).parent, Path(__file__).parents[1]]
 
-# Where distributions check what they are given, and where a loop goes over the rows of a plate.
+# The code of distributions' argument checks, and of a loop over the rows of a plate.
 CHECKS = (Distribution.__init__.__code__, Distribution._validate_sample.__code__)
 LOOP = IndepMessenger.__iter__.__code__
 
@@ -49,12 +49,12 @@ class Graph(NamedTuple):
     """A recorded run.
 
     Attributes:
-        module: The operations, of inputs, ``tensors`` and what ``draw`` returns, in that order.
-        tensors: What the code read from elsewhere.
-        draw: The random numbers, of inputs and ``tensors``.
-        kinds: What is known of these besides their numbers.
-        readings: Tensors whose numbers became constants of the graph, and their versions.
-        modules: The modules that ran, and what else of them counts.
+        module: The operations. It takes the inputs, ``tensors`` and what ``draw`` returns.
+        tensors: The outside tensors that the code reads.
+        draw: Draws the random numbers. It takes the inputs and ``tensors``.
+        kinds: The :func:`kind_of_tensor` of each of ``tensors``.
+        readings: Tensors whose values became constants of the graph, and their versions.
+        modules: The modules that ran, and their state.
     """
 
     module: fx.GraphModule
@@ -66,7 +66,7 @@ class Graph(NamedTuple):
 
     @property
     def is_current(self) -> bool:
-        """Whether all that can be seen to change is as it was, but for the numbers in tensors."""
+        """Whether everything visible is as it was when recorded, except values of ``tensors``."""
         return (
             all(tensor._version == version for tensor, version in self.readings)
             and self.kinds == [kind_of_tensor(tensor) for tensor in self.tensors]
@@ -75,53 +75,47 @@ class Graph(NamedTuple):
 
 
 def kind_of_tensor(tensor: Tensor) -> Any:
-    """What a graph takes for granted of a tensor."""
+    """The properties of a tensor that a graph assumes: all but its values."""
     shape = tensor.shape, tensor.stride() if tensor.layout == torch.strided else None
     return *shape, tensor.dtype, tensor.device, tensor.requires_grad
 
 
 def _state_of(module: nn.Module) -> Any:
-    """What a graph takes for granted of a module: its mode, and whose numbers it reads."""
-    return module.training, [
-        id(t) for t in (*module._parameters.values(), *module._buffers.values())
-    ]
+    """The properties of a module that a graph assumes: its mode and which tensors it has."""
+    return module.training, [*map(id, (*module._parameters.values(), *module._buffers.values()))]
 
 
 def record(fn: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> Graph:
-    """Runs a function once and writes down what it does.
+    """Runs a function once and records its tensor operations.
 
     Args:
-        fn: A function of tensors that returns a list of tensors. It has run before, so that checks
-            by distributions, which would ask for numbers, are taken to pass.
-        inputs: What to run it with; their numbers don't matter, their shapes and dtypes do.
+        fn: A function of tensors that returns a list of tensors. It has run before with success,
+            so the argument checks of distributions, which read values, are taken to pass.
+        inputs: Example inputs. Their shapes and dtypes matter, their values don't.
 
     Raises:
-        Refused: If what it does hangs on the numbers themselves.
+        Refused: If the operations depend on values of tensors.
     """
     modules: dict[int, nn.Module] = {}
-
-    def note(module: nn.Module, _: Any) -> None:
-        modules[id(module)] = module
-
-    hook = register_module_forward_pre_hook(note)
+    hook = register_module_forward_pre_hook(lambda m, _: modules.update({id(m): m}))
     try:
-        with _Readings() as seen, _NumbersInPython(seen.readings), _WholePlates():
+        with _ScalarReadings() as seen, _ValuesInPython(seen.readings), _WholePlates():
             module = make_fx(fn)(*inputs)
     except Refused:
         raise
-    except Exception as error:  # the code itself runs, so it is the recording that it can't bear
-        if not any(sign in str(error) for sign in ("tracing tensor", "data-dependent")):
-            raise Refused(
-                f"{_where(error.__traceback__)} can't be recorded as a graph: "
-                f"{type(error).__name__}: {str(error)[:300]}. Train by Trace_ELBO, or "
-                "fit(..., compile=False)."
-            ) from error
-        raise _escape(_where(error.__traceback__)) from error
+    except Exception as error:  # the code itself has run, so recording is what fails
+        line = _user_line(traceback.extract_tb(error.__traceback__))
+        if any(sign in str(error) for sign in ("tracing tensor", "data-dependent")):
+            raise _value_in_python(line) from error
+        raise Refused(
+            f"{line} can't be recorded as a graph: {type(error).__name__}: {str(error)[:300]}. "
+            "Train by Trace_ELBO, or fit(..., compile=False)."
+        ) from error
     finally:
         hook.remove()
     tensors = graph_passes.lift_tensors(module)
-    masks = graph_passes.settle_shapes(module, tensors, len(inputs))
-    graph_passes.let_failures_be_nan(module)
+    masks = graph_passes.replace_masks_by_indices(module, tensors, len(inputs))
+    graph_passes.replace_failures_by_nan(module)
     graph_passes.refuse_writes(module)
     draw = graph_passes.draw_ahead(module)
     return Graph(
@@ -134,16 +128,16 @@ def record(fn: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> Gra
     )
 
 
-def _escape(where: str) -> Refused:
+def _value_in_python(line: str) -> Refused:
     return Refused(
-        f"{where} takes a number out of a tensor, by a branch, int(), item() or the like, and a "
-        "graph can't follow what becomes of it. Say it with torch.where, poutine.mask or shapes; "
-        "or train by Trace_ELBO, or fit(..., compile=False)."
+        f"{line} takes a number out of a tensor, by a branch, int(), item() or the like, and a "
+        "graph can't record what Python does with it. Use torch.where, poutine.mask or shapes "
+        "instead; or train by Trace_ELBO, or fit(..., compile=False)."
     )
 
 
-class _Readings(TorchDispatchMode):
-    """Notes which tensors gave Python a number."""
+class _ScalarReadings(TorchDispatchMode):
+    """Collects the tensors from which Python reads a number."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -152,19 +146,17 @@ class _Readings(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        found = func(*args, **(kwargs or {}))
         if func is torch.ops.aten._local_scalar_dense.default:
             self.readings.append((args[0], args[0]._version))
-        return found
+        return func(*args, **(kwargs or {}))
 
 
-class _NumbersInPython(TorchFunctionMode):
-    """Sees to numbers that leave tensors.
+class _ValuesInPython(TorchFunctionMode):
+    """Handles values that Python reads from tensors without an operation that is recorded.
 
-    It refuses to hand those that may change to Python as lists or arrays, which is no operation, so
-    that recording alone would not see it; and notes the others. What libraries ask of numbers that
-    are settled is left out of the graph: distributions find that all they were given is allowed,
-    and a loop over a plate that takes all its rows gets their numbers.
+    Conversions to lists and arrays are refused for tensors that the graph computes, and collected
+    for others. Argument checks of distributions pass. A loop over a plate with all its rows runs
+    outside of the graph.
     """
 
     def __init__(self, readings: list[tuple[Tensor, int]]) -> None:
@@ -176,18 +168,18 @@ class _NumbersInPython(TorchFunctionMode):
     ) -> Any:
         if func in (Tensor.tolist, Tensor.numpy, Tensor.__array__):
             if _is_traced(args[0]):
-                raise _escape(_named(traceback.extract_stack()))
+                raise _value_in_python(_user_line(traceback.extract_stack()))
             self.readings.append((args[0], args[0]._version))
         if func is Tensor.__bool__ and _is_within(CHECKS):
             return True
-        if _is_within((LOOP,)) and not _is_traced(args[0]):
+        if _is_within((LOOP,)) and not any(map(_is_traced, args[:1])):
             with disable_proxy_modes_tracing():
                 return func(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
 class _WholePlates(Messenger):
-    """Makes the rows of plates that take all of them outside of the graph."""
+    """Keeps the row indices of plates without subsampling out of the graph."""
 
     def _pyro_sample(self, msg: Any) -> None:
         fn = msg["fn"]
@@ -197,7 +189,7 @@ class _WholePlates(Messenger):
 
 
 def _is_within(codes: Sequence[CodeType]) -> bool:
-    """Whether one of these functions is being called."""
+    """Whether one of these functions is on the call stack."""
     frame: FrameType | None = sys._getframe()
     while frame is not None and frame.f_code not in codes:
         frame = frame.f_back
@@ -209,14 +201,10 @@ def _is_traced(thing: Any) -> bool:
     return isinstance(thing, Tensor) and mode is not None and thing in mode.tracer.tensor_tracker
 
 
-def _where(trace: TracebackType | None) -> str:
-    """The user's line that an error comes from."""
-    return _named(traceback.extract_tb(trace))
-
-
-def _named(frames: traceback.StackSummary) -> str:
-    files = [(frame, Path(frame.filename)) for frame in frames if Path(frame.filename).exists()]
-    own = [f for f, path in files if not any(path.is_relative_to(p) for p in LIBRARIES)]
-    if not own:
-        return "The model or the guide"
-    return f"{own[-1].filename}, line {own[-1].lineno}, in {own[-1].name}: `{own[-1].line}`"
+def _user_line(frames: traceback.StackSummary) -> str:
+    """The innermost line of the user's code among these frames."""
+    for frame in reversed(frames):
+        path = Path(frame.filename)
+        if path.exists() and not any(path.is_relative_to(library) for library in LIBRARIES):
+            return f"{frame.filename}, line {frame.lineno}, in {frame.name}: `{frame.line}`"
+    return "The model or the guide"

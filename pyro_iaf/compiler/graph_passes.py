@@ -1,31 +1,32 @@
-"""What becomes of a recorded graph before it runs.
+"""Passes over a recorded graph before it runs.
 
-Tensors from elsewhere become inputs, masks become indices, failures become NaN, and random numbers
-are drawn ahead.
+Outside tensors become inputs, masks become indices, failed factorisations become NaN, and random
+numbers are drawn ahead.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 __all__ = [
     "Refused",
     "draw_ahead",
-    "let_failures_be_nan",
     "lift_tensors",
     "refuse_writes",
-    "settle_shapes",
-    "tidy",
+    "remove_dead_code",
+    "replace_failures_by_nan",
+    "replace_masks_by_indices",
 ]
 
-# The same calls, whose arguments are parsed in a quarter of the time.
-QUICKER = {torch.ops.aten.randn.default: torch.randn, torch.ops.aten.rand.default: torch.rand}
+# The same functions, whose arguments are parsed in a quarter of the time.
+FAST_DRAWS = {torch.ops.aten.randn.default: torch.randn, torch.ops.aten.rand.default: torch.rand}
 
 
 class Refused(ValueError):  # noqa: N818
@@ -33,7 +34,7 @@ class Refused(ValueError):  # noqa: N818
 
 
 def lift_tensors(module: fx.GraphModule) -> list[Tensor]:
-    """Turns tensors from elsewhere into inputs, and returns them."""
+    """Turns the outside tensors of a graph into inputs, and returns them."""
     graph = module.graph
     found: dict[int, tuple[fx.Node, Tensor]] = {}
     for node in list(graph.nodes):
@@ -41,7 +42,7 @@ def lift_tensors(module: fx.GraphModule) -> list[Tensor]:
             continue
         tensor = getattr(module, node.target)
         if any(user.target is torch.ops.aten.lift_fresh_copy.default for user in node.users):
-            continue  # torch.tensor(1.0) in the code itself, which stays what it is
+            continue  # a constant, such as torch.tensor(1.0), in the code itself
         if id(tensor) not in found:
             found[id(tensor)] = _add_input(graph, f"tensor_{len(found)}", tensor), tensor
         placeholder, _ = found[id(tensor)]
@@ -60,17 +61,24 @@ def _add_input(graph: fx.Graph, name: str, value: Any) -> fx.Node:
     return node
 
 
-def settle_shapes(
+def replace_masks_by_indices(
     module: fx.GraphModule, tensors: list[Tensor], num_inputs: int
 ) -> list[tuple[Tensor, int]]:
-    """Makes selections by fixed masks selections by indices; refuses those by masks that change.
+    """Replaces fixed masks by their indices, so that all shapes are fixed.
 
-    Returns the tensors that the masks were read from, and their versions.
+    The indices become further inputs, and are added to ``tensors``.
+
+    Returns:
+        The tensors that the masks were computed from, and their versions.
+
+    Raises:
+        Refused: If a mask depends on inputs or on random numbers.
     """
-    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
-    held = dict(zip(placeholders[num_inputs:], tensors, strict=True))
-    fixed, masks = set(held), []
-    for node in module.graph.nodes:
+    graph = module.graph
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    outside = dict(zip(placeholders[num_inputs:], tensors, strict=True))
+    fixed, masks = set(outside), []
+    for node in graph.nodes:
         if node.op == "placeholder":
             continue
         found = _masks_of(node)
@@ -83,19 +91,25 @@ def settle_shapes(
         masks += [(node, mask) for mask in found]
         if fixed.issuperset(node.all_input_nodes) and not _is_random(node):
             fixed.add(node)
-    read = _ancestors(mask for _, mask in masks)
     by_mask = [pair for pair in masks if pair[0].target is torch.ops.aten.index.Tensor]
     if by_mask:
-        part = _part(module, _ancestors(mask for _, mask in by_mask), [m for _, m in by_mask])
+        part = _subgraph(module, [mask for _, mask in by_mask])
         values = part(*[None] * num_inputs, *tensors)
         for (node, mask), value in zip(by_mask, values, strict=True):
-            tensors += _select_by_indices(module.graph, node, mask, value)
-        tidy(module)
-    return [(tensor, tensor._version) for node, tensor in held.items() if node in read]
+            indices = value.nonzero(as_tuple=True)
+            new = [_add_input(graph, f"{node.name}_{k}", index) for k, index in enumerate(indices)]
+            by_index: list[Any] = []
+            for old in node.args[1]:
+                by_index += new if old is mask else [old]
+            node.args = (node.args[0], by_index)
+            tensors += indices
+        remove_dead_code(module)
+    sources = _ancestors(mask for _, mask in masks)
+    return [(tensor, tensor._version) for node, tensor in outside.items() if node in sources]
 
 
 def _masks_of(node: fx.Node) -> list[fx.Node]:
-    """The nodes whose numbers the shape of this one hangs on."""
+    """The nodes whose values determine the shape of this one."""
     aten = torch.ops.aten
     if node.target is aten.index.Tensor:
         indices = [n for n in node.args[1] if isinstance(n, fx.Node)]  # type: ignore[union-attr]
@@ -107,21 +121,8 @@ def _masks_of(node: fx.Node) -> list[fx.Node]:
     return []
 
 
-def _select_by_indices(
-    graph: fx.Graph, node: fx.Node, mask: fx.Node, value: Tensor
-) -> Sequence[Tensor]:
-    """Puts indices in the place of a mask; returns them, as further inputs of the graph."""
-    indices = value.nonzero(as_tuple=True)
-    inputs = [_add_input(graph, f"{node.name}_{k}", index) for k, index in enumerate(indices)]
-    expanded: list[Any] = []
-    for index in node.args[1]:  # type: ignore[union-attr]
-        expanded += inputs if index is mask else [index]
-    node.args = (node.args[0], expanded)
-    return indices
-
-
-def let_failures_be_nan(module: fx.GraphModule) -> None:
-    """Makes a matrix that can't be factorised NaN, instead of an error that would end a replay."""
+def replace_failures_by_nan(module: fx.GraphModule) -> None:
+    """Fills the result of a failed factorisation with NaN, where the code raises an error."""
     aten, graph = torch.ops.aten, module.graph
     for node in list(graph.nodes):
         if node.target is not aten._linalg_check_errors.default:
@@ -145,39 +146,25 @@ def let_failures_be_nan(module: fx.GraphModule) -> None:
 
 
 def refuse_writes(module: fx.GraphModule) -> None:
-    """Refuses writing into tensors that outlive the step."""
+    """Raises Refused if the graph writes into tensors that outlive the step."""
     for node in module.graph.nodes:
         schema = getattr(node.target, "_schema", None)
-        if schema is None or not schema.is_mutable:
-            continue
-        written = [
-            part
-            for argument, value in zip(schema.arguments, node.args, strict=False)
-            if argument.is_write
-            for part in (value if isinstance(value, list | tuple) else [value])
-        ]
+        arguments = zip(schema.arguments, node.args, strict=False) if schema else ()
+        written = tree_leaves([value for argument, value in arguments if argument.is_write])
+        if node.target is torch.ops.aten.native_batch_norm.default and node.args[5]:
+            written += [node.args[3]]  # the running mean, of which its schema says nothing
         if any(_base(part).op == "placeholder" for part in written if isinstance(part, fx.Node)):
-            raise _writes(node)
-    for node in module.graph.nodes:
-        # Its schema does not say that it writes into the averages it is given.
-        is_norm = node.target is torch.ops.aten.native_batch_norm.default
-        if is_norm and node.args[3] is not None and node.args[5]:
-            raise _writes(node)
-
-
-def _writes(node: fx.Node) -> Refused:
-    return Refused(
-        f"The model or the guide writes into a tensor that outlives the step ({node.target}), as "
-        "BatchNorm does with its averages. Call .eval() on such modules; or train by Trace_ELBO, "
-        "or fit(..., compile=False)."
-    )
+            raise Refused(
+                f"The model or the guide writes into a tensor that outlives the step "
+                f"({node.target}), as BatchNorm does with its averages. Call .eval() on such "
+                "modules; or train by Trace_ELBO, or fit(..., compile=False)."
+            )
 
 
 def _base(node: fx.Node) -> fx.Node:
-    """What a node is a view of."""
+    """The node that a node is a view of."""
     while getattr(node.target, "is_view", False) or node.target is operator.getitem:
-        source = node.args[0]
-        if not isinstance(source, fx.Node):
+        if not isinstance(source := node.args[0], fx.Node):
             break
         node = source
     return node
@@ -188,30 +175,29 @@ def _is_random(node: fx.Node) -> bool:
 
 
 def draw_ahead(module: fx.GraphModule) -> fx.GraphModule:
-    """Takes the random numbers out of a graph, which gets them as inputs; returns what draws them.
+    """Turns the random numbers of a graph into inputs, and returns the graph that draws them.
 
-    All that a draw hangs on is computed ahead too, so the order of draws stays what it was.
+    That graph also computes all that a draw depends on, so the order of draws stays the same.
     """
     drawn: list[fx.Node] = []
     random = [node for node in module.graph.nodes if _is_random(node)]
     for node in random:
         drawn += [node] if isinstance(node.meta["val"], Tensor) else list(node.users)
-    ahead = _part(module, _ancestors(drawn), drawn)
+    ahead = _subgraph(module, drawn)
     for k, node in enumerate(drawn):
-        noise = _add_input(module.graph, f"noise_{k}", node.meta["val"])
-        node.replace_all_uses_with(noise)
+        node.replace_all_uses_with(_add_input(module.graph, f"noise_{k}", node.meta["val"]))
     for node in reversed(module.graph.nodes):
         if node in random or node in drawn:
             module.graph.erase_node(node)
-    tidy(module)
+    remove_dead_code(module)
     for node in ahead.graph.nodes:
-        node.target = QUICKER.get(node.target, node.target)
+        node.target = FAST_DRAWS.get(node.target, node.target)
     ahead.recompile()
     return ahead
 
 
 def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """The nodes, and all that they hang on."""
+    """The nodes, and all that they depend on."""
     found, queue = set(), list(nodes)
     while queue:
         node = queue.pop()
@@ -221,19 +207,19 @@ def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def _part(module: fx.GraphModule, nodes: set[fx.Node], outputs: list[fx.Node]) -> fx.GraphModule:
-    """A part of a graph, of the same inputs."""
-    part: fx.Graph = fx.Graph()
-    twins: dict[fx.Node, fx.Node] = {}
+def _subgraph(module: fx.GraphModule, outputs: list[fx.Node]) -> fx.GraphModule:
+    """The part of a graph that computes these outputs, from the same inputs."""
+    nodes, part = _ancestors(outputs), fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
     for node in module.graph.nodes:
         if node.op == "placeholder" or node in nodes:
-            twins[node] = part.node_copy(node, twins.__getitem__)
-    part.output(tuple(twins[node] for node in outputs))
+            copies[node] = part.node_copy(node, copies.__getitem__)
+    part.output(tuple(copies[node] for node in outputs))
     return fx.GraphModule(module, part)
 
 
-def tidy(module: fx.GraphModule) -> None:
-    """Leaves out what nobody needs."""
+def remove_dead_code(module: fx.GraphModule) -> None:
+    """Removes operations whose results are not used and that write into nothing."""
 
     def is_needed(node: fx.Node) -> bool:
         schema = getattr(node.target, "_schema", None)

@@ -1,4 +1,4 @@
-"""PyTorch's compiler on the CPU, without what it does besides compiling."""
+"""PyTorch's compiler on the CPU, without tracing again and without guards."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from .persistent_buffers import kept_buffers
 
 __all__ = ["compile_for_cpu", "warm_up"]
 
-# Loops over fewer numbers than this stay in one thread: it takes microseconds to wake another.
+# Loops over fewer numbers stay in one thread, since it takes microseconds to wake another.
 NUMBERS_PER_THREAD = 16384
 
-# A program that compiles to nothing, with all headers.
-NOTHING = """
+# An empty program that includes all headers.
+EMPTY_PROGRAM = """
 #include <torch/csrc/inductor/cpp_wrapper/cpu.h>
 void inductor_entry_impl(AtenTensorHandle*, AtenTensorHandle*) {}
 """
@@ -32,15 +32,16 @@ void inductor_entry_impl(AtenTensorHandle*, AtenTensorHandle*) {}
 def compile_for_cpu(
     fn: Callable[..., Any], example: Sequence[Tensor], keeping: Callable[[], Any] = kept_buffers
 ) -> Callable[[list[Tensor]], Sequence[Tensor]]:
-    """One C++ program of a function that any tracer can follow; it may write into its arguments.
+    """Compiles a function to one C++ program.
 
     Args:
-        fn: The function, of tensors; it returns a tuple of tensors.
-        example: What to trace it with.
-        keeping: Within what it is compiled, such as :func:`kept_buffers`.
+        fn: A function of tensors that ``make_fx`` can trace. It returns a tuple of tensors, and may
+            write into its arguments.
+        example: Tensors to trace it with.
+        keeping: A context manager around the compiler, by default :func:`kept_buffers`.
     """
     warm_up()
-    # Not torch.compile: it would trace once more, and guard at each call what is known here.
+    # Not torch.compile, which would trace once more, and check its guards at each call.
     from torch._decomp import get_decompositions
     from torch._guards import TracingContext, tracing
     from torch._inductor import config
@@ -52,7 +53,7 @@ def compile_for_cpu(
     aten = torch.ops.aten
     decompositions = {**select_decomp_table(), **get_decompositions([aten.addmm])}
     decompositions[aten.linalg_solve_triangular.default] = _solve_triangular
-    with _without_remarks():
+    with _quiet_compiler():
         module = make_fx(functional, decompositions, tracing_mode="fake")(*example)
         values = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
         mode = values[0].fake_mode
@@ -68,26 +69,26 @@ def compile_for_cpu(
 
 
 @contextmanager
-def _without_remarks() -> Iterator[None]:
-    """Without what the compiler remarks on its own ways."""
+def _quiet_compiler() -> Iterator[None]:
+    """Silences the compiler's warnings about its own code."""
     logger = logging.getLogger("torch._inductor.ir")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.triangular_solve(torch.ones(1, 1), torch.ones(1, 1))  # it warns but once
+            torch.triangular_solve(torch.ones(1, 1), torch.ones(1, 1))  # it warns only once
             yield
     finally:
         logger.setLevel(level)
 
 
 def warm_up() -> None:
-    """Begins what compiling needs first on a machine, in other processes.
+    """Starts in the background what compiling needs first on a machine.
 
-    That is what the compiler can make for the processor, and PyTorch's headers in its own form.
+    That is to find the processor's vector instructions, and to precompile PyTorch's headers.
     """
-    # Imported here, as a thread that imports when the process forks leaves a lock behind.
+    # Imported here, since a fork during an import in a thread leaves a lock behind.
     from torch._inductor import codecache, cpu_vec_isa  # noqa: F401
 
     _processor_is_known()
@@ -100,7 +101,7 @@ def _processor_is_known() -> threading.Event:
     return known
 
 
-if hasattr(os, "register_at_fork"):  # a forked process has none of its parent's threads
+if hasattr(os, "register_at_fork"):  # a forked process lacks the threads of its parent
     os.register_at_fork(after_in_child=_processor_is_known.cache_clear)
 
 
@@ -114,37 +115,36 @@ def _warm_up(processor_is_known: threading.Event) -> None:
         processor_is_known.set()
         CppWrapperCodeCache.load_pybinding(
             argtypes=["std::vector<AtenTensorHandle>"],
-            main_code=NOTHING,
+            main_code=EMPTY_PROGRAM,
             device_type="cpu",
             needs_vec_isa=True,
             num_outputs=0,
         )
-    except Exception as error:  # whoever compiles next meets it again, and says so
+    except Exception as error:  # the next compilation raises it again
         logging.getLogger(__name__).debug("not warmed up: %s", error)
     finally:
         processor_is_known.set()
 
 
 def _settings() -> dict[str, Any]:
-    """What differs from the compiler's defaults, as far as its version knows it."""
+    """Our settings of the compiler, without those that its version lacks."""
     from torch._inductor import config
 
     settings: dict[str, Any] = {
         "cpp.min_chunk_size": NUMBERS_PER_THREAD,
-        "size_asserts": False,  # whoever calls has compared shapes and strides
-        "use_post_grad_passes": False,  # on small matrices addmm is slower than what it is made of
+        "size_asserts": False,  # the caller has compared shapes and strides
+        "use_post_grad_passes": False,  # they form addmm, slower on small matrices than its parts
     }
     if torch.backends.cpu.get_cpu_capability() == "AVX512":
-        settings["cpp.vec_isa_ok"] = True  # PyTorch's own kernels are of that kind: don't try again
+        settings["cpp.vec_isa_ok"] = True  # PyTorch's kernels use it, so no test is needed
     return {name: value for name, value in settings.items() if name in config.get_config_copy()}
 
 
 def _solve_triangular(
     matrix: Tensor, rows: Tensor, *, upper: bool, left: bool = True, unitriangular: bool = False
 ) -> Tensor:
-    """Triangular systems in the one form that compiled code calls without Python."""
-    solve: Any = torch.triangular_solve
+    """Triangular systems by ``triangular_solve``, which compiled code calls without Python."""
     if left:
-        return solve(rows, matrix, upper, False, unitriangular)[0]  # type: ignore[no-any-return]
-    solved: Tensor = solve(rows.mT, matrix, upper, True, unitriangular)[0]  # x A = b is A' x' = b'
-    return solved.mT
+        return torch.triangular_solve(rows, matrix, upper, False, unitriangular)[0]
+    # x A = b is A' x' = b'
+    return torch.triangular_solve(rows.mT, matrix, upper, True, unitriangular)[0].mT

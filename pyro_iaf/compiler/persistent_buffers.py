@@ -1,8 +1,8 @@
-r"""Compiled code that keeps its buffers from one call to the next.
+"""Compiled code that keeps its buffers from one call to the next.
 
-A small step writes some sixty buffers and looks at them in some sixty views. PyTorch's compiler
-makes each of them anew at each call, which takes longer than to fill them. Here a buffer is made at
-the first call and stays as long as the process, and so do views of it. What is returned is copied.
+A small step uses some sixty buffers and sixty views of them. PyTorch's compiler allocates each of
+them at each call, which takes longer than filling them. Here buffers and views are made at the
+first call and live as long as the process. Outputs are copied.
 """
 
 from __future__ import annotations
@@ -20,14 +20,13 @@ import torch
 
 __all__ = ["kept_buffers"]
 
-# A program keeps so many numbers at most, and makes other buffers anew: large ones take longer to
-# fill than to make, and would hold memory that others need.
+# The largest total size of the kept buffers of a program. Others are allocated at each call: large
+# buffers take longer to fill than to allocate, and would hold memory that others need.
 MOST_NUMBERS = 2**20
 
-_alone = threading.RLock()
+_lock = threading.RLock()
 
-# Stands where the compiler's own code has RAIIAtenTensorHandle, with those of its methods that
-# buffers are used by.
+# Replaces RAIIAtenTensorHandle of the compiler's own code, with those methods that buffers need.
 KEPT = r"""
 #include <initializer_list>
 #include <mutex>
@@ -70,22 +69,22 @@ static AtenTensorHandle new_buffer(std::initializer_list<int64_t> sizes,
   }())
 """
 
-# One thread at a time, as they would write into the same buffers.
-ALONE = "static std::mutex busy; std::lock_guard<std::mutex> alone(busy);"
+# One thread at a time, since all would write into the same buffers.
+LOCK = "static std::mutex busy; std::lock_guard<std::mutex> alone(busy);"
 
 FRESH_VIEW = "wrap_with_raii_handle_if_needed(reinterpret_tensor_wrapper("
 
 
 @contextmanager
 def kept_buffers() -> Iterator[None]:
-    """Within it, what is compiled for the CPU with the C++ wrapper keeps its buffers."""
+    """A context in which programs compiled for the CPU with the C++ wrapper keep their buffers."""
     from torch._inductor.codegen import common
 
     common.init_backend_registration()
     config: Any = torch.compiler.config
-    # Code that other wrappers wrote, or other versions of this one, lies in the same cache.
+    # The cache also holds code by other wrappers, and by other versions of this one.
     own = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    with _alone:
+    with _lock:
         usual = common.device_codegens["cpu"]
         ours = dataclasses.replace(usual, cpp_wrapper_codegen=_wrapper_class())
         common.device_codegens["cpu"] = ours
@@ -102,7 +101,7 @@ def _wrapper_class() -> Any:
     from torch._inductor.virtualized import V
 
     class KeepsBuffers(CppWrapperCpu):
-        """Writes the code around the kernels, which makes buffers and calls one after the other."""
+        """Generates the code around the kernels, which allocates buffers and calls the kernels."""
 
         num_kept = 0
 
@@ -116,7 +115,7 @@ def _wrapper_class() -> Any:
 
         def write_wrapper_decl(self) -> None:
             super().write_wrapper_decl()
-            self.prefix.writeline(ALONE)
+            self.prefix.writeline(LOCK)
 
         def make_allocation(
             self,
@@ -128,13 +127,12 @@ def _wrapper_class() -> Any:
             allocation_shape: Sequence[Any] | None = None,
             is_pinned: bool = False,
         ) -> str:
-            is_plain = allocation_shape is None or list(allocation_shape) == list(shape)
+            is_padded = allocation_shape is not None and list(allocation_shape) != list(shape)
             num_kept = self.num_kept + math.prod(map(int, shape))
-            if not is_plain or is_pinned or num_kept > MOST_NUMBERS:
-                made: str = super().make_allocation(
+            if is_padded or is_pinned or num_kept > MOST_NUMBERS:
+                return super().make_allocation(  # type: ignore[no-any-return]
                     name, device, dtype, shape, stride, allocation_shape, is_pinned
                 )
-                return made
             self.num_kept = num_kept
             sizes, strides = (
                 "{" + ", ".join(f"{int(k)}L" for k in numbers) + "}" for numbers in (shape, stride)
@@ -150,7 +148,7 @@ def _wrapper_class() -> Any:
             return f"VIEW_OF({data.get_name()}, {code.split('(', 1)[1]}"
 
         def generate_return(self, output_refs: list[str]) -> None:
-            # Whatever is no argument may lie in a buffer that the next call writes into.
+            # An output that is no argument may lie in a buffer that the next call overwrites.
             named = []
             for k, ref in enumerate(output_refs):
                 is_tensor = not isinstance(V.graph.graph_outputs[k], ir.ShapeAsConstantBuffer)

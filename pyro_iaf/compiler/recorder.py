@@ -1,8 +1,8 @@
-"""When code is recorded, when a recording is compared with it again, and when it is left alone.
+"""When code is recorded, when its recording is checked, and when the code runs instead.
 
-Code runs again and again. Calls of one kind differ in nothing but the numbers in their tensors, and
-share a recording. What code reads besides its tensors is not seen to change, so a recording is
-compared with the code when it is made, and at its uses ever more rarely.
+Calls of one kind differ only in the values of their tensors, and share a recording. A recording
+can't see changes of values that are not tensors, so it is compared with the code when it is made,
+and then ever more rarely, by default at uses 1, 2, 4, 8, ...
 """
 
 from __future__ import annotations
@@ -17,23 +17,24 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .capture import Refused, kind_of_tensor
 
-__all__ = ["MAX_GRAPHS", "Recorder", "by_hash", "compare", "disagreement", "kind_of", "opened"]
+__all__ = ["MAX_GRAPHS", "Recorder", "by_hash", "compare", "disagreement", "flatten_tensors"]
+__all__ += ["kind_of"]
 
-# Arguments, besides tensors, that are part of a graph.
+# Types of arguments, besides tensors, that become constants of a graph.
 PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, nn.Module)
 NUMPY_SCALARS = ("float64", "float32", "int64", "int32", "bool")
 
-# Recordings that are kept at most, and how many kinds of calls are remembered beyond.
+# How many recordings are kept, and how many kinds of calls without one are remembered.
 MAX_GRAPHS, MAX_KINDS = 8, 64
 
-# How often a kind of call is recorded, where what its recording relies on changes.
+# How often calls of one kind are recorded, if the recordings become outdated.
 MAX_BUILDS = 4
 
-# How far a graph's numbers may be from those of the code, relative to 1 + their size: loss and
-# gradients, which are sums of what nearly cancels.
+# The errors allowed of a graph's loss and of its gradients, which are sums of terms that nearly
+# cancel, relative to 1 + their norm.
 TOLERANCES = {torch.float64: (1e-8, 1e-6), torch.float32: (1e-4, 2e-3)}
 
-# Stands for the recording of a kind that came for the first time.
+# In place of the recording of a kind that has none yet.
 UNKNOWN = object()
 
 Call = TypeVar("Call")
@@ -41,18 +42,17 @@ Recording = TypeVar("Recording")
 
 
 class Recorder(Generic[Call, Recording]):
-    """The recordings of some code, by kinds of calls, and one policy for them.
+    """The recordings of some code by kinds of calls, and the policy for them.
 
-    Who runs the code asks :meth:`find` at each call. It gives a recording to run in the code's
-    place, or says that the call is to be recorded, by :meth:`record`, before or after the code runs
-    for it. At most ``MAX_GRAPHS`` recordings are kept, those used last, and a kind of call is
-    recorded ``MAX_BUILDS`` times at most.
+    The caller asks :meth:`find` at each call. It returns a recording to run in place of the code,
+    or whether to :meth:`record` the call, before or after the code runs. The ``MAX_GRAPHS``
+    recordings used last are kept, and a kind of call is recorded at most ``MAX_BUILDS`` times.
 
-    A subclass owes :meth:`kind`, :meth:`make`, :meth:`is_current`, :meth:`check` and
-    :meth:`leave_to_code`. It may say :meth:`is_due` and :meth:`made_before`.
+    A subclass defines :meth:`kind`, :meth:`make`, :meth:`is_current`, :meth:`check` and
+    :meth:`leave_to_code`. It may override :meth:`is_due` and :meth:`made_before`.
 
     Attributes:
-        check_growth: The uses at which a recording is checked are its powers: 1, 2, 4, 8 and so on.
+        check_growth: A recording is checked at uses that are its powers: 1, 2, 4, 8 and so on.
     """
 
     check_growth = 2
@@ -61,39 +61,37 @@ class Recorder(Generic[Call, Recording]):
         self.recordings: OrderedDict[Hashable, Recording | None] = OrderedDict()
         self._kinds: OrderedDict[Hashable, None] = OrderedDict()
         self._builds: Counter[Hashable] = Counter()
-        # How often a recording ran, and when it is checked next, by its id.
+        # By the id of a recording: how often it ran, and at which use it is checked next.
         self._uses: dict[int, list[int]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        fresh: Recorder[Any, Any] = Recorder()  # recordings are of this process
+        fresh: Recorder[Any, Any] = Recorder()  # recordings stay in this process
         return {**self.__dict__, **fresh.__dict__}
 
-    # What a subclass says
-
     def kind(self, call: Call) -> Hashable:
-        """All that makes a call another than the last, but for the numbers in its tensors."""
+        """All properties of a call except the values of its tensors."""
         raise NotImplementedError
 
     def make(self, call: Call) -> Recording | None:
-        """A recording of a call, compared with the code; None where the code is to stay."""
+        """A recording of a call, compared with the code; None if the code should run instead."""
         raise NotImplementedError
 
     def is_current(self, recording: Recording) -> bool:
-        """Whether all that it relies on is as it was; refused if it can't run just now."""
+        """Whether all that it depends on is unchanged; raises Refused if it can't run now."""
         raise NotImplementedError
 
     def check(self, recording: Recording, call: Call) -> None:
-        """Compares a recording with the code on one more call; refused if they don't agree."""
+        """Compares a recording with the code on a call; raises Refused if they differ."""
         raise NotImplementedError
 
     def leave_to_code(self, why: str) -> None:
-        """Warns that calls are run by their code, or raises an error instead."""
+        """Warns that the code itself runs, or raises an error instead."""
         raise NotImplementedError
 
     def is_due(self, call: Call, kind: Hashable) -> bool:
         """Whether to record a call of a kind that has no recording.
 
-        By default at once while there is room, and then where a kind comes again.
+        By default at once while fewer than ``MAX_GRAPHS`` are kept, then when a kind comes again.
         """
         comes_again = kind in self._kinds
         self._kinds[kind] = None
@@ -102,23 +100,21 @@ class Recorder(Generic[Call, Recording]):
         if len(self.recordings) < MAX_GRAPHS:
             return True
         self.leave_to_code(
-            f"Arguments are of ever new kinds, and {MAX_GRAPHS} graphs are kept; one more is built "
-            "where a kind comes again. Pad tensors to one shape, and give numbers that change as "
-            "tensors."
+            f"Arguments are of ever new kinds, and only {MAX_GRAPHS} graphs are kept; another is "
+            "built when a kind comes again. Pad tensors to one shape, and pass numbers that change "
+            "as tensors."
         )
         return comes_again
 
     def made_before(self, kind: Hashable) -> Recording | None:
-        """A recording for such calls that was made elsewhere."""
+        """A recording for calls of this kind that another recorder made."""
         return None
 
-    # The policy
-
     def find(self, call: Call) -> tuple[Recording | None, bool]:
-        """The recording to run for a call; and if there is none, whether to :meth:`record` it.
+        """The recording to run for a call, and if there is none, whether to :meth:`record` it.
 
         Raises:
-            Refused: If the recording and the code don't agree any more.
+            Refused: If the recording and the code no longer agree.
         """
         try:
             kind = self.kind(call)
@@ -142,14 +138,14 @@ class Recorder(Generic[Call, Recording]):
         self.recordings.pop(kind, None)
         if self._builds[kind] >= MAX_BUILDS:
             self.leave_to_code(
-                "A number, a module or a parameter that their graph relies on keeps changing."
+                "A number, a module or a parameter that their graph depends on keeps changing."
             )
             return None, False
         return None, self.is_due(call, kind)
 
     def record(self, call: Call) -> Recording | None:
-        """Makes the recording of a call, and keeps it; refused if the code can't be recorded."""
-        kind = self.kind(call)  # anew: at its first call code may have grown modules
+        """Makes and keeps the recording of a call; raises Refused if it can't be recorded."""
+        kind = self.kind(call)  # again, since the first call of the code may create modules
         self._builds[kind] += 1
         return self._keep(kind, self.make(call))
 
@@ -161,10 +157,10 @@ class Recorder(Generic[Call, Recording]):
         return recording
 
 
-def opened(
+def flatten_tensors(
     args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[list[Tensor], Callable[[list[Tensor]], Any]]:
-    """The tensors among arguments, and what puts others in their place."""
+    """The tensors among arguments, and a function that returns arguments with other tensors."""
     if not args and not kwargs:
         return [], lambda _: ((), {})
     leaves, spec = tree_flatten((args, kwargs))
@@ -181,7 +177,7 @@ def opened(
 def kind_of(
     model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, ...]:
-    """All that makes a call another one than the last, but for the numbers in tensors."""
+    """All properties of a call of model and guide except the values of tensors."""
     leaves, spec = tree_flatten((args, kwargs)) if args or kwargs else ([], None)
     owners = [getattr(fn, "__self__", fn) for fn in (model, guide)]
     modules = [owner for owner in owners if isinstance(owner, nn.Module)]
@@ -201,13 +197,13 @@ def _kind(leaf: Any) -> Any:
     if isinstance(leaf, PLAIN) or callable(leaf) or type(leaf).__name__ in NUMPY_SCALARS:
         return type(leaf), by_hash(leaf)
     raise Refused(
-        f"An argument is of type {type(leaf).__name__}, and a graph can't see it change. Give "
-        "tensors, as torch.as_tensor(...) makes them of arrays, numbers and strings."
+        f"An argument is of type {type(leaf).__name__}, and a graph can't see it change. Pass "
+        "tensors instead: torch.as_tensor(...) makes them from arrays and numbers."
     )
 
 
 def by_hash(thing: Any) -> Any:
-    """The thing, or what stands for it where it has no hash."""
+    """The thing, or a wrapper that is hashed by identity if it has no hash."""
     try:
         hash(thing)
     except TypeError:
@@ -216,8 +212,6 @@ def by_hash(thing: Any) -> Any:
 
 
 class _ById:
-    """A thing without a hash, as itself and no other."""
-
     def __init__(self, thing: Any) -> None:
         self.thing = thing
 
@@ -229,35 +223,29 @@ class _ById:
 
 
 def compare(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    """Compares a loss and gradients by a recording with those by the code, but for rounding.
+    """Compares the loss and the gradients of a recording with those of the code.
 
     Raises:
-        Refused: If they are others.
+        Refused: If they differ by more than rounding.
     """
-    if not _agree(found, expected):
-        raise disagreement(
-            f"under one seed its loss is {expected[0].item():.6g}, and that of a graph of it "
-            f"{found[0].item():.6g}; or else their gradients differ"
-        )
+    for k, (a, b) in enumerate(zip(found, expected, strict=True)):
+        differ = a.shape != b.shape or not torch.equal(a.isfinite(), b.isfinite())
+        if not differ:
+            a, b = (x.nan_to_num(0.0, 0.0, 0.0) for x in (a, b))
+            tolerance = TOLERANCES.get(b.dtype, (5e-2, 5e-2))[min(k, 1)]
+            differ = bool((a - b).norm() > tolerance * (1 + b.norm()))
+        if differ:
+            raise disagreement(
+                f"under one seed its loss is {expected[0].item():.6g}, and that of a graph of it "
+                f"{found[0].item():.6g}; or else their gradients differ"
+            )
 
 
 def disagreement(how: str) -> Refused:
-    """Why a recording must not run in the place of the code."""
+    """The error for a recording that differs from the code."""
     return Refused(
         f"The model or the guide and a graph of them don't agree: {how}. They may depend on "
-        "something other than tensors that changes from run to run, as a counter, the random "
-        "numbers of Python or NumPy, or a module that changes itself in training (.eval() ends "
-        "that). Give such numbers as tensors; or train by Trace_ELBO, or fit(..., compile=False)."
+        "something other than tensors that changes from run to run: a counter, random numbers of "
+        "Python or NumPy, or a module that changes itself in training (call .eval() on it). Pass "
+        "such numbers as tensors; or train by Trace_ELBO, or fit(..., compile=False)."
     )
-
-
-def _agree(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
-    """Whether a loss and gradients are the same, but for rounding."""
-    for k, (a, b) in enumerate(zip(found, expected, strict=True)):
-        if a.shape != b.shape or not torch.equal(a.isfinite(), b.isfinite()):
-            return False
-        a, b = (x.nan_to_num(0.0, 0.0, 0.0) for x in (a, b))
-        tolerance = TOLERANCES.get(b.dtype, (5e-2, 5e-2))[min(k, 1)]
-        if (a - b).norm() > tolerance * (1 + b.norm()):
-            return False
-    return True

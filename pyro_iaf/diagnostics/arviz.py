@@ -1,8 +1,9 @@
-"""A posterior for ArviZ's plots and tables."""
+"""Draws from a guide in ArviZ's format."""
 
 from __future__ import annotations
 
 import inspect
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,12 +16,12 @@ from .._validation import check_size
 from ..models.arguments import check_call, check_pair
 from ..models.traces import (
     bare,
+    handler_lock,
     is_point,
     log_prob_of_each,
     quietly,
     samples,
     subsamples,
-    taking_turns,
 )
 from ..models.weighted import WeightedParticles
 
@@ -36,33 +37,31 @@ def to_arviz(
     num_samples: int = 1000,
     resample: bool = False,
 ) -> Any:
-    """Draws from a guide for ArviZ, as one chain: ``az.summary``, ``az.plot_trace``, ``az.loo``.
+    """Draws from a guide as ArviZ data of one chain, for ``az.summary``, ``az.loo`` and so on.
 
-    Groups: the posterior of all latents and deterministic sites; the posterior predictive, the log
-    likelihood (of each observation, in nats) and the data of all observed sites. Dimensions are
-    called after the plates.
+    The groups are the posterior of all latent and deterministic sites, and for all observed sites
+    the posterior predictive, the log likelihood of each observation (in nats) and the data.
+    Dimensions are named after the plates. Threads take turns, as in :func:`diagnose`.
 
     Args:
         model: A Pyro model.
         guide: A guide for it.
-        args: What they take, the data included.
-        kwargs: Likewise.
-        num_samples: How many draws.
+        args: Positional arguments of both, the data included.
+        kwargs: Keyword arguments of both.
+        num_samples: The number of draws.
         resample: Whether to resample the draws by their importance weights.
 
     Returns:
-        What ``arviz.from_dict`` makes, an ``InferenceData``, or a ``DataTree`` from ArviZ 1.0 on.
-
-    Threads take turns, as in :func:`diagnose`.
+        The result of ``arviz.from_dict``: a ``DataTree``, or an ``InferenceData`` before ArviZ 1.0.
 
     Raises:
-        ImportError: If ArviZ is not there.
+        ImportError: If ArviZ is not installed.
         ValueError: As :func:`diagnose`.
-        RuntimeError: Likewise.
+        RuntimeError: As :func:`diagnose`.
 
     Warns:
-        UserWarning: As :func:`diagnose`; with ``resample`` also if the weights say that resampling
-            can't repair the guide.
+        UserWarning: As :func:`diagnose`; with ``resample`` also if the weights are too unreliable
+            for resampling.
 
     Example:
         >>> def model():
@@ -82,7 +81,7 @@ def to_arviz(
     check_size("num_samples", num_samples)
     check_pair("to_arviz", model, guide)
     args, kwargs = check_call(args, kwargs, model)
-    with taking_turns:
+    with handler_lock:
         particles = WeightedParticles(model, guide, args, kwargs)
         draws = particles.weighted(4 * num_samples if resample else num_samples)
         latents = draws.resampled(num_samples) if resample else draws.sites
@@ -101,76 +100,69 @@ def to_arviz(
 def _groups(
     particles: WeightedParticles, latents: dict[str, Tensor], num_draws: int
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, list[str]]]:
-    """ArviZ's groups, each with its sites, and the names of the sites' dimensions."""
-    sites = {n: s for n, s in samples(particles.first_model).items() if not _is_factor(s)}
-    observed = {n: s for n, s in sites.items() if s["is_observed"] and not _is_deterministic(s)}
-    found: dict[str, dict[str, list[Tensor]]] = {
-        "posterior": {name: [] for name in sites.keys() - observed.keys() - latents.keys()},
-        "posterior_predictive": {name: [] for name in observed},
-        "log_likelihood": {name: [] for name in observed},
+    """The values of the sites by ArviZ group, and the names of the sites' dimensions."""
+    sites = {
+        name: site
+        for name, site in samples(particles.first_model).items()
+        if not isinstance(bare(site["fn"]), dist.Unit)  # of a pyro.factor
     }
-    kept = {name: site["value"] for name, site in subsamples(particles.first_model).items()}
-    models = particles.model, _Freed()(particles.model)  # with its data, and without them
+    observed = {name: site for name, site in sites.items() if _is_data(site)}
+    deterministic = sites.keys() - observed.keys() - latents.keys()
+    indices = {name: site["value"] for name, site in subsamples(particles.first_model).items()}
+    models = particles.model, _UnconditionData()(particles.model)
+    parts = {("posterior", name): [draws] for name, draws in latents.items()}
     start = 0
     for size in particles.sizes(num_draws):
         given = {name: draws[start : start + size] for name, draws in latents.items()}
         start += size
         with quietly():
-            runs = [particles.run_model(given, kept, size, model) for model in models]
-        conditioned, free = map(samples, runs)
-        for name, parts in found["posterior"].items():
-            shape = sites[name]["value"].shape
-            parts.append(particles.freed(conditioned[name]["value"], shape, size))
+            runs = [particles.run_model(given, indices, size, model) for model in models]
+        conditioned, predicted = map(samples, runs)
+        found = {
+            ("posterior", name): (conditioned[name]["value"], sites[name]["value"])
+            for name in deterministic
+        }
         for name, site in observed.items():
-            shape = _value(site).shape
-            predicted = particles.freed(_value(free[name]), shape, size)
-            found["posterior_predictive"][name].append(predicted)
-            each = _log_prob_of_each(conditioned[name])
-            shape = _log_prob_of_each(site).shape
-            found["log_likelihood"][name].append(particles.freed(each, shape, size))
-    groups = {
-        group: {name: torch.cat(parts).unsqueeze(0) for name, parts in values.items()}
-        for group, values in found.items()
-    }
-    drawn = {name: draws.unsqueeze(0) for name, draws in latents.items()}
-    groups["posterior"] = {**drawn, **groups["posterior"]}
+            found["posterior_predictive", name] = _value(predicted[name]), _value(site)
+            of_each = _log_prob_of_each(conditioned[name]), _log_prob_of_each(site)
+            found["log_likelihood", name] = of_each
+        for key, (value, single) in found.items():
+            parts.setdefault(key, []).append(particles.unpadded(value, single.shape, size))
+    groups: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for (group, name), values in parts.items():
+        groups[group][name] = torch.cat(values).unsqueeze(0)
     groups["observed_data"] = {name: _value(site) for name, site in observed.items()}
     return groups, {name: _dims(name, site, sites) for name, site in sites.items()}
 
 
-class _Freed(UnconditionMessenger):
-    """Draws what is observed; what other sites determine is no data."""
+class _UnconditionData(UnconditionMessenger):
+    """Draws the data, but not deterministic sites, which Pyro also marks as observed."""
 
     def _pyro_sample(self, msg: Any) -> None:
-        if not _is_deterministic(msg):
+        if _is_data(msg):
             super()._pyro_sample(msg)
 
 
+def _is_data(site: Any) -> bool:
+    return site["is_observed"] and not is_point(site["fn"])  # as deterministic sites are
+
+
 def _value(site: Any) -> Tensor:
-    """A site's value; one number may be all the data of a plate."""
+    """A site's value, broadcast to the distribution's shape, as data may be a single number."""
     value, shape = torch.as_tensor(site["value"]), torch.Size(site["fn"].shape())
     return value.expand(torch.broadcast_shapes(value.shape, shape))
 
 
 def _log_prob_of_each(site: Any) -> Tensor:
-    """The log density of each observation, also where a site sums over many; 0 if masked out."""
     return log_prob_of_each({**site, "value": _value(site)})[0]
 
 
-def _is_factor(site: Any) -> bool:
-    return isinstance(bare(site["fn"]), dist.Unit)
-
-
-def _is_deterministic(site: Any) -> bool:
-    return is_point(site["fn"])  # as reparameterised sites are, too
-
-
 def _dims(name: str, site: Any, sites: Mapping[str, Any]) -> list[str]:
-    """Names of a site's dimensions: its plates, then the numbers of its event."""
+    """Names of a site's dimensions: its plates, then ``name_dim_0`` and so on."""
     batch = len(site["fn"].batch_shape)
     plates = {f.dim: f.name for f in site["cond_indep_stack"] if f.vectorized}
     dims = []
-    value = _value(site) if site["is_observed"] and not _is_deterministic(site) else site["value"]
+    value = _value(site) if _is_data(site) else site["value"]
     for i in range(value.dim()):
         own = plates.get(i - batch, f"{name}_dim_{i}")
         dims.append(f"{own}_plate" if own in sites else own)

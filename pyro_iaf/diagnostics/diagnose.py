@@ -1,4 +1,4 @@
-"""How good a fitted guide is, in numbers and in words; and its draws for ArviZ."""
+"""How good a fitted guide is, in numbers and in words."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ import torch
 from torch import Tensor
 
 from .._validation import check_size
-from ..importance import COARSE, LOWEST, RELIABLE, imprecise
+from ..importance import MAX_KHAT, MAX_ROUNDING, MIN_LOG_WEIGHT, rounding_message
 from ..models.arguments import check_call, check_pair
-from ..models.traces import taking_turns
+from ..models.traces import handler_lock
 from ..models.weighted import WeightedParticles
 
 __all__ = ["Diagnosis", "diagnose"]
-GOOD, USABLE = 0.5, RELIABLE
 
-# How far weighting may move a good guide: its means in standard deviations, its spreads in shares.
-STILL = 0.15
+# A guide is good up to this k-hat, where weighting changes little.
+GOOD_KHAT = 0.5
 
-# Fewer draws say nothing.
-FEWEST = 25
+# The largest such change: of a mean in standard deviations, of a log standard deviation.
+SMALL_CHANGE = 0.15
+
+# A verdict needs this many finite weights.
+MIN_DRAWS = 25
 
 
 @dataclass
@@ -31,21 +33,22 @@ class Diagnosis:
     """How good a guide is; ``print(diagnosis)`` says it in words.
 
     Attributes:
-        khat: Shape of the tail of the importance weights. Below 0.5 weights can be relied on, and
-            the guide is good where they move little; up to 0.7 it is usable with resampled draws,
-            beyond it isn't to be trusted.
+        khat: Shape of the tail of the importance weights. Below 0.5 the weights are reliable, and
+            the guide is good if they also change means and standard deviations little. Up to 0.7
+            the guide is usable with resampled draws; above, it should not be trusted.
         elbo: The ELBO in nats.
         elbo_se: Its standard error.
-        iw_elbo: Logarithm of the mean weight: the evidence from below, and nearer than the ELBO.
+        iw_elbo: The importance-weighted ELBO, the logarithm of the mean weight: a tighter lower
+            bound on the log evidence.
         iw_elbo_se: Its standard error.
-        ess: How many independent draws from the posterior the weighted draws are worth.
-        log_weights: Of the draws, of shape ``(num_samples,)``, in double precision.
-        sites: For each site how far weighting moves its mean at most, in standard deviations of
-            the guide, and by which factor it changes the standard deviation at most.
-        subsampled: Whether the model subsamples data. Then weights vary by that too.
-        is_point: Whether all draws are the same, so that weights tell nothing.
-        rounding: By how many nats the rounding of densities moves a log-weight.
-        improper: Latents whose prior is flat and without ends, and that no density depends on.
+        ess: The effective sample size of the weighted draws.
+        log_weights: The log importance weights, of shape ``(num_samples,)``, in double precision.
+        sites: For each site the largest change of a mean by weighting, in standard deviations of
+            the guide, and the largest factor by which a standard deviation changes.
+        subsampled: Whether the model subsamples data. Then the weights depend on it too.
+        is_point: Whether all draws are equal, so that the weights carry no information.
+        rounding: The error of a log-weight by floating-point rounding, in nats.
+        improper: Latents with an unbounded flat prior that the model's density does not depend on.
 
     Example:
         >>> def model():
@@ -70,13 +73,13 @@ class Diagnosis:
 
     @property
     def threshold(self) -> float:
-        """``min(1 - 1 / log10(S), 0.7)``, which k-hat may reach for this number of draws S."""
-        return min(1 - 1 / math.log10(max(len(self.log_weights), 2)), USABLE)
+        """The largest usable k-hat with ``S`` draws, ``min(1 - 1 / log10(S), 0.7)``."""
+        return min(1 - 1 / math.log10(max(len(self.log_weights), 2)), MAX_KHAT)
 
     @property
     def worst_sites(self) -> list[str]:
-        """The sites, those first whose mean or spread weighting changes most."""
-        return sorted(self.sites, key=lambda name: -_severity(self.sites[name]))
+        """The sites, sorted by how much weighting changes them; the largest change comes first."""
+        return sorted(self.sites, key=lambda name: -_size_of_change(*self.sites[name]))
 
     def __str__(self) -> str:
         lines = [
@@ -92,48 +95,50 @@ class Diagnosis:
         for name in self.worst_sites[:3]:
             shift, factor = self.sites[name]
             lines.append(
-                f"  site '{name}': weighting moves a mean by {shift:.2f} sd, and a spread by a "
-                f"factor of {factor:.2f}"
+                f"  site '{name}': weighting moves a mean by {shift:.2f} sd, and multiplies a "
+                f"standard deviation by {factor:.2f}"
             )
         if self.subsampled:
             lines.append(
-                "  The model subsamples its data, so weights differ by that too. For the guide "
-                "alone, diagnose it on all data."
+                "  The model subsamples its data, so the weights also vary with the subsample. "
+                "Diagnose the guide on all data to judge it alone."
             )
         return "\n".join(lines)
 
     def _verdict(self) -> str:
         if self.is_point:
-            return "No verdict: the guide is a point, and weights say nothing of the rest."
+            return "No verdict: the guide is a point, so its weights carry no information."
         if self.improper:
             names = ", ".join(f"'{name}'" for name in self.improper)
             return (
-                f"No verdict: the posterior is improper, since the prior of {names} is flat and "
-                "the model's density does not change with it. Give it a proper prior."
+                f"No verdict: the posterior is improper. The prior of {names} is flat, and the "
+                "model's density does not depend on it. Give it a proper prior."
             )
         log_w = self.log_weights
         num_finite = int(log_w.isfinite().sum())
-        if num_finite < FEWEST:
+        if num_finite < MIN_DRAWS:
             return (
-                f"No verdict: of {len(log_w)} draws {num_finite} have a finite weight, and it "
-                f"takes {FEWEST}."
+                f"No verdict: {num_finite} of {len(log_w)} draws have a finite weight, and at "
+                f"least {MIN_DRAWS} are needed."
             )
-        if self.rounding > COARSE:
-            return f"No verdict: {imprecise(self.rounding)}"
-        if math.isinf(self.khat) and int((log_w > log_w.max() + LOWEST).sum()) >= FEWEST:
-            return "No verdict: so many weights are the same number that they show no tail."
-        is_still = all(_severity(move) < STILL for move in self.sites.values())
-        is_still = is_still and bool(self.log_weights.isfinite().all())
-        if self.khat < min(GOOD, self.threshold) and is_still:
+        if self.rounding > MAX_ROUNDING:
+            return f"No verdict: {rounding_message(self.rounding)}"
+        if math.isinf(self.khat) and int((log_w > log_w.max() + MIN_LOG_WEIGHT).sum()) >= MIN_DRAWS:
+            return "No verdict: too many weights are equal to fit a tail to them."
+        changes_little = all(
+            _size_of_change(*change) < SMALL_CHANGE for change in self.sites.values()
+        )
+        changes_little = changes_little and num_finite == len(log_w)
+        if self.khat < min(GOOD_KHAT, self.threshold) and changes_little:
             return "Good: the guide is close to the posterior."
         if self.khat < self.threshold:
             return (
-                "Usable: the guide misses something of the posterior; take "
+                "Usable: the guide misses a part of the posterior. Use "
                 "sample_posterior(..., resample=True)."
             )
         return (
-            "Not to be trusted: the guide misses too much. Train longer, with more flows or wider "
-            "ones, or reparameterise."
+            "Not to be trusted: the guide misses too much of the posterior. Train longer, use more "
+            "or wider flows, or reparameterise the model."
         )
 
 
@@ -146,29 +151,28 @@ def diagnose(
     *,
     num_samples: int = 4000,
 ) -> Diagnosis:
-    """Says how close a guide is to the posterior, from importance weights of its draws.
+    """How close a guide is to the posterior, by importance sampling from the guide.
 
-    It can't see a mode that the guide has no draws near, nor judge a guide that is a point. Costs
-    ``num_samples`` runs of guide and model, at once where the model takes them.
+    A mode without any draws near it is not found, and a guide that is a point gets no verdict.
+    Costs ``num_samples`` runs of guide and model, vectorised if the model can be. Threads take
+    turns: calls of this function and of :func:`fit` run one after the other.
 
     Args:
         model: A Pyro model.
-        guide: A guide for it, any of Pyro's or ours or by hand.
-        args: What they take.
-        kwargs: Likewise.
-        num_samples: How many draws.
-
-    Threads take turns: of several calls, and of fits, one runs at a time. Processes run beside each
-    other.
+        guide: A guide for it: one of ours, one of Pyro's, or your own.
+        args: Positional arguments of both.
+        kwargs: Keyword arguments of both.
+        num_samples: The number of draws.
 
     Raises:
-        ValueError: If ``num_samples`` is not positive, model and guide are swapped or are none, or
-            the guide's sites are not the model's latents or have other shapes.
-        RuntimeError: If the model raises an error at each draw.
+        ValueError: If ``num_samples`` is not positive, if model and guide are swapped or not
+            callable, or if the guide's sites or their shapes differ from the model's latents.
+        TypeError: If the model does not take these arguments.
+        RuntimeError: If the model raises an error at every draw.
 
     Warns:
-        UserWarning: If the posterior is improper, since nothing depends on a latent with a flat
-            prior.
+        UserWarning: If the posterior is improper: a latent has a flat prior, and no density depends
+            on it.
 
     References:
         Yao et al. (2018), Yes, but did it work?, https://arxiv.org/abs/1802.02538;
@@ -178,7 +182,7 @@ def diagnose(
         >>> def model():
         ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
         ...     pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor(1.0))
-        >>> guide = AutoIAF(model)  # starts at the posterior, since that is normal
+        >>> guide = AutoIAF(model)  # starts at the posterior, because that is Gaussian
         >>> diagnosis = diagnose(model, guide)
         >>> diagnosis.khat < 0.7
         True
@@ -188,7 +192,7 @@ def diagnose(
     check_size("num_samples", num_samples)
     check_pair("diagnose", model, guide)
     args, kwargs = check_call(args, kwargs, model)
-    with taking_turns:
+    with handler_lock:
         particles = WeightedParticles(model, guide, args, kwargs)
         draws = particles.weighted(num_samples)
     log_w, S = draws.log_weights, num_samples
@@ -204,32 +208,31 @@ def diagnose(
         iw_elbo_se=math.sqrt(max(1 / ess - 1 / S, 0.0)) if ess else math.nan,
         ess=ess,
         log_weights=log_w,
-        sites=_moves(draws.weights, draws.sites) if total > 0 else {},
+        sites=_changes(draws.weights, draws.sites) if total > 0 else {},
         subsampled=particles.subsampled,
         is_point=S > 1 and all(bool((d == d[:1]).all()) for d in draws.sites.values()),
         rounding=draws.rounding,
-        improper=particles.loose,
+        improper=particles.improper,
     )
 
 
-def _moves(weights: Tensor, sites: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
-    """How far weighting moves means, and by which factor standard deviations."""
-    moves = {}
+def _changes(weights: Tensor, sites: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
+    """For each site the largest shift of a mean and factor of a standard deviation by weighting."""
+    changes = {}
     for name, draws in sites.items():
         if not draws.is_floating_point():
             continue
         flat = draws.double().reshape(len(draws), -1)
         mean, sd = flat.mean(0), flat.std(0, correction=min(1, len(flat) - 1))
-        weighted = weights @ flat
-        spread = (weights @ (flat - weighted).square()).sqrt()
-        fixed = sd < 1e-12 * (1 + mean.abs())  # the last part of a Cholesky factor, say
-        shift = ((weighted - mean).abs() / sd).where(~fixed, 0).max().item()
-        factor = (spread / sd).where(~fixed, 1)
-        furthest = factor[factor.clamp(min=1e-9).log().abs().argmax()].item()
-        moves[name] = (shift, furthest)
-    return moves
+        weighted_mean = weights @ flat
+        weighted_sd = (weights @ (flat - weighted_mean).square()).sqrt()
+        constant = sd < 1e-12 * (1 + mean.abs())  # as entries of a Cholesky factor are
+        shift = ((weighted_mean - mean).abs() / sd).where(~constant, 0).max().item()
+        factors = (weighted_sd / sd).where(~constant, 1)
+        furthest = factors[factors.clamp(min=1e-9).log().abs().argmax()].item()
+        changes[name] = (shift, furthest)
+    return changes
 
 
-def _severity(move: tuple[float, float]) -> float:
-    shift, factor = move
+def _size_of_change(shift: float, factor: float) -> float:
     return max(shift, abs(math.log(max(factor, 1e-9))))

@@ -1,7 +1,8 @@
-"""Pictures of a fit: how the loss went, and the draws beside those of a reference."""
+"""Plots of a fit: its losses, and its draws beside those of a reference."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,13 +21,13 @@ def plot_loss(result: FitResult, ax: Any = None) -> Any:
 
     Args:
         result: What :func:`~pyro_iaf.fit` returned.
-        ax: Matplotlib axes to draw on; by default new ones.
+        ax: Matplotlib axes to draw on; new ones by default.
 
     Returns:
         The axes.
 
     Raises:
-        ImportError: If Matplotlib is not there.
+        ImportError: If Matplotlib is not installed.
 
     Example:
         >>> result = FitResult(torch.linspace(3.0, 1.0, 200), 200, False, 0, 1.0)
@@ -44,7 +45,7 @@ def plot_loss(result: FitResult, ax: Any = None) -> Any:
     means = losses.unfold(0, size, 1).mean(-1)
     ax.plot(steps[size - 1 :], means, color=BLUE, lw=1.5, label=f"mean of {size} steps")
     ax.axhline(level, color=RED, lw=1, ls="--", label=f"settled at {level:.2f} ± {error:.1g}")
-    # The first steps may be worse by orders of magnitude: what matters is the way to the level.
+    # The losses of the first steps may be larger by orders of magnitude, so they set no limit.
     late = losses[len(losses) // 10 :]
     low, high = late.quantile(0.001).item(), late.quantile(0.999).item()
     margin = 0.1 * (high - low) or 1.0
@@ -59,22 +60,23 @@ def plot_pairs(
     sites: Sequence[str] | None = None,
     max_numbers: int = 6,
 ) -> Any:
-    """Each number of the sites against each other, beside reference draws where there are some.
+    """Scatter plots of each pair of latent numbers, and histograms of each, with a reference.
 
-    The guide's draws are blue and below the diagonal, those of the reference red and above it.
+    Draws of the guide are blue and below the diagonal, draws of the reference red and above it.
 
     Args:
-        draws: Sites with their draws in front, as ``guide.sample_posterior(1000)`` returns them.
-        reference: The same from elsewhere, a long run of NUTS for instance; tensors or arrays.
-        sites: Which sites, in this order; by default all.
-        max_numbers: How many numbers at most, the first ones.
+        draws: Draws by site, with the draws along the first axis, as
+            ``guide.sample_posterior(1000)`` returns them.
+        reference: The same as tensors or arrays from another method, such as a long run of NUTS.
+        sites: The sites to plot, in this order; all by default.
+        max_numbers: Plots the first ``max_numbers`` numbers at most.
 
     Returns:
         The Matplotlib figure.
 
     Raises:
-        ImportError: If Matplotlib is not there.
-        ValueError: If a site is in neither, or in one of them alone.
+        ImportError: If Matplotlib is not installed.
+        ValueError: If ``draws`` or ``reference`` lacks a site.
 
     Example:
         >>> figure = plot_pairs({"z": torch.randn(100, 2)}, {"z": torch.randn(50, 2)})
@@ -87,8 +89,8 @@ def plot_pairs(
         missing = [] if given is None else [name for name in names if name not in given]
         if missing:
             raise ValueError(
-                f"{what} should have all sites to plot; site '{missing[0]}' is not there, but "
-                f"{sorted(given or ())} are. Choose with sites=[...]."
+                f"{what} should have all sites to plot; site '{missing[0]}' is missing, and "
+                f"{sorted(given or ())} are there. Choose the sites with sites=[...]."
             )
     columns = _columns(draws, names, max_numbers)
     others = {} if reference is None else _columns(reference, names, max_numbers)
@@ -96,9 +98,8 @@ def plot_pairs(
     figure, axes = plt.subplots(
         n, n, figsize=(1.9 * n + 0.6, 1.9 * n), squeeze=False, layout="constrained"
     )
-    labels = list(columns)
-    for i, row in enumerate(labels):
-        for j, column in enumerate(labels):
+    for i, row in enumerate(columns):
+        for j, column in enumerate(columns):
             ax = axes[i, j]
             across, up = (_range(columns[k], others.get(k)) for k in (column, row))
             if i == j:
@@ -108,7 +109,7 @@ def plot_pairs(
                         ax.hist(values[row], range=across, label=label, **style)
                 ax.set_yticks([])
             elif i > j or others:
-                # As many of both, so that one cloud doesn't look denser than the other.
+                # Equally many draws of both, so that neither looks denser than the other.
                 size = min(len(v[row]) for v in (columns, others) if v)
                 values, color = (columns, BLUE) if i > j else (others, RED)
                 ax.scatter(values[column][:size], values[row][:size], s=2, color=color, lw=0)
@@ -123,21 +124,18 @@ def plot_pairs(
     return figure
 
 
-def _columns(draws: Mapping[str, Any], names: Sequence[str], most: int) -> dict[str, Any]:
-    """The numbers of the sites, as arrays by label."""
+def _columns(draws: Mapping[str, Any], names: Sequence[str], max_numbers: int) -> dict[str, Any]:
+    """The draws of the first numbers of the sites, as arrays by label."""
     columns = {}
     for name in names:
-        values = torch.as_tensor(draws[name]).detach().cpu()
-        flat = values.reshape(len(values), -1)
-        for i, column in enumerate(flat.unbind(-1)):
-            index = torch.unravel_index(torch.tensor(i), values.shape[1:] or (1,))
-            place = ", ".join(str(int(k)) for k in index)
-            columns[f"{name}[{place}]" if values.dim() > 1 else name] = column.numpy()
-    return dict(list(columns.items())[:most])
+        values: Any = torch.as_tensor(draws[name]).detach().cpu().numpy()
+        for index in itertools.product(*map(range, values.shape[1:])):
+            columns[f"{name}{list(index) if index else ''}"] = values[(..., *index)]
+    return dict(itertools.islice(columns.items(), max_numbers))
 
 
 def _range(*columns: Any) -> tuple[float, float]:
-    """Where nearly all draws are."""
+    """The interval of nearly all draws, with a margin."""
     given = [torch.as_tensor(column).double() for column in columns if column is not None]
     low = min(values.quantile(0.002).item() for values in given)
     high = max(values.quantile(0.998).item() for values in given)

@@ -1,4 +1,4 @@
-r"""Losses: the negative ELBO, and gradients of it that are worth their time.
+r"""Pyro's trace ELBO, compiled.
 
 .. math::
     -\mathrm{ELBO} = \mathbb{E}_{z \sim q} \bigl[ \log q(z) - \log p(x, z) \bigr]
@@ -7,7 +7,7 @@ r"""Losses: the negative ELBO, and gradients of it that are worth their time.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,46 +18,47 @@ from torch.autograd.function import once_differentiable
 
 from .._validation import check_size
 from ..compiler.lowering import BACKENDS
+from ..models.arguments import Program
 from .trace import Call, Step, TraceRecorder, run_particles
 
 __all__ = ["CompiledTrace_ELBO"]
 
 
 class CompiledTrace_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
-    r"""Pyro's ``Trace_ELBO``, with the Python of a step run once instead of at each step.
+    r"""Pyro's ``Trace_ELBO``, with steps that are recorded once and then run without Python.
 
-    The first call runs model, guide and autograd under Pyro's handlers, writes down the tensor
-    operations, and compiles them; later calls replay them, on fresh random numbers. Loss and
-    gradients are those of :class:`pyro.infer.Trace_ELBO` under the same seed. Use it as ``loss`` of
+    The first call runs model, guide and autograd under Pyro's handlers, records the tensor
+    operations, and compiles them. Later calls run them on fresh random numbers. Loss and gradients
+    are those of :class:`pyro.infer.Trace_ELBO` under the same seed. Use it as ``loss`` of
     :class:`pyro.infer.SVI`, or as a module with ``torch.optim``.
 
-    For models of static structure and guides whose draws are reparameterised. Tensors among the
-    arguments are inputs of the graph: the same shapes replay, new ones are recorded anew. Numbers
-    and strings among them are part of it. Tensors that the model reads from elsewhere are held as
-    they are: a change in place is seen, another tensor under the same name is not; nor is a change
-    of a number or an object that is no argument. So a graph is compared with the code itself when
-    it is built and at calls 1, 2, 4, 8 and so on, and an error says if they differ. Where a loss is
-    not finite, the code takes the step. Values are checked by Pyro's validation where the code
-    runs, and not in between. A step costs what its arithmetic does, and some tens of microseconds.
+    The model needs a static structure, and the guide reparameterised draws. Tensors among the
+    arguments are inputs of the graph, and numbers and strings are constants; new shapes and new
+    constants are recorded anew. Of outside tensors that the model reads, changes in place are seen.
+    Not seen are another tensor under the same name, and changes of numbers and objects that are no
+    arguments. So a graph is compared with the code when it is built and at calls 1, 2, 4, 8 and so
+    on, with an error if they differ. If a loss is not finite, the code takes the step. Pyro's
+    validation checks values only where the code runs. A step costs its arithmetic and some tens of
+    microseconds.
 
     Args:
-        num_particles: How many draws the gradient is taken from.
+        num_particles: Number of draws for each gradient.
         vectorize_particles: Whether to draw them at once. If not, the graph holds one.
-        max_plate_nesting: How many plates are nested at most; found by a run if left out.
-        backend: ``"inductor"`` compiles, in some seconds, faster when compiled before;
-            ``"graph"`` replays operation by operation and needs no compiler; ``"auto"`` compiles
-            where there is a C++ compiler, or CUDA. The attribute ``backend`` says which it is.
-        settings: What else ``Trace_ELBO`` takes.
+        max_plate_nesting: The largest number of nested plates; found by a run if left out.
+        backend: ``"inductor"`` compiles, which takes some seconds, and less the second time.
+            ``"graph"`` replays operation by operation and needs no compiler. ``"auto"`` compiles
+            where there is a C++ compiler, or CUDA. The attribute ``backend`` is the one in use.
+        settings: Further arguments of ``Trace_ELBO``.
 
     Raises:
         ValueError: If ``num_particles`` is no positive int, or ``backend`` none of these. At a
-            call, if the model branches on a number (names the line), has enumerated
+            call, if the model branches on a number (the error names the line), has enumerated
             sites, or changes from call to call.
 
     Warns:
         UserWarning: If a site of the guide is not reparameterised, handlers are active around the
-            call, a parameter has hooks, or arguments are of ever new kinds or of a kind that a
-            graph can't watch; such steps are Trace_ELBO's.
+            call, a parameter has hooks, or arguments are of ever new kinds or of a type that a
+            graph can't see change. ``Trace_ELBO`` takes such steps.
 
     Example:
         >>> def model(y):
@@ -89,21 +90,18 @@ class CompiledTrace_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
         self.backend = backend
         self.recorder = TraceRecorder(self)
 
-    def loss_and_grads(
-        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> float:
-        """An estimate of the loss; its gradient is added to that of the parameters."""
+    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+        """An estimate of the loss. Its gradient is added to that of the parameters."""
         call = Call(model, guide, args, kwargs)
         step, is_due = self.recorder.find(call)
-        if is_due:  # the code goes first, and is refused before it leaves a trace
+        if is_due:  # the code runs first, and a refusal comes before it changes gradients
             run = run_particles(self, call)
             self.recorder.record(call)
             if run.surrogate.requires_grad:
                 run.surrogate.backward(retain_graph=self.retain_graph)
             warn_if_nan(run.loss, "loss")
             return float(run.loss)
-        found = self._run(step, args, kwargs)
-        if step is None or found is None:
+        if step is None or (found := self._run(step, call)) is None:
             return super().loss_and_grads(model, guide, *args, **kwargs)  # type: ignore[no-any-return]
         loss, gradients = found
         with torch.no_grad():
@@ -112,35 +110,28 @@ class CompiledTrace_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
                     leaf.grad = gradient.clone(memory_format=torch.contiguous_format)
                 else:
                     leaf.grad.add_(gradient)
-        given, theirs = step.differentiable(args, kwargs), gradients[len(step.leaves) :]
-        if given:
-            torch.autograd.backward(given, theirs)
+        if inputs := step.differentiable(call):
+            torch.autograd.backward(inputs, gradients[len(step.leaves) :])
         return loss.item()
 
     def differentiable_loss(
-        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+        self, model: Program, guide: Program, *args: Any, **kwargs: Any
     ) -> Tensor:
         """An estimate of the loss, differentiable once."""
         call = Call(model, guide, args, kwargs)
         step, is_due = self.recorder.find(call)
-        found = self._run(step, args, kwargs)
-        if step is None or found is None:
+        if step is None or (found := self._run(step, call)) is None:
             eager = super().differentiable_loss(model, guide, *args, **kwargs)
             if is_due:
                 self.recorder.record(call)
-            return torch.as_tensor(eager)  # a number, where there are no sites
-        loss, gradients = found
-        leaves = [*step.leaves, *step.differentiable(args, kwargs)]
-        return _WithGradient.apply(loss, gradients, *leaves)  # type: ignore[no-any-return]
+            return torch.as_tensor(eager)  # a number, if there are no sites
+        leaves = [*step.leaves, *step.differentiable(call)]
+        return _WithGradient.apply(*found, *leaves)  # type: ignore[no-any-return]
 
-    def _run(
-        self, step: Step | None, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Tensor, Sequence[Tensor]] | None:
-        """What a step gives; None if that is not finite, as the code itself says what is wrong."""
-        if step is None:
-            return None
+    def _run(self, step: Step, call: Call) -> tuple[Tensor, Sequence[Tensor]] | None:
+        """Loss and gradients by a graph; None if not finite, since the code names the cause."""
         before = torch.get_rng_state()
-        loss, gradients = step(args, kwargs)
+        loss, gradients = step(call)
         if math.isfinite(loss.item()):
             return loss, gradients
         torch.set_rng_state(before)
@@ -148,7 +139,7 @@ class CompiledTrace_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
 
 
 class _WithGradient(torch.autograd.Function):
-    """A loss whose gradients are known."""
+    """A loss with known gradients."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, gradients: Sequence[Tensor], *_: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
-"""What a distribution can be, and whether the ends of that move with its parameters.
+"""Whether the bounds of a distribution's support depend on its parameters.
 
-Where they do, the score's mean is not zero: what a parameter does at the ends is missing in it.
+If they do, the score has a mean other than zero, since it lacks the parameters' effect at the
+bounds.
 """
 
 from __future__ import annotations
@@ -20,56 +21,54 @@ __all__ = ["support_moves"]
 
 
 def support_moves(fn: Any, like: Tensor) -> bool:
-    """Whether a gradient reaches the ends of a support.
+    """Whether the bounds of a distribution's support have gradients.
 
     Args:
         fn: A distribution.
         like: One of its draws, for dtype and device.
     """
     fn = bare(fn)
-    if type(fn).support is TransformedDistribution.support:  # which doesn't say
+    if type(fn).support is TransformedDistribution.support:  # it ignores the transforms' parameters
         return support_moves(fn.base_dist, like) or _image_moves(fn, like)
     return any(tensor.requires_grad for tensor in tensors_in(fn.support))
 
 
 def _image_moves(fn: TransformedDistribution, like: Tensor) -> bool:
-    """Follows the ends of the base's support through the transforms."""
+    """Carries the bounds of the base's support through the transforms."""
     base = fn.base_dist
     zeros = like.new_zeros(base.batch_shape + base.event_shape)
-    ends = _ends_of(base.support, zeros)
+    bounds = _bounds_of(base.support, zeros)
     for transform in fn.transforms:
-        if ends is not None and ends.isinf().all() and _is_real(transform.codomain):
+        if bounds is not None and bounds.isinf().all() and _is_real(transform.codomain):
             continue  # the whole line to the whole line
-        if ends is None or transform.domain.event_dim:  # coordinates mix: not by their ends alone
-            if _moves_anything(transform, fn, zeros):
+        if bounds is None or transform.domain.event_dim:  # coordinates mix, so bounds don't suffice
+            if _has_parameters(transform, fn, zeros):
                 return True
-            ends = None
+            bounds = None
             continue
-        image = transform(ends)
+        image = transform(bounds)
         if image.isnan().any():
             return True
         if image.requires_grad and _has_slope(image[image.isfinite()].sum()):
             return True
-        ends = image.detach()
+        bounds = image.detach()
     return False
 
 
-def _ends_of(support: Any, like: Tensor) -> Tensor | None:
-    """The lowest and the highest values, of shape ``(2,) + shape``; None where they are unknown."""
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    if support in (constraints.real, constraints.real_vector):
-        lower, upper = -math.inf, math.inf
-    else:
-        lower = getattr(support, "lower_bound", -math.inf)
-        upper = getattr(support, "upper_bound", math.inf)
-        if not (hasattr(support, "lower_bound") or hasattr(support, "upper_bound")):
-            return None
+def _bounds_of(support: Any, like: Tensor) -> Tensor | None:
+    """The lower and upper bounds, of shape ``(2,) + shape``; None if they are unknown."""
+    support = _base_constraint(support)
+    if not (
+        hasattr(support, "lower_bound") or hasattr(support, "upper_bound") or _is_real(support)
+    ):
+        return None
+    lower = getattr(support, "lower_bound", -math.inf)
+    upper = getattr(support, "upper_bound", math.inf)
     return torch.stack([like + lower, like + upper]).detach()
 
 
-def _moves_anything(transform: Any, fn: TransformedDistribution, zeros: Tensor) -> bool:
-    """Whether values of this transform have gradients where what goes in has none."""
+def _has_parameters(transform: Any, fn: TransformedDistribution, zeros: Tensor) -> bool:
+    """Whether outputs of this transform have gradients when its input has none."""
     x = biject_to(fn.base_dist.support)(zeros)
     for part in fn.transforms:
         x = part(x.detach())
@@ -81,11 +80,15 @@ def _moves_anything(transform: Any, fn: TransformedDistribution, zeros: Tensor) 
 def _has_slope(value: Tensor) -> bool:
     leaves = leaves_of(value)
     slopes = torch.autograd.grad(value, leaves, allow_unused=True, retain_graph=True)
-    # Infinite ends, which count nothing, have slopes of 0 * inf.
+    # At infinite bounds, which don't count, the gradient is 0 * inf.
     return any(s is not None and bool(s.nan_to_num(0.0).ne(0).any()) for s in slopes)
 
 
-def _is_real(constraint: Any) -> bool:
+def _base_constraint(constraint: Any) -> Any:
     while isinstance(constraint, constraints.independent):
         constraint = constraint.base_constraint
-    return constraint in (constraints.real, constraints.real_vector)
+    return constraint
+
+
+def _is_real(constraint: Any) -> bool:
+    return _base_constraint(constraint) is constraints.real

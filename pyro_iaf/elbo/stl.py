@@ -6,8 +6,9 @@ The gradient of :math:`\log q(z; \phi) - \log p(y, z)` at a draw :math:`z = f(x;
     \Bigl(\frac{\partial f}{\partial \phi}\Bigr)^{\mathsf T}
     \nabla_z \bigl[\log q(z; \phi) - \log p(y, z)\bigr] + \nabla_\phi \log q(z; \phi),
 
-whose last term has mean zero and, near the posterior, most of the noise. It is left out: each draw
-of the guide is cut from its graph, and what the densities say of it goes back through the draw.
+whose last term, the score, has mean zero and, near the posterior, most of the variance. It is left
+out: densities are evaluated at a detached copy of each draw, and their gradient in the copy is
+passed back through the draw.
 """
 
 from __future__ import annotations
@@ -42,36 +43,36 @@ __all__ = ["TraceSTL_ELBO"]
 
 
 class TraceSTL_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
-    r"""Pyro's ``Trace_ELBO``, with gradients of the guide's draws alone ("sticking the landing").
+    r"""Pyro's ``Trace_ELBO``, with gradients through the draws alone ("sticking the landing").
 
-    The loss is the same, and so is the gradient's mean. What is left out is the gradient of
-    :math:`\log q(z; \phi)` in the parameters at a fixed draw, whose mean is zero. Its variance
-    is not: at the posterior it is all that is left of the gradient, and without it the gradient
-    there is exactly zero. Far from the posterior the ordinary gradient may have less variance.
+    Loss and mean gradient are the same. The score, which is the gradient of
+    :math:`\log q(z; \phi)` in the parameters at a fixed draw, is left out. Its mean is zero, but at
+    the posterior it is the whole gradient of ``Trace_ELBO``. So there the gradient is exactly zero.
+    Far from the posterior the ordinary gradient may have less variance.
 
     Any guide and model will do. Sites are treated one by one: draws that are reparameterised, from
-    our flows or from other distributions, in plates, with masks, scales and subsamples. A flow's
-    density is differentiated along the pass that drew from it, by one triangular solution more and
-    no inverse; flows of others are inverted. Sites that can't be treated keep their ordinary
-    gradient. A guide may not write to its draws in place.
+    our flows or from other distributions, in plates, with masks, scales and subsamples. The density
+    of our flows is differentiated along the pass that drew, by one more triangular solution; other
+    flows are inverted. Sites that can't be treated keep their ordinary gradient. A guide may not
+    write to its draws in place.
 
-    A step takes some 1.2 times that of ``Trace_ELBO``, and 1.5 where sites listen to earlier ones.
-    Each site goes back through all that it was told: where that is a recurrent network over all
-    earlier draws, a step takes time quadratic in their number.
+    A step takes some 1.2 times that of ``Trace_ELBO``, and 1.5 if sites depend on earlier ones.
+    Each site is differentiated in all earlier draws that it depends on. With a recurrent network
+    over all of them, a step takes time quadratic in their number.
 
     Args:
-        num_particles: How many draws the gradient is taken from.
+        num_particles: Number of draws for each gradient.
         max_plate_nesting: As for ``Trace_ELBO``.
         vectorize_particles: Whether to draw them at once.
-        settings: What else ``Trace_ELBO`` takes.
+        settings: Further arguments of ``Trace_ELBO``.
 
     Raises:
         ValueError: If ``num_particles`` is no positive int.
 
     Warns:
-        UserWarning: Once for each site whose gradient stays as it is: one that is not
+        UserWarning: Once for each site that keeps its ordinary gradient: one that is not
             reparameterised, whose support has parameters or is unknown, that can't be scored at a
-            value from elsewhere, or that is a point with a density of the guide's own making.
+            detached value, or that is a point with a density computed by the guide.
 
     References:
         Roeder et al. (2017), https://arxiv.org/abs/1703.09194; Agrawal et al. (2020),
@@ -104,18 +105,18 @@ class TraceSTL_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
             **settings,
         )
         self._warned: set[str] = set()
-        self._looked_at: set[str] = set()
+        self._checked: set[str] = set()
         self._reasons: dict[Any, str] = {}
 
     def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
-        """An estimate of the loss; its gradient is added to that of the parameters."""
+        """An estimate of the loss. Its gradient is added to that of the parameters."""
         total: Any = 0.0
         for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
-            loss, free = self._differentiable_loss_particle(model_trace, guide_trace)
+            loss, live = self._differentiable_loss_particle(model_trace, guide_trace)
             total += loss / self.num_particles
-            free = torch.as_tensor(free) / self.num_particles
-            held = _held(guide_trace) / self.num_particles
-            _go_back(free, held, _cuts_of(guide_trace), self.retain_graph)
+            live = torch.as_tensor(live) / self.num_particles
+            frozen = _frozen_log_prob(guide_trace) / self.num_particles
+            _backward(live, frozen, _detached_draws(guide_trace), self.retain_graph)
         warn_if_nan(total, "loss")
         return float(total)
 
@@ -125,8 +126,9 @@ class TraceSTL_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
         """An estimate of the loss, differentiable once."""
         total: Any = 0.0
         for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
-            loss, free = self._differentiable_loss_particle(model_trace, guide_trace)
-            surrogate = _through_draws(free, _held(guide_trace), _cuts_of(guide_trace))
+            loss, live = self._differentiable_loss_particle(model_trace, guide_trace)
+            frozen = _frozen_log_prob(guide_trace)
+            surrogate = _surrogate(torch.as_tensor(live), frozen, _detached_draws(guide_trace))
             total = total + (loss + surrogate - surrogate.detach()) / self.num_particles
         total = torch.as_tensor(total)
         warn_if_nan(total, "loss")
@@ -134,41 +136,42 @@ class TraceSTL_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
 
     def recordable_particle(self, model_trace: poutine.Trace, guide_trace: poutine.Trace) -> Tensor:
         """The same of one run whose draws are reparameterised, in operations for a graph."""
-        free: Any = torch.zeros(())
+        live: Any = torch.zeros(())
         for site in _samples(model_trace):
-            free = free - site["log_prob_sum"]
+            live = live - site["log_prob_sum"]
         for site in _samples(guide_trace):
-            if "held" not in site:
-                free = free + site["log_prob_sum"]
-        held = _held(guide_trace)
-        surrogate = _through_draws(free, held, _cuts_of(guide_trace))
-        loss: Tensor = (free + held).detach()
+            if "frozen" not in site:
+                live = live + site["log_prob_sum"]
+        frozen = _frozen_log_prob(guide_trace)
+        surrogate = _surrogate(live, frozen, _detached_draws(guide_trace))
+        loss: Tensor = (live + frozen).detach()
         return loss + surrogate - surrogate.detach()
 
     def _get_trace(self, model: Program, guide: Program, args: Args, kwargs: Kwargs) -> Any:
         if isinstance(poutine.unwrap(guide), Messenger):
             self._warn("guide", "All sites keep", "the guide is a messenger around the model")
             return super()._get_trace(model, guide, args, kwargs)
-        cut = _Cut(self._warn_of_site, self._reasons)
-        model_trace, guide_trace = super()._get_trace(model, cut(guide), args, kwargs)
-        leaves = {id(site["value"]) for site in _samples(guide_trace) if _is_cut(site)}
+        detach = _DetachDraws(self._warn_of_site, self._reasons)
+        model_trace, guide_trace = super()._get_trace(model, detach(guide), args, kwargs)
+        leaves = {id(site["value"]) for site in _samples(guide_trace) if _is_detached(site)}
         for site in _samples(guide_trace):
             name = site["name"]
-            log_prob, of_score, held = site["score_parts"]
-            if _is_cut(site):
-                site["score_parts"] = ScoreParts(log_prob, of_score, 0.0)  # type: ignore[arg-type]
-                site["held"] = held
-            elif not is_identically_zero(of_score):
-                # Its mean is zero in the draws that it depends on, and it belongs to the landing.
-                site["held"] = log_prob
-                if of_score.requires_grad:
+            log_prob, score_function, entropy = site["score_parts"]
+            if _is_detached(site):
+                site["score_parts"] = ScoreParts(log_prob, score_function, 0.0)  # type: ignore[arg-type]
+                site["frozen"] = entropy
+            elif not is_identically_zero(score_function):
+                # Its gradient in earlier draws has mean zero, but at the posterior it is needed to
+                # cancel the gradient of the model.
+                site["frozen"] = log_prob
+                if score_function.requires_grad:
                     self._warn_of_site(name, "it is not reparameterised")
-            elif name not in self._looked_at:
-                self._looked_at.add(name)
-                if _has_parameters(held, leaves):
-                    made = "it is a point with a density of the guide's making"
-                    is_made = is_point(site["fn"])
-                    self._warn_of_site(name, made if is_made else "a handler gave its value")
+            elif name not in self._checked:
+                self._checked.add(name)
+                if _has_parameters(entropy, leaves):
+                    why = "it is a point with a density computed by the guide"
+                    is_delta = is_point(site["fn"])
+                    self._warn_of_site(name, why if is_delta else "a handler gave its value")
         return model_trace, guide_trace
 
     def _warn_of_site(self, name: str, why: str) -> None:
@@ -180,20 +183,20 @@ class TraceSTL_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
             warn(f"{what} the ordinary gradient under TraceSTL_ELBO, since {why}.")
 
 
-class _Cut(Messenger):
-    """Hands on each draw of a guide without its graph, which goes on in the site's ``cut``."""
+class _DetachDraws(Messenger):
+    """Detaches each draw of a guide from its graph, which the site keeps as ``detached``."""
 
     def __init__(self, warn: Callable[[str, str], None], reasons: dict[Any, str]) -> None:
         super().__init__()
         self.warn, self.reasons = warn, reasons
-        self.num_cut = 0
+        self.is_first = True
 
     def _pyro_sample(self, msg: Any) -> None:
         fn = msg["fn"]
-        is_free = not (msg["done"] or msg["is_observed"]) and msg["value"] is None
-        if not is_free or is_point(fn) or not fn.has_rsample or not torch.is_grad_enabled():
+        is_given = msg["done"] or msg["is_observed"] or msg["value"] is not None
+        if is_given or is_point(fn) or not fn.has_rsample or not torch.is_grad_enabled():
             return
-        drawn = None if msg["args"] or msg["kwargs"] else self._drawn(fn)
+        drawn = None if msg["args"] or msg["kwargs"] else _draw_from_flows(fn)
         value = fn(*msg["args"], **msg["kwargs"]) if drawn is None else drawn.value
         msg["value"] = value
         if not value.requires_grad:
@@ -203,18 +206,18 @@ class _Cut(Messenger):
         leaf.requires_grad_()
         if drawn is not None:
             noise = drawn.lend_noise(leaf)
-            msg["cut"] = Cut(value, leaf, None if noise is None else (noise, drawn))
-            msg["fn"] = _Known(fn, drawn, leaf, listens=self.num_cut > 0)
+            msg["detached"] = DetachedDraw(value, leaf, None if noise is None else (noise, drawn))
+            msg["fn"] = _AtItsDraw(fn, drawn, leaf, is_first=self.is_first)
         elif reason := self._why_not(msg["name"], fn, value, leaf):
             self.warn(msg["name"], reason)
             return
         else:
-            msg["cut"] = Cut(value, leaf)
+            msg["detached"] = DetachedDraw(value, leaf)
         msg["value"] = leaf
-        self.num_cut += 1
+        self.is_first = False
 
     def _why_not(self, name: str, fn: Any, value: Tensor, leaf: Tensor) -> str:
-        """Why a site can't be treated; nothing if it can. Found once for each kind."""
+        """Why a site can't be treated, or ""; found once for each site and class."""
         kind = name, type(fn)
         if kind in self.reasons:
             return self.reasons[kind]
@@ -225,7 +228,7 @@ class _Cut(Messenger):
         if not reason:
             try:
                 again = fn.score_parts(leaf).log_prob
-                if runs_eagerly():  # some distributions need more of a draw than its numbers
+                if runs_eagerly():  # some distributions need more of a draw than its values
                     torch.testing.assert_close(again, fn.log_prob(value), equal_nan=True)
             except (AssertionError, KeyError, NotImplementedError):
                 reason = "it can't score a draw without the graph that made it"
@@ -233,106 +236,93 @@ class _Cut(Messenger):
             self.reasons[kind] = reason
         return reason
 
-    def _drawn(self, fn: Any) -> Drawn | None:
-        """A draw with its score, at once, where flows of ours draw from a normal."""
-        flows, base = _flows_of(fn), _normal_of(fn)
-        if flows is None or base is None:
-            return None
-        normal = base.base_dist if isinstance(base, Independent) else base
-        x = base.rsample()
-        score = ((normal.loc - x) / normal.scale.square()).detach()
-        return draw_with_score(flows, x, base.log_prob(x), score, remember=True)
 
+class _AtItsDraw(dist.TorchDistribution):
+    r"""A distribution at its own draw, where its log density and the gradient in it are known.
 
-class _Known(dist.TorchDistribution):
-    r"""A distribution at its own draw, of which log density and score are known.
-
-    What it was told may depend on earlier draws. Along the draw :math:`z(\theta)` that is
+    Its parameters :math:`\theta` may depend on earlier draws. The gradient in them is
 
     .. math::
         \partial_\theta \log q(z; \theta) = \frac{d}{d\theta} \log q(z(\theta); \theta)
             - \nabla_z \log q(z; \theta) \cdot \frac{dz}{d\theta},
 
-    of which both terms are differentiated along the pass that drew, without an inverse.
+    and both terms are differentiated along the pass that drew :math:`z(\theta)`, without an
+    inverse.
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
     has_rsample = True
 
-    def __init__(self, fn: Any, drawn: Drawn, leaf: Tensor, listens: bool) -> None:
+    def __init__(self, fn: Any, drawn: Drawn, leaf: Tensor, is_first: bool) -> None:
         self.fn, self.leaf, self.score = fn, leaf, drawn.score
         self.known = drawn.log_prob.detach()
-        if listens:
-            told = drawn.log_prob - (drawn.score * drawn.value).sum(-1)
-            self.known = self.known + (told - told.detach())
+        if not is_first:
+            by_parameters = drawn.log_prob - (drawn.score * drawn.value).sum(-1)
+            self.known = self.known + (by_parameters - by_parameters.detach())
         super().__init__(fn.batch_shape, fn.event_shape, validate_args=False)
 
     @property
     def support(self) -> constraints.Constraint:
-        support: constraints.Constraint = self.fn.support
-        return support
+        return self.fn.support  # type: ignore[no-any-return]
 
     def log_prob(self, value: Tensor) -> Tensor:
-        if value is not self.leaf:  # another handler's
+        if value is not self.leaf:  # a value by another handler
             return self.fn.log_prob(value)  # type: ignore[no-any-return]
         slope: Tensor = (self.score * (value - value.detach())).sum(-1)
         return self.known + slope
 
 
-class Cut(NamedTuple):
-    """A draw with its graph, and the same without it; also of the noise that made it, if known."""
+class DetachedDraw(NamedTuple):
+    """A draw with its graph, a leaf of the same values, and a leaf of its noise, if known."""
 
-    drawn: Tensor
+    value: Tensor
     leaf: Tensor
     noise: tuple[Tensor, Drawn] | None = None
 
 
-def _is_cut(site: Any) -> bool:
-    return "cut" in site and site["value"] is site["cut"].leaf
+def _is_detached(site: Any) -> bool:
+    return "detached" in site and site["value"] is site["detached"].leaf
 
 
-def _cuts_of(guide_trace: poutine.Trace) -> list[Cut]:
-    return [site["cut"] for site in _samples(guide_trace) if _is_cut(site)]
+def _detached_draws(guide_trace: poutine.Trace) -> list[DetachedDraw]:
+    return [site["detached"] for site in _samples(guide_trace) if _is_detached(site)]
 
 
-def _held(guide_trace: poutine.Trace) -> Tensor:
-    """The log densities whose parameters are held still."""
-    sites = (site["held"].sum() for site in _samples(guide_trace) if "held" in site)
-    total: Tensor = sum(sites, torch.zeros(()))
-    return total
+def _frozen_log_prob(guide_trace: poutine.Trace) -> Tensor:
+    """The sum of the log densities whose gradient in their parameters is left out."""
+    sites = (site["frozen"].sum() for site in _samples(guide_trace) if "frozen" in site)
+    return sum(sites, torch.zeros(()))
 
 
-def _go_back(free: Tensor, held: Tensor, cuts: Sequence[Cut], retain_graph: bool | None) -> None:
-    """Adds the gradient to the parameters'."""
-    leaves = [cut.leaf for cut in cuts]
-    for leaf, slope in zip(leaves, _slopes_of_held(held, cuts), strict=True):
-        leaf.grad = slope.contiguous()
-    if free.requires_grad:
-        free.backward(retain_graph=bool(cuts) or retain_graph)
-    if cuts:
-        slopes = _carried_back([leaf.grad for leaf in leaves], cuts)  # type: ignore[misc]
-        draws = [cut.drawn for cut in cuts]
-        torch.autograd.backward(draws, slopes, retain_graph=retain_graph)
+def _backward(
+    live: Tensor, frozen: Tensor, draws: Sequence[DetachedDraw], retain_graph: bool | None
+) -> None:
+    """Adds the gradient to that of the parameters."""
+    for draw, slope in zip(draws, _slopes_of_frozen(frozen, draws), strict=True):
+        draw.leaf.grad = slope.contiguous()
+    if live.requires_grad:
+        live.backward(retain_graph=bool(draws) or retain_graph)
+    if draws:
+        slopes = _total_slopes([draw.leaf.grad for draw in draws], draws)
+        torch.autograd.backward([d.value for d in draws], slopes, retain_graph=retain_graph)
 
 
-def _through_draws(loss: Any, held: Tensor, cuts: Sequence[Cut]) -> Tensor:
-    """Something whose gradient is that of the loss with all densities."""
-    free: Tensor = torch.as_tensor(loss)
-    slopes = _slopes_of_held(held, cuts)
-    if cuts and free.requires_grad:
-        leaves = [cut.leaf for cut in cuts]
-        more = torch.autograd.grad(free, leaves, retain_graph=True, materialize_grads=True)
+def _surrogate(live: Tensor, frozen: Tensor, draws: Sequence[DetachedDraw]) -> Tensor:
+    """A tensor whose gradient is that of the loss with all densities."""
+    slopes = _slopes_of_frozen(frozen, draws)
+    if draws and live.requires_grad:
+        leaves = [draw.leaf for draw in draws]
+        more = torch.autograd.grad(live, leaves, retain_graph=True, materialize_grads=True)
         slopes = [a + b for a, b in zip(slopes, more, strict=True)]
-    pairs = zip(cuts, _carried_back(slopes, cuts), strict=True)
-    surrogate: Tensor = sum(((slope * cut.drawn).sum() for cut, slope in pairs), free)
-    return surrogate
+    pairs = zip(draws, _total_slopes(slopes, draws), strict=True)
+    return sum(((slope * draw.value).sum() for draw, slope in pairs), live)
 
 
-def _slopes_of_held(held: Tensor, cuts: Sequence[Cut]) -> list[Tensor]:
-    r"""The gradient of the densities that are held still in each draw, also by way of its noise.
+def _slopes_of_frozen(frozen: Tensor, draws: Sequence[DetachedDraw]) -> list[Tensor]:
+    r"""The gradient of the frozen log densities in each draw, also by way of its noise.
 
-    With :math:`z = f(x; c)`, noise :math:`x` that is listened to follows from the draw :math:`z`
-    and from what the flow was told, :math:`c`:
+    Let a density :math:`h` depend on noise :math:`x`. With :math:`z = f(x; c)`, that noise is a
+    function of the draw :math:`z` and of the flow's context and parameters :math:`c`:
 
     .. math::
         u = J^{-\mathsf T} \frac{\partial h}{\partial x}, \qquad
@@ -340,67 +330,66 @@ def _slopes_of_held(held: Tensor, cuts: Sequence[Cut]) -> list[Tensor]:
         \frac{\partial h}{\partial c} \mathrel{-}=
             \Bigl(\frac{\partial f}{\partial c}\Bigr)^{\mathsf T} u.
     """
-    if not cuts or not held.requires_grad:
-        return [torch.zeros_like(cut.leaf) for cut in cuts]
-    # Two tensors for each draw, that those before one are a slice; noise that nobody knows is new.
-    pairs = [
-        (c.leaf, torch.zeros((), requires_grad=True) if c.noise is None else c.noise[0])
-        for c in cuts
-    ]
-    heard = [tensor for pair in pairs for tensor in pair]
-    found = list(torch.autograd.grad(held, heard, retain_graph=True, allow_unused=True))
-    for k in range(len(cuts) - 1, -1, -1):
-        cut, of_noise = cuts[k], found[2 * k + 1]
-        if cut.noise is not None and of_noise is not None:
-            u = cut.noise[1].solve_transposed(of_noise)
-            found[2 * k] = u if found[2 * k] is None else found[2 * k] + u
-            _pass_on(-u, cut.drawn, heard[: 2 * k], found)
-    return [
-        torch.zeros_like(cut.leaf) if slope is None else slope
-        for slope, cut in zip(found[::2], cuts, strict=True)
-    ]
+    if not draws or not frozen.requires_grad:
+        return [torch.zeros_like(draw.leaf) for draw in draws]
+    # Leaf and noise of each draw in turn, so that those of earlier draws are a slice.
+    inputs: list[Tensor] = []
+    for draw in draws:
+        noise = torch.zeros((), requires_grad=True) if draw.noise is None else draw.noise[0]
+        inputs += [draw.leaf, noise]
+    slopes = list(torch.autograd.grad(frozen, inputs, retain_graph=True, allow_unused=True))
+    for k in range(len(draws) - 1, -1, -1):
+        draw, of_noise = draws[k], slopes[2 * k + 1]
+        if draw.noise is not None and of_noise is not None:
+            u = draw.noise[1].solve_transposed(of_noise)
+            slopes[2 * k] = u if slopes[2 * k] is None else slopes[2 * k] + u
+            _pass_back(-u, draw.value, inputs[: 2 * k], slopes)
+    pairs = zip(slopes[::2], draws, strict=True)
+    return [torch.zeros_like(draw.leaf) if s is None else s for s, draw in pairs]
 
 
-def _carried_back(slopes: Sequence[Tensor], cuts: Sequence[Cut]) -> list[Tensor]:
-    """What each draw's slope is, with all that depends on it by way of later draws."""
-    found, leaves = list(slopes), [cut.leaf for cut in cuts]
-    for k in range(len(cuts) - 1, 0, -1):
-        _pass_on(found[k], cuts[k].drawn, leaves[:k], found)
-    return found
+def _total_slopes(slopes: Sequence[Any], draws: Sequence[DetachedDraw]) -> list[Tensor]:
+    """The slopes in each draw, with those by way of later draws."""
+    totals, leaves = list(slopes), [draw.leaf for draw in draws]
+    for k in range(len(draws) - 1, 0, -1):
+        _pass_back(totals[k], draws[k].value, leaves[:k], totals)
+    return totals
 
 
-def _pass_on(slope: Tensor, drawn: Tensor, heard: Sequence[Tensor], found: list[Any]) -> None:
-    """Adds what the slope of a draw makes of the slopes of all that it may have heard."""
-    more = heard and torch.autograd.grad(drawn, heard, slope, retain_graph=True, allow_unused=True)
+def _pass_back(slope: Tensor, y: Tensor, inputs: Sequence[Tensor], slopes: list[Any]) -> None:
+    """Adds to the slopes in ``inputs`` those by way of ``y``, whose slope is known."""
+    more = inputs and torch.autograd.grad(y, inputs, slope, retain_graph=True, allow_unused=True)
     for k, term in enumerate(more):
         if term is not None:
-            found[k] = term if found[k] is None else found[k] + term
+            slopes[k] = term if slopes[k] is None else slopes[k] + term
 
 
 def _samples(trace: poutine.Trace) -> list[Any]:
     return [site for site in trace.nodes.values() if site["type"] == "sample"]
 
 
-def _flows_of(fn: Any) -> list[SinglePass] | None:
-    """The flows of ours that a distribution is made of, if it is made of nothing else."""
+def _draw_from_flows(fn: Any) -> Drawn | None:
+    """A draw with its score, if a distribution is a normal over vectors under our flows only."""
+    # Other classes may draw and score in their own way.
     if type(fn) not in (TransformedDistribution, dist.TransformedDistribution, Posterior):
-        return None  # who knows how it draws and scores
-    if len(fn.event_shape) != 1:
         return None
+    base = fn.base_dist
+    normal = base.base_dist if isinstance(base, Independent) else base
+    kind = dist.Normal if isinstance(base, Independent) else DiagonalNormal
     flows = [flow for part in fn.transforms for flow in getattr(part, "parts", [part])]
-    return flows if flows and all(isinstance(flow, SinglePass) for flow in flows) else None
-
-
-def _normal_of(fn: Any) -> Any:
-    """The normal that a transformed distribution starts with, if it is one over vectors."""
-    base = getattr(fn, "base_dist", None)
-    if isinstance(base, Independent) and type(base.base_dist) is dist.Normal:
-        return base if base.reinterpreted_batch_ndims == 1 else None
-    return base if type(base) is DiagonalNormal else None
+    is_vector = len(fn.event_shape) == len(base.event_shape) == 1
+    are_ours = flows and all(isinstance(flow, SinglePass) for flow in flows)
+    if type(normal) is not kind or not is_vector or not are_ours:
+        return None
+    x = base.rsample()
+    score = ((normal.loc - x) / normal.scale.square()).detach()
+    return draw_with_score(flows, x, base.log_prob(x), score, remember=True)
 
 
 def _has_parameters(density: Any, leaves: set[int]) -> bool:
-    """Whether a density has a gradient that is not one of these leaves'."""
-    if not isinstance(density, Tensor) or not density.requires_grad:
-        return False
-    return any(id(leaf) not in leaves for leaf in leaves_of(density))
+    """Whether a density has a gradient in something other than these leaves."""
+    return (
+        isinstance(density, Tensor)
+        and density.requires_grad
+        and any(id(leaf) not in leaves for leaf in leaves_of(density))
+    )

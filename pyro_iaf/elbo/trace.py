@@ -1,8 +1,8 @@
-"""What is recorded of Pyro's trace ELBO."""
+"""Graphs of Pyro's trace ELBO and its gradient."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import pyro
@@ -17,8 +17,9 @@ from torch import Tensor
 from .._validation import warn
 from ..compiler.capture import Graph, Refused, record
 from ..compiler.lowering import Replay, choose_backend, lower
-from ..compiler.recorder import Recorder, by_hash, compare, disagreement, kind_of, opened
+from ..compiler.recorder import Recorder, by_hash, compare, disagreement, flatten_tensors, kind_of
 from ..models import param_store
+from ..models.arguments import Args, Kwargs, Program
 from ..models.traces import quietly, samples
 from ..solvers.implicit import leaves_of
 
@@ -26,16 +27,16 @@ __all__ = ["Call", "Step", "TraceRecorder", "recordable_loss", "run_particles"]
 
 
 class Call(NamedTuple):
-    """What a loss is called with."""
+    """The arguments of a call of a loss."""
 
-    model: Callable[..., Any]
-    guide: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    model: Program
+    guide: Program
+    args: Args
+    kwargs: Kwargs
 
 
 def trace_loss(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> Tensor:
-    """The negative ELBO of a run; its gradient is Trace_ELBO's if all draws are reparameterised."""
+    """The negative ELBO of a run, with Trace_ELBO's gradient if all draws are reparameterised."""
     elbo: Any = 0.0
     for sign, trace in ((1, model_trace), (-1, guide_trace)):
         for site in trace.nodes.values():
@@ -44,34 +45,28 @@ def trace_loss(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> Tensor
     return -torch.as_tensor(elbo)
 
 
-def recordable_loss(
-    elbo: Trace_ELBO,
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Tensor:
-    """What ``elbo`` is of these, in operations that a graph can hold.
+def recordable_loss(elbo: Trace_ELBO, call: Call) -> Tensor:
+    """The loss by ``elbo``, in operations that a graph can hold.
 
-    An ELBO with gradients of its own says in ``recordable_particle`` what they are.
+    An ELBO with gradients of its own defines ``recordable_particle`` in place of ``trace_loss``.
 
     Raises:
         Refused: If a site is enumerated, or not reparameterised.
     """
     total: Any = 0.0
-    for model_trace, guide_trace in elbo._get_traces(model, guide, args, kwargs):
+    of_traces = getattr(elbo, "recordable_particle", trace_loss)
+    for model_trace, guide_trace in elbo._get_traces(*call):
         if site := not_reparameterised(model_trace, guide_trace):
             raise Refused(
-                f"The guide's draws at site '{site}' are not reparameterised, which takes a "
-                "gradient of another kind than a graph has: compile=False."
+                f"The guide's draws at site '{site}' are not reparameterised, and a graph has no "
+                "score-function gradient. Use compile=False."
             )
-        of_traces = getattr(elbo, "recordable_particle", trace_loss)
         total = total + of_traces(model_trace, guide_trace) / elbo.num_particles
     return torch.as_tensor(total)
 
 
 def not_reparameterised(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> str | None:
-    """A site of the guide whose gradient takes its score, if there is one.
+    """A site of the guide with a score-function gradient, if there is one.
 
     Raises:
         Refused: If a site is enumerated.
@@ -80,10 +75,10 @@ def not_reparameterised(model_trace: poutine.Trace, guide_trace: poutine.Trace) 
     for name, site in [*guide.items(), *samples(model_trace).items()]:
         if site["infer"].get("enumerate"):
             raise Refused(
-                f"Site '{name}' is enumerated, which is for TraceEnum_ELBO; CompiledTrace_ELBO "
+                f"Site '{name}' is enumerated, which needs TraceEnum_ELBO; CompiledTrace_ELBO "
                 "draws at each site."
             )
-    # The site's own word, as wrappers and has_rsample_() change that of the class.
+    # From score_parts, since wrappers and has_rsample_() may differ from the class's has_rsample.
     for name, site in guide.items():
         if "score_parts" in site and not is_identically_zero(site["score_parts"][1]):
             return name
@@ -91,13 +86,13 @@ def not_reparameterised(model_trace: poutine.Trace, guide_trace: poutine.Trace) 
 
 
 class ParticleRun(NamedTuple):
-    """What Trace_ELBO makes of a call.
+    """The result of Trace_ELBO on a call.
 
     Attributes:
-        loss: A number or a tensor, also where it is infinite.
-        surrogate: What has its gradient.
-        not_reparameterised: A site of the guide whose gradient takes its score, if there is one.
-        structures: The sites of the runs of guide and model, but for the numbers in them.
+        loss: A number or a tensor, which may be infinite.
+        surrogate: A tensor whose gradient is that of the loss.
+        not_reparameterised: A site of the guide with a score-function gradient, if there is one.
+        structures: The sites of each run of model and guide, without their values.
     """
 
     loss: Any
@@ -112,9 +107,9 @@ def run_particles(elbo: Trace_ELBO, call: Call) -> ParticleRun:
     surrogate: Any = 0.0
     structures = set()
     for traces in elbo._get_traces(*call):
-        value, free = elbo._differentiable_loss_particle(*traces)
+        value, differentiable = elbo._differentiable_loss_particle(*traces)
         loss += value / elbo.num_particles
-        surrogate += free / elbo.num_particles
+        surrogate += differentiable / elbo.num_particles
         site = not_reparameterised(*traces)
         structures.add(tuple(tuple(map(_structure, samples(t).values())) for t in traces))
     return ParticleRun(loss, torch.as_tensor(surrogate), site, structures)
@@ -126,11 +121,7 @@ def _structure(site: Any) -> tuple[Any, ...]:
 
 
 class TraceRecorder(Recorder[Call, "Step"]):
-    """The graphs of a Trace_ELBO, for its calls.
-
-    Args:
-        elbo: The loss; its ``backend`` becomes what graphs are run by.
-    """
+    """The graphs of a Trace_ELBO, whose ``backend`` is set to the one that runs them."""
 
     def __init__(self, elbo: Any) -> None:
         super().__init__()
@@ -139,7 +130,7 @@ class TraceRecorder(Recorder[Call, "Step"]):
 
     def kind(self, call: Call) -> Any:
         if not all(type(h) is TraceMessenger and h.param_only for h in _PYRO_STACK):
-            raise Refused("A graph has no handlers from around the call. Handle the model instead.")
+            raise Refused("A graph ignores handlers around the call. Handle the model instead.")
         return by_hash(call.model), by_hash(call.guide), kind_of(*call)
 
     def leave_to_code(self, why: str) -> None:
@@ -149,7 +140,7 @@ class TraceRecorder(Recorder[Call, "Step"]):
 
     def is_current(self, recording: Step) -> bool:
         if any(leaf._backward_hooks for leaf in recording.leaves):
-            raise Refused("A parameter has a hook, which graphs don't call.")
+            raise Refused("A parameter has a hook, and graphs don't call hooks.")
         return recording.is_current()
 
     def make(self, call: Call) -> Step | None:
@@ -161,25 +152,24 @@ class TraceRecorder(Recorder[Call, "Step"]):
             elbo.backend = backend.name
             if site is not None:
                 self.leave_to_code(
-                    f"The guide's draws at site '{site}' are not reparameterised, which takes a "
-                    "gradient of another kind."
+                    f"The guide's draws at site '{site}' are not reparameterised, and a graph has "
+                    "no score-function gradient."
                 )
                 return None
-            tensors, rebuild = opened(call.args, call.kwargs)
+            tensors, rebuild = flatten_tensors(call.args, call.kwargs)
             positions = [k for k, t in enumerate(tensors) if t.requires_grad]
 
             def run(*tensors: Tensor) -> list[Tensor]:
-                given = list(tensors)
+                inputs = list(tensors)
                 for k in positions:
-                    given[k] = given[k].detach().requires_grad_()
-                loss = trace_loss(*next(elbo._get_traces(call.model, call.guide, *rebuild(given))))
+                    inputs[k] = inputs[k].detach().requires_grad_()
+                loss = trace_loss(*next(elbo._get_traces(call.model, call.guide, *rebuild(inputs))))
                 loss = loss / elbo.num_particles if elbo.vectorize_particles else loss
-                wanted = [*leaves, *(given[k] for k in positions)]
-                return [loss.detach(), *_gradients(loss, wanted)]
+                return _loss_and_gradients(loss, [*leaves, *(inputs[k] for k in positions)])
 
             with quietly():
                 graph = record(run, [tensor.detach() for tensor in tensors])
-        names = param_store.stated(capture.trace)
+        names = param_store.unconstrained_params(capture.trace)
         num_runs = 1 if elbo.vectorize_particles else elbo.num_particles
         step = Step(graph, leaves, names, positions, num_runs, tensors, backend.name)
         try:
@@ -190,8 +180,8 @@ class TraceRecorder(Recorder[Call, "Step"]):
             step = Step(graph, leaves, names, positions, num_runs, tensors, Replay.name)
             _compare(step, call, expected)
             warn(
-                "The compiled step does not agree with the code that it was made of, so steps are "
-                "replayed operation by operation."
+                "The compiled step does not agree with the code, so steps are replayed operation "
+                "by operation."
             )
         elbo.backend = step.backend
         return step
@@ -204,26 +194,27 @@ class TraceRecorder(Recorder[Call, "Step"]):
         _compare(recording, call, expected)
 
     def _by_code(self, call: Call) -> tuple[list[Tensor], list[Tensor], str | None]:
-        """The loss and its gradients, as Trace_ELBO has them, and the leaves of its graph.
-
-        And a site that is not reparameterised.
-        """
-        tensors, rebuild = opened(call.args, call.kwargs)
-        given = [t.detach().requires_grad_(t.requires_grad) for t in tensors]
-        call = Call(call.model, call.guide, *rebuild(given))
+        """Trace_ELBO's loss and gradients, the parameters, and a site not reparameterised."""
+        tensors, rebuild = flatten_tensors(call.args, call.kwargs)
+        inputs = [t.detach().requires_grad_(t.requires_grad) for t in tensors]
+        call = Call(call.model, call.guide, *rebuild(inputs))
         run, again = run_particles(self.elbo, call), run_particles(self.elbo, call)
         if len(run.structures | again.structures) > 1:
             raise disagreement("its sites are not the same in two runs")
-        # A leaf that each run makes anew is nobody's.
-        lasting = {id(leaf) for leaf in leaves_of(again.surrogate)} - {id(t) for t in given}
+        # Leaves that each run creates anew are no parameters.
+        lasting = {id(leaf) for leaf in leaves_of(again.surrogate)} - {id(t) for t in inputs}
         loss = run.surrogate
         leaves = [leaf for leaf in leaves_of(loss) if id(leaf) in lasting]
-        wanted = [*leaves, *(t for t in given if t.requires_grad)]
-        return [loss.detach(), *_gradients(loss, wanted)], leaves, run.not_reparameterised
+        wanted = [*leaves, *(t for t in inputs if t.requires_grad)]
+        return _loss_and_gradients(loss, wanted), leaves, run.not_reparameterised
 
 
 class Step:
-    """A graph of one run, made fast: from the arguments of a call to the loss and gradients."""
+    """A compiled graph of one run, from a call to its loss and gradients.
+
+    The gradients are those of ``leaves``, then of the tensors among the arguments at ``positions``.
+    ``names`` are the parameters that the code states, and ``inputs`` are example arguments.
+    """
 
     def __init__(
         self,
@@ -245,20 +236,18 @@ class Step:
             self.run, self.backend = lower(graph.module, example, backend)
 
     def is_current(self) -> bool:
-        """Whether the parameters and all that was read are still what they were."""
+        """Whether the parameters and all that was read are unchanged."""
         entries = pyro.get_param_store()._params
         return (
             all((entries.get(n) is leaf) == (n in self.stored) for n, leaf in self.names.items())
             and self.graph.is_current
         )
 
-    def __call__(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Tensor, Sequence[Tensor]]:
-        """The loss and its gradients, in the mean over all runs."""
-        self._declare()
+    def __call__(self, call: Call) -> tuple[Tensor, Sequence[Tensor]]:
+        """The loss and its gradients, averaged over all runs."""
+        self._state_parameters()
         with torch.no_grad():
-            given = [*opened(args, kwargs)[0], *self.graph.tensors]
+            given = [*flatten_tensors(call.args, call.kwargs)[0], *self.graph.tensors]
             found = self.run([*given, *self.graph.draw(*given)])
             for _ in range(1, self.num_runs):
                 more = self.run([*given, *self.graph.draw(*given)])
@@ -267,28 +256,28 @@ class Step:
                 found = [a / self.num_runs for a in found]
         return found[0], found[1:]
 
-    def differentiable(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        """The arguments that want gradients."""
-        tensors = opened(args, kwargs)[0] if self.positions else []
+    def differentiable(self, call: Call) -> list[Tensor]:
+        """The tensors among the arguments that require gradients."""
+        tensors = flatten_tensors(call.args, call.kwargs)[0] if self.positions else []
         return [tensors[k] for k in self.positions]
 
-    def _declare(self) -> None:
-        """Makes the statements of parameters that the code would make."""
+    def _state_parameters(self) -> None:
+        """States the parameters to handlers, as the code would."""
         if _PYRO_STACK:
             for name, leaf in self.names.items():
                 if name in self.stored:
                     pyro.param(name)
                 else:
-                    param_store.state(name, leaf)
+                    param_store.declare_local(name, leaf)
 
 
 def _compare(step: Step, call: Call, expected: Sequence[Tensor]) -> None:
     with torch.random.fork_rng():
-        loss, gradients = step(call.args, call.kwargs)
+        loss, gradients = step(call)
     compare([loss, *gradients], expected)
 
 
-def _gradients(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+def _loss_and_gradients(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
     if not leaves or not loss.requires_grad:
-        return [torch.zeros_like(leaf) for leaf in leaves]
-    return list(torch.autograd.grad(loss, leaves, materialize_grads=True))
+        return [loss.detach(), *map(torch.zeros_like, leaves)]
+    return [loss.detach(), *torch.autograd.grad(loss, leaves, materialize_grads=True)]

@@ -6,25 +6,25 @@ r"""Inverse autoregressive flows: noise ``x`` to latent ``y`` in one network pas
     \sum_{i=1}^{D} \log f'(x_i; p_i(x)),
 
 where the parameters :math:`p_i` of coordinate :math:`i` depend only on the coordinates before it.
-The Jacobian is triangular, so its log-determinant is a sum over the vector: one number per vector.
+The Jacobian is triangular, so its log-determinant is a sum over the coordinates of the vector.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .._validation import check_order, check_size, check_tensors, in_one_line
+from .._validation import check_order, check_size, check_tensors, module_repr
 from ..nn.made import MaskedAutoregressiveNetwork, check_network, order_of
 from ..nn.univariate import Affine, UnivariateMap, univariate_map
 from ..solvers.fixed_point import runs_eagerly
 from ..solvers.implicit import attach_gradient, check_round_trip, transposed_solution, walk_back
-from ..solvers.path_score import Step, can_be_written_out, written_out
+from ..solvers.path_score import Step, has_explicit_jacobian, pass_with_carrier
 from . import pass_cache
 from .base import Flow, SinglePass
 
@@ -33,15 +33,16 @@ __all__ = [
     "InverseAutoregressiveFlowStack",
     "inverse_autoregressive_flow",
 ]
+F = TypeVar("F")
 
 
-class OnNetwork:
-    """What a flow and its conditional twin share: a network, and the map that its outputs steer."""
+class NetworkMixin:
+    """The network and the univariate map of a flow, with a context or without."""
 
     network: Any
     univariate: UnivariateMap
 
-    def _adopt(self, network: Callable[..., Any], univariate: str | UnivariateMap) -> None:
+    def _set_network(self, network: Callable[..., Any], univariate: str | UnivariateMap) -> None:
         self.univariate = univariate_map(univariate)
         check_network(network, self.univariate)
         self.network = network
@@ -49,49 +50,48 @@ class OnNetwork:
 
     @property
     def order(self) -> Tensor:
-        """The order of the coordinates, of which ``order[k]`` comes k-th."""
+        """The order of the coordinates: ``order[k]`` comes k-th."""
         return order_of(self.network)
 
-    def words(self) -> list[str]:
-        """Sizes and kind, as they stand in the ``repr`` of the flow and of what is made of it."""
+    def repr_fields(self) -> list[str]:
+        """Sizes and kind, as in the ``repr`` of the flow and of stacks of it."""
         if isinstance(self.network, MaskedAutoregressiveNetwork):
-            found = self.network.words()
+            fields = self.network.repr_fields()
         else:
-            found = [f"input_dim={self.input_dim}", f"network={type(self.network).__name__}"]
+            fields = [f"input_dim={self.input_dim}", f"network={type(self.network).__name__}"]
         is_default = self.univariate == Affine()
-        return found if is_default else [*found, f"univariate={self.univariate}"]
+        return fields if is_default else [*fields, f"univariate={self.univariate}"]
 
     def __repr__(self) -> str:
-        return in_one_line(self, *self.words())  # type: ignore[arg-type]
+        return module_repr(self, *self.repr_fields())  # type: ignore[arg-type]
 
 
-class InverseAutoregressiveFlow(OnNetwork, SinglePass):
+class InverseAutoregressiveFlow(NetworkMixin, SinglePass):
     r"""One layer of inverse autoregressive flow: a univariate map of each coordinate.
 
     .. math::
         y_i = f(x_i; p_i(x))
 
-    with parameters that a network computes from the coordinates before. The map is affine,
-    :math:`y = m + e^s x`, unless another is given: see :class:`~pyro_iaf.Affine`,
-    :class:`~pyro_iaf.Gated`, and :class:`~pyro_iaf.UnivariateMap` for one of your own. A fresh
-    affine flow is nearly the identity.
+    A network computes the parameters from the coordinates before. The map is affine by default,
+    and nearly the identity at first; see :class:`~pyro_iaf.Affine`, :class:`~pyro_iaf.Gated`, and
+    :class:`~pyro_iaf.UnivariateMap` for one of your own.
 
-    The event is the vector: ``log_abs_det_jacobian`` is summed over it, of shape ``batch_shape``
-    and in nats. Forward costs one network pass, and the log-determinant of a value that the flow
-    made nothing. The inverse of a value from elsewhere takes as long as three to ten passes, see
-    :func:`~pyro_iaf.invert`, and knows the log-determinant too. ``flow.inv`` is the masked
+    ``log_abs_det_jacobian`` is summed over the vector, of shape ``batch_shape`` and in nats.
+    Forward costs one network pass. The log-determinant of a value that the flow produced is free.
+    The inverse of another value takes as long as three to ten passes, see
+    :func:`~pyro_iaf.invert`, and gives the log-determinant too. ``flow.inv`` is the masked
     autoregressive flow with the same parameters: it scores in one pass, and its draws are inverses.
 
     Args:
         network: A :class:`~pyro_iaf.MaskedAutoregressiveNetwork` with the map's ``num_params``, or
             any autoregressive callable with an ``order`` or a ``permutation`` that returns so many
-            vectors, as ``pyro.nn.AutoRegressiveNN`` does. Passes of a callable that is no module
-            are not remembered, since nobody can tell when its parameters change.
+            vectors, as ``pyro.nn.AutoRegressiveNN`` does. Passes of a callable that is not a module
+            are not remembered, since its parameters may change unnoticed.
         univariate: The map of each coordinate: ``"affine"``, ``"gated"`` or a
             :class:`~pyro_iaf.UnivariateMap`.
 
     Raises:
-        ValueError: If the network has no order, does not return the map's parameters, or wants a
+        ValueError: If the network has no order, does not return the map's parameters, or needs a
             context; or if there is no such map.
 
     References:
@@ -120,7 +120,7 @@ class InverseAutoregressiveFlow(OnNetwork, SinglePass):
                 f"context_dim={network.context_dim}. Use "  # type: ignore[attr-defined]
                 "ConditionalInverseAutoregressiveFlow(network).condition(context)."
             )
-        self._adopt(network, univariate)
+        self._set_network(network, univariate)
 
     @property
     def _sources(self) -> tuple[object, ...]:
@@ -139,20 +139,20 @@ class InverseAutoregressiveFlow(OnNetwork, SinglePass):
         return transposed_solution(self, x, v)
 
     def pass_with_score(self, x: Tensor, by_kernel: bool) -> tuple[Tensor, Tensor, Step]:
-        if can_be_written_out(self, by_kernel):
-            return written_out(self, x)
+        if has_explicit_jacobian(self, by_kernel):
+            return pass_with_carrier(self, x)
         return super().pass_with_score(x, by_kernel)
 
     def params_at(self, x: Tensor) -> Sequence[Tensor]:
         """The map's parameters at ``x``, in one pass of the network."""
         context = {} if self.context is None else {"context": self.context}
-        params = self.network(x, **context)
+        params: Sequence[Tensor] = self.network(x, **context)
         num_params = self.univariate.num_params
-        if not isinstance(params, tuple | list) or len(params) != num_params:
-            several = isinstance(params, tuple | list)
+        got = len(params) if isinstance(params, tuple | list) else type(params).__name__
+        if got != num_params:
             raise ValueError(
                 f"The network should return {num_params} tensors like x, the parameters of "
-                f"{self.univariate}; got {len(params) if several else type(params).__name__}. "
+                f"{self.univariate}; got {got}. "
                 f"MaskedAutoregressiveNetwork(..., num_params={num_params}) does."
             )
         if any(param.shape[-1] != self.input_dim for param in params):
@@ -176,18 +176,45 @@ class InverseAutoregressiveFlow(OnNetwork, SinglePass):
             ) from error
 
 
-class InverseAutoregressiveFlowStack(Flow):
+class StackMixin:
+    """The parts of a stack of flows, with a context or without."""
+
+    parts: Sequence[Any]
+
+    def _set_parts(self, parts: Iterable[Any], kind: type, name: str) -> None:
+        """Sets the parts, or raises a ValueError if these can't form a stack."""
+        given = list(parts) if isinstance(parts, Iterable) else []
+        others = [type(part).__name__ for part in given if not isinstance(part, kind)]
+        sizes = [] if others else [part.input_dim for part in given]
+        if others or len(set(sizes)) != 1:
+            raise ValueError(
+                f"A stack expects one {name} or more, all of one input_dim; got "
+                f"{', '.join(others) or f'input_dim {sizes}'}. For other transforms use "
+                "pyro.distributions.transforms.ComposeTransformModule."
+            )
+        self.parts = nn.ModuleList(given)  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        flows = [part for part in self.parts if isinstance(part, NetworkMixin)]
+        kinds = {tuple(flow.repr_fields()) for flow in flows}
+        if len(kinds) != 1:
+            return nn.Module.__repr__(self)  # type: ignore[arg-type]
+        input_dim, *others = kinds.pop()
+        rest = [part.extra_repr() for part in self.parts if not isinstance(part, NetworkMixin)]
+        return module_repr(self, input_dim, f"num_flows={len(flows)}", *others, *rest)  # type: ignore[arg-type]
+
+
+class InverseAutoregressiveFlowStack(StackMixin, Flow):
     """Several flows, one after the other; the first acts on the noise.
 
-    The log-determinant, in nats and of shape ``batch_shape``, is the sum of theirs. For a value
-    that the stack made, it walks back over the values in between and costs nothing; otherwise one
-    network pass for each flow.
+    The log-determinant, in nats and of shape ``batch_shape``, is the sum of theirs. It is free for
+    a value that the stack produced, and costs one network pass for each flow otherwise.
 
     Args:
         parts: The flows, all of one ``input_dim``.
 
     Raises:
-        ValueError: If there are no parts, or they are no flows, or of several sizes.
+        ValueError: If ``parts`` is empty, or its elements are not flows of one size.
 
     Example:
         >>> stack = inverse_autoregressive_flow(3, num_flows=2)
@@ -202,11 +229,7 @@ class InverseAutoregressiveFlowStack(Flow):
 
     def __init__(self, parts: Sequence[InverseAutoregressiveFlow]) -> None:
         super().__init__()
-        parts = check_parts(parts, SinglePass, "InverseAutoregressiveFlow")
-        self.parts = nn.ModuleList(parts)  # type: ignore[assignment]
-
-    def __repr__(self) -> str:
-        return stack_in_one_line(self)
+        self._set_parts(parts, SinglePass, "InverseAutoregressiveFlow")
 
     def __call__(self, x: Tensor) -> Tensor:
         for part in self.parts:
@@ -224,21 +247,20 @@ class InverseAutoregressiveFlowStack(Flow):
         return y
 
     def _inv_call(self, y: Tensor) -> Tensor:
-        x, remembered = y, True
+        x, all_remembered = y, True
         for part in reversed(self.parts):
-            x, known = part._walk_back(x)
-            remembered = remembered and known
-        if not remembered and runs_eagerly():
+            x, remembered = part._recall_or_invert(x)
+            all_remembered = all_remembered and remembered
+        if not all_remembered and runs_eagerly():
             with torch.no_grad():
                 check_round_trip(self, self(x.detach()), y)
         return x
 
     def noise_and_log_det(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The inverse and its log-determinant at once, each part asked once if it remembers."""
-        known = self._walk(pass_cache.pass_to, reversed(self.parts), y)
+        """The inverse of ``y``, and the log-determinant there, with one lookup for each part."""
+        known = self._recall(pass_cache.pass_to, reversed(self.parts), y)
         if known is not None:
-            x, _, terms = known
-            return x, functools.reduce(torch.add, terms)
+            return known[0], functools.reduce(torch.add, known[2])
         x = self._inv_call(y)
         return x, self.log_abs_det_jacobian(x, y)
 
@@ -255,30 +277,30 @@ class InverseAutoregressiveFlowStack(Flow):
         return functools.reduce(torch.add, terms)
 
     def _remembered(self, x: Tensor, y: Tensor) -> list[Tensor] | None:
-        """The parts' log-determinants on the way between ``x`` and ``y``, if remembered."""
-        for recall, parts, start, end in (
+        """The parts' log-determinants between ``x`` and ``y``, if these passes are remembered."""
+        for lookup, parts, start, end in (
             (pass_cache.pass_to, reversed(self.parts), y, x),
             (pass_cache.pass_back, self.parts, x, y),
         ):
-            known = self._walk(recall, parts, start)
+            known = self._recall(lookup, parts, start)
             if known is not None and (known[0] is end or known[1] is end):
                 return known[2]
         return None
 
-    def _walk(
+    def _recall(
         self,
-        recall: Callable[[tuple[object, ...], Tensor], pass_cache.Pass | None],
+        lookup: Callable[[tuple[object, ...], Tensor], pass_cache.Pass | None],
         parts: Iterable[SinglePass],
         value: Tensor,
     ) -> tuple[Tensor, Tensor, list[Tensor]] | None:
-        """Where remembered passes lead, that before it was widened, and their log-determinants."""
+        """The end of remembered passes, the same before expansion, and the log-determinants."""
         given, terms = value, []
         for part in parts:
-            known = recall(part._sources, value)
+            known = lookup(part._sources, value)
             if known is None:
                 return None
             value, given = known.partner, known.given
-            pass_cache.settle(value)
+            pass_cache.unlink(value)
             terms.append(known.log_det())
         return value, given, terms
 
@@ -303,15 +325,16 @@ def inverse_autoregressive_flow(
         input_dim: Number of coordinates, D.
         hidden_dims: Widths of each network's hidden layers, a list or one int. By default two
             layers of ``max(64, 2 * input_dim)``.
-        num_flows: How many flows; more than one make a stack, each with the order of the one before
-            it reversed.
+        num_flows: Number of flows. More than one make a stack; each has the reversed order of the
+            one before.
         univariate: The map of each coordinate: ``"affine"``, ``"gated"`` or a
             :class:`~pyro_iaf.UnivariateMap`.
         order: The order of the coordinates in the first flow; by default as they stand.
         activation: What follows each hidden layer, by name or as a module.
 
     Raises:
-        ValueError: If a size is not positive, ``order`` is no permutation, or there is no such map.
+        ValueError: If a size is not positive, ``order`` is not a permutation, or there is no such
+            map.
 
     Example:
         >>> flow = inverse_autoregressive_flow(10, num_flows=2)
@@ -320,59 +343,35 @@ def inverse_autoregressive_flow(
         >>> posterior.log_prob(posterior.rsample()).shape
         torch.Size([])
     """
-    univariate = univariate_map(univariate)
-    parts = [
-        InverseAutoregressiveFlow(network, univariate=univariate)
-        for network in fresh_networks(
-            num_flows, input_dim, hidden_dims, 0, univariate.num_params, order, activation
-        )
-    ]
-    return parts[0] if num_flows == 1 else InverseAutoregressiveFlowStack(parts)
+    flows = build_flows(
+        InverseAutoregressiveFlow, num_flows, input_dim, hidden_dims, univariate, order, activation
+    )
+    return flows[0] if num_flows == 1 else InverseAutoregressiveFlowStack(flows)
 
 
-def fresh_networks(
+def build_flows(
+    kind: Callable[..., F],
     num_flows: int,
     input_dim: int,
     hidden_dims: int | Sequence[int] | None,
-    context_dim: int,
-    num_params: int,
+    univariate: str | UnivariateMap,
     order: Sequence[int] | Tensor | None,
     activation: str | nn.Module,
-) -> Iterator[MaskedAutoregressiveNetwork]:
-    """A network for each flow of a stack, each with the order of the one before it reversed."""
+    context_dim: int = 0,
+) -> list[F]:
+    """Flows of one kind with their networks, each with the reversed order of the one before."""
+    univariate = univariate_map(univariate)
     order = check_order(order, check_size("input_dim", input_dim))
+    flows = []
     for _ in range(check_size("num_flows", num_flows)):
-        yield MaskedAutoregressiveNetwork(
+        network = MaskedAutoregressiveNetwork(
             input_dim,
             hidden_dims,
             context_dim=context_dim,
-            num_params=num_params,
+            num_params=univariate.num_params,
             order=order,
             activation=copy.deepcopy(activation),  # one for each, if it has parameters
         )
+        flows.append(kind(network, univariate=univariate))
         order = order[::-1]
-
-
-def stack_in_one_line(stack: Any) -> str:
-    """What flows of a stack have in common; part by part where they are not alike."""
-    flows = [part for part in stack.parts if isinstance(part, OnNetwork)]
-    kinds = {tuple(flow.words()) for flow in flows}
-    if len(kinds) != 1:
-        return nn.Module.__repr__(stack)
-    (input_dim, *others) = kinds.pop()
-    rest = [part.extra_repr() for part in stack.parts if not isinstance(part, OnNetwork)]
-    return in_one_line(stack, input_dim, f"num_flows={len(flows)}", *others, *rest)
-
-
-def check_parts(parts: Iterable[Any], kind: type, name: str) -> list[Any]:
-    """The parts as a list, or a ValueError if no stack of this kind can be made of them."""
-    given = list(parts) if isinstance(parts, Iterable) else []
-    strangers = [type(part).__name__ for part in given if not isinstance(part, kind)]
-    sizes = [] if strangers else [part.input_dim for part in given]
-    if strangers or len(set(sizes)) != 1:
-        raise ValueError(
-            f"A stack expects one {name} or more, all of one input_dim; got "
-            f"{', '.join(strangers) or f'input_dim {sizes}'}. For other transforms use "
-            "pyro.distributions.transforms.ComposeTransformModule."
-        )
-    return given
+    return flows

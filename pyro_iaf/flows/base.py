@@ -1,12 +1,13 @@
-r"""A bijection on vectors that is one pass, from noise ``x`` to value ``y``, and remembers it.
+r"""Bijections on vectors that carry noise ``x`` to a value ``y`` in one pass, and remember it.
 
-Every pass is kept as long as the value that it made is alive. Scoring that value then needs no pass
-at all; the inverse is there for values from elsewhere.
+A pass is kept as long as its value is alive. The log density of that value then costs no network
+pass. The inverse is computed only for values that the flow did not produce.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +23,11 @@ __all__ = ["Flow", "SinglePass"]
 
 
 class Flow(TransformModule):
-    """A bijection on vectors that is a module, and so is its inverse."""
+    """A bijection on vectors that is a module, and so is its inverse.
+
+    ``_call`` and ``_inverse`` compute anew, whatever is remembered; ``__call__`` and ``_inv_call``
+    look up remembered passes first.
+    """
 
     domain = constraints.real_vector
     codomain = constraints.real_vector
@@ -30,24 +35,14 @@ class Flow(TransformModule):
     sign = +1
     _inverse_flow: weakref.ref[_InverseFlow] | None = None
 
+    # These have types here; those of PyTorch's transforms have none.
+    _inv_call: Callable[[Tensor], Tensor]
+    _call: Callable[[Tensor], Tensor]
+    _inverse: Callable[[Tensor], Tensor]
+    log_abs_det_jacobian: Callable[[Tensor, Tensor], Tensor]
+    forward_shape: Callable[[torch.Size], torch.Size]
+
     def __call__(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def _inv_call(self, y: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def _call(self, x: Tensor) -> Tensor:
-        """The value of ``x``, computed whatever is remembered: a name of PyTorch's transforms."""
-        raise NotImplementedError
-
-    def _inverse(self, y: Tensor) -> Tensor:
-        """The noise of ``y``, likewise."""
-        raise NotImplementedError
-
-    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def forward_shape(self, shape: torch.Size) -> torch.Size:
         raise NotImplementedError
 
     def inverse_shape(self, shape: torch.Size) -> torch.Size:
@@ -64,13 +59,13 @@ class Flow(TransformModule):
         return inverse
 
     def with_cache(self, cache_size: int = 1) -> Flow:
-        return self  # every pass is remembered as it is
+        return self  # every pass is remembered anyway
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compiles the networks by :func:`torch.compile`, with its arguments; in place.
+        """Compiles the networks in place by :func:`torch.compile`, with its arguments.
 
-        The flow stays a transform of the same parameters: its draws are made by compiled passes,
-        and scored as before.
+        The flow stays a transform of the same parameters. Its draws come from compiled passes, and
+        are scored as before.
         """
         for module in list(self.modules()):
             if isinstance(network := getattr(module, "network", None), nn.Module):
@@ -84,17 +79,17 @@ class Flow(TransformModule):
 
 
 class _InverseFlow(Flow):
-    """A flow walked backwards; its input is the flow's output."""
+    """The inverse of a flow; its input is the flow's output."""
 
     flow: Flow
 
     def __init__(self, flow: Flow) -> None:
         super().__init__()
-        self._modules["flow"] = flow  # half the price of an assignment, at every log_prob
+        self._modules["flow"] = flow  # at every log_prob: half the time of an assignment
 
     @property
     def inv(self) -> Flow:
-        self.flow._inverse_flow = weakref.ref(self)  # a copy has yet to be told
+        self.flow._inverse_flow = weakref.ref(self)  # a copied flow does not refer to its inverse
         return self.flow
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -123,9 +118,9 @@ class _InverseFlow(Flow):
 
 
 class SinglePass(Flow):
-    """A flow that is one pass from noise to value, and remembers it.
+    """A flow that carries noise to a value in one pass, and remembers the pass.
 
-    Whoever inherits says what a pass computes and how to undo it.
+    A subclass defines ``_sources``, ``_compute``, ``_undo`` and ``solve_transposed``.
     """
 
     input_dim: int
@@ -136,16 +131,16 @@ class SinglePass(Flow):
         raise NotImplementedError
 
     def _compute(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The value that ``x`` becomes, and the log-slope of each coordinate."""
+        """The value of ``x``, and the log slope of each coordinate."""
         raise NotImplementedError
 
     def _undo(self, y: Tensor, method: str = "auto") -> tuple[Tensor, Tensor]:
-        """The noise of a value from elsewhere, and the log-slopes; both with their gradients."""
+        """The noise of ``y``, and the log slopes; both with their gradients."""
         raise NotImplementedError
 
     def _undo_known(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The noise of ``y``, known to be ``x``, and the log-slopes; both with their gradients."""
-        raise NotImplementedError
+        """The same where the noise of ``y`` is known to be ``x``, without its gradients."""
+        return self._undo(y)
 
     def solve_transposed(self, x: Tensor, v: Tensor) -> Tensor:
         """The ``u`` with ``J^T u = v``, where J is the Jacobian at ``x``."""
@@ -169,11 +164,11 @@ class SinglePass(Flow):
     def __call__(self, x: Tensor) -> Tensor:
         """Carries noise to a latent, in one network pass."""
         check_tensors(x=x)
-        y = pass_cache.expected(self._sources, x)
+        y = pass_cache.linked_value(self._sources, x)
         return self._pass(x)[0] if y is None else y
 
     def _inv_call(self, y: Tensor) -> Tensor:
-        return self._walk_back(y)[0]
+        return self._recall_or_invert(y)[0]
 
     def _call(self, x: Tensor) -> Tensor:
         check_tensors(x=x)
@@ -183,23 +178,23 @@ class SinglePass(Flow):
         check_tensors(y=y)
         return self._undo(y.expand(self.inverse_shape(y.shape)))[0]
 
-    def _walk_back(self, y: Tensor) -> tuple[Tensor, bool]:
+    def _recall_or_invert(self, y: Tensor) -> tuple[Tensor, bool]:
         """The noise of ``y``, and whether it was remembered."""
         check_tensors(y=y)
         known = pass_cache.pass_to(self._sources, y)
         if known is not None:
-            pass_cache.expect(known.partner, y)
+            pass_cache.link(known.partner, y)
             return known.partner, True
         noise = pass_cache.noise_of(self._sources, y)
         if noise is None:
             x, log_slope = self._undo(y.expand(self.inverse_shape(y.shape)))
-            pass_cache.keep_gradient(self._sources, x, y, log_slope)
+            pass_cache.keep_inverse(self._sources, x, y, log_slope)
             return x, False
         if not torch.is_grad_enabled():
             return noise, True
-        # The noise is known. What it lacks is its dependence on y and on the parameters.
+        # The noise is known, but not its dependence on y and on the parameters.
         x, log_slope = self._undo_known(noise, y)
-        pass_cache.keep_gradient(self._sources, x, y, log_slope, noise)
+        pass_cache.keep_inverse(self._sources, x, y, log_slope, noise)
         return x, True
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
@@ -208,18 +203,19 @@ class SinglePass(Flow):
         Free where the flow made ``y`` from ``x``; one network pass otherwise, from ``x`` alone.
         """
         check_tensors(x=x, y=y)
-        pass_cache.settle(x)
+        pass_cache.unlink(x)
         self.forward_shape(y.shape)
         known = pass_cache.pass_between(self._sources, x, y)
         return self._pass(x)[1].sum(-1) if known is None else known.log_det()
 
     def _pass(self, x: Tensor) -> tuple[Tensor, Tensor]:
         shape = self.forward_shape(x.shape)
-        wide = x if x.shape == shape else x.expand(shape)  # the very tensor where it can be
-        y, log_slope = self._compute(wide)
+        # Where nothing is to be expanded, the same tensor: the cache compares by identity.
+        expanded = x if x.shape == shape else x.expand(shape)
+        y, log_slope = self._compute(expanded)
         log_slope = log_slope.to(y.dtype)  # autocast computes it in half precision
         log_slope = log_slope if log_slope.shape == y.shape else log_slope.expand_as(y)
-        pass_cache.keep(self._sources, wide, y, log_slope, x)
+        pass_cache.keep(self._sources, expanded, y, log_slope, x)
         return y, log_slope
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:

@@ -1,10 +1,10 @@
-r"""Flows that wait for a context, and become flows when they get one.
+r"""Conditional flows: ``flow.condition(context)`` is a flow.
 
 .. math::
     y_i = f(x_i; p_i(x, c))
 
-One set of parameters serves all contexts: an encoder's output, a state of a sequence, the latents
-that a plate shares.
+One set of parameters serves all contexts, for instance an encoder's outputs, the states of a
+sequence, or the latents outside a plate.
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ from pyro.distributions.conditional import ConditionalTransformModule
 from torch import Tensor, nn
 
 from .._validation import check_context
-from ..nn.univariate import UnivariateMap, univariate_map
+from ..nn.univariate import UnivariateMap
 from .autoregressive import (
     InverseAutoregressiveFlow,
     InverseAutoregressiveFlowStack,
-    OnNetwork,
-    check_parts,
-    fresh_networks,
-    stack_in_one_line,
+    NetworkMixin,
+    StackMixin,
+    build_flows,
 )
 from .base import Flow
 
@@ -35,23 +34,34 @@ __all__ = [
 ]
 
 
-class ConditionalInverseAutoregressiveFlow(OnNetwork, ConditionalTransformModule):
-    r"""A flow that waits for a context: ``flow.condition(context)`` is the flow.
+class _Unconditioned(ConditionalTransformModule):
+    """A bijection on vectors without its context."""
 
-    The context feeds every layer of the network and carries batch shape: with one of shape
-    ``(B, C)``, the conditioned flow makes ``batch_shape (B,)``, and row b of its values depends on
+    domain = constraints.real_vector
+    codomain = constraints.real_vector
+    bijective = True
+    compile = Flow.compile
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        raise ValueError("A conditional flow waits for its context: flow.condition(context)(x).")
+
+
+class ConditionalInverseAutoregressiveFlow(NetworkMixin, _Unconditioned):
+    r"""An inverse autoregressive flow with a context: ``flow.condition(context)`` is the flow.
+
+    The context feeds every layer of the network and has a batch shape. With a context of shape
+    ``(B, C)``, the conditioned flow has ``batch_shape (B,)``, and row b of its values depends on
     row b of the context alone. Shapes ``(C,)`` and ``(P, B, C)`` broadcast likewise.
 
     Args:
         network: As for :class:`~pyro_iaf.InverseAutoregressiveFlow`, called as
-            ``network(x, context=context)``; a
-            :class:`~pyro_iaf.MaskedAutoregressiveNetwork` with a ``context_dim``, or
-            ``pyro.nn.ConditionalAutoRegressiveNN``.
+            ``network(x, context=context)``. A :class:`~pyro_iaf.MaskedAutoregressiveNetwork` with
+            a ``context_dim``, or ``pyro.nn.ConditionalAutoRegressiveNN``.
         univariate: The map of each coordinate, as for :class:`~pyro_iaf.InverseAutoregressiveFlow`.
 
     Raises:
         ValueError: If the network has no order, does not return the map's parameters, or takes no
-            context, or if there is no such map; from ``condition``, if the context doesn't end in
+            context, or if there is no such map. From ``condition``: if the context doesn't end in
             ``context_dim`` features.
 
     References:
@@ -66,10 +76,6 @@ class ConditionalInverseAutoregressiveFlow(OnNetwork, ConditionalTransformModule
         torch.Size([5])
     """
 
-    domain = constraints.real_vector
-    codomain = constraints.real_vector
-    bijective = True
-
     def __init__(
         self, network: Callable[..., Any], *, univariate: str | UnivariateMap = "affine"
     ) -> None:
@@ -79,27 +85,22 @@ class ConditionalInverseAutoregressiveFlow(OnNetwork, ConditionalTransformModule
                 "ConditionalInverseAutoregressiveFlow expects a network with a context; got one "
                 "with context_dim=0. Give it a context_dim, or use InverseAutoregressiveFlow."
             )
-        self._adopt(network, univariate)
+        self._set_network(network, univariate)
 
     def condition(self, context: Tensor) -> InverseAutoregressiveFlow:
         """The flow at this context, with the same parameters."""
         check_context(context, getattr(self.network, "context_dim", None))
         return _ConditionedFlow(self, context)
 
-    compile = Flow.compile
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        raise _missing_context()
-
-
-class ConditionalInverseAutoregressiveFlowStack(ConditionalTransformModule):
-    """Several conditional flows, one after the other, that share a context.
+class ConditionalInverseAutoregressiveFlowStack(StackMixin, _Unconditioned):
+    """Several conditional flows, one after the other, with the same context.
 
     Args:
         parts: The flows, all of one ``input_dim``.
 
     Raises:
-        ValueError: If there are no parts, or they are no conditional flows, or of several sizes.
+        ValueError: If ``parts`` is empty, or its elements are not conditional flows of one size.
 
     Example:
         >>> stack = conditional_inverse_autoregressive_flow(3, 2, num_flows=2)
@@ -108,30 +109,16 @@ class ConditionalInverseAutoregressiveFlowStack(ConditionalTransformModule):
         torch.Size([5, 3])
     """
 
-    domain = constraints.real_vector
-    codomain = constraints.real_vector
-    bijective = True
-
     parts: Sequence[ConditionalInverseAutoregressiveFlow]
 
     def __init__(self, parts: Sequence[ConditionalInverseAutoregressiveFlow]) -> None:
         super().__init__()
-        parts = check_parts(
-            parts, ConditionalInverseAutoregressiveFlow, "ConditionalInverseAutoregressiveFlow"
-        )
-        self.parts = nn.ModuleList(parts)  # type: ignore[assignment]
-
-    def __repr__(self) -> str:
-        return stack_in_one_line(self)
+        kind = ConditionalInverseAutoregressiveFlow
+        self._set_parts(parts, kind, kind.__name__)
 
     def condition(self, context: Tensor) -> InverseAutoregressiveFlowStack:
         """The stack at this context, with the same parameters."""
         return InverseAutoregressiveFlowStack([part.condition(context) for part in self.parts])
-
-    compile = Flow.compile
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        raise _missing_context()
 
 
 def conditional_inverse_autoregressive_flow(
@@ -149,38 +136,33 @@ def conditional_inverse_autoregressive_flow(
     Args:
         input_dim: Number of coordinates, D.
         context_dim: Size of the context's last axis, C.
-        hidden_dims: This and all that follows as for :func:`inverse_autoregressive_flow`.
-        num_flows: How many flows.
+        hidden_dims: As all that follow, see :func:`inverse_autoregressive_flow`.
+        num_flows: Number of flows.
         univariate: The map of each coordinate.
         order: The order of the coordinates in the first flow.
         activation: What follows each hidden layer.
 
     Raises:
-        ValueError: If a size is not positive, ``order`` is no permutation, or there is no such map.
+        ValueError: As for :func:`inverse_autoregressive_flow`.
 
     Example:
         >>> flow = conditional_inverse_autoregressive_flow(10, context_dim=4)
         >>> flow.condition(torch.randn(5, 4))(torch.randn(5, 10)).shape
         torch.Size([5, 10])
     """
-    univariate = univariate_map(univariate)
-    num_params = univariate.num_params
-    parts = [
-        ConditionalInverseAutoregressiveFlow(network, univariate=univariate)
-        for network in fresh_networks(
-            num_flows, input_dim, hidden_dims, context_dim, num_params, order, activation
-        )
-    ]
-    return parts[0] if num_flows == 1 else ConditionalInverseAutoregressiveFlowStack(parts)
+    kind = ConditionalInverseAutoregressiveFlow
+    flows = build_flows(
+        kind, num_flows, input_dim, hidden_dims, univariate, order, activation, context_dim
+    )
+    return flows[0] if num_flows == 1 else ConditionalInverseAutoregressiveFlowStack(flows)
 
 
 class _ConditionedFlow(InverseAutoregressiveFlow):
-    """A conditional flow that has its context."""
+    """A conditional flow with its context."""
 
     def __init__(self, flow: ConditionalInverseAutoregressiveFlow, context: Tensor) -> None:
         Flow.__init__(self)
-        # Past Module.__setattr__, which is slow; and a context that is a Parameter belongs to
-        # whoever made it.
+        # Module.__setattr__ is slow, and would make a context that is a Parameter one of the flow.
         own = {name: flow.__dict__[name] for name in ("input_dim", "univariate")}
         if isinstance(flow.network, nn.Module):
             self._modules["network"] = flow.network
@@ -188,14 +170,10 @@ class _ConditionedFlow(InverseAutoregressiveFlow):
             own["network"] = flow.network
         self.__dict__.update(own, context=context)
 
-    def words(self) -> list[str]:
-        return [*super().words(), f"at a context of shape {tuple(self.context.shape)}"]  # type: ignore[union-attr]
+    def repr_fields(self) -> list[str]:
+        return [*super().repr_fields(), f"at a context of shape {tuple(self.context.shape)}"]  # type: ignore[union-attr]
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
         context = state["context"]
         return {**state, "context": context if context.is_leaf else context.detach()}  # no graph
-
-
-def _missing_context() -> ValueError:
-    return ValueError("A conditional flow waits for its context: flow.condition(context)(x).")

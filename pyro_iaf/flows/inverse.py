@@ -1,4 +1,4 @@
-"""The inverse of a flow and the transposed solve, by the method of choice."""
+"""The inverse of a flow, by a method of choice, and the transposed solve."""
 
 from __future__ import annotations
 
@@ -16,26 +16,28 @@ METHODS = ("auto", "incremental", "fixed_point")
 
 
 def invert(flow: Any, y: Tensor, method: str = "auto") -> Tensor:
-    r"""The noise ``x`` that a flow carries to ``y``, exact to rounding; by the road of your choice.
+    r"""The noise ``x`` that a flow carries to ``y``, exact to rounding.
 
-    ``flow.inv(y)`` is the same by the road ``"auto"``, and knows again what the flow made.
+    ``flow.inv(y)`` is the same by method ``"auto"``, except that it looks up remembered passes.
 
-    - ``"auto"``: blocks of coordinates one after the other, each swept until it has settled; or,
-      if the batch is many times D, coordinate by coordinate. Takes as long as three to ten network
-      passes. A block that doesn't settle is finished coordinate by coordinate.
+    - ``"auto"``: solves blocks of coordinates one after the other, each by fixed-point sweeps until
+      it has converged. If the batch is many times D, it goes coordinate by coordinate instead.
+      Takes as long as three to ten network passes. A block that doesn't converge is finished
+      coordinate by coordinate.
     - ``"incremental"``: coordinate by coordinate, each with the units of its degree. Does the
       arithmetic of half a network pass in D steps, whatever the weights are.
-    - ``"fixed_point"``: sweeps over all coordinates at once, the arithmetic of one network pass
-      each. Coordinate k is exact after k sweeps; ten to fifty settle all.
+    - ``"fixed_point"``: sweeps over all coordinates at once, each with the arithmetic of one
+      network pass. Coordinate k is exact after k sweeps; all converge in ten to fifty.
 
-    A network that is not a :class:`~pyro_iaf.MaskedAutoregressiveNetwork` can't be cut into blocks:
-    ``"auto"`` sweeps over all its coordinates then, and ``"incremental"`` takes D network passes;
-    another one tells whether it comes back to ``y``.
+    A network that is not a :class:`~pyro_iaf.MaskedAutoregressiveNetwork` can't be cut into blocks.
+    With such a network ``"auto"`` sweeps over all coordinates, ``"incremental"`` takes D network
+    passes, and one more pass checks the result.
 
-    Differentiable once in ``y``, the context and the parameters, by the implicit function theorem:
-    one more network pass, and backward as much as :func:`solve_transposed` and a backward pass
-    through the network. Under ``torch.func`` and tracers, where there are no values to look at, it
-    goes coordinate by coordinate, and is differentiated by unrolling, as often as you like.
+    Differentiable once in ``y``, the context and the parameters, by the implicit function theorem.
+    This costs one more network pass, and in the backward pass a :func:`solve_transposed` and a
+    backward pass through the network. Under ``torch.func`` and tracers, where tensors have no
+    values, the inverse goes coordinate by coordinate, and is differentiated by unrolling, any
+    number of times.
 
     Args:
         flow: An inverse autoregressive flow or a stack of them.
@@ -46,11 +48,11 @@ def invert(flow: Any, y: Tensor, method: str = "auto") -> Tensor:
         Tensor like ``y``, its batch shape broadcast with the context's.
 
     Warns:
-        RuntimeWarning: If the way back to ``y`` misses it, relative to ``1 + |y|``, by more than
-            1e-10 in float64 or 1e-4 in float32.
+        RuntimeWarning: If the flow carries the result to something that differs from ``y``,
+            relative to ``1 + |y|``, by more than 1e-10 in float64 or 1e-4 in float32.
 
     Raises:
-        ValueError: If there is no such method, or ``flow`` is none.
+        ValueError: If there is no such method, or ``flow`` is not a flow.
 
     References:
         Song et al. (2021), Accelerating Feedforward Computation via Parallel Nonlinear Equation
@@ -74,10 +76,11 @@ def invert(flow: Any, y: Tensor, method: str = "auto") -> Tensor:
 def solve_transposed(flow: Any, x: Tensor, v: Tensor) -> Tensor:
     r"""Solves :math:`J^{\mathsf T} u = v`, where :math:`J = \partial y / \partial x` at ``x``.
 
-    So :math:`v` is a gradient in the noise and :math:`u` the same in the value, as the implicit
-    function theorem and path derivatives have it. Exact to rounding. Costs one network pass and
-    about what the inverse costs; for a network that is not ours one pass, and one backward pass for
-    each sweep, D at most. Runs eagerly: not under ``torch.func`` or ``torch.compile``.
+    The implicit function theorem and path derivatives need it: :math:`v` is a gradient in the
+    noise, and :math:`u` the same gradient in the value. Exact to rounding. Costs one network pass
+    and about as much as the inverse. For a network that is not a
+    :class:`~pyro_iaf.MaskedAutoregressiveNetwork`, it costs one pass, and one backward pass for
+    each sweep, D at most. Runs eagerly only: not under ``torch.func`` or ``torch.compile``.
 
     Args:
         flow: An inverse autoregressive flow or a stack of them.
@@ -88,7 +91,7 @@ def solve_transposed(flow: Any, x: Tensor, v: Tensor) -> Tensor:
         Tensor like ``v``, without a graph.
 
     Raises:
-        ValueError: If ``flow`` is none, or ``v`` is not like the value.
+        ValueError: If ``flow`` is not a flow, or ``v`` is not like the value.
         RuntimeError: Under ``torch.func`` and tracers.
 
     Example:
@@ -101,7 +104,7 @@ def solve_transposed(flow: Any, x: Tensor, v: Tensor) -> Tensor:
     """
     if not runs_eagerly():
         raise RuntimeError(
-            "solve_transposed expects values to look at; there are none under torch.func, "
+            "solve_transposed needs the values of its tensors; there are none under torch.func, "
             "torch.compile and other tracers. Call it outside."
         )
     check_tensors(x=x, v=v)

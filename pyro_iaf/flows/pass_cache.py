@@ -1,14 +1,14 @@
-"""What flows remember: the passes that made the tensors that are still alive.
+"""A cache of flows' passes, kept as long as the tensors that they produced are alive.
 
-A pass is kept under the tensor that it made, and that tensor is held weakly, so a pass lives as
-long as somebody holds what came of it. The way back from a value is kept likewise, under the noise
-that was found. Nothing that is kept may lead back to the tensor that it is kept under through its
-graph: it is older. A pass is returned only while all that it hangs on is as it was: the tensors'
-identity, version and address, and the number of optimiser steps taken in this process, since some
-optimisers write past the version.
+A pass is stored under the tensor that it produced, its key, which is held weakly. A forward pass is
+stored under the value. An inverse is stored under the noise. Nothing stored may lead back to its
+key through an autograd graph: all of it is older than the key. A pass is returned only while
+everything that it depends on is unchanged: each tensor's identity, version and address, and the
+number of optimiser steps taken in this process, since some optimisers write to tensors without a
+new version.
 
 Throughout, ``sources`` is what a pass depends on besides the tensor it starts from: modules,
-tensors and settings, always in the same order. Nothing is kept in inference mode, or while
+tensors and settings, always in the same order. Nothing is stored in inference mode, or while
 ``torch.compile`` traces.
 """
 
@@ -29,29 +29,29 @@ from ..solvers.fixed_point import runs_eagerly
 
 __all__ = [
     "count_optimizer_step",
-    "expect",
-    "expected",
     "keep",
-    "keep_gradient",
+    "keep_inverse",
+    "link",
+    "linked_value",
     "noise_of",
     "pass_back",
     "pass_between",
     "pass_to",
     "recognise",
-    "settle",
+    "unlink",
 ]
 
 _optimizer_steps = 0
 
 
 def count_optimizer_step(*_: object) -> None:
-    """The hook that runs after every step of every optimiser; it only counts."""
+    """The hook that runs after every step of every optimiser."""
     global _optimizer_steps
     _optimizer_steps += 1
 
 
-class Watched(NamedTuple):
-    """What a pass depends on besides its ends."""
+class Dependencies(NamedTuple):
+    """What a pass depends on besides its two ends."""
 
     tensors: list[Tensor]  # compared by identity, version and address
     objects: list[object]  # modules and partial functions, compared by identity
@@ -59,45 +59,44 @@ class Watched(NamedTuple):
 
 
 class Pass:
-    """One pass of a flow: the tensor at its other end, and the flow's log-slope there.
+    """One pass of a flow: the tensor at its other end, and the log slope of each coordinate.
 
-    The log-slope is kept, and not the log-determinant, so that everybody gets a sum of their own.
+    The log slope is kept and not its sum, so that every caller gets a new tensor.
     """
 
     def __init__(
-        self, watched: Watched, made: Tensor, partner: Tensor, given: Tensor, log_slope: Tensor
+        self, sources: Dependencies, key: Tensor, partner: Tensor, given: Tensor, log_slope: Tensor
     ) -> None:
         self.partner = partner
-        self.given = given  # the partner before the context widened its batch shape
+        self.given = given  # the partner before the context expanded its batch shape
         self._log_slope = log_slope
-        self._tensors, self._settings = watched.tensors, watched.settings
-        # Weakly, as a module may well hold what its flow made. Those alive have their ids for good.
-        self._objects = list(map(weakref.ref, watched.objects))
-        self._ids = list(map(id, watched.objects))
+        self._tensors, self._settings = sources.tensors, sources.settings
+        # Weakly, since a module may hold what its flow produced.
+        self._objects = list(map(weakref.ref, sources.objects))
         self._steps = _optimizer_steps
-        tensors = [*watched.tensors, partner, made]
+        tensors = [*sources.tensors, partner, key]
         self._versions = _versions(tensors)
-        self._storages = _storages(tensors)  # while they are held, their addresses stay theirs
+        self._storages = _storages(tensors)  # held, so that no other tensor gets their addresses
         self._graph = _graph(tensors) if torch.is_grad_enabled() else None
 
-    def is_fresh(self, sources: Sequence[object], made: Tensor) -> bool:
-        """Whether a pass from these sources would make the same tensor now."""
+    def is_fresh(self, sources: Sequence[object], key: Tensor) -> bool:
+        """Whether a pass from these sources would produce the same tensor now."""
         if self._steps != _optimizer_steps:
             return False
-        now = _watch(sources)
+        now = _dependencies(sources)
         return (
             now is not None
             and self._settings == now.settings
-            and self._ids == list(map(id, now.objects))
-            and None not in [reference() for reference in self._objects]
+            and len(self._objects) == len(now.objects)
+            and all(map(operator.is_, [ref() for ref in self._objects], now.objects))
             and len(self._tensors) == len(now.tensors)
             and all(map(operator.is_, self._tensors, now.tensors))
-            and self._versions == _versions([*now.tensors, self.partner, made])
+            and self._versions == _versions([*now.tensors, self.partner, key])
         )
 
-    def has_enough_graph(self, made: Tensor) -> bool:
-        """Whether all the gradients that are wanted now are there."""
-        tensors = [*self._tensors, self.partner, made]
+    def has_enough_graph(self, key: Tensor) -> bool:
+        """Whether the stored tensors have all the gradients that are required now."""
+        tensors = [*self._tensors, self.partner, key]
         if not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
             return True
         return self._graph == _graph(tensors)
@@ -107,28 +106,28 @@ class Pass:
         return self._log_slope.sum(-1)
 
 
-_forward = WeakIdKeyDictionary()  # value: the pass that made it of its noise
-_backward = WeakIdKeyDictionary()  # noise: the pass that gave it the gradient it had lacked
-_twins = WeakIdKeyDictionary()  # noise of a backward pass: the tensor that it is equal to
-_values = WeakIdKeyDictionary()  # noise that an inverse has returned: its value, weakly
+_forward = WeakIdKeyDictionary()  # value: the pass that produced it from its noise
+_backward = WeakIdKeyDictionary()  # noise: the inverse that found it, or added its gradient
+_aliases = WeakIdKeyDictionary()  # a tensor: an equal one with another graph, by which it is known
+_values = WeakIdKeyDictionary()  # noise that an inverse has just returned: its value, weakly
 
 
 def keep(sources: Sequence[object], x: Tensor, y: Tensor, log_slope: Tensor, given: Tensor) -> None:
-    """Remembers that a flow made ``y`` of ``x``, if all that this depends on can be watched."""
+    """Stores the pass in which a flow made ``y`` from ``x``, if its dependencies can be checked."""
     _keep(_forward, sources, y, x, given, log_slope)
 
 
-def keep_gradient(
+def keep_inverse(
     sources: Sequence[object],
     x: Tensor,
     y: Tensor,
     log_slope: Tensor,
-    twin: Tensor | None = None,
+    alias: Tensor | None = None,
 ) -> None:
-    """Remembers ``x``, the inverse of ``y``; its twin is the same noise with less of a graph."""
+    """Stores ``x`` as the inverse of ``y``; ``alias`` is the same noise with less of a graph."""
     _keep(_backward, sources, x, y, y, log_slope)
-    if twin is not None:
-        _twins[x] = twin
+    if alias is not None:
+        _aliases[x] = alias
 
 
 def pass_to(sources: Sequence[object], y: Tensor) -> Pass | None:
@@ -137,7 +136,7 @@ def pass_to(sources: Sequence[object], y: Tensor) -> Pass | None:
 
 
 def pass_back(sources: Sequence[object], x: Tensor) -> Pass | None:
-    """The pass that gave ``x``, an inverse, its gradient, if all its gradients are there."""
+    """The inverse that returned ``x``, if all its gradients are there."""
     return _recall(_backward, sources, x, graph=True)
 
 
@@ -151,20 +150,20 @@ def pass_between(sources: Sequence[object], x: Tensor, y: Tensor) -> Pass | None
 
 
 def noise_of(sources: Sequence[object], y: Tensor) -> Tensor | None:
-    """The noise that a flow made ``y`` of, or something equal to ``y``; gradients may lack.
+    """The noise from which a flow made ``y``, or a tensor equal to ``y``; it may lack gradients.
 
-    They are given to it with a hook, which plain autograd alone would run.
+    A custom backward adds the gradients. Only plain autograd runs it, so there is none elsewhere.
     """
     if not runs_eagerly():
         return None
     known = _recall(_forward, sources, y, graph=False)
-    if known is None and y in _twins and y._version == 0:
-        known = _recall(_forward, sources, _twins[y], graph=False)
+    if known is None and y in _aliases and y._version == 0:
+        known = _recall(_forward, sources, _aliases[y], graph=False)
     return None if known is None else known.partner
 
 
 def recognise(value: Tensor, y: Tensor) -> None:
-    """Notes that ``value`` is ``y`` without its graph, if it is: ``y.detach()``."""
+    """Records that ``value`` is ``y.detach()``, if it is, so that the noise of ``y`` is its own."""
     if (
         value is not y
         and runs_eagerly()
@@ -174,28 +173,27 @@ def recognise(value: Tensor, y: Tensor) -> None:
         and value.data_ptr() == y.data_ptr()
         and not value.requires_grad
     ):
-        _twins[value] = y
+        _aliases[value] = y
 
 
-def expect(x: Tensor, y: Tensor) -> None:
-    """Notes that an inverse returns ``x``, the noise of ``y``, so its flow can return ``y`` for it.
+def link(x: Tensor, y: Tensor) -> None:
+    """Records that an inverse has returned ``x`` for ``y``, so that the flow returns ``y`` for it.
 
-    Between an inverse and the log-determinant ``ComposeTransform`` asks its parts for the values in
-    between once more, and knows them again by their identity only. The note holds until the
-    log-determinant and no longer: whoever asks next may have changed the noise, or a parameter,
-    past its version, as ``gradcheck`` does.
+    Between an inverse and the log-determinant, ``ComposeTransform`` calls its parts once more for
+    the values in between, and compares these by identity. The link ends with the log-determinant:
+    later the noise or a parameter may have changed without a new version, as in ``gradcheck``.
     """
     _values[x] = WeakIdRef(y)
 
 
-def settle(x: Tensor) -> None:
-    """Ends what :func:`expect` began."""
+def unlink(x: Tensor) -> None:
+    """Ends what :func:`link` began."""
     if not torch.compiler.is_compiling():
         _values.pop(x, None)
 
 
-def expected(sources: Sequence[object], x: Tensor) -> Tensor | None:
-    """The value that is expected of ``x``, if nothing has changed."""
+def linked_value(sources: Sequence[object], x: Tensor) -> Tensor | None:
+    """The value that ``x`` is linked to, if nothing has changed."""
     reference = None if torch.compiler.is_compiling() else _values.get(x)
     y: Tensor | None = None if reference is None else reference()
     if y is None or (y.requires_grad and not torch.is_grad_enabled()):
@@ -207,42 +205,42 @@ def expected(sources: Sequence[object], x: Tensor) -> Tensor | None:
 def _keep(
     passes: WeakIdKeyDictionary,
     sources: Sequence[object],
-    made: Tensor,
+    key: Tensor,
     partner: Tensor,
     given: Tensor,
     log_slope: Tensor,
 ) -> None:
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return
-    watched = _watch(sources)
+    found = _dependencies(sources)
     # Tensors from inference mode have no version.
-    if watched is not None and not any(t.is_inference() for t in (*watched.tensors, partner)):
-        passes[made] = Pass(watched, made, partner, given, log_slope)
+    if found is not None and not any(t.is_inference() for t in (*found.tensors, partner)):
+        passes[key] = Pass(found, key, partner, given, log_slope)
 
 
 def _recall(
-    passes: WeakIdKeyDictionary, sources: Sequence[object], made: Tensor, graph: bool
+    passes: WeakIdKeyDictionary, sources: Sequence[object], key: Tensor, graph: bool
 ) -> Pass | None:
     if torch.compiler.is_compiling():
         return None
-    known: Pass | None = passes.get(made)
-    if known is None or not known.is_fresh(sources, made):
+    known: Pass | None = passes.get(key)
+    if known is None or not known.is_fresh(sources, key):
         return None
-    return known if not graph or known.has_enough_graph(made) else None
+    return known if not graph or known.has_enough_graph(key) else None
 
 
-def _watch(sources: Sequence[object]) -> Watched | None:
-    """What there is to watch in the sources; None where something can't be watched."""
+def _dependencies(sources: Sequence[object]) -> Dependencies | None:
+    """All that the sources consist of; None if a change of some source can't be detected."""
     tensors: list[Tensor | None] = []
     objects: list[object] = []
     settings: list[object] = []
     queue = list(sources)
-    # The queue grows as we go. This runs at every recall: half as long as module.parameters().
+    # The queue grows in the loop. This runs at every lookup: half as long as module.parameters().
     for source in queue:
         if isinstance(source, nn.Module):
             state = source.__dict__
             if "_pyro_samples" in state and (state["_pyro_samples"] or state["_pyro_params"]):
-                return None  # Pyro sets these anew, past every version
+                return None  # Pyro replaces these without a new version
             objects.append(source)
             settings.append(source.training)
             if parameters := state["_parameters"]:
@@ -261,8 +259,8 @@ def _watch(sources: Sequence[object]) -> Watched | None:
             objects.append(source)
             queue += [source.func, *source.args, *source.keywords.values()]
         else:
-            return None  # who knows what it closes over, or holds
-    return Watched([tensor for tensor in tensors if tensor is not None], objects, settings)
+            return None  # a function may depend on anything
+    return Dependencies([tensor for tensor in tensors if tensor is not None], objects, settings)
 
 
 def _versions(tensors: list[Tensor]) -> list[int]:
@@ -283,6 +281,6 @@ def _storages(tensors: list[Tensor]) -> list[object]:
 
 
 def _graph(tensors: list[Tensor]) -> list[object]:
-    """Who wants gradients, and where they go. A node does not hold the tensor it made."""
+    """Which tensors require gradients, and their nodes. A node does not hold its tensor."""
     flags: list[object] = [tensor.requires_grad for tensor in tensors]
     return flags + [tensor.grad_fn for tensor in tensors]

@@ -1,4 +1,4 @@
-"""The posterior that a guide draws from: a base, and the flows behind it."""
+"""The distribution that a guide draws from: base noise carried through its flows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Posterior"]
 
 
 class Posterior(dist.TransformedDistribution):  # type: ignore[misc]
-    """A guide's distribution, which knows its last draw again without its graph."""
+    """A guide's distribution, which scores its last draw without an inverse also when detached."""
 
     _drawn: Tensor | None = None
 
@@ -21,7 +21,7 @@ class Posterior(dist.TransformedDistribution):  # type: ignore[misc]
         return self._drawn
 
     def log_prob(self, value: Tensor) -> Tensor:
-        if self._drawn is not None:  # reweighted wake-sleep scores its draws after detach()
+        if self._drawn is not None:  # reweighted wake-sleep scores detached draws
             pass_cache.recognise(value, self._drawn)
         (transform,) = self.transforms
         x, log_det = transform.noise_and_log_det(value)

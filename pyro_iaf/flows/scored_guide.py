@@ -1,4 +1,4 @@
-"""What training asks of a guide, so that it need not know its class."""
+"""The methods of a guide that training uses, whatever the guide's class."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ __all__ = [
 
 
 class ScoredDraws(NamedTuple):
-    """Draws of a guide over one vector of latents, and what the gradient of a step is made of.
+    """Draws of a guide over one vector of latents, with their log densities and scores.
 
     Attributes:
         value: The draws in unconstrained space, of shape ``(num, D)``, with their graph: the
-            latents of the model one after the other, in its order.
-        log_prob: The guide's log density there, of shape ``(num,)``.
-        score: The gradient of that density in the value, of shape ``(num, D)``. Graphs of
-            density and score are not used.
+            model's latents, concatenated in the model's order.
+        log_prob: The guide's log density there, of shape ``(num,)``. Its graph is not used.
+        score: The gradient of that density in the value, of shape ``(num, D)``. Its graph is not
+            used.
     """
 
     value: Tensor
@@ -38,62 +38,64 @@ class ScoredDraws(NamedTuple):
 
 @runtime_checkable
 class ScoredGuide(Protocol):
-    """A guide that scores its own draws; whoever has these methods qualifies.
+    """A guide that scores its own draws: any object with these methods.
 
-    :func:`~pyro_iaf.fit` then takes gradients through the draws alone, with the score held still,
-    and runs the model alone. A guide without ``sample_with_score`` that has the other two, as one
-    that draws group by group, gets the same gradient from :class:`~pyro_iaf.TraceSTL_ELBO`. A
-    subclass that draws in another way than its parent overrides ``sample_with_score`` too.
+    :func:`~pyro_iaf.fit` then takes gradients through the draws alone, with the score held
+    constant, and traces the model only. A guide that has the other two methods and not
+    ``sample_with_score``, such as one that draws group by group, gets the same gradient from
+    :class:`~pyro_iaf.TraceSTL_ELBO`. A subclass that draws in another way than its parent also
+    overrides ``sample_with_score``.
 
-    Four things more are used where a guide has them: ``setup(*args, **kwargs)``, which builds it
-    for a model with these arguments; ``log_joint(model, trace, args, kwargs)``, called like
-    :class:`~pyro_iaf.models.log_joint.LogJoint`, for latents that count in another way than there;
-    ``widen_tails(by)``, which makes all tails heavier and returns a function that undoes it; and
-    ``amortized``, whether an encoder tells the guide one data set from another.
+    Four optional attributes are used where a guide has them:
+
+    - ``setup(*args, **kwargs)`` builds the guide for a model with these arguments;
+    - ``log_joint(model, trace, args, kwargs)`` replaces
+      :class:`~pyro_iaf.models.log_joint.LogJoint`;
+    - ``widen_tails(by)`` makes all tails heavier and returns a function that undoes it;
+    - ``amortized`` says whether the guide has an encoder that reads the data.
     """
 
     def sample_with_score(self, num: int, *args: Any, **kwargs: Any) -> ScoredDraws:
-        """So many draws for a model with these arguments, as :class:`ScoredDraws` has them."""
+        """``num`` draws for a model with these arguments."""
 
     def context_tables(self) -> Sequence[nn.Parameter]:
-        """Parameters of shape ``(N, C)``, of whose rows a step uses few.
+        """Parameters of shape ``(N, C)``; one step uses few of their rows.
 
-        While the guide's attribute ``rows_alone`` is true, their gradients are to be sparse.
+        While the guide's attribute ``rows_alone`` is true, their gradients should be sparse.
         """
 
     def networks(self) -> Sequence[nn.Module]:
-        """The networks, whose weights count little each and so may move by more."""
+        """The networks, whose weights may take larger steps than other parameters."""
 
 
 def goes_through_draws(guide: Any) -> bool:
-    """Whether a guide has flows of which gradients through the draws alone have the less noise."""
+    """Whether a guide has flows, for which gradients through the draws alone have less noise."""
     methods = ("networks", "context_tables")  # both, as other modules have networks too
     return all(callable(getattr(guide, method, None)) for method in methods)
 
 
-def _parts_of(guide: Any) -> list[Any]:
-    """A guide and all that it is made of."""
-    owner = getattr(guide, "__self__", guide)  # of a guide that is a method
+def _modules_of(guide: Any) -> list[Any]:
+    owner = getattr(guide, "__self__", guide)  # a guide may be a method
     return list(owner.modules()) if isinstance(owner, nn.Module) else [owner]
 
 
 def context_tables_of(guide: Any) -> list[nn.Parameter]:
-    """The tables of contexts that a guide, or a part of it, learns."""
-    parts = filter(goes_through_draws, _parts_of(guide))
+    """The context tables of a guide and of guides within it."""
+    parts = filter(goes_through_draws, _modules_of(guide))
     return [table for part in parts for table in part.context_tables()]
 
 
 def networks_of(guide: Any) -> list[nn.Module]:
-    """The networks of a guide and its parts, and those of flows of ours in a guide by hand."""
-    parts = _parts_of(guide)
+    """The networks of a guide and of guides within it, and those of flows in a handwritten one."""
+    parts = _modules_of(guide)
     own = [net for part in filter(goes_through_draws, parts) for net in part.networks()]
     return [*own, *(part for part in parts if isinstance(part, MaskedAutoregressiveNetwork))]
 
 
 @contextmanager
 def row_gradients(guide: Any) -> Iterator[None]:
-    """Within it, gradients of tables have the rows drawn alone."""
-    parts = list(filter(goes_through_draws, _parts_of(guide)))
+    """Makes gradients of context tables sparse within the block."""
+    parts = list(filter(goes_through_draws, _modules_of(guide)))
     before = [getattr(part, "rows_alone", False) for part in parts]
     for part in parts:
         part.rows_alone = True

@@ -1,6 +1,6 @@
-"""Guides that write themselves: one flow over all the latents of a model.
+"""An automatic guide with one flow over all the latents of a model.
 
-Each latent is carried to the real line, and one after the other they make a vector, which
+The latents in unconstrained space, one after the other, are one vector, which
 :class:`~pyro_iaf.guides.transform.GuideTransform` draws.
 """
 
@@ -14,7 +14,7 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer.autoguide.guides import AutoContinuous
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import biject_to
 
 from .._validation import check_callable, check_context, check_size, warn
@@ -24,7 +24,7 @@ from ..flows.posterior import Posterior
 from ..flows.scored_guide import ScoredDraws
 from ..models import param_store
 from ..models.arguments import Args, Kwargs, Program
-from ..models.matching import Given
+from ..models.matching import FixedLatents
 from ..models.traces import full_size
 from ..nn.univariate import UnivariateMap
 from ..solvers.path_score import draw_with_score
@@ -32,59 +32,59 @@ from .base import FlowGuide
 from .latents import joined
 from .pathfinder import Start, StartNotFound, pathfinder
 from .site_delta import SiteDeltas
-from .transform import GuideTransform, Transform, part_of
+from .transform import GuideTransform, Transform, entries_below
 
 __all__ = ["AutoIAF"]
 
-# Medians and quantiles are read off this many draws and their mirror images.
+# Medians and quantiles are computed from this many draws and their mirror images.
 NUM_MIRRORED = 5000
 
 
 class AutoIAF(FlowGuide, AutoContinuous):
     r"""A guide over all the continuous latents of a model, by inverse autoregressive flows.
 
-    Noise from a :class:`~pyro_iaf.DiagonalNormal` goes through ``num_flows`` flows, a learned
-    bend of each coordinate, and a learned loc and scale, and comes out as one vector of latents in
-    unconstrained space, which Pyro's bijections carry to the sites. It sees correlations, skewness
-    and funnels that a mean-field guide can't. A fresh guide is nearly a normal where it starts.
+    Noise from a :class:`~pyro_iaf.DiagonalNormal` passes through ``num_flows`` flows, a learned
+    bend of each coordinate, and a learned loc and scale. The result is one vector of latents in
+    unconstrained space, which Pyro's bijections map to the sites. The guide can represent
+    correlations, skewness and funnels, which a mean-field guide can't. A fresh guide is close to a
+    normal distribution at its start.
 
     Use it as any of Pyro's guides. A step of SVI costs one network pass per flow, O(D H + H²) per
     particle for D latents and widths H. The structure of the model, its shapes and the supports of
     its latents have to stay as they are at the first call.
 
-    A guide owns the entries under its ``name`` in Pyro's parameter store. Entries that came from a
-    file are adopted; those of another guide are replaced, with a warning if that guide is alive.
-    A state that was loaded with ``load_state_dict``, also before the first call, wins over the
-    store. Pickling leaves the model behind, and what belongs to it: ``init_loc_fn`` and
-    ``create_plates``.
+    A guide owns the entries under its ``name`` in Pyro's parameter store. It adopts entries that
+    came from a file. It replaces those of another guide, with a warning if that guide is alive. A
+    state from ``load_state_dict``, also before the first call, takes precedence over the store.
+    Pickling drops the model, ``init_loc_fn`` and ``create_plates``.
 
     Args:
         model: A Pyro model.
-        num_flows: How many flows; each has the order of the one before it reversed.
+        num_flows: How many flows; each reverses the order of the one before it.
         hidden_dims: Widths of each network's hidden layers, a list or one int. By default two
             layers of ``max(64, D)``.
         univariate: How a flow maps each coordinate: ``"affine"``, ``"gated"`` or a
             :class:`~pyro_iaf.UnivariateMap`.
-        start: Where a fresh guide sits: ``"pathfinder"``, at the Gaussian of the highest ELBO that
-            a few short climbs of the log joint density meet; or ``"init"``, around what
-            ``init_loc_fn`` says. By default ``"pathfinder"``, unless ``init_scale`` is given.
-        init_loc_fn: Says where each site starts, as for Pyro's guides; by default
-            ``init_to_median``. Sites that can't be sampled, as improper priors, start at a draw in
-            unconstrained space. With ``"pathfinder"`` the first path begins there.
+        start: Where a fresh guide starts: ``"pathfinder"``, at the Gaussian with the highest ELBO
+            on a few short paths up the log joint density; or ``"init"``, at the values of
+            ``init_loc_fn``. By default ``"pathfinder"``, but ``"init"`` if ``init_scale`` or
+            ``encoder`` is given.
+        init_loc_fn: Gives the start value of each site, as for Pyro's guides; by default
+            ``init_to_median``. Sites that can't be sampled, such as improper priors, start at a
+            draw in unconstrained space. With ``"pathfinder"`` the first path begins there.
         init_scale: Standard deviation of a fresh guide in unconstrained space that starts at
             ``"init"``; by default 0.1.
         scale: Whether the last step learns a ``"dense"`` lower-triangular scale or a ``"diagonal"``
             one; ``"auto"`` is dense for up to 400 latents.
-        encoder: What the guide sees of the model's arguments: a module or a function that takes
-            them and returns a context, of shape ``(context_dim,)``. The flows listen to it at every
-            layer, so that one guide holds the posteriors of many data sets; ``fit(...,
-            simulate=...)`` trains it on data from the prior. Such a guide starts at ``"init"``, and
-            wants the arguments wherever it draws.
+        encoder: A module or a function that takes the model's arguments and returns a context, of
+            shape ``(context_dim,)``. The flows depend on it at every layer, so that one guide has
+            the posteriors of many data sets; ``fit(..., simulate=...)`` trains it on data from the
+            prior. Such a guide needs the arguments for every draw.
         context_dim: Size of the context; by default what the encoder returns at the first call.
         create_plates: A function of the model's arguments that returns a plate, or several, for
             the guide to use.
-        name: What the guide's parameters are called in the store, by default ``"AutoIAF"``. Two
-            guides in one program need two names.
+        name: Prefix of the guide's parameters in the store, by default ``"AutoIAF"``. Two guides in
+            one program need two names.
 
     Raises:
         ValueError: If an argument is out of range, or, at the first call, if a latent is
@@ -141,14 +141,14 @@ class AutoIAF(FlowGuide, AutoContinuous):
             )
         if start == "pathfinder" and init_scale is not None:
             raise ValueError(
-                'init_scale belongs to start="init": with start="pathfinder" the scale is found.'
+                'init_scale is for start="init": with start="pathfinder" the guide finds its scale.'
             )
-        # Pathfinder starts at the posterior of one data set.
-        found = init_scale is None and encoder is None
-        self._start = start or ("pathfinder" if found else "init")
-        check_callable("encoder", encoder, may_be_missing=True)
+        # Pathfinder finds the posterior of one data set only.
+        can_search = init_scale is None and encoder is None
+        self._start = start or ("pathfinder" if can_search else "init")
+        check_callable("encoder", encoder, optional=True)
         if context_dim is not None and encoder is None:
-            raise ValueError("context_dim is the size of what an encoder returns; give an encoder.")
+            raise ValueError("context_dim is the size of an encoder's output; give an encoder.")
         self.encoder = encoder
         self.context_dim = None if context_dim is None else check_size("context_dim", context_dim)
         self.transform: Transform | None = None
@@ -179,60 +179,58 @@ class AutoIAF(FlowGuide, AutoContinuous):
                 if frame.size != full_size(frame):
                     raise NotImplementedError(
                         f"Site '{name}' is local to plate '{frame.name}', which is subsampled: "
-                        f"{frame.size} of {full_size(frame)}. AutoIAF holds all latents in one "
+                        f"{frame.size} of {full_size(frame)}. AutoIAF draws all latents as one "
                         "vector, so it can't follow a subsample. Take AutoHierarchicalIAF(model), "
-                        "which can; or run the model on all the data."
+                        "which can, or run the model on all the data."
                     )
 
     def _init_loc(self) -> Tensor:
-        parts = [
-            biject_to(site["fn"].support).inv(site["value"].detach()).reshape(-1)
-            for site in self._latent_sites().values()
-        ]
-        return joined(parts)
+        sites = self._latent_sites().values()
+        values = [biject_to(site["fn"].support).inv(site["value"].detach()) for site in sites]
+        return joined([value.reshape(-1) for value in values])
 
     def _find_start(
         self, model: Program, loc: Tensor, args: Args, kwargs: Kwargs
     ) -> tuple[Start, float]:
         """The frame of a fresh guide, and the logarithm of its scale in that frame."""
         at_loc = Start(loc.detach().clone(), torch.ones_like(loc)), math.log(self._init_scale)
-        if self._start == "init" or param_store.has_from_file(self._entries):
+        if self._start == "init" or param_store.has_from_file(f"{self._pyro_name}.transform"):
             return at_loc
         values = {name: site["value"] for name, site in self._latent_sites().items()}
-        with Given(values, {}):
+        with FixedLatents(values, {}):
             trace = poutine.trace(model).get_trace(*args, **kwargs)  # with data and subsamples
         joint = self.log_joint(model, trace, args, kwargs)
         try:
             return pathfinder(joint, loc.detach(), self._is_dense(len(loc))), 0.0
         except StartNotFound as why:
             warn(
-                f"AutoIAF looked for a start of the guide by Pathfinder and found none: {why}. It "
-                f"starts at what init_loc_fn says, with standard deviation {self._init_scale}; "
-                'start="init" chooses that without this warning.'
+                f"AutoIAF looked for a start by Pathfinder and found none: {why}. It starts at the "
+                f"values of init_loc_fn, with standard deviation {self._init_scale}. Give "
+                'start="init" to choose that without this warning.'
             )
             return at_loc
 
     # Drawing
 
     def get_base_dist(self) -> DiagonalNormal:
-        """The noise: a standard normal over vectors."""
+        """The distribution of the noise: a standard normal over vectors."""
         return self._built().noise()
 
     def get_transform(self, *args: Any, **kwargs: Any) -> InverseAutoregressiveFlowStack:
-        """What carries the noise to all latents in unconstrained space, as one transform."""
+        """The transform from the noise to all latents in unconstrained space."""
         transform = self._built(*args, **kwargs)
         if isinstance(transform, GuideTransform):
             return transform
         return transform.condition(self._context(args, kwargs))
 
     def _context(self, args: Args, kwargs: Kwargs) -> Tensor:
-        """What the encoder makes of the model's arguments."""
+        """The encoder's output for the model's arguments, checked."""
         assert self._encoder is not None
         context = self._encode(self._encoder, args, kwargs)
         if not isinstance(context, Tensor) or context.dim() != 1:
             got = tuple(context.shape) if isinstance(context, Tensor) else type(context).__name__
             raise ValueError(
-                f"An encoder should return one context for all the data, of shape (context_dim,); "
+                "An encoder should return one context for all the data, of shape (context_dim,); "
                 f"got {got}. Sum or average over the data, or flatten."
             )
         check_context(context, self.context_dim)
@@ -244,13 +242,7 @@ class AutoIAF(FlowGuide, AutoContinuous):
         return Posterior(self.get_base_dist(), [transform], validate_args=False)
 
     def sample_with_score(self, num: int, *args: Any, **kwargs: Any) -> ScoredDraws:
-        """So many draws as one vector in unconstrained space, their log density and its gradient.
-
-        Args:
-            num: How many draws.
-            args: What the model takes.
-            kwargs: Likewise.
-        """
+        """Draws ``num`` vectors in unconstrained space, with log density and its gradient."""
         transform = self.get_transform(*args, **kwargs)
         drawn = draw_with_score(transform.parts, self.get_base_dist().sample((num,)))
         return ScoredDraws(drawn.value, drawn.log_prob, drawn.score)
@@ -263,7 +255,7 @@ class AutoIAF(FlowGuide, AutoContinuous):
         return [] if self._transform is None else [self._transform]
 
     def _built(self, *args: Any, **kwargs: Any) -> Transform:
-        """The transform, built if need be."""
+        """The transform; builds it first if necessary."""
         if self._transform is None:
             self._setup_on_demand(*args, **kwargs)
         assert self._transform is not None
@@ -271,7 +263,7 @@ class AutoIAF(FlowGuide, AutoContinuous):
 
     @property
     def _transform(self) -> Transform | None:
-        """Without telling Pyro, which makes statements of all parameters if asked by attribute."""
+        """The transform, read without ``pyro.param`` statements for all its parameters."""
         return self._modules.get("transform")  # type: ignore[return-value]
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -294,15 +286,15 @@ class AutoIAF(FlowGuide, AutoContinuous):
             args: What the model takes; needed only if the guide was never called or set up, if it
                 has an encoder, and to resample.
             resample: Whether to resample the draws, from four times as many, by their importance
-                weights. That brings them nearer to the posterior where the guide is good enough:
-                see :func:`~pyro_iaf.diagnose`. The model runs for it.
+                weights. That brings them nearer to the posterior if the guide is good enough: see
+                :func:`~pyro_iaf.diagnose`. It runs the model.
             kwargs: Likewise.
 
         Returns:
             For each site a tensor of shape ``(num_samples,) + shape`` of its value in the model.
 
         Warns:
-            UserWarning: If the weights say that resampling can't repair the guide.
+            UserWarning: If the importance weights are too unreliable to resample by.
         """
         check_size("num_samples", num_samples)
         posterior = self._ready_posterior(*args, **kwargs)
@@ -315,22 +307,10 @@ class AutoIAF(FlowGuide, AutoContinuous):
         self._adopt_parameters()
         return self.get_posterior(*args, **kwargs)
 
-    @property
-    def _entries(self) -> str:
-        """What the names of this guide's entries in the store begin with."""
-        return f"{self._pyro_name}.transform"
+    def _fixed_draws(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """An odd number of draws, from noise that is symmetric about zero.
 
-    def _own_modules(self) -> dict[str, nn.Module]:
-        own: dict[str, nn.Module] = {"transform": self._built()}
-        if isinstance(self._encoder, nn.Module):
-            own["encoder"] = self._encoder
-        return own
-
-    def _settled_draws(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Draws of noise that is symmetric about zero, an odd number of them.
-
-        The median of a guide that is symmetric itself is exact; the middle one of an odd number
-        commutes with every monotone map.
+        So the median of a symmetric guide is exact, and the median commutes with monotone maps.
         """
         posterior = self._ready_posterior(*args, **kwargs)
         loc = posterior.base_dist.loc
@@ -342,21 +322,20 @@ class AutoIAF(FlowGuide, AutoContinuous):
         return self._split(transform(noise))
 
     def _split(self, latent: Tensor) -> dict[str, Tensor]:
-        """The sites of vectors of latents, unconstrained; the batch stands to their left."""
+        """Unconstrained values of the sites, of shape ``batch_shape + shape``."""
         shapes = self._unconstrained_shapes
-        parts = latent.split([shape.numel() for shape in shapes.values()], -1)
-        pairs = zip(shapes.items(), parts, strict=True)
-        return {name: part.reshape(latent.shape[:-1] + shape) for (name, shape), part in pairs}
+        parts = zip(shapes, latent.split([*map(math.prod, shapes.values())], -1), strict=True)
+        return {name: part.reshape(latent.shape[:-1] + shapes[name]) for name, part in parts}
 
     # State and copies
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        given = part_of(state_dict, f"{prefix}transform.")
+        given = entries_below(state_dict, f"{prefix}transform.")
         if self.prototype_trace is None and not self._fits(given):
-            # Never set up, so the state says what to build.
-            self.transform = self._rebuilt(given, self._told_by(state_dict, prefix)["univariate"])
+            # The guide was never set up, so the state determines what to build.
+            self.transform = self._rebuilt(state_dict, prefix, "transform")
             if (transform := self._transform) is not None:
                 self.context_dim = transform.context_dim or None
                 self.hidden_dims = transform.networks[0].hidden_dims

@@ -1,4 +1,4 @@
-"""What the rows of plates listen to: encoded data, or a table of their own."""
+"""The contexts of the rows of plates: encoded data, or rows of a learned table."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from torch.nn import functional
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .._validation import check_callable, check_size
-from ..models.arguments import Args, Kwargs, Program
+from ..models.arguments import Args, Kwargs
 from ..models.traces import full_size
 from ..nn.univariate import UnivariateMap
 from .base import FlowGuide
-from .plates import Encoders, GivenSubsamples, Group, QuickSubsamples
+from .plates import Encoders, Group, QuickSubsamples
 
-__all__ = ["TABLE_WIDTH", "Contexts", "GuideWithContexts"]
+__all__ = ["Contexts", "GuideWithContexts"]
 
-# Contexts by the plates of a group: those that are there before the plates are.
+# Contexts that are encoded before the plates are made, by the plates of their group.
 Contexts = Mapping[tuple[str, ...], Tensor]
 TABLE_WIDTH = 8
-_made_sparse: Any = WeakIdKeyDictionary()  # parameters, and whose they are
+_guides_of_sparse: Any = WeakIdKeyDictionary()  # weak references, by parameter
 
 
 class GuideWithContexts(FlowGuide):
     """A guide for latents in plates: the plates of a call, and the contexts of their rows.
 
-    Subclasses say in ``_build`` which ``groups`` of latents there are, with a transform for each,
-    and a table for each that has no encoder. The arguments are those of
+    A subclass sets in ``_build`` the ``groups`` of latents, a transform for each, and a table for
+    each that is in plates and has no encoder. The arguments are those of
     :class:`~pyro_iaf.AutoHierarchicalIAF`.
     """
 
@@ -64,10 +64,10 @@ class GuideWithContexts(FlowGuide):
         )
         if isinstance(encoder, Mapping | nn.ModuleDict):
             for plate, one in encoder.items():
-                check_callable(f"encoder[{plate!r}]", one, may_be_missing=False)
+                check_callable(f"encoder[{plate!r}]", one)
             encoder = Encoders(dict(encoder.items()))
         else:
-            check_callable("encoder", encoder, may_be_missing=True)
+            check_callable("encoder", encoder, optional=True)
         self.encoder = encoder
         self.context_dim = None if context_dim is None else check_size("context_dim", context_dim)
         if embedding_grad not in ("dense", "sparse"):
@@ -75,26 +75,21 @@ class GuideWithContexts(FlowGuide):
                 f'embedding_grad should be "dense" or "sparse"; got {embedding_grad!r}.'
             )
         self.embedding_grad = embedding_grad
-        self.rows_alone = False  # whether gradients of tables have the rows drawn alone
+        self.rows_alone = False  # whether gradients of tables hold only the rows drawn
         self.groups: list[Group] = []
         self.transforms = nn.ModuleList()
         self.tables = nn.ParameterList()
 
     # Plates
 
-    def _watched(self, model: Program) -> Program:
-        self._given = GivenSubsamples()
-        watched: Program = self._given(model)
-        return watched
-
     def _refuse_given_subsamples(self) -> None:
-        """A guide that draws its own subsample is no guide for one that was given."""
+        """Raises an error if the model is given a subsample that the guide can't see."""
         for name in self._given.names & set(self._prototype_frames):
             if self.create_plates is None and self.master is None and not self._is_whole(name):
                 raise ValueError(
                     f"The model was given the subsample of plate '{name}', which the guide can't "
-                    "see, and would draw one of its own. Give create_plates, a function of the "
-                    "model's arguments that returns the same plate: "
+                    "see: it would draw another one. Give create_plates, a function of the model's "
+                    "arguments that returns the same plate: "
                     "lambda rows: pyro.plate(name, size, subsample=rows)."
                 )
 
@@ -106,39 +101,39 @@ class GuideWithContexts(FlowGuide):
         """The plates of a call: the user's own, or as in the model's first run."""
         plates: dict[str, pyro.plate] = {}
         if self.master is not None:
-            plates = self._create_plates()  # those of the list that this guide is part of
+            plates = self._create_plates()  # those of the AutoGuideList
         elif self.create_plates is not None:
             made = self.create_plates(*args, **kwargs)
             plates = {p.name: p for p in ([made] if isinstance(made, pyro.plate) else made)}
         for name, size in self._sizes_of_plates(contexts).items():
-            frame = self._prototype_frames[name]
             if name in plates:
-                made = f"create_plates returned {plates[name].size} rows of"
-                self._check_size(name, plates[name].size, made)
-                continue
-            drawn = size if self._is_whole(name) else frame.size
-            with QuickSubsamples():
-                plates[name] = pyro.plate(name, size, drawn, dim=frame.dim)
+                self._check_size(name, plates[name].size, "create_plates returned")
+            else:
+                frame = self._prototype_frames[name]
+                drawn = size if self._is_whole(name) else frame.size
+                with QuickSubsamples():
+                    plates[name] = pyro.plate(name, size, drawn, dim=frame.dim)
         return plates
 
     def _sizes_of_plates(self, contexts: Contexts) -> dict[str, int]:
-        """How many rows there are: as in the model's first run, or as there are contexts."""
+        """The number of rows of each plate: that of contexts, else of the model's first run."""
         sizes = {}
         for name, frame in self._prototype_frames.items():
             sizes[name] = full_size(frame)
             for plates, context in contexts.items():
                 if name in plates and isinstance(context, Tensor) and context.dim() > -frame.dim:
                     sizes[name] = context.shape[frame.dim - 1]
-            self._check_size(name, sizes[name], f"An encoder returned {sizes[name]} rows of")
+            self._check_size(name, sizes[name], "An encoder returned")
         return sizes
 
-    def _check_size(self, plate: str, size: int, what: str) -> None:
+    def _check_size(self, plate: str, size: int, found: str) -> None:
         first = full_size(self._prototype_frames[plate])
         has_table = any(g.table is not None and plate in g.plates for g in self.groups)
         if has_table and size != first:
             raise ValueError(
-                f"{what} plate '{plate}'; the guide has a table of {first}, as the model's first "
-                "run had. For data of several sizes give an encoder for each plate."
+                f"{found} {size} rows of plate '{plate}'; the guide has a table of {first} rows, "
+                "as in the model's first run. For data of several sizes give an encoder for each "
+                "plate."
             )
 
     # Encoders
@@ -150,12 +145,11 @@ class GuideWithContexts(FlowGuide):
         return encoder if group.plates else None
 
     def _contexts_ahead(self, args: Args, kwargs: Kwargs, of_all: bool = False) -> Contexts:
-        """Contexts for plates that are not subsampled, or of all: how many rows they have."""
+        """Contexts of plates that are not subsampled, or of all; they tell the number of rows."""
         contexts = {}
         for group in self.groups:
             encoder = self._encoder_of(group)
-            is_whole = of_all or all(map(self._is_whole, group.plates))
-            if encoder is not None and is_whole:
+            if encoder is not None and (of_all or all(map(self._is_whole, group.plates))):
                 contexts[group.plates] = self._encode(encoder, args, kwargs)
         return contexts
 
@@ -168,11 +162,7 @@ class GuideWithContexts(FlowGuide):
         args: Args,
         kwargs: Kwargs,
     ) -> Tensor:
-        """What an encoder makes of a group's rows of this call, unless it was run ahead.
-
-        Raises:
-            ValueError: If it doesn't fit the plates.
-        """
+        """The contexts of a group's rows in this call, or a ValueError if they don't fit them."""
         group = self.groups[k]
         context: Any = ahead.get(group.plates)
         if context is None:
@@ -196,9 +186,9 @@ class GuideWithContexts(FlowGuide):
             raise ValueError(
                 f"The encoder for plate '{group.name}' should return a context for each of its "
                 f"rows, of shape {(*shape, 'context_dim' if own is None else own)}; got {got}. "
-                "Inside it pyro.subsample(data, event_dim=...) is the minibatch. Where minibatches "
-                "come as arguments, of several sizes, create_plates=lambda x: pyro.plate(name, "
-                "size, len(x)) says how many rows there are."
+                "Inside it pyro.subsample(data, event_dim=...) is the minibatch. If minibatches of "
+                "several sizes come as arguments, tell their size by create_plates=lambda x: "
+                "pyro.plate(name, size, len(x))."
             )
         return context  # type: ignore[no-any-return]
 
@@ -208,18 +198,18 @@ class GuideWithContexts(FlowGuide):
         """The tables of contexts, of shape ``(N, C)``, of whose rows a minibatch uses few."""
         return list(self._modules["tables"].parameters())  # type: ignore[union-attr]
 
-    def _table_width(self, group: Group) -> int:
+    def _table_shape(self, group: Group) -> tuple[int, int]:
+        """The rows of a group's plates, and the width of its table, loaded or new."""
+        rows = math.prod(full_size(self._prototype_frames[name]) for name in group.plates)
         tables: Any = self._modules["tables"]
         is_loaded = group.table is not None and group.table < len(tables)
-        return tables[group.table].shape[1] if is_loaded else self.context_dim or TABLE_WIDTH
-
-    def _num_rows(self, group: Group) -> int:
-        return math.prod(full_size(self._prototype_frames[name]) for name in group.plates)
+        width = tables[group.table].shape[1] if is_loaded else self.context_dim or TABLE_WIDTH
+        return rows, width
 
     def _looked_up(
         self, group: Group, plates: Mapping[str, Any], rows: Mapping[str, Any]
     ) -> Tensor:
-        """The rows of a table."""
+        """The contexts of a group's rows in this call, from its table."""
         table = self._modules["tables"][group.table]  # type: ignore[index]
         index: Any = 0
         for name in group.plates:
@@ -229,24 +219,18 @@ class GuideWithContexts(FlowGuide):
         return functional.embedding(index, table, sparse=sparse)
 
     def _make_gradients_sparse(self) -> None:
-        """For SparseAdam, which takes no others, that of each parameter."""
+        """Gives all parameters sparse gradients, since SparseAdam takes no others."""
         if self.embedding_grad != "sparse" or self.rows_alone:
             return
-        tables = set(self.context_tables())
-        for param in self.parameters():
-            if param not in tables:
-                make_gradients_sparse(param, self)
-
-
-def make_gradients_sparse(param: Tensor, guide: Any) -> None:
-    """Gives a parameter's gradients the form that ``SparseAdam`` wants, while its guide does."""
-    if param not in _made_sparse:
-        param.register_post_accumulate_grad_hook(_make_sparse)
-    _made_sparse[param] = weakref.ref(guide)
+        for param in set(self.parameters()) - set(self.context_tables()):
+            if param not in _guides_of_sparse:
+                param.register_post_accumulate_grad_hook(_make_sparse)
+            _guides_of_sparse[param] = weakref.ref(self)
 
 
 def _make_sparse(param: Tensor) -> None:
-    guide = _made_sparse[param]() if param in _made_sparse else None
+    """Makes a parameter's gradient sparse, while its guide has ``embedding_grad="sparse"``."""
+    guide = _guides_of_sparse[param]() if param in _guides_of_sparse else None
     is_wanted = guide is not None and guide.embedding_grad == "sparse" and not guide.rows_alone
     if is_wanted and param.grad is not None and not param.grad.is_sparse:
         param.grad = param.grad.to_sparse()

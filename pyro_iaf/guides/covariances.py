@@ -1,38 +1,18 @@
-"""Covariances that the curvature of a density tells, or the steps of a climb."""
+"""Covariances from the curvature of a log density, or from the steps of a path uphill."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Dense", "LowRank", "Spread"]
+__all__ = ["Covariance", "Dense", "LowRank"]
 
-# Directions of less curvature than this share of the largest have none.
+# A direction counts as flat if its curvature is below this share of the largest.
 FLAT = 1e-8
-
-
-class Spread(Protocol):
-    """A covariance."""
-
-    @property
-    def scale(self) -> Tensor:
-        """The scales of the best normals without correlations: of each latent given the others."""
-
-    @property
-    def log_det_root(self) -> Tensor: ...
-
-    def shrunk(self, factor: float) -> Spread:
-        """The same with smaller scales."""
-
-    def stretch(self, noise: Tensor) -> Tensor:
-        """Noise of shape ``(..., D)``, with this covariance."""
-
-    def times(self, v: Tensor) -> Tensor:
-        """The covariance times a vector."""
 
 
 class Dense(NamedTuple):
@@ -42,59 +22,67 @@ class Dense(NamedTuple):
 
     @classmethod
     def of_precision(cls, precision: Tensor, reach: Callable[[Tensor], Tensor]) -> Dense:
-        """The covariance of a precision, whose negative directions count as positive ones.
+        """The inverse of a precision, whose negative eigenvalues count as positive ones.
 
-        That is settled for latents in units of their own, so that units make no difference.
+        Eigenvalues are taken after each latent is scaled, so the units of latents don't matter.
 
         Args:
             precision: Of shape ``(D, D)``.
-            reach: The scales along directions of shape ``(J, D)`` in which there is no precision.
+            reach: Gives the scales along directions of shape ``(J, D)`` that are flat.
         """
         biggest = precision.abs().amax(-1)
         biggest = torch.where(biggest > 0, biggest, 1.0)
         unit = precision.diagonal().abs()
         unit = torch.where(unit > 1e-14 * biggest, unit, biggest).sqrt()
-        scaled, axes = torch.linalg.eigh(precision / unit / unit.unsqueeze(-1))
-        scaled = scaled.abs()
-        flat = scaled <= FLAT * scaled.max()
+        values, axes = torch.linalg.eigh(precision / unit / unit.unsqueeze(-1))
+        values = values.abs()
+        flat = values <= FLAT * values.max()
         if flat.any():
-            ways = axes.mT[flat] / unit
-            scaled[flat] = torch.maximum(scaled[flat], reach(ways) ** -2)
-        root = torch.linalg.qr((axes * scaled.rsqrt() / unit.unsqueeze(-1)).mT, mode="r")[1].mT
+            values[flat] = torch.maximum(values[flat], reach(axes.mT[flat] / unit) ** -2)
+        root = torch.linalg.qr((axes * values.rsqrt() / unit.unsqueeze(-1)).mT, mode="r")[1].mT
         return cls(root * root.diagonal().sign())
 
     @property
     def scale(self) -> Tensor:
+        """The standard deviation of each latent given the others."""
         return torch.cholesky_inverse(self.root).diagonal().rsqrt()
 
     @property
     def log_det_root(self) -> Tensor:
+        """Half the log-determinant of the covariance."""
         return self.root.diagonal().log().sum()
 
     def shrunk(self, factor: float) -> Dense:
+        """The same with scales times ``factor``."""
         return Dense(factor * self.root)
 
     def stretch(self, noise: Tensor) -> Tensor:
+        """Noise of shape ``(..., D)``, with this covariance."""
         return noise @ self.root.mT
 
     def times(self, v: Tensor) -> Tensor:
+        """The covariance times a vector."""
         return self.root @ (self.root.mT @ v)
 
 
 class LowRank:
-    r"""The inverse Hessian that a path's last steps tell, by L-BFGS.
+    r"""The inverse Hessian that L-BFGS makes from a path's last steps, with methods as above.
 
-    It is ``A (I + Q (B - I) Q^T) A`` with a diagonal ``A``, orthonormal axes ``Q`` and a diagonal
-    ``B``, of which there are twice as many as steps.
+    It is ``A (I + Q (B - I) Q^T) A`` with a diagonal ``A``, two orthonormal axes in ``Q`` for each
+    step, and a diagonal ``B``.
+
+    Args:
+        variances: The diagonal of ``A^2``, of shape ``(D,)``.
+        steps: The changes of point and of slope in each step, the last one at the end.
     """
 
-    def __init__(self, squares: Tensor, steps: list[tuple[Tensor, Tensor]]) -> None:
-        self.squares, self.steps = squares, steps  # the squares of A; changes of point and slope
+    def __init__(self, variances: Tensor, steps: list[tuple[Tensor, Tensor]]) -> None:
+        self.variances, self.steps = variances, steps
 
     @functools.cached_property
     def _factors(self) -> tuple[Tensor, Tensor, Tensor]:
         """``A``, ``Q`` and the diagonal of ``B``."""
-        root = self.squares.sqrt()
+        root = self.variances.sqrt()
         if not self.steps:
             return root, root.new_zeros(len(root), 0), root.new_zeros(0)
         # Byrd, Nocedal and Schnabel (1994), theorem 2.2, in units of A.
@@ -120,7 +108,7 @@ class LowRank:
 
     def shrunk(self, factor: float) -> LowRank:
         steps = [(s * factor, y / factor) for s, y in self.steps]
-        return self if factor == 1 else LowRank(self.squares * factor**2, steps)
+        return self if factor == 1 else LowRank(self.variances * factor**2, steps)
 
     def stretch(self, noise: Tensor) -> Tensor:
         root, axes, values = self._factors
@@ -132,7 +120,10 @@ class LowRank:
         for s, y in reversed(self.steps):
             shares.append((s @ v) / (s @ y))
             v = v - shares[-1] * y
-        v = v * self.squares
+        v = v * self.variances
         for (s, y), share in zip(self.steps, reversed(shares), strict=True):
             v = v + (share - (y @ v) / (s @ y)) * s
         return v
+
+
+Covariance = Dense | LowRank

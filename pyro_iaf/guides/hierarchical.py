@@ -1,11 +1,11 @@
-r"""A guide that draws its latents group by group, each with all rows of its plates at once.
+r"""An automatic guide for latents in plates, which draws all rows of a plate at once.
 
 .. math::
     q(z, w_1, \dots, w_N) = q(z) \prod_i q(w_i \mid z, c_i)
 
-The latents :math:`w_i` of a plate's rows come from one conditional flow that listens to the
-globals :math:`z` and to a context :math:`c_i`: what an encoder makes of row i, or a learned row of
-a table. So a minibatch of rows is drawn and scored without the others.
+The latents :math:`w_i` of a plate's rows come from one conditional flow, which depends on the
+global latents :math:`z` and on a context :math:`c_i`: an encoder's output for row i, or a row of a
+learned table. So a minibatch of rows is drawn and scored without the others.
 """
 
 from __future__ import annotations
@@ -26,73 +26,69 @@ from .._validation import check_size
 from ..models.arguments import Args, Kwargs, Program
 from ..models.constraints import one_row
 from ..models.particles import Particles
-from ..models.traces import taking_turns
+from ..models.traces import handler_lock
 from ..solvers.path_score import noise_of_draw
-from .contexts import TABLE_WIDTH, Contexts, GuideWithContexts
+from .contexts import Contexts, GuideWithContexts
 from .latents import joined
 from .pathfinder import Start
 from .plates import Group, checked_rows, groups_of
 from .site_delta import MaskedSiteDelta, SiteDelta
-from .transform import Transform, part_of
+from .transform import Transform
 
 __all__ = ["AutoHierarchicalIAF"]
 
-# Medians and quantiles are read off so many draws, or fewer if these would hold more numbers.
+# Medians and quantiles are computed from NUM_DRAWS draws, or fewer that hold MOST_NUMBERS numbers.
 NUM_DRAWS, MOST_NUMBERS = 4001, 10_000_000
 
 
 class AutoHierarchicalIAF(GuideWithContexts):
     r"""A guide for models with local latents, by flows: for large data, and for new data.
 
-    The global latents come from one inverse autoregressive flow, those of each plate's rows from a
-    conditional one that all rows share. It listens to the globals, to the latents of the plates
-    around, and to a context of the row: what an ``encoder`` makes of the data, or a row of a
-    learned table, of ``context_dim`` numbers. Plates may be subsampled, nested, and several. Rows
-    of plates that stand side by side, as persons and questions do, are independent given the
-    globals: there :class:`~pyro_iaf.AutoIAF` is the better guide, as long as it is not too large.
+    The global latents come from one inverse autoregressive flow. The latents of each plate come
+    from a conditional flow that all its rows share. It depends on the global latents, on the
+    latents of enclosing plates, and on a context of the row: the output of an ``encoder``, or a row
+    of a learned table, of ``context_dim`` numbers. Plates may be subsampled, nested, and several.
+    Rows of plates that cross, such as persons and questions, are independent given the global
+    latents: there :class:`~pyro_iaf.AutoIAF` is the better guide if it is not too large.
 
-    A step costs as much as the minibatch it draws, whatever the data's size; in plates that
-    ``create_plates`` or an ``AutoGuideList`` makes, Pyro puts all rows in random order first. A
-    table of N rows holds ``N * context_dim`` numbers: :func:`~pyro_iaf.fit` updates the rows that a
-    step has drawn and leaves the others; unlike other parameters, they are not averaged at its end.
-    Under ``pyro.infer.SVI``, any optimiser but ``SparseAdam`` fills a gradient for all N rows at
-    each step, which is slow from some 100,000 rows on; give ``embedding_grad="sparse"`` and
-    ``pyro.optim.SparseAdam`` there.
+    The cost of a step grows with the minibatch and not with the data; but Pyro shuffles all rows of
+    plates that ``create_plates`` or an ``AutoGuideList`` makes. A table of N rows holds
+    ``N * context_dim`` numbers. :func:`~pyro_iaf.fit` updates only the rows that a step has drawn,
+    and does not average them at its end as it does other parameters. Under ``pyro.infer.SVI``, all
+    optimisers except ``SparseAdam`` fill a gradient for all N rows at each step, which is slow from
+    some 100,000 rows on; give ``embedding_grad="sparse"`` and ``pyro.optim.SparseAdam`` there.
 
-    A guide starts around what ``init_loc_fn`` says, as :class:`~pyro_iaf.AutoIAF` does with
+    A guide starts at the values of ``init_loc_fn``, as :class:`~pyro_iaf.AutoIAF` does with
     ``start="init"``.
 
     Args:
         model: A Pyro model.
-        encoder: What makes contexts of the model's arguments: a module or a function that takes
-            them and returns a tensor of shape ``plate_shape + (context_dim,)``, a row for each row
-            of the plate. It runs inside the plate, so that ``pyro.subsample(data, event_dim=...)``
-            is the minibatch there; what it returns for all rows is cut to the subsample. For a
-            model with several plates, a dictionary from the names of plates to encoders; of nested
-            ones ``"outer/inner"``. Plates without an encoder have a table.
-        context_dim: Size of a row of the tables, by default 8; with an encoder, what it returns.
+        encoder: A module or a function that takes the model's arguments and returns contexts, of
+            shape ``plate_shape + (context_dim,)``, one for each row of the plate. It runs inside
+            the plate, so ``pyro.subsample(data, event_dim=...)`` is the minibatch there. If it
+            returns contexts for all rows, the guide takes those of the subsample. For a model with
+            several plates give a dictionary from names of plates to encoders; the name of nested
+            plates is ``"outer/inner"``. Plates without an encoder have a table.
+        context_dim: Size of a context; by default what the encoder returns, and 8 in tables.
         num_flows: How many flows for each group of latents.
         hidden_dims: Widths of each network's hidden layers; by default two layers of
             ``max(64, D)`` for the D numbers of a row.
-        univariate: How a flow maps each coordinate: ``"affine"``, ``"gated"`` or a
-            :class:`~pyro_iaf.UnivariateMap`.
+        univariate: As for :class:`~pyro_iaf.AutoIAF`.
         init_loc_fn: As for :class:`~pyro_iaf.AutoIAF`.
         init_scale: Standard deviation of a fresh guide in unconstrained space.
         scale: As for :class:`~pyro_iaf.AutoIAF`, for each group.
-        embedding_grad: ``"dense"``, or ``"sparse"`` for ``pyro.optim.SparseAdam``: the gradients
-            of tables have the rows drawn alone, and those of the guide's other parameters the
-            form that this optimiser wants. :func:`~pyro_iaf.fit` needs neither.
+        embedding_grad: ``"dense"``, or ``"sparse"`` for ``pyro.optim.SparseAdam``: then gradients
+            of tables hold only the rows drawn, and those of the guide's other parameters have the
+            form that this optimiser takes. :func:`~pyro_iaf.fit` needs neither.
         create_plates: A function of the model's arguments that returns plates for the guide to
-            use, as when indices of a minibatch are an argument.
-        name: What the guide's parameters are called in the store, by default
-            ``"AutoHierarchicalIAF"``.
+            use, for example if the indices of a minibatch are an argument.
+        name: Prefix of the guide's parameters in the store, by default ``"AutoHierarchicalIAF"``.
 
     Raises:
         ValueError: If an argument is out of range; at the first call, if plates and encoders don't
-            go together, a latent is discrete or a Delta, or a context has another shape than its
-            plate.
+            match, a latent is discrete or a Delta, or a context doesn't fit its plate.
         NotImplementedError: At the first call, if a plate is sequential, or the support of a
-            latent changes from row to row of its plate.
+            latent differs between the rows of its plate.
         RuntimeError: At the first call, if the model has no latents.
 
     References:
@@ -123,35 +119,33 @@ class AutoHierarchicalIAF(GuideWithContexts):
         starts = [self._init_loc(group) for group in self.groups]
         ahead = self._contexts_ahead(args, kwargs)
         plates = self._plates_of({}, args, kwargs)  # with as many rows as the model has
-        widths, sizes = [], []
+        context_dims, table_shapes = [], []
         for k, group in enumerate(self.groups):
             own = 0
             if group.table is not None:
-                own = self._table_width(group)
-                sizes.append(self._num_rows(group))
+                table_shapes.append(self._table_shape(group))
+                own = table_shapes[-1][1]
             elif group.plates:
                 with ExitStack() as stack:
                     rows = {name: stack.enter_context(plates[name]) for name in group.plates}
                     own = self._encoded(k, plates, rows, ahead, args, kwargs).shape[-1]
-            widths.append(own + sum(self.groups[j].size for j in group.parents))
-        transforms, tables = self._modules["transforms"], self._modules["tables"]
-        assert isinstance(transforms, nn.ModuleList)
-        assert isinstance(tables, nn.ParameterList)
+            context_dims.append(own + sum(self.groups[j].size for j in group.parents))
+        transforms: Any = self._modules["transforms"]
+        tables: Any = self._modules["tables"]
         if not len(transforms):
-            for loc, context_dim in zip(starts, widths, strict=True):
+            for loc, context_dim in zip(starts, context_dims, strict=True):
                 start, log_scale = Start(loc, torch.ones_like(loc)), math.log(self._init_scale)
                 transforms.append(self._fresh_transform(start, log_scale, context_dim))
-            for size in sizes:
-                width = self.context_dim or TABLE_WIDTH
-                tables.append(nn.Parameter(starts[0].new_zeros(size, width)))
-        made = [(t.latent_dim, t.context_dim) for t in self._transforms()]
-        loaded = [made, [len(table) for table in tables]]
-        wanted = [[(len(s), c) for s, c in zip(starts, widths, strict=True)], sizes]
-        if loaded != wanted:
+            for shape in table_shapes:
+                tables.append(nn.Parameter(starts[0].new_zeros(shape)))
+        found = [(t.latent_dim, t.context_dim) for t in self._transforms()], [*map(len, tables)]
+        sizes = [group.size for group in self.groups]
+        wanted = [*zip(sizes, context_dims, strict=True)], [rows for rows, _ in table_shapes]
+        if found != wanted:
             raise ValueError(
                 "The state that was loaded is of a guide for another model: its groups have "
-                f"(latents, context_dim) {loaded[0]} and tables of {loaded[1]} rows; this model "
-                f"wants {wanted[0]} and {wanted[1]}."
+                f"(latents, context_dim) {found[0]} and tables of {found[1]} rows; this model "
+                f"needs {wanted[0]} and {wanted[1]}. Load one that fits."
             )
         for module in (transforms, tables):
             module.to(starts[0])
@@ -163,7 +157,7 @@ class AutoHierarchicalIAF(GuideWithContexts):
                 site["fn"]._support = one_row(site["fn"].support, site["fn"].event_dim)
 
     def _init_loc(self, group: Group) -> Tensor:
-        """Where a group starts: for rows of a plate, in the middle of where they do."""
+        """The start of a group in unconstrained space, averaged over the rows of its plates."""
         parts = []
         for name, shape in group.shapes.items():
             site = self._latent_sites()[name]
@@ -175,12 +169,6 @@ class AutoHierarchicalIAF(GuideWithContexts):
     def _transforms(self) -> list[Transform]:
         transforms: Any = self._modules["transforms"]
         return list(transforms)
-
-    def _own_modules(self) -> dict[str, nn.Module]:
-        own: dict[str, Any] = {name: self._modules[name] for name in ("transforms", "tables")}
-        if isinstance(self._encoder, nn.Module):
-            own["encoder"] = self._encoder
-        return own
 
     # Drawing
 
@@ -199,7 +187,7 @@ class AutoHierarchicalIAF(GuideWithContexts):
     def _draw(
         self, plates: Mapping[str, pyro.plate], contexts: Contexts, args: Args, kwargs: Kwargs
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        """Pyro's statements of all latents; the sites, and what they are in unconstrained space."""
+        """Samples all latents; their values in the model and in unconstrained space, by name."""
         drawn: dict[str, tuple[Tensor, Tensor]] = {}
         noises: list[Tensor] = []
         for k, group in enumerate(self.groups):
@@ -216,14 +204,14 @@ class AutoHierarchicalIAF(GuideWithContexts):
                     transform.posterior(),
                     infer={"is_auxiliary": True},
                 )
-                # As the noise that made them, latents have size one, wherever the guide moves.
+                # Groups depend on their parents' noise, of unit scale wherever the guide moves.
                 noises.append(noise_of_draw(transform, latent))
                 for site, fn, value in self._split(group, latent):
                     drawn[site] = pyro.sample(site, fn), value
         return drawn
 
     def _transform_at(self, k: int, contexts: Sequence[Tensor]) -> Any:
-        """The flow of a group, at what it listens to."""
+        """The flow of a group, conditioned on its contexts."""
         transform: Any = self._modules["transforms"][k]  # type: ignore[index]
         if not contexts:
             return transform
@@ -231,7 +219,7 @@ class AutoHierarchicalIAF(GuideWithContexts):
         return transform.condition(torch.cat([c.expand(*shape, -1) for c in contexts], -1))
 
     def _split(self, group: Group, latent: Tensor) -> Iterator[tuple[str, SiteDelta, Tensor]]:
-        """The sites of a vector of latents: their points, and these in unconstrained space."""
+        """The sites of a vector of latents: name, point, and value in unconstrained space."""
         start = 0
         for name, shape in group.shapes.items():
             site = self._latent_sites()[name]
@@ -261,9 +249,9 @@ class AutoHierarchicalIAF(GuideWithContexts):
         Args:
             num_samples: How many draws.
             args: What the model takes; needed only if the guide was never called or set up, if it
-                has an encoder, and to resample. An encoder may see data that it was not trained on.
-            rows: For plates by name which rows to draw, by default all.
-            resample: As for :class:`~pyro_iaf.AutoIAF`; for models that don't subsample.
+                has an encoder, and to resample. The data may be new to the encoder.
+            rows: Indices of the rows to draw, by name of the plate; by default all.
+            resample: As for :class:`~pyro_iaf.AutoIAF`; only for models that don't subsample.
             kwargs: As ``args``.
 
         Returns:
@@ -271,27 +259,26 @@ class AutoHierarchicalIAF(GuideWithContexts):
             with all rows of its plates or those chosen.
 
         Raises:
-            ValueError: If there is no such plate, or no such row, or a model that subsamples is to
-                be resampled.
+            ValueError: If there is no such plate or row, or if ``resample`` is given with ``rows``
+                or for a model that subsamples.
 
         Warns:
-            UserWarning: If the weights say that resampling can't repair the guide.
+            UserWarning: If the importance weights are too unreliable to resample by.
         """
         check_size("num_samples", num_samples)
         if resample:
             self._setup_on_demand(*args, **kwargs)
             if rows is not None or not all(map(self._is_whole, self._prototype_frames)):
                 raise ValueError(
-                    "Draws are resampled by the weight of all that they hold, so all rows have to "
-                    "be there: leave out rows, and give a model that does not subsample."
+                    "Importance weights are of all latents together, so all rows have to be there: "
+                    "leave out rows, and give a model that does not subsample."
                 )
             return self._resampled(num_samples, args, kwargs)
         return self._constrained(self._draws(num_samples, args, kwargs, rows))
 
-    def _settled_draws(
+    def _fixed_draws(
         self, *args: Any, rows: Mapping[str, Any] | None = None, **kwargs: Any
     ) -> dict[str, Tensor]:
-        """Some four thousand, or as many as make ten million numbers; ``rows`` spares some."""
         self._setup_on_demand(*args, **kwargs)
         device = self._transforms()[0].origin.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -302,13 +289,9 @@ class AutoHierarchicalIAF(GuideWithContexts):
             return self._draws(num_draws, args, kwargs, rows)
 
     def _draws(
-        self,
-        num_draws: int,
-        args: Args,
-        kwargs: Kwargs,
-        rows: Mapping[str, Any] | None,
+        self, num_draws: int, args: Args, kwargs: Kwargs, rows: Mapping[str, Any] | None
     ) -> dict[str, Tensor]:
-        """Unconstrained values of the sites, with the draws in front and no plate beside them."""
+        """Unconstrained values of the sites, of shape ``(num_draws,) + shape``."""
         self._setup_on_demand(*args, **kwargs)
         self._adopt_parameters()
         contexts = self._contexts_ahead(args, kwargs, of_all=True)
@@ -324,17 +307,17 @@ class AutoHierarchicalIAF(GuideWithContexts):
         parts: dict[str, list[Tensor]] = {}
         for size in particles.sizes(num_draws):
             draw = particles.in_plate(self._draw, size)
-            with taking_turns, poutine.block():
+            with handler_lock, poutine.block():
                 drawn = draw(plates, contexts, args, kwargs)
             for name, (value, free) in drawn.items():
                 fn = self._latent_sites()[name]["fn"]
                 num_event = free.dim() - value.dim() + fn.event_dim
                 shape = free.shape[free.dim() - len(fn.batch_shape) - num_event :]
-                parts.setdefault(name, []).append(particles.freed(free, shape, size))
+                parts.setdefault(name, []).append(particles.unpadded(free, shape, size))
         return {name: torch.cat(draws) for name, draws in parts.items()}
 
     def _num_units(self, plates: Mapping[str, pyro.plate]) -> int:
-        """How many numbers the widest layers hold while all rows are drawn once."""
+        """How many numbers the widest layers hold in one draw of all rows."""
         most = 1
         for group, transform in zip(self.groups, self._transforms(), strict=True):
             num_rows = math.prod(plates[name].subsample_size for name in group.plates)
@@ -346,16 +329,11 @@ class AutoHierarchicalIAF(GuideWithContexts):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        transforms, tables = self._modules["transforms"], self._modules["tables"]
-        assert isinstance(transforms, nn.ModuleList)
-        assert isinstance(tables, nn.ParameterList)
+        transforms: Any = self._modules["transforms"]
+        tables: Any = self._modules["tables"]
         if self.prototype_trace is None and not len(transforms):
-            # Never set up, so the state says what to build.
-            while True:
-                part = part_of(state_dict, f"{prefix}transforms.{len(transforms)}.")
-                transform = self._rebuilt(part, self._told_by(state_dict, prefix)["univariate"])
-                if transform is None:
-                    break
+            # The guide was never set up, so the state determines what to build.
+            while transform := self._rebuilt(state_dict, prefix, f"transforms.{len(transforms)}"):
                 transforms.append(transform)
             while (table := state_dict.get(f"{prefix}tables.{len(tables)}")) is not None:
                 tables.append(nn.Parameter(torch.empty_like(table)))

@@ -1,4 +1,4 @@
-"""Where sites start by a user's ``init_loc_fn``."""
+"""Start values of sites, from a user's ``init_loc_fn``."""
 
 from __future__ import annotations
 
@@ -17,25 +17,23 @@ from ..models.traces import full_size
 __all__ = ["or_draw"]
 
 
-def or_draw(init_loc_fn: Callable[..., Any]) -> Callable[[dict[str, Any]], Tensor]:
-    """Starts where ``init_loc_fn`` says, and at a draw where that says nothing of use.
+def or_draw(init_loc_fn: Callable[..., Any]) -> Callable[[dict[str, Any]], Any]:
+    """An ``init_loc_fn`` that gives a draw where the user's gives no usable value.
 
-    It can't where a site can't be sampled; and a mean may be infinite. A value that broadcasts to
-    the site is expanded; one for all rows of a plate that is subsampled is indexed as the site is.
+    The user's fails where a site can't be sampled, and it may give an infinite mean. A value that
+    broadcasts to the site is expanded. One for all rows of a subsampled plate is indexed.
     """
 
-    def init(site: dict[str, Any]) -> Tensor:
+    def init(site: dict[str, Any]) -> Any:
         try:
             to_support = biject_to(site["fn"].support)
-        except NotImplementedError:  # a reparameteriser may have this site replaced
-            unchecked: Tensor = init_loc_fn(site)
-            return unchecked
+        except NotImplementedError:  # a reparameteriser may replace this site
+            return init_loc_fn(site)
         try:
             value = init_loc_fn(site)
         except NotImplementedError:
             shape = to_support.inverse_shape(site["fn"].shape())
-            drawn: Tensor = to_support(torch.empty(shape).uniform_(-2, 2))
-            return drawn
+            return to_support(torch.empty(shape).uniform_(-2, 2))
         if not isinstance(value, Tensor):
             raise ValueError(
                 f"init_loc_fn should return a tensor for site '{site['name']}'; got {value!r}."
@@ -44,19 +42,18 @@ def or_draw(init_loc_fn: Callable[..., Any]) -> Callable[[dict[str, Any]], Tenso
         free = to_support.inv(value)
         if not free.isfinite().all():
             warn(
-                f"init_loc_fn starts site '{site['name']}' outside of its support, or infinitely "
-                "far out. What is not finite in unconstrained space starts at a draw instead."
+                f"init_loc_fn starts site '{site['name']}' outside of its support or at infinity. "
+                "Numbers that are not finite in unconstrained space start at a draw instead."
             )
             draw = torch.empty_like(free).uniform_(-2, 2)
             value = to_support(torch.where(free.isfinite(), free, draw))
-        checked: Tensor = value
-        return checked
+        return value
 
     return init
 
 
 def _in_shape(value: Tensor, site: dict[str, Any]) -> Tensor:
-    """A start in the shape of its site, and of floating-point numbers."""
+    """A start value as floating-point numbers in the shape of its site."""
     fn = site["fn"]
     value = value if value.is_floating_point() else value.to(torch.get_default_dtype())
     shape = torch.Size(fn.shape())
@@ -73,12 +70,12 @@ def _in_shape(value: Tensor, site: dict[str, Any]) -> Tensor:
         for frame in frames
         if value.dim() >= fn.event_dim - frame.dim
     ):
-        with pyro.validation_enabled(False):  # other sizes are told of below
+        with pyro.validation_enabled(False):  # other sizes are an error below
             candidates.append(pyro.subsample(value, event_dim=fn.event_dim))
     for candidate in candidates:
         with contextlib.suppress(RuntimeError):
             whole = candidate.expand(shape)
-            # One number for all of a simplex is none in it; what is whole is seen to later.
+            # One number can't be expanded to a simplex. A whole event is checked by the caller.
             is_whole = candidate.shape[max(0, candidate.dim() - support.event_dim) :] == of_event
             if is_whole or support.check(whole).all():
                 return whole

@@ -1,69 +1,69 @@
 r"""Where a guide starts: a location and a scale found before SVI begins.
 
 From several points a path climbs the log joint density :math:`\ell`. At each of its points
-:math:`z` the curvature makes two Gaussians,
+:math:`z` the curvature gives two Gaussians,
 
 .. math::
     N(z, \Sigma) \quad\text{and}\quad N(z + \Sigma \nabla \ell(z), \Sigma), \qquad
     \Sigma = |{-\nabla^2 \ell(z)}|^{-1},
 
-and the one of the highest ELBO is where the guide starts: somewhere on the way, not at its end,
-where the way leads into the neck of a funnel. Where second derivatives cost too much,
-:math:`\Sigma` comes from the steps of the path itself (L-BFGS), as a diagonal and a matrix of low
-rank. (Zhang et al. 2022, https://arxiv.org/abs/2108.03782)
+and the guide starts at the one with the highest ELBO. If the path leads into the neck of a funnel,
+that Gaussian is on the way and not at the end. Where second derivatives cost too much,
+:math:`\Sigma` comes from the steps of the path itself (L-BFGS), as a diagonal plus a low-rank
+matrix. (Zhang et al. 2022, https://arxiv.org/abs/2108.03782)
 
-A density may have no curvature, as that of a Laplace distribution, which is linear on both sides of
-its kink. Along such directions the scale is how far one can go until the density has fallen.
+A density may have no curvature: a Laplace density is linear on both sides of its kink. Along such
+a direction the scale is the distance at which the density has fallen.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..models.log_joint import LogJoint
-from .covariances import Dense, LowRank, Spread
+from .covariances import Covariance, Dense, LowRank
 
 __all__ = ["Start", "StartNotFound", "pathfinder"]
 
 NUM_PATHS = 4
 
-# The latents up to which every path takes second derivatives, and up to which the best one does.
+# Up to so many latents every path takes second derivatives, and up to so many the best one does.
 EXACT_PATHS, EXACT_END = 64, 400
 
-# L-BFGS remembers so many steps, and takes so many more of them than Newton's method.
+# How many steps L-BFGS remembers, and the most steps that L-BFGS and Newton's method take.
 NUM_HISTORY, NUM_STEPS, NUM_STEPS_EXACT = 10, 200, 60
 
-# Step sizes that are tried together, and the share of the promised gain that they have to bring.
+# Step sizes that are tried together, and the share of the promised gain that a step has to bring.
 STEP_SIZES = (0.5, 0.25, 2.0**-3, 2.0**-4, 2.0**-6, 2.0**-9, 2.0**-13, 2.0**-18)
 ARMIJO = 1e-4
 
 # A path ends when a step promises less than this, in nats.
-ENOUGH = 1e-4
+MIN_GAIN = 1e-4
 
-# The scale along a direction without curvature is a step after which the density has fallen by what
-# a normal's has after a standard deviation, in nats; and so it is where after the scale that
-# curvature tells the density has fallen by much more.
+# The log density of a normal falls by FALL within a standard deviation, in nats. A step after which
+# it has fallen by that much is the scale along a direction without curvature, and along one where
+# it has fallen by more than STEEP after the scale that the curvature gives.
 FALL, STEEP = 0.5, 4.0
 REACHES = 2.0 ** torch.arange(-20, 21, dtype=torch.float64)
 
-# So many of the Gaussians on a path of L-BFGS are looked at.
-NUM_LOOKED_AT = 40
+# How many of the Gaussians on a path of L-BFGS are compared.
+NUM_COMPARED = 40
 
-# ELBOs are estimated from so many draws for all the Gaussians, then from more for the best ones.
+# ELBOs are estimated from NUM_DRAWS draws for all Gaussians, then from more for the best ones.
 NUM_DRAWS, NUM_BEST, NUM_DRAWS_BEST = 20, 10, 200
 
-
-# Where all of them have draws without a density, they are shrunk by these factors.
+# If every Gaussian has draws of zero density, all are shrunk by the next of these factors.
 SHRINKING = (1.0, 0.4, 0.16, 0.06)
 
-# Numbers that all those draws may make a model's sites hold, one draw after the other.
+# Bound on the numbers that the model's sites hold over all those draws together.
 MAX_WORK = 2**28
 
-# Numbers that the sites of all paths may hold; with more data there are fewer paths.
+# Bound on the numbers that the sites of all paths hold; with more data there are fewer paths.
 MAX_NUMBERS = 2**18
 
 
@@ -75,11 +75,11 @@ class Start(NamedTuple):
 
 
 class StartNotFound(Exception):  # noqa: N818
-    """No path found a start; says why."""
+    """No path found a start, for the reason in the message."""
 
 
 def pathfinder(joint: LogJoint, loc: Tensor, dense: bool) -> Start:
-    """The best Gaussian on the way to the modes of a log joint density.
+    """The Gaussian with the highest ELBO on the way to the modes of a log joint density.
 
     Args:
         joint: The log density.
@@ -88,52 +88,80 @@ def pathfinder(joint: LogJoint, loc: Tensor, dense: bool) -> Start:
 
     Raises:
         StartNotFound: If the density is not finite where the paths begin, has no Gaussian of
-            finite ELBO near them, or is another one at each call.
+            finite ELBO near them, or differs from call to call.
     """
     reason = joint.check(torch.stack([loc, *(loc + torch.randn(6, len(loc)).to(loc))]))
     if reason is not None:
         raise StartNotFound(reason)
     exact = len(loc) <= EXACT_PATHS
+    density = _Density(joint, loc.dtype)
     try:
-        best = _best(joint, _climb(joint, _beginnings(joint, loc), exact), loc.dtype)
+        best = _best(density, _climb(density, _beginnings(density, loc), exact))
         if not exact and best is not None:
-            best = _best(joint, [best, *_last_look(joint, best.loc.to(loc))], loc.dtype)
+            best = _best(density, [best, *_refined(density, best.loc.to(loc).double())])
     except StartNotFound:
         raise
-    except Exception as error:  # of the model, whatever it is: the guide has another start
+    except Exception as error:  # a model may raise anything
         raise StartNotFound(f"a path ended in {type(error).__name__}: {error}") from error
     if best is None:
         raise StartNotFound("no Gaussian on the way uphill has a finite ELBO")
-    scale = best.spread.root if dense and isinstance(best.spread, Dense) else best.spread.scale
+    covariance = best.covariance
+    scale = covariance.root if dense and isinstance(covariance, Dense) else covariance.scale
     return Start(best.loc.to(loc), scale.to(loc))
 
 
-def _last_look(joint: LogJoint, loc: Tensor) -> list[_Gaussian]:
+class _Density:
+    """A log joint density, evaluated in the model's precision at points in double precision."""
+
+    def __init__(self, joint: LogJoint, dtype: torch.dtype) -> None:
+        self.joint, self.dtype, self.eps = joint, dtype, torch.finfo(dtype).eps
+
+    @torch.no_grad()
+    def __call__(self, z: Tensor, together: int = 1) -> Tensor:
+        flat = z.to(self.dtype).flatten(0, -2)
+        return self.joint(flat, together).double().reshape(z.shape[:-1])
+
+    def gradient(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Values, ``-inf`` where either is not finite, and gradients."""
+        value, slope = self.joint.gradient(z.to(self.dtype))
+        usable = value.isfinite() & slope.isfinite().all(-1)
+        return torch.where(usable, value.double(), -torch.inf), slope.double()
+
+    def hessian(self, z: Tensor) -> Tensor | None:
+        """Second derivatives, or None if the model can be differentiated only once."""
+        try:
+            hessian = self.joint.hessian(z.to(self.dtype)).double()
+        except (NotImplementedError, RuntimeError):
+            return None
+        # All zeros: the gradient does not depend on the point, or has no graph.
+        return hessian if (hessian != 0).flatten(1).any(-1).all() else None
+
+    def variances(self, z: Tensor) -> Tensor | None:
+        """Variances of each latent given the others, or None as for :meth:`hessian`."""
+        try:
+            second = self.joint.diagonal(z.to(self.dtype)).double().abs()
+        except (NotImplementedError, RuntimeError):
+            return None
+        usable = second.isfinite() & (second > 0)
+        return (1 / second).where(usable, 1.0) if usable.any() else None
+
+
+def _refined(density: _Density, loc: Tensor) -> list[_Gaussian]:
     """Gaussians near the best one on a path of L-BFGS, by second derivatives there."""
     if len(loc) <= EXACT_END:
-        return _climb(joint, loc.unsqueeze(0), True)
-    squares = _squares(joint, loc)
-    return [] if squares is None else [_Gaussian(loc.double(), LowRank(squares, []))]
+        return _climb(density, loc.unsqueeze(0), True)
+    variances = density.variances(loc)
+    return [] if variances is None else [_Gaussian(loc, LowRank(variances, []))]
 
 
-def _squares(joint: LogJoint, loc: Tensor) -> Tensor | None:
-    """The variances of each latent given the others, if the model can be differentiated twice."""
-    try:
-        second = joint.diagonal(loc).double().abs()
-    except (NotImplementedError, RuntimeError):
-        return None
-    usable = second.isfinite() & (second > 0)
-    return (1 / second).where(usable, 1.0) if usable.any() else None
-
-
-def _beginnings(joint: LogJoint, loc: Tensor) -> Tensor:
+def _beginnings(density: _Density, loc: Tensor) -> Tensor:
     """Where the paths begin: points of finite density, ``loc`` first if it is one."""
+    joint = density.joint
     num_paths = max(1, min(NUM_PATHS if joint.at_once else 2, MAX_NUMBERS // joint.num_numbers))
     for reach in (2.0, 0.5, 0.05):
         around = torch.empty(8 * num_paths, len(loc), dtype=torch.float64).uniform_(-reach, reach)
-        points = torch.cat([loc.unsqueeze(0), around.to(loc)])
-        value, slope = joint.gradient(points)
-        finite = value.isfinite() & slope.isfinite().all(-1)
+        points = torch.cat([loc.unsqueeze(0), around.to(loc)]).double()
+        finite = density.gradient(points)[0].isfinite()
         if finite.any():
             return points[finite][:num_paths]
     raise StartNotFound("its log density, or the gradient of it, is finite at no point tried")
@@ -144,42 +172,38 @@ def _beginnings(joint: LogJoint, loc: Tensor) -> Tensor:
 
 class _Gaussian(NamedTuple):
     loc: Tensor
-    spread: Spread
+    covariance: Covariance
 
 
 class _Path:
     """A path uphill: where it is, and the Gaussians on its way."""
 
-    def __init__(self, z: Tensor, value: Tensor, slope: Tensor, eps: float) -> None:
-        self.z, self.value, self.slope, self.eps = z, value, slope, eps
+    def __init__(self, density: _Density, z: Tensor, value: Tensor, slope: Tensor) -> None:
+        self.density, self.z, self.value, self.slope = density, z, value, slope
         self.steps: list[tuple[Tensor, Tensor]] = []
         self.diagonal = torch.ones_like(slope)
         self.gaussians: list[_Gaussian] = []
         self.climbs = True
 
-    def aim(self, joint: LogJoint, dtype: torch.dtype, hessian: Tensor | None) -> None:
-        """Finds the next step, and how much it promises."""
-        if hessian is not None and not hessian.isfinite().all():
-            self.climbs = False
-            return
-        spread: Spread
-        if hessian is None:
-            spread = LowRank(self.diagonal, self.steps)
-        else:
-            spread = Dense.of_precision(-hessian, lambda ways: _reach(joint, self.z, ways, dtype))
-            self.gaussians.append(_Gaussian(self.z, spread))
-        self.step = spread.times(self.slope)
-        self.gaussians.append(_Gaussian(self.z + self.step, spread))
+    def plan(self, hessian: Tensor | None) -> None:
+        """Finds the next step and the gain that it promises."""
+        covariance: Covariance = LowRank(self.diagonal, self.steps)
+        if hessian is not None:
+            if not hessian.isfinite().all():
+                self.climbs = False
+                return
+            reach = functools.partial(_reach, self.density, self.z)
+            covariance = Dense.of_precision(-hessian, reach)
+            self.gaussians.append(_Gaussian(self.z, covariance))
+        self.step = covariance.times(self.slope)
+        self.gaussians.append(_Gaussian(self.z + self.step, covariance))
         self.gain = (self.step @ self.slope).item()
-        self.climbs = ENOUGH < self.gain < math.inf
-
-    @property
-    def _rounding(self) -> Tensor:
-        return 8 * self.eps * self.value.abs()
+        self.climbs = MIN_GAIN < self.gain < math.inf
 
     def accepts(self, value: Tensor, size: float | Tensor) -> Tensor:
-        """Whether steps of this size bring enough of what they promise."""
-        return value >= self.value + ARMIJO * size * self.gain - self._rounding
+        """Whether steps of this size bring enough of the promised gain, up to rounding."""
+        rounding = 8 * self.density.eps * self.value.abs()
+        return value >= self.value + ARMIJO * size * self.gain - rounding
 
     def move(self, z: Tensor, value: Tensor, slope: Tensor) -> None:
         s, y = z - self.z, self.slope - slope
@@ -195,153 +219,123 @@ def _updated(diagonal: Tensor, s: Tensor, y: Tensor) -> Tensor:
     return 1 / (a / (b * diagonal) + y.square() / b - a / (b * c) * (s / diagonal).square())
 
 
-def _climb(joint: LogJoint, points: Tensor, exact: bool) -> list[_Gaussian]:
+def _climb(density: _Density, points: Tensor, exact: bool) -> list[_Gaussian]:
     """The Gaussians on the paths from these points uphill."""
-    dtype, eps = points.dtype, torch.finfo(points.dtype).eps
-    points = points.double()
-    live = paths = [
-        _Path(*parts, eps) for parts in zip(points, *_evaluate(joint, points, dtype), strict=True)
-    ]
+    starts = zip(points, *density.gradient(points), strict=True)
+    live = paths = [_Path(density, *start) for start in starts]
     if not exact:
-        for path in paths:  # units of their own, to begin with, or a step of length one
-            squares = _squares(joint, path.z.to(dtype))
-            path.diagonal /= path.slope.norm().clamp(min=1.0)
-            path.diagonal = path.diagonal if squares is None else squares
+        for path in paths:
+            variances = density.variances(path.z)
+            first = path.diagonal / path.slope.norm().clamp(min=1.0)  # a step of length one
+            path.diagonal = first if variances is None else variances
     for _ in range(NUM_STEPS_EXACT if exact else NUM_STEPS):
         if not live:
             break
-        hessians: Any = [None] * len(live)
-        if exact:
-            z = torch.stack([path.z for path in live])
-            try:
-                second = joint.hessian(z.to(dtype)).double()
-            except (NotImplementedError, RuntimeError):
-                second = z.new_zeros(len(z), 1, 1)
-            # Nothing, or an error: something in the model can be differentiated once only.
-            exact = bool((second != 0).flatten(1).any(-1).all())
-            hessians = second if exact else hessians
-        for path, hessian in zip(live, hessians, strict=True):
-            path.aim(joint, dtype, hessian)
+        hessians = density.hessian(torch.stack([path.z for path in live])) if exact else None
+        exact = hessians is not None
+        for k, path in enumerate(live):
+            path.plan(None if hessians is None else hessians[k])
         live = [path for path in live if path.climbs]
         if not live:
             break
         ends = torch.stack([path.z + path.step for path in live])
-        short = []
-        for path, z, value, slope in zip(live, ends, *_evaluate(joint, ends, dtype), strict=True):
+        too_far = []
+        for path, z, value, slope in zip(live, ends, *density.gradient(ends), strict=True):
             if path.accepts(value, 1.0):
                 path.move(z, value, slope)
             else:
-                short.append(path)
-        if short:
-            _shorten(short, joint, dtype)
+                too_far.append(path)
+        if too_far:
+            _shorten(density, too_far)
             live = [path for path in live if path.climbs]
     if not exact:
         for path in paths:
-            path.gaussians = path.gaussians[
-                :: -math.ceil(len(path.gaussians) / NUM_LOOKED_AT) or -1
-            ]
+            path.gaussians = _thinned(path.gaussians, NUM_COMPARED)
     return [gaussian for path in paths for gaussian in path.gaussians]
 
 
-def _evaluate(joint: LogJoint, z: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    value, slope = joint.gradient(z.to(dtype))
-    usable = value.isfinite() & slope.isfinite().all(-1)
-    return torch.where(usable, value.double(), -torch.inf), slope.double()
+def _thinned(gaussians: list[_Gaussian], most: int) -> list[_Gaussian]:
+    """At most so many of them, evenly spaced, from the last one back."""
+    return gaussians[:: -max(1, math.ceil(len(gaussians) / most))]
 
 
-def _fall(joint: LogJoint, z: Tensor, steps: Tensor, dtype: torch.dtype) -> Tensor:
-    """By how much the density has fallen after steps both ways, in the mean, less rounding."""
-    ends = torch.stack([z + steps, z - steps])
-    with torch.no_grad():
-        value = joint(z.unsqueeze(0).to(dtype)).double()
-        values = joint(ends.to(dtype).flatten(0, -2)).double().reshape(ends.shape[:-1])
-    return value - values.mean(0) - 8 * torch.finfo(dtype).eps * value.abs()
+def _fall(density: _Density, z: Tensor, steps: Tensor) -> Tensor:
+    """How far the log density falls over steps both ways, on average, less rounding."""
+    value = density(z.unsqueeze(0))
+    values = density(torch.stack([z + steps, z - steps]))
+    return value - values.mean(0) - 8 * density.eps * value.abs()
 
 
-def _reach(joint: LogJoint, z: Tensor, ways: Tensor, dtype: torch.dtype) -> Tensor:
-    """How far one can go both ways along each of ``(J, D)`` directions, until it has fallen."""
-    reaches = REACHES.to(ways)
-    is_inside = _fall(joint, z, reaches.reshape(-1, 1, 1) * ways, dtype) <= FALL
-    count = is_inside.cumprod(0).sum(0)  # a rise after the fall is another mode's
+def _reach(density: _Density, z: Tensor, axes: Tensor) -> Tensor:
+    """How far one can go both ways along each of ``(J, D)`` directions before it falls."""
+    reaches = REACHES.to(axes)
+    is_inside = _fall(density, z, reaches.reshape(-1, 1, 1) * axes) <= FALL
+    count = is_inside.cumprod(0).sum(0)  # a rise after the fall belongs to another mode
     return reaches[(count - 1).clamp(min=0)]
 
 
-def _shorten(paths: list[_Path], joint: LogJoint, dtype: torch.dtype) -> None:
+def _shorten(density: _Density, paths: list[_Path]) -> None:
     """Moves paths whose full step is too long, by the best of several shorter ones."""
     sizes = torch.tensor(STEP_SIZES, dtype=torch.float64, device=paths[0].z.device)
     tried = torch.stack([path.z + sizes.unsqueeze(-1) * path.step for path in paths])
-    with torch.no_grad():
-        values = joint(tried.to(dtype).flatten(0, 1)).double().reshape(tried.shape[:-1])
     chosen = []
-    for path, candidates, value in zip(paths, tried, values, strict=True):
+    for path, candidates, value in zip(paths, tried, density(tried), strict=True):
         usable = value.isfinite() & path.accepts(value, sizes)
-        value = torch.where(usable, value, -torch.inf)
-        chosen.append(candidates[value.argmax()])
+        chosen.append(candidates[torch.where(usable, value, -torch.inf).argmax()])
     ends = torch.stack(chosen)
-    for path, z, value, slope in zip(paths, ends, *_evaluate(joint, ends, dtype), strict=True):
+    for path, z, value, slope in zip(paths, ends, *density.gradient(ends), strict=True):
         path.climbs = bool(value.isfinite() & path.accepts(value, sizes[-1]))
         if path.climbs:
             path.move(z, value, slope)
 
 
-def _best(joint: LogJoint, gaussians: list[_Gaussian], dtype: torch.dtype) -> _Gaussian | None:
-    """The Gaussian of the highest ELBO, if any has a finite one."""
-    most = max(8, MAX_WORK // joint.num_numbers // NUM_DRAWS)
-    gaussians = gaussians[:: -math.ceil(len(gaussians) / most) or -1]  # the last ones of them
-    few, many = (NUM_DRAWS, NUM_DRAWS_BEST) if joint.at_once else (4, 40)
+# Comparing
+
+
+def _best(density: _Density, gaussians: list[_Gaussian]) -> _Gaussian | None:
+    """The Gaussian with the highest ELBO, if any has a finite one."""
+    gaussians = _thinned(gaussians, max(8, MAX_WORK // density.joint.num_numbers // NUM_DRAWS))
+    few, many = (NUM_DRAWS, NUM_DRAWS_BEST) if density.joint.at_once else (4, 40)
     for factor in SHRINKING:
-        shrunk = [_Gaussian(loc, spread.shrunk(factor)) for loc, spread in gaussians]
-        elbos = _elbos(joint, shrunk, few, dtype)
+        shrunk = [_Gaussian(loc, covariance.shrunk(factor)) for loc, covariance in gaussians]
+        elbos = _elbos(density, shrunk, few)
         ranked = sorted(range(len(elbos)), key=lambda i: -elbos[i])
         best = [shrunk[i] for i in ranked[:NUM_BEST] if elbos[i] > -math.inf]
         if best:
-            # A correlation at a point on the way to a funnel is none of the funnel's.
-            best += [_Gaussian(g.loc, LowRank(g.spread.scale.square(), [])) for g in best]
-            best += _bounded(joint, best[0], dtype)
-            elbos = _elbos(joint, best, many, dtype)
+            # On the way into a funnel a point has correlations that the funnel as a whole lacks.
+            best += [_Gaussian(g.loc, LowRank(g.covariance.scale.square(), [])) for g in best]
+            best += _narrowed(density, best[0])
+            elbos = _elbos(density, best, many)
             return best[max(range(len(best)), key=elbos.__getitem__)]
     return None
 
 
-def _bounded(joint: LogJoint, gaussian: _Gaussian, dtype: torch.dtype) -> list[_Gaussian]:
-    """The same Gaussian, narrowed where the density falls faster than its curvature tells."""
-    loc, spread = gaussian
+def _narrowed(density: _Density, gaussian: _Gaussian) -> list[_Gaussian]:
+    """The same Gaussian, narrower where the density falls faster than its curvature says."""
+    loc, covariance = gaussian
     if len(loc) > EXACT_PATHS:
         return []
-    root = spread.root if isinstance(spread, Dense) else spread.scale.diag()
-    is_steep = ~(_fall(joint, loc, root.mT, dtype) < STEEP)  # or not finite
+    root = covariance.root if isinstance(covariance, Dense) else covariance.scale.diag()
+    is_steep = ~(_fall(density, loc, root.mT) < STEEP)  # or not finite
     if not is_steep.any():
         return []
     size = torch.ones_like(loc)
-    size[is_steep] = _reach(joint, loc, root.mT[is_steep], dtype).clamp(max=1)
+    size[is_steep] = _reach(density, loc, root.mT[is_steep]).clamp(max=1)
     return [_Gaussian(loc, Dense(root * size))]
 
 
-def _elbos(
-    joint: LogJoint, gaussians: list[_Gaussian], num_draws: int, dtype: torch.dtype
-) -> list[float]:
-    """Estimates from draws in mirrored pairs, of the same noise for all."""
+def _elbos(density: _Density, gaussians: list[_Gaussian], num_draws: int) -> list[float]:
+    """ELBOs up to a constant, from mirrored pairs of draws with the same noise for all."""
     if not gaussians:
         return []
-    values, entropies = [], []
+    values = []
     loc = gaussians[0].loc
     noise = torch.randn(num_draws // 2, len(loc), dtype=torch.float64).to(loc.device)
     noise = torch.cat([noise, -noise])
-    for part in _parts(gaussians, max(1, joint.num_at_once // num_draws)):
-        draws = []
-        for loc, spread in part:
-            draws.append(loc + spread.stretch(noise))
-            entropies.append(spread.log_det_root)
-        with torch.no_grad():
-            value = joint(torch.cat(draws).to(dtype), together=num_draws)
-        values.append(value.double().reshape(-1, num_draws).mean(-1))
-    elbos = torch.cat(values) + torch.stack(entropies)
-    constant = math.log(2 * math.pi * math.e) / 2
-    return [
-        elbo + len(gaussian.loc) * constant if math.isfinite(elbo) else -math.inf
-        for elbo, gaussian in zip(elbos.tolist(), gaussians, strict=True)
-    ]
-
-
-def _parts(things: list[Any], size: int) -> list[list[Any]]:
-    return [things[i : i + size] for i in range(0, len(things), size)]
+    size = max(1, density.joint.num_at_once // num_draws)
+    for start in range(0, len(gaussians), size):
+        part = gaussians[start : start + size]
+        draws = torch.stack([loc + covariance.stretch(noise) for loc, covariance in part])
+        values.append(density(draws, together=num_draws).mean(-1))
+    elbos = torch.cat(values) + torch.stack([g.covariance.log_det_root for g in gaussians])
+    return [elbo if math.isfinite(elbo) else -math.inf for elbo in elbos.tolist()]

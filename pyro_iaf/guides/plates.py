@@ -1,8 +1,9 @@
-"""Which latents of a model stand in which plates, and how a guide goes over them row by row."""
+"""The plates of a model's latents: groups of latents, encoders, chosen rows and subsamples."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,35 +24,35 @@ __all__ = [
     "quoted",
 ]
 
-# Plates of so many rows are subsampled without putting all in random order.
+# From so many rows on, a subsample is drawn without shuffling all rows.
 LARGE = 10_000
 
 
 class Encoders(nn.Module):
-    """Encoders by the names of their plates, modules and functions."""
+    """Modules and functions by the names of their plates."""
 
     def __init__(self, encoders: Mapping[str, Any]) -> None:
         super().__init__()
         modules = {k: e for k, e in encoders.items() if isinstance(e, nn.Module)}
         self.functions = {k: e for k, e in encoders.items() if k not in modules}
-        # By number, since names of plates may be no names of modules.
+        # Numbered, as a plate's name may not be allowed as the name of a module.
         self.places = {name: k for k, name in enumerate(modules)}
         self.parts = nn.ModuleList(modules.values())
 
     def of_plates(self, name: str) -> Any:
-        """The encoder for a group of plates, if there is one."""
+        """The encoder for the plates of a group, if there is one."""
         place = self.places.get(name)
         return self.functions.get(name) if place is None else self.parts[place]
 
 
 class Group(NamedTuple):
-    """The latents that stand in the same plates.
+    """The latents that are in the same plates.
 
     Attributes:
         plates: Names of the plates, the outermost first.
-        shapes: What shape each site has in unconstrained space, by name; without the plates.
-        parents: The groups that this one listens to: those in some of its plates.
-        table: Which table its contexts are in, if it has no encoder.
+        shapes: The shape of each site in unconstrained space, by name, without the plates.
+        parents: Indices of the groups that this one depends on: those in some of its plates.
+        table: Index of the table of its contexts, if it is in plates and has no encoder.
     """
 
     plates: tuple[str, ...]
@@ -61,7 +62,7 @@ class Group(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What users call it by: its plates."""
+        """The key of its encoder: the names of its plates."""
         return "/".join(self.plates)
 
     @property
@@ -71,103 +72,91 @@ class Group(NamedTuple):
 
 
 def groups_of(sites: Mapping[str, Any], frames: Mapping[str, Any], encoder: Any) -> list[Group]:
-    """The latents by their plates: those in fewer plates first, else in the model's order.
-
-    Args:
-        sites: The latents as in the model's first run, by name.
-        frames: The plates that they are in, by name.
-        encoder: One, :class:`Encoders`, or none.
+    """Groups of latents, from sites and plates by name: those in fewer plates first.
 
     Raises:
-        ValueError: If it is not clear which encoder is for which plates, or a row of a plate can't
-            be drawn by itself.
+        ValueError: If encoders and plates don't match, two plates share a name, or a batch
+            dimension is no plate.
+        NotImplementedError: If a support differs between the rows of a plate.
     """
     by_plates: dict[tuple[str, ...], list[str]] = {}
     for name, site in sites.items():
-        for frame in site["cond_indep_stack"]:
-            _check_same(frame, frames[frame.name], name)
-        if site["cond_indep_stack"]:
-            _check_local(name, site)
+        _check_plates(name, site, frames)
         outermost_first = sorted(site["cond_indep_stack"], key=lambda frame: frame.dim)
         by_plates.setdefault(tuple(frame.name for frame in outermost_first), []).append(name)
     ordered = sorted(by_plates, key=len)
     names = {"/".join(plates) for plates in ordered if plates}
+    with_encoder: set[str] = set()
     if isinstance(encoder, Encoders):
         with_encoder = {*encoder.functions, *encoder.places}
         if strange := with_encoder - names:
             raise ValueError(
-                f"There is an encoder for plate '{min(strange)}', but no latents are in a "
-                f"plate of that name; there are some in {quoted(names)}."
+                f"There is an encoder for plate '{min(strange)}', but no latent is in a plate of "
+                f"that name; latents are in {quoted(names)}."
             )
     elif encoder is not None:
         if len(names) != 1:
             raise ValueError(
                 f"The model has latents in the plates {quoted(names)}, and one encoder can't "
-                "tell them apart. Give a dictionary from names of plates to encoders; of "
-                'nested plates "outer/inner".'
+                "serve them all. Give a dictionary from names of plates to encoders; the name of "
+                'nested plates is "outer/inner".'
                 if names
                 else "There is an encoder, but no latent of this model is in a plate. For "
-                "global latents that listen to the data use AutoIAF(model, encoder=...)."
+                "global latents that depend on the data use AutoIAF(model, encoder=...)."
             )
         with_encoder = names
-    else:
-        with_encoder = set()
     groups: list[Group] = []
-    num_tables = 0
+    tables = itertools.count()
     for plates in ordered:
-        has_table = bool(plates) and "/".join(plates) not in with_encoder
         parents = [k for k, group in enumerate(groups) if set(group.plates) < set(plates)]
         shapes = {name: _row_shape(sites[name]) for name in by_plates[plates]}
-        table = num_tables if has_table else None
-        num_tables += has_table
+        table = next(tables) if plates and "/".join(plates) not in with_encoder else None
         groups.append(Group(plates, shapes, tuple(parents), table))
     return groups
 
 
-def _check_same(frame: Any, known: Any, site: str) -> None:
-    """Raises an error if there are two plates of one name."""
-    if (known.dim, known.size) != (frame.dim, frame.size):
-        raise ValueError(
-            f"Site '{site}' is in a plate '{frame.name}' of size {frame.size} at dim {frame.dim}, "
-            f"and there is another of that name, of size {known.size} at dim {known.dim}. Give "
-            "each plate a name of its own."
-        )
-
-
-def _check_local(name: str, site: dict[str, Any]) -> None:
-    """Raises an error unless rows of this site can be drawn by themselves."""
-    frames = site["cond_indep_stack"]
-    batch_shape = site["fn"].batch_shape
+def _check_plates(name: str, site: dict[str, Any], known: Mapping[str, Any]) -> None:
+    """Raises an error unless rows of a site's plates can be drawn alone."""
+    frames, batch_shape = site["cond_indep_stack"], site["fn"].batch_shape
+    for frame in frames:
+        other = known[frame.name]
+        if (other.dim, other.size) != (frame.dim, frame.size):
+            raise ValueError(
+                f"Site '{name}' is in a plate '{frame.name}' of size {frame.size} at dim "
+                f"{frame.dim}, but there is another plate of that name, of size {other.size} at "
+                f"dim {other.dim}. Give each plate a name of its own."
+            )
+    if not frames:
+        return
     dims = {frame.dim for frame in frames}
-    loose = [size for d, size in enumerate(batch_shape, -len(batch_shape)) if d not in dims]
-    if any(size > 1 for size in loose):
+    sizes = enumerate(batch_shape, -len(batch_shape))
+    if any(size > 1 and dim not in dims for dim, size in sizes):
         raise ValueError(
             f"Site '{name}' has batch_shape {tuple(batch_shape)}, of which the dimensions "
             f"{sorted(dims)} are plates. Declare the others by a plate, or as part of the "
             "event: dist.Normal(...).to_event(1)."
         )
-    support, event_dim = site["fn"].support, site["fn"].event_dim
-    bounds = tensors_in(one_row(support, event_dim))
+    event_dim = site["fn"].event_dim
+    bounds = tensors_in(one_row(site["fn"].support, event_dim))
     if any(bound.dim() > event_dim and bound.numel() > 1 for bound in bounds):
         raise NotImplementedError(
-            f"The support of site '{name}' is another for each row of its plate, so that a "
-            "guide that knows one minibatch doesn't know the others'. Draw it on a fixed "
+            f"The support of site '{name}' differs between the rows of its plate, so one minibatch "
+            "does not tell the guide the supports of the other rows. Draw the site on a fixed "
             "support, and shift or scale it in the model."
         )
 
 
 def _row_shape(site: dict[str, Any]) -> torch.Size:
-    """The shape of a site in unconstrained space, without what is batch of a plate."""
+    """The shape of a site in unconstrained space, without the dimensions of plates."""
     fn = site["fn"]
-    value: Tensor = biject_to(fn.support).inv(site["value"])
-    num_batch = len(fn.batch_shape) if site["cond_indep_stack"] else 0
-    return value.shape[num_batch:]
+    shape: torch.Size = biject_to(fn.support).inv(site["value"]).shape
+    return shape[len(fn.batch_shape) :] if site["cond_indep_stack"] else shape
 
 
 def checked_rows(
     rows: Mapping[str, Sequence[int] | Tensor], sizes: Mapping[str, int]
 ) -> dict[str, Tensor]:
-    """Rows of plates by name as tensors, or a ValueError if there are no such."""
+    """Indices of rows by plate as tensors; raises a ValueError if there are no such rows."""
     if not isinstance(rows, Mapping):
         raise ValueError(
             f"rows should be a dict from names of plates to indices of rows; got {rows!r}."
@@ -176,7 +165,7 @@ def checked_rows(
     for name, chosen in rows.items():
         if name not in sizes:
             raise ValueError(
-                f"There is no plate '{name}' to choose rows of; latents are in {quoted({*sizes})}."
+                f"There is no plate '{name}' to choose rows of; latents are in {quoted(sizes)}."
             )
         index, size = torch.as_tensor(chosen), sizes[name]
         if index.dim() != 1 or index.dtype.is_floating_point or index.dtype == torch.bool:
@@ -190,7 +179,7 @@ def checked_rows(
 
 
 class GivenSubsamples(Messenger):
-    """Notes the plates whose subsample is given, and not drawn."""
+    """Notes the plates whose subsample the model is given instead of drawing it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -202,7 +191,7 @@ class GivenSubsamples(Messenger):
 
 
 class QuickSubsamples(Messenger):
-    """Makes subsamples of many rows in the time of those that are drawn."""
+    """Draws subsamples of large plates at a cost of the rows drawn instead of all rows."""
 
     def _pyro_sample(self, msg: Any) -> None:
         fn = msg["fn"]
@@ -211,10 +200,10 @@ class QuickSubsamples(Messenger):
             msg["fn"] = _Subsample(fn.size, fn.subsample_size, device=fn.device)
 
 
-class _Subsample(subsample_messenger._Subsample):  # Pyro knows subsamples by this name
-    """A subsample with a row from each of as many stretches of equal length.
+class _Subsample(subsample_messenger._Subsample):  # Pyro recognises subsamples by this name
+    """A stratified subsample: a row from each of as many stretches of equal length.
 
-    Each row is as likely as any other. Pyro's own way puts all rows in random order first.
+    Every row is equally likely. Pyro's own subsample shuffles all rows first.
     """
 
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
@@ -225,6 +214,6 @@ class _Subsample(subsample_messenger._Subsample):  # Pyro knows subsamples by th
         return rows
 
 
-def quoted(names: set[str]) -> str:
+def quoted(names: Iterable[str]) -> str:
     """Names for a message."""
     return ", ".join(f"'{name}'" for name in sorted(names))

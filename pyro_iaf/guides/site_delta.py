@@ -1,4 +1,4 @@
-"""The sites at which a guide gives values that its flow has made."""
+"""The distributions of a guide's sites: points that its flow drew."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ __all__ = ["KL_DIVERGENCES", "MaskedSiteDelta", "SiteDelta", "SiteDeltas"]
 
 
 class SiteDelta(dist.Delta):
-    """A point that a guide drew, with the density that its constraint left it."""
+    """A point that a guide drew, with the log-determinant of its constraint as a log density."""
 
 
 def _kl_site(p: SiteDelta, q: TorchDistribution) -> Tensor:
-    """Pyro's divergence of a Delta leaves the point's own density out."""
+    """With the point's log density, which Pyro's divergence of a Delta leaves out."""
     divergence: Tensor = p.log_density - q.log_prob(p.v)
     return divergence
 
 
 class MaskedSiteDelta(SiteDelta):
-    """That of a site which the model masks, and whose prior is a factor of the guide."""
+    """The same at a site that the model masks and whose prior is a factor of the guide."""
 
 
 def _kl_masked(p: MaskedSiteDelta, q: TorchDistribution) -> Tensor:
-    """None: a loss that asks for it leaves the model's masks out, and takes its draws otherwise."""
+    """Undefined, so that losses with analytic divergences, which ignore masks, use draws here."""
     raise NotImplementedError
 
 
@@ -37,11 +37,7 @@ KL_DIVERGENCES = {(SiteDelta, Distribution): _kl_site, (MaskedSiteDelta, Distrib
 
 
 class SiteDeltas(Messenger):
-    """Makes those Deltas of Pyro's :class:`AutoContinuous`.
-
-    Args:
-        masked: The sites that the model masks.
-    """
+    """Turns the Deltas of Pyro's :class:`AutoContinuous` into these; masked ones by name."""
 
     def __init__(self, masked: Collection[str]) -> None:
         super().__init__()

@@ -1,11 +1,11 @@
-r"""What carries a guide's noise to its latents: flows, and the last step behind them.
+r"""The transform from a guide's noise to its latents: flows, and a last step after them.
 
 .. math::
     z = c + R \, \bigl( \mu + S \, b(f(x)) \bigr)
 
-where :math:`f` is a stack of inverse autoregressive flows, nearly the identity at first. The frame
-:math:`c, R` is where the guide starts; bend, scale and loc are learnt in its units
-(:mod:`pyro_iaf.flows.sinh_arcsinh`).
+where :math:`f` is a stack of inverse autoregressive flows, nearly the identity at first. The guide
+starts at the frame :math:`c, R`. Bend :math:`b`, scale :math:`S` and loc :math:`\mu` are learned in
+its units (:mod:`pyro_iaf.flows.sinh_arcsinh`).
 """
 
 from __future__ import annotations
@@ -28,34 +28,32 @@ from ..nn.made import MaskedAutoregressiveNetwork
 from ..nn.univariate import UnivariateMap
 from .pathfinder import Start
 
-__all__ = ["ConditionalGuideTransform", "GuideTransform", "fresh_transform", "make_of"]
+__all__ = ["ConditionalGuideTransform", "GuideTransform", "fresh_transform", "settings_of"]
 
 
 class _FlowsAndLastStep:
-    """Names for what others need of it, whether it waits for a context or not."""
+    """Properties that transforms with and without a context share."""
 
     parts: Any  # the flows, and the last step
 
     @property
     def latent_dim(self) -> int:
         """How many numbers it draws."""
-        size: int = self.parts[-1].input_dim
-        return size
+        return int(self.parts[-1].input_dim)
 
     @property
     def context_dim(self) -> int:
-        """Size of the context that its flows listen to; 0 without."""
-        size: int = self.networks[0].context_dim
-        return size
+        """Size of the context that its flows depend on; 0 for none."""
+        return self.networks[0].context_dim
 
     @property
     def networks(self) -> list[MaskedAutoregressiveNetwork]:
-        """Those of its flows."""
+        """The networks of its flows."""
         return [flow.network for flow in self.parts[:-1]]
 
     @property
     def num_units(self) -> int:
-        """How many numbers the widest layer holds for one draw, with the context."""
+        """Units of the widest layer plus the size of the context, per draw."""
         return max(max(net.hidden_dims) for net in self.networks) + self.context_dim
 
     @property
@@ -70,13 +68,13 @@ class _FlowsAndLastStep:
         return frame[0]
 
     def noise(self) -> DiagonalNormal:
-        """What it takes: a standard normal over vectors."""
+        """The distribution of its input: a standard normal over vectors."""
         zeros = torch.zeros_like(self.origin)
         return DiagonalNormal(zeros, torch.ones_like(zeros), validate_args=False)
 
     @torch.no_grad()
     def widen_tails(self, by: float) -> Callable[[], None]:
-        """Adds to the weight of each latent's tail; returns a function that undoes it."""
+        """Adds ``by`` to the log weight of each latent's tails; returns a function to undo it."""
         log_tail: Tensor = self.parts[-1].coefficients[3]
         before = log_tail.clone()
         log_tail.add_(by)
@@ -89,23 +87,18 @@ class _FlowsAndLastStep:
 
 
 class GuideTransform(_FlowsAndLastStep, InverseAutoregressiveFlowStack):
-    """Flows and the last step of a guide, as one transform.
-
-    Args:
-        flows: The flows, the first acts on the noise.
-        last: The last step.
-    """
+    """Flows, of which the first acts on the noise, and a last step, as one transform."""
 
     def __init__(self, flows: Sequence[Any], last: LocScale) -> None:
         super().__init__([*flows, last])  # type: ignore[list-item]
 
     def posterior(self) -> Posterior:
-        """What it makes of that noise."""
+        """The distribution of its output."""
         return Posterior(self.noise(), [self], validate_args=False)
 
 
 class ConditionalGuideTransform(_FlowsAndLastStep, ConditionalInverseAutoregressiveFlowStack):
-    """The same of flows that wait for a context; the last step is the same for all contexts."""
+    """The same with flows that depend on a context; the last step does not."""
 
     def __init__(self, flows: Sequence[Any], last: LocScale) -> None:
         super().__init__(flows)
@@ -130,43 +123,36 @@ def fresh_transform(
     univariate: UnivariateMap,
     dense: bool,
 ) -> Transform:
-    """A transform that carries noise to a start, or nearly so.
+    """A fresh transform, close to ``loc + exp(log_scale) * R x`` for noise ``x``.
 
-    Args:
-        start: Where to, and in which units.
-        log_scale: The logarithm of the scale in these units.
-        context_dim: Size of the context, 0 for none.
-        num_flows: How many flows.
-        hidden_dims: Widths of each network's hidden layers, by default two of ``max(64, D)``.
-        univariate: How a flow maps each coordinate.
-        dense: Whether the last step learns a triangular matrix.
+    The start has the loc, and the scale ``R``. A ``context_dim`` of 0 means no context; by default
+    ``hidden_dims`` are two of ``max(64, D)``; ``dense`` is as for
+    :class:`~pyro_iaf.flows.sinh_arcsinh.LocScale`.
     """
     D = len(start.loc)
     settings: dict[str, Any] = {
         "hidden_dims": 2 * [max(64, D)] if hidden_dims is None else hidden_dims,
         "num_flows": num_flows,
         "univariate": univariate,
-        # The last flow takes the latents as the model draws them: causes before effects.
+        # The last flow has the model's order, in which causes come before effects.
         "order": torch.arange(D) if num_flows % 2 else torch.arange(D).flip(0),
     }
-    # What the maps of fresh flows do to the scale, gates above all, is made up for.
+    # Fresh flows change the scale, gated ones most; the last step compensates.
     zeros = torch.zeros(1 + univariate.num_params, dtype=torch.float64, device="cpu")
     log_scale -= num_flows * float(univariate.forward(*zeros)[1])
-    flows: Any
     if context_dim:
-        flows = conditional_inverse_autoregressive_flow(D, context_dim, **settings)
-        kind: Any = ConditionalGuideTransform
+        flows: Any = conditional_inverse_autoregressive_flow(D, context_dim, **settings)
     else:
         flows = inverse_autoregressive_flow(D, **settings)
-        kind = GuideTransform
+    kind: Any = ConditionalGuideTransform if context_dim else GuideTransform
     last = LocScale(start.loc, start.scale, log_scale, dense)
-    # In the model's own precision, whatever the default is.
+    # In the model's own precision, which may not be the default.
     transform: Transform = kind([flows] if num_flows == 1 else flows.parts, last).to(start.loc)
     return transform
 
 
-def make_of(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
-    """What :func:`fresh_transform` takes to build what a state is of; None if it is of none."""
+def settings_of(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """Arguments of :func:`fresh_transform` for a transform with this state; None if it has none."""
     sizes = [v for k, v in state.items() if k.endswith(".network._extra_state")]
     last = f"parts.{len(sizes)}"
     learned, frame = state.get(f"{last}.coefficients"), state.get(f"{last}.frame")
@@ -182,6 +168,6 @@ def make_of(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
     }
 
 
-def part_of(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """The entries of a state below a prefix."""
+def entries_below(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The entries of a state whose names begin with a prefix, without it."""
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}

@@ -1,4 +1,4 @@
-"""The sites of a model as a guide keeps and draws them: without graph, data or the user's code."""
+"""The sites of a model as a guide stores them, and the tensors in their supports."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from pyro import poutine
 from pyro.distributions.constraints import Constraint
 from torch import Tensor
 
-__all__ = ["each_tensor", "one_row", "tensors_in", "without_graph"]
+__all__ = ["map_tensors", "one_row", "tensors_in", "without_graph"]
 
 
 def without_graph(sites: dict[str, Any]) -> poutine.Trace:
-    """What a guide has to know of its sites, free of graphs, data and the user's code."""
-    bare = poutine.Trace()
+    """A trace of the sites' supports, shapes, plates and values, without graphs and priors."""
+    trace = poutine.Trace()
     for name, site in sites.items():
         fn = site["fn"]
-        support = each_tensor(fn.support, Tensor.detach)
-        bare.add_node(
+        support = map_tensors(fn.support, Tensor.detach)
+        trace.add_node(
             name,
             type="sample",
             name=name,
@@ -30,40 +30,40 @@ def without_graph(sites: dict[str, Any]) -> poutine.Trace:
             infer={},
             cond_indep_stack=site["cond_indep_stack"],
         )
-    return bare
+    return trace
 
 
-def each_tensor(constraint: Constraint, fn: Callable[[Tensor], Tensor]) -> Constraint:
+def map_tensors(constraint: Constraint, fn: Callable[[Tensor], Tensor]) -> Constraint:
     """A copy of a constraint, with ``fn`` applied to the tensors in it."""
 
-    def convert(thing: Any) -> Any:
-        if isinstance(thing, Tensor):
-            return fn(thing)
-        if isinstance(thing, Constraint):
-            return each_tensor(thing, fn)
-        if isinstance(thing, list | tuple):
-            return type(thing)(map(convert, thing))
-        return thing
+    def convert(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return fn(value)
+        if isinstance(value, Constraint):
+            return map_tensors(value, fn)
+        if isinstance(value, list | tuple):
+            return type(value)(map(convert, value))
+        return value
 
     twin = copy.copy(constraint)
-    twin.__dict__.update({name: convert(thing) for name, thing in vars(constraint).items()})
+    vars(twin).update({name: convert(value) for name, value in vars(constraint).items()})
     return twin
 
 
 def tensors_in(constraint: Constraint) -> list[Tensor]:
-    """The tensors that a constraint has, as its bounds."""
+    """The tensors in a constraint, such as its bounds."""
     found: list[Tensor] = []
 
-    def note(tensor: Tensor) -> Tensor:
+    def collect(tensor: Tensor) -> Tensor:
         found.append(tensor)
         return tensor
 
-    each_tensor(constraint, note)
+    map_tensors(constraint, collect)
     return found
 
 
 def one_row(support: Any, event_dim: int) -> Any:
-    """A support that is the same for all rows of a plate, as that of one."""
+    """A copy of a support that has one row of each bound, where the bound is equal in all rows."""
 
     def first(bound: Tensor) -> Tensor:
         num_batch = bound.dim() - event_dim
@@ -72,4 +72,4 @@ def one_row(support: Any, event_dim: int) -> Any:
         rows = bound.flatten(0, num_batch - 1)
         return rows[0] if bool((rows == rows[0]).all()) else bound
 
-    return each_tensor(support, first)
+    return map_tensors(support, first)

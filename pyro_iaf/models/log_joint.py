@@ -3,8 +3,8 @@ r"""The log joint density of a model, as a function of its latents in unconstrai
 .. math::
     \ell(z) = \log p(x, T(z)) + \log |\det \partial T / \partial z|
 
-for many :math:`z` at once, as a particle plate outside the model's own plates has it; or one after
-the other, where the model doesn't take such a plate.
+It is computed for many :math:`z` at once, as in a particle plate outside the model's own plates, or
+for one after the other if the model does not broadcast.
 """
 
 from __future__ import annotations
@@ -21,17 +21,16 @@ from torch.distributions import biject_to
 from torch.distributions.transforms import identity_transform
 
 from .arguments import Args, Kwargs, Program
-from .matching import Given, Mismatch
+from .matching import FixedLatents, Mismatch
 from .particles import MAX_NUMBERS, Particles, numbers_in
 from .traces import (
     compute_log_prob,
-    is_latent,
     is_subsampled,
+    latent_sites,
     log_prob_of_particles,
     log_probs_of_particles,
     plate_nesting,
     quietly,
-    samples,
     subsamples,
 )
 
@@ -39,17 +38,15 @@ __all__ = ["LogJoint"]
 
 
 class LogJoint(Particles):
-    r"""The log joint density of a model at latents of shape ``(K, D)``, of shape ``(K,)``, in nats.
+    """The log joint density of a model at latents of shape ``(K, D)``, of shape ``(K,)``, in nats.
 
-    The model runs away from the caller's handlers, on the subsamples of ``trace``, and without
-    checks of what its distributions are given: where it has no density, that is ``-inf``.
+    The model runs outside of the caller's handlers, on the subsamples of ``trace``, and without
+    validation of its distributions: the log density outside their support is ``-inf``.
 
     Args:
         model: A Pyro model.
-        trace: One run of it, which tells its sites, plates and subsamples.
-        args: The model's arguments.
-        kwargs: Likewise.
-        latents: The sites that make up the vector, in its order; by default all latents there are.
+        trace: One run of the model, with its sites, plates and subsamples.
+        latents: The sites that make up the vector, in order; by default all latents of the trace.
 
     Attributes:
         latent_dim: The length D of the vector.
@@ -67,63 +64,60 @@ class LogJoint(Particles):
         self.model, self.args, self.kwargs = model, args, kwargs
         self.subsamples = {name: site["value"] for name, site in subsamples(trace).items()}
         self.subsampled = is_subsampled(trace)
-        drawn = {name: site for name, site in samples(trace).items() if is_latent(site)}
-        self.latents = drawn if latents is None else latents
+        self.latents = latent_sites(trace) if latents is None else latents
         self._shapes = {name: site["value"].shape for name, site in self.latents.items()}
         self._layout = []
         for name, site in self.latents.items():
             to_support = biject_to(site["fn"].support)
             shape = to_support.inverse_shape(site["value"].shape)
-            placed = self.placed(shape, len(shape) - to_support.domain.event_dim)
-            self._layout.append((name, to_support, placed, shape.numel()))
+            padded = self.padded_shape(shape, len(shape) - to_support.domain.event_dim)
+            self._layout.append((name, to_support, padded, shape.numel()))
         self.latent_dim = sum(size for *_, size in self._layout)
         self.weight: float | Tensor = 1.0
 
-    def on(self, args: Args, kwargs: Kwargs, weight: float | Tensor = 1.0) -> LogJoint:
-        """The same on other data, with fresh subsamples, the latents' densities weighted."""
+    def with_data(self, args: Args, kwargs: Kwargs, weight: float | Tensor = 1.0) -> LogJoint:
+        """The same density on other data and fresh subsamples, the latents' densities weighted."""
         other = copy.copy(self)
         other.args, other.kwargs, other.subsamples, other.weight = args, kwargs, {}, weight
         return other
 
-    def __call__(self, z: Tensor, together: int = 1) -> Tensor:
+    def __call__(self, z: Tensor, group_size: int = 1) -> Tensor:
         """The log densities; ``-inf`` for particles at which the model raises an error.
 
         Args:
             z: Latents of shape ``(K, D)``.
-            together: So many particles after one another share that fate.
+            group_size: An error at one particle makes its whole group of this size ``-inf``.
         """
-        if len(z) > max(self.num_at_once, together):
-            size = together * max(1, self.num_at_once // together)
-            return torch.cat([self(part, together) for part in z.split(size)])
+        if len(z) > max(self.num_at_once, group_size):
+            size = group_size * max(1, self.num_at_once // group_size)
+            return torch.cat([self(part, group_size) for part in z.split(size)])
         try:
             with quietly():
                 return self.density(z)
         except Mismatch:
             raise
         except Exception:  # at some point a matrix has no Cholesky factor, or a check fails
-            if len(z) <= together:
+            if len(z) <= group_size:
                 return z.new_full((len(z),), -torch.inf)
-            half = together * (len(z) // together // 2) or together
-            return torch.cat([self(part, together) for part in (z[:half], z[half:])])
+            half = group_size * (len(z) // group_size // 2) or group_size
+            return torch.cat([self(part, group_size) for part in (z[:half], z[half:])])
 
     def density(self, z: Tensor) -> Tensor:
-        """The log densities, or the error that the model raises."""
+        """The log densities of all particles in one run; the model's errors are raised."""
         if self.at_once:
             return self._scored(z, True)
         return torch.cat([self._scored(row, False) for row in z.split(1)])
 
     def check(self, z: Tensor) -> str | None:
-        """What speaks against this density at these points, if anything.
-
-        Finds out whether particles go at once.
+        """Why the density can't be used at these points, if so; sets ``at_once``.
 
         Args:
             z: Two points at least, not too near to each other.
         """
 
-        def log_probs(rows: Sequence[int], at_once: bool) -> dict[str, Tensor]:
-            trace = self._trace(self._constrain(z[rows])[0], at_once)
-            return log_probs_of_particles(trace, len(rows), self.nesting if at_once else None)
+        def log_probs(indices: Sequence[int], at_once: bool) -> dict[str, Tensor]:
+            trace = self._trace(self._constrain(z[indices])[0], at_once)
+            return log_probs_of_particles(trace, len(indices), self.nesting if at_once else None)
 
         return self.probe(len(z), log_probs)
 
@@ -162,8 +156,9 @@ class LogJoint(Particles):
     def diagonal(self, z: Tensor, num_probes: int = 16) -> Tensor:
         """Estimates of the second derivatives in each latent alone, at ``z`` of shape ``(D,)``.
 
-        From products of the Hessian with random signs (Bekas et al. 2007). They err by what the
-        other latents bring, and are no smaller than a tenth of what that may be.
+        Averages products of the Hessian with random signs (Bekas et al. 2007). Off-diagonal entries
+        make the error. A mean smaller than a tenth of the products' root mean square is replaced by
+        minus that tenth.
         """
         z = z.expand(min(num_probes, self.num_at_once), -1)
         estimates = []
@@ -184,16 +179,17 @@ class LogJoint(Particles):
         return log_prob + self.weight * log_det
 
     def _trace(self, values: dict[str, Tensor], at_once: bool) -> poutine.Trace:
-        # No plate is needed for particles: densities broadcast over what the latents bring.
+        # Densities broadcast over the dimension of the particles without a plate for it.
         if not at_once:
             values = {name: value.reshape(self._shapes[name]) for name, value in values.items()}
-        with poutine.block(expose_types=["param"]), Given(values, self.subsamples, self._shapes):
+        fixed = FixedLatents(values, self.subsamples, self._shapes)
+        with poutine.block(expose_types=["param"]), fixed:
             trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
             compute_log_prob(trace)
         return trace
 
     def _constrain(self, z: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Values of the sites, with the particles left of all plates; and the log-determinant."""
+        """The sites' values, with the particles left of all plates, and the log-determinants."""
         values, log_det = {}, z.new_zeros(len(z))
         parts = z.split([size for *_, size in self._layout], -1)
         for part, (name, to_support, shape, _) in zip(parts, self._layout, strict=True):

@@ -1,14 +1,14 @@
-r"""Latents that a mask leaves without a density, and nothing else depends on.
+r"""Masked latents that nothing else depends on, whose masks can be removed.
 
-Where a model's mask takes a latent's density away, as ``obs_mask`` does at observed places, the
-posterior of that latent is flat, and a guide would widen there without end. Nothing depends on it,
-so its prior given all else may be put back without a change for the others:
+Where a mask removes the density of a latent :math:`w`, as ``obs_mask`` does at observed places, the
+posterior of :math:`w` is flat, and a guide would widen there without bound. If nothing else depends
+on :math:`w`, its prior can be put back without changing the posterior of the other latents:
 
 .. math::
     p(z, x) \, p(w \mid z) \quad\text{has the marginal}\quad p(z, x).
 
-Our guides lift the masks of such sites: their own density has what the model's lacks as a factor,
-so that both cancel where they meet.
+Our guides divide their own density by the factor that the mask removed. The ELBO is then the same
+as without the mask.
 """
 
 from __future__ import annotations
@@ -22,23 +22,21 @@ import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import Independent, biject_to
+from torch.distributions import biject_to
 
 from .arguments import Args, Kwargs, Program
-from .matching import Told
-from .traces import compute_log_prob, quietly, subsamples
+from .matching import FixedValues
+from .traces import WRAPPERS, quietly, subsamples
 
-__all__ = ["Unmasked", "log_priors", "sites_to_lift", "where_counted"]
+__all__ = ["Unmasked", "density_mask", "masked_log_probs", "sites_to_unmask"]
 
-# How far, in unconstrained space, and how often other values are tried for what is masked.
+# Standard deviations, in unconstrained space, of the trial values of a masked latent, and how many
+# are tried at each.
 SIZES, NUM_MOVES = (2.0, 2.0, 0.5, 0.1, 0.01), 2
-
-# What may stand around a distribution that has a mask.
-WRAPPERS: Any = (Independent, dist.ExpandedDistribution, dist.MaskedDistribution)
 
 
 class Unmasked(Messenger):
-    """Takes the masks off sites."""
+    """Removes the masks of the sites with these names."""
 
     def __init__(self, names: Collection[str]) -> None:
         super().__init__()
@@ -59,98 +57,85 @@ def _unmasked(fn: Any) -> Any:
     return twin
 
 
-def where_counted(site: Any) -> Tensor | None:
-    """Which numbers of a site's value have a density, of its shape; None for all."""
+def density_mask(site: Any) -> Tensor | None:
+    """Which entries of a site's value have a density, in the value's shape; None means all."""
     value: Tensor = site["value"]
-    masks = [(site["mask"], site["fn"].event_dim)]
     fn: Any = site["fn"]
+    masks = [(site["mask"], fn.event_dim)]
     while isinstance(fn, WRAPPERS):
         masks.append((getattr(fn, "_mask", None), fn.event_dim))
         fn = fn.base_dist
-    found = None
+    joint = None
     for mask, event_dim in masks:
         if mask is not None and mask is not True:
             mask = torch.as_tensor(mask, device=value.device)
-            own = mask.reshape(mask.shape + (1,) * event_dim).expand(value.shape)
-            found = own if found is None else found & own
-    return found
+            mask = mask.reshape(mask.shape + (1,) * event_dim).expand(value.shape)
+            joint = mask if joint is None else joint & mask
+    return joint
 
 
-def log_priors(
+def masked_log_probs(
     model: Program, names: Collection[str], values: Mapping[str, Any], args: Args, kwargs: Kwargs
 ) -> dict[str, Tensor]:
-    """What masks take from the log densities of sites, by name.
-
-    Args:
-        model: A Pyro model.
-        names: The sites.
-        values: Those of all latents, and the subsamples of plates, by name.
-        args: What the model takes.
-        kwargs: Likewise.
-    """
-    with poutine.block(), Told(values):
-        trace = poutine.trace(model).get_trace(*args, **kwargs)
-    found = {}
+    """The log densities that masks remove from sites, at values of all latents and subsamples."""
+    trace = _run(model, values, args, kwargs)
+    removed = {}
     for name in names & trace.nodes.keys():
         site: Any = trace.nodes[name]
         if not site["is_observed"]:
-            whole = _unmasked(site["fn"]).log_prob(site["value"])
-            counted = site["fn"].log_prob(site["value"])
+            unmasked = _unmasked(site["fn"]).log_prob(site["value"])
+            masked = site["fn"].log_prob(site["value"])
             if site["mask"] is not None:
-                mask = torch.as_tensor(site["mask"], device=counted.device)
-                counted = torch.where(mask, counted, torch.zeros_like(counted))
-            found[name] = whole - counted
-    return found
+                mask = torch.as_tensor(site["mask"], device=masked.device)
+                masked = torch.where(mask, masked, torch.zeros_like(masked))
+            removed[name] = unmasked - masked
+    return removed
 
 
 @torch.no_grad()
-def sites_to_lift(
+def sites_to_unmask(
     model: Program, latents: Mapping[str, Any], args: Args, kwargs: Kwargs
 ) -> set[str]:
-    """The masked latents whose values make no difference where they are masked.
+    """The masked latents on whose masked entries nothing depends.
 
-    Found by trying: with other values there the joint density is the very same number.
-
-    Args:
-        model: A Pyro model.
-        latents: All latents as in a run of it, by name.
-        args: What the model takes.
-        kwargs: Likewise.
+    Their masked entries are changed at random, several times. The joint density must be exactly
+    the same each time.
     """
-    masked = [name for name, site in latents.items() if where_counted(site) is not None]
+    masked = [name for name, site in latents.items() if density_mask(site) is not None]
     if not masked:
         return set()
 
-    def run(values: dict[str, Any]) -> poutine.Trace:
-        with poutine.block(), Told(values):
-            trace = poutine.trace(model).get_trace(*args, **kwargs)
-            compute_log_prob(trace)
-        return trace
+    def log_joint(values: dict[str, Any]) -> Tensor:
+        return torch.as_tensor(_run(model, values, args, kwargs).log_prob_sum())
 
     starts = {name: site["value"] for name, site in latents.items()}
-    still: set[str] = set()
-    changing: set[str] = set()
+    independent: set[str] = set()
+    dependent: set[str] = set()
     try:
         with quietly():
-            first = run(starts)
-            kept = {name: site["value"] for name, site in subsamples(first).items()}
+            first = _run(model, starts, args, kwargs)
+            indices = {name: site["value"] for name, site in subsamples(first).items()}
             for size in SIZES:
-                values = {n: _moved(site, starts[n], size) for n, site in latents.items()} | kept
-                density = torch.as_tensor(run(values).log_prob_sum())
+                values = {n: _moved(site, starts[n], size) for n, site in latents.items()} | indices
+                density = log_joint(values)
                 for name in masked if density.isfinite() else ():
-                    counts: Any = where_counted(first.nodes[name])
+                    mask: Any = density_mask(first.nodes[name])
                     for _ in range(NUM_MOVES):
                         others = _moved(latents[name], values[name], size)
-                        moved = {**values, name: torch.where(counts, values[name], others)}
-                        again = torch.as_tensor(run(moved).log_prob_sum())
-                        (changing if again != density else still).add(name)
-    except Exception:  # of the model, whatever it is, at values that it doesn't expect
+                        moved = {**values, name: torch.where(mask, values[name], others)}
+                        (independent if log_joint(moved) == density else dependent).add(name)
+    except Exception:  # any error of the model, at values that it doesn't expect
         return set()
-    return still - changing
+    return independent - dependent
+
+
+def _run(model: Program, values: Mapping[str, Any], args: Args, kwargs: Kwargs) -> poutine.Trace:
+    with poutine.block(), FixedValues(values):
+        return poutine.trace(model).get_trace(*args, **kwargs)
 
 
 def _moved(site: Any, value: Tensor, size: float) -> Tensor:
-    """Another value in the support of a site."""
+    """A random value near this one, in the support of a site."""
     to_support = biject_to(site["fn"].support)
     free = to_support.inv(value)
     moved: Tensor = to_support(free + size * torch.randn_like(free))

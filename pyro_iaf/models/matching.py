@@ -1,9 +1,10 @@
-"""A model run at a guide's values, site by site: what is missing or of another shape is told."""
+"""Runs of a model at given values, and errors where its latents don't match its guide's."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
+from itertools import dropwhile
 from types import TracebackType
 from typing import Any
 
@@ -15,11 +16,18 @@ from torch.distributions import Distribution
 
 from .traces import bare, is_latent
 
-__all__ = ["Given", "Matching", "Mismatch", "Told", "Unchecked", "check_guide_site"]
+__all__ = [
+    "FixedLatents",
+    "FixedValues",
+    "LatentCheck",
+    "Mismatch",
+    "Unchecked",
+    "check_guide_site",
+]
 
 
 class Unchecked(Messenger):
-    """Takes the checks out of distributions that were made with them, before the run."""
+    """Turns off the validation of all distributions, also of those made before the run."""
 
     def _pyro_sample(self, msg: Any) -> None:
         msg["fn"] = _unchecked(msg["fn"])
@@ -27,11 +35,11 @@ class Unchecked(Messenger):
 
 def _unchecked(fn: Any) -> Any:
     parts = {name: part for name, part in vars(fn).items() if isinstance(part, Distribution)}
-    bare = {name: _unchecked(part) for name, part in parts.items()}
-    if not fn.__dict__.get("_validate_args") and all(bare[n] is parts[n] for n in parts):
+    unchecked = {name: _unchecked(part) for name, part in parts.items()}
+    if not vars(fn).get("_validate_args") and all(unchecked[n] is parts[n] for n in parts):
         return fn
     twin = copy.copy(fn)
-    vars(twin).update(bare, _validate_args=False)
+    vars(twin).update(unchecked, _validate_args=False)
     return twin
 
 
@@ -39,24 +47,24 @@ class Mismatch(ValueError):  # noqa: N818
     """The latents of a model are not those that its guide draws."""
 
 
-class Matching(Messenger):
-    """Sees to it that a model's run has just these latents, and takes values of their shapes.
+class LatentCheck(Messenger):
+    """Checks that a model's run has exactly the latents of its guide, with values that fit.
 
     Args:
-        names: Of the latents; asked for when the run begins.
+        names: Returns the names of the guide's latents; called when the run begins.
 
     Raises:
-        Mismatch: If the run has others, not all of them, or one of another shape.
+        Mismatch: If a latent is missing on either side, or has another shape.
     """
 
     def __init__(self, names: Callable[[], Iterable[str]]) -> None:
         super().__init__()
         self._names = names
 
-    def __enter__(self) -> Matching:
+    def __enter__(self) -> LatentCheck:
         self._drawn = set(self._names())
-        self._met: set[str] = set()
-        self._rows: dict[str, int] = {}
+        self._found: set[str] = set()
+        self._plate_sizes: dict[str, int] = {}
         super().__enter__()
         return self
 
@@ -68,11 +76,11 @@ class Matching(Messenger):
     ) -> None:
         super().__exit__(kind, error, traceback)
         if isinstance(error, Mismatch) and isinstance(error.__cause__, Mismatch):
-            raise error.__cause__ from None  # as it was before Pyro wrote the run's shapes below it
-        if error is None and (strange := self._drawn - self._met):
+            raise error.__cause__ from None  # without the table of shapes that Pyro appends
+        if error is None and (unknown := self._drawn - self._found):
             raise Mismatch(
-                f"A guide should draw latents of the model, and this one draws {_listed(strange)}; "
-                f"the model's run has no such latent, but {_listed(self._met)}. Make a guide for "
+                f"A guide should draw latents of the model, and this one draws {_listed(unknown)}; "
+                f"the model's run has no such latent, but {_listed(self._found)}. Make a guide for "
                 "this model and these arguments. A site that only helps to draw others takes "
                 "infer={'is_auxiliary': True}."
             )
@@ -80,9 +88,9 @@ class Matching(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         name = msg["name"]
         if site_is_subsample(msg):
-            self._rows[name] = _num_rows(msg)
+            self._plate_sizes[name] = _num_rows(msg)
         if name in self._drawn and not msg["is_observed"]:
-            self._met.add(name)
+            self._found.add(name)
             return
         if not is_latent(msg):
             return
@@ -99,8 +107,8 @@ class Matching(Messenger):
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if site_is_subsample(msg):
-            _check_plate(msg, self._rows[msg["name"]])
-        elif msg["name"] in self._met:
+            _check_plate(msg, self._plate_sizes[msg["name"]])
+        elif msg["name"] in self._found:
             _check_shape(msg, msg["value"].shape)
 
 
@@ -108,8 +116,8 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(f"'{name}'" for name in sorted(names)) or "nothing"
 
 
-class Told(Unchecked):
-    """Gives sites values, as far as a run has such sites."""
+class FixedValues(Unchecked):
+    """Gives sites these values, and ignores values of sites that the run doesn't have."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         super().__init__()
@@ -122,15 +130,13 @@ class Told(Unchecked):
             msg["done"] = True
 
 
-class Given(Matching):
-    """Gives all latents of a model their values, and leaves all else of them alone.
-
-    Distributions are not checked, as :class:`Unchecked` has it.
+class FixedLatents(LatentCheck):
+    """Gives all latents of a model these values, without validation of its distributions.
 
     Args:
-        values: Of the latents, all of them and nothing else.
-        kept: Of subsamples and of auxiliary sites, where the model has them.
-        shapes: Of the latents, without the particles that stand before them.
+        values: Values of the latents, of all of them and of nothing else.
+        auxiliary: Values of subsamples and of auxiliary sites, where the model has them.
+        shapes: Shapes of the latents' values, without the dimension of the particles.
 
     Raises:
         Mismatch: If the run has other latents, or one of another shape.
@@ -139,12 +145,12 @@ class Given(Matching):
     def __init__(
         self,
         values: Mapping[str, Any],
-        kept: Mapping[str, Any],
+        auxiliary: Mapping[str, Any],
         shapes: Mapping[str, torch.Size] | None = None,
     ) -> None:
         super().__init__(values.keys)
-        self.values = {**kept, **values}
-        self.shapes = {} if shapes is None else shapes
+        self.values = {**auxiliary, **values}
+        self.shapes = shapes or {}
 
     def _pyro_sample(self, msg: Any) -> None:
         msg["fn"] = _unchecked(msg["fn"])
@@ -152,9 +158,9 @@ class Given(Matching):
         if msg["name"] in self.values and not msg["is_observed"]:
             msg["value"] = self.values[msg["name"]]
             msg["done"] = True
-            # Before the model meets the value.
+            # Now, because the model may fail on a value that doesn't fit.
             if site_is_subsample(msg):
-                _check_plate(msg, self._rows[msg["name"]])
+                _check_plate(msg, self._plate_sizes[msg["name"]])
             elif msg["name"] in self.shapes:
                 _check_shape(msg, self.shapes[msg["name"]])
 
@@ -163,7 +169,7 @@ class Given(Matching):
 
 
 def _check_shape(site: Any, shape: torch.Size) -> None:
-    """Raises a Mismatch unless a value, a draw of this shape or several, is one of its site."""
+    """Raises a Mismatch unless the value of a site, whose draws have this shape, fits the site."""
     expected = torch.Size(site["fn"].shape())
     own = expected[-len(shape) :] if shape else torch.Size()
     found = torch.as_tensor(site["value"]).shape
@@ -176,15 +182,15 @@ def _check_shape(site: Any, shape: torch.Size) -> None:
 
 
 def _num_rows(site: Any) -> int:
-    """How many rows a plate takes of its own."""
-    fn, own = site["fn"], site["value"]  # None unless the model tells the rows
-    if own is not None:
-        return len(own)
+    """The size of a plate's subsample in the model."""
+    fn, indices = site["fn"], site["value"]  # no indices unless the model gives them
+    if indices is not None:
+        return len(indices)
     return int(fn.size if fn.subsample_size is None else fn.subsample_size)
 
 
 def _check_plate(site: Any, expected: int) -> None:
-    """Raises a Mismatch unless a plate was given indices for as many rows as it takes."""
+    """Raises a Mismatch unless a plate was given as many indices as it has rows in the model."""
     found = len(site["value"])
     if found != expected:
         raise Mismatch(
@@ -196,21 +202,13 @@ def _check_plate(site: Any, expected: int) -> None:
 
 def _core(shape: torch.Size) -> tuple[int, ...]:
     """A shape without leading ones, which change no density."""
-    sizes = list(shape)
-    while sizes[:1] == [1]:
-        del sizes[0]
-    return tuple(sizes)
+    return tuple(dropwhile(lambda size: size == 1, shape))
 
 
 def check_guide_site(site: Any) -> None:
-    """Raises a Mismatch where a guide observes data, which a factor or a deterministic site is not.
-
-    Args:
-        site: A sample site of the guide.
-    """
+    """Raises a Mismatch if a sample site of a guide has data; factors and Deltas are allowed."""
     if site["is_observed"] and not isinstance(bare(site["fn"]), dist.Delta | dist.Unit):
         raise Mismatch(
             "A guide should draw latents and observe nothing, or data would count in its density; "
-            f"this one observes site '{site['name']}'. Give the model first and then a guide for "
-            "it."
+            f"this one observes site '{site['name']}'. Give the model first and then its guide."
         )

@@ -1,4 +1,4 @@
-"""Which sites and parameters are at fault where a loss is not finite."""
+"""Which sites and parameters make a loss infinite or NaN."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch import Tensor
 from .arguments import Args, Kwargs, Program
 from .traces import bare, compute_log_prob, is_point, quietly, samples
 
-__all__ = ["at_fault", "impossible_data"]
+__all__ = ["describe_nonfinite", "impossible_data"]
 
 NUM_DRAWS = 16
 
 
-def at_fault(
+def describe_nonfinite(
     model: Program, guide: Program, args: Args, kwargs: Kwargs, params: Mapping[str, Tensor]
 ) -> str:
-    """What is not finite in a few runs of guide and model, and among the parameters, in words."""
+    """Lists what is not finite in a few runs of guide and model, and among the parameters."""
     found: Counter[str] = Counter()
     for _ in range(NUM_DRAWS):
         try:
@@ -35,14 +35,14 @@ def at_fault(
         found.update(f"site '{name}' ({what})" for name, what in _sites(model_trace, guide_trace))
     texts = [f"{text} in {count} of {NUM_DRAWS} draws" for text, count in found.items()]
     for name, param in params.items():
-        for what, thing in (("its value", param), ("its gradient", param.grad)):
-            if thing is not None and not thing.isfinite().all():
+        for what, tensor in (("its value", param), ("its gradient", param.grad)):
+            if tensor is not None and not tensor.isfinite().all():
                 texts.append(f"parameter '{name}' ({what})")
     return "; ".join(texts) or f"nothing that {NUM_DRAWS} more draws could show"
 
 
 def impossible_data(model: Program, guide: Program, args: Args, kwargs: Kwargs) -> str:
-    """Which data are NaN or outside the support of their distribution, in words; "" if none."""
+    """Says which data are NaN or outside the support of their distribution; "" if none are."""
     with quietly(), torch.no_grad(), poutine.block():
         model_trace, _ = _run(model, guide, args, kwargs)
     for name, site in samples(model_trace).items():
@@ -57,13 +57,12 @@ def impossible_data(model: Program, guide: Program, args: Args, kwargs: Kwargs) 
             if mask is not None:
                 is_wrong = is_wrong & torch.as_tensor(mask)
         if is_wrong.any():
-            where = is_wrong.nonzero()[0].tolist()
-            kind = type(bare(fn)).__name__
             return (
-                f"The data of site '{name}' should be in the support of {kind}, which is "
-                f"{bare(fn).support}; {int(is_wrong.sum())} of {is_wrong.numel()} are not, the "
-                f"first at index {where}. Leave out or mask what is missing, with a number in its "
-                "place."
+                f"The data of site '{name}' should be in the support of "
+                f"{type(bare(fn)).__name__}, which is {bare(fn).support}; {int(is_wrong.sum())} of "
+                f"{is_wrong.numel()} are not, the first at index "
+                f"{is_wrong.nonzero()[0].tolist()}. Leave out missing data, or put a number in "
+                "their place and mask them."
             )
     return ""
 
@@ -71,14 +70,14 @@ def impossible_data(model: Program, guide: Program, args: Args, kwargs: Kwargs) 
 def _run(
     model: Program, guide: Program, args: Args, kwargs: Kwargs
 ) -> tuple[poutine.Trace, poutine.Trace]:
-    """The traces of the model, on a draw of the guide, and of the guide."""
+    """The traces of the model and the guide, at a draw of the guide."""
     guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
     replayed = poutine.replay(model, guide_trace)
     return poutine.trace(replayed).get_trace(*args, **kwargs), guide_trace
 
 
 def _sites(model: poutine.Trace, guide: poutine.Trace) -> Iterator[tuple[str, str]]:
-    """Sites whose value, density or density's gradient is not finite, and which of these it is."""
+    """Sites whose value, log density or gradient is not finite, and which of the three it is."""
     draws = {name: torch.as_tensor(site["value"]) for name, site in samples(guide).items()}
     for name, draw in draws.items():
         if not draw.isfinite().all():
@@ -87,9 +86,11 @@ def _sites(model: poutine.Trace, guide: poutine.Trace) -> Iterator[tuple[str, st
     for name, site in samples(model).items():
         log_prob = site["log_prob_sum"]
         if not log_prob.isfinite():
-            known = ", as a Delta's, whose value is known: pyro.deterministic states one"
-            why = known if is_point(site["fn"]) and not site["is_observed"] else ""
-            yield name, f"its log density is {log_prob.item()}{why}"
+            is_delta = is_point(site["fn"]) and not site["is_observed"]
+            hint = (
+                ", as a Delta's, whose value is known: use pyro.deterministic" if is_delta else ""
+            )
+            yield name, f"its log density is {log_prob.item()}{hint}"
         elif log_prob.requires_grad and leaves:
             slopes = torch.autograd.grad(log_prob, leaves, retain_graph=True, allow_unused=True)
             if any(slope is not None and not slope.isfinite().all() for slope in slopes):

@@ -1,8 +1,8 @@
-"""Whose parameters Pyro's parameter store holds.
+"""A guide's parameters in Pyro's parameter store.
 
-The guide that runs owns the entries under its name. What nobody in this process put there came from
-a file, and is adopted; what another guide put there makes way. A guide's own parameters never
-change places: values are copied into them, and they go into the store themselves.
+The guide that runs owns the entries under its name. Entries that no guide of this process made come
+from a file, and the guide copies their values. Entries of another guide are replaced. A guide's
+parameters always stay the same tensors, and the store holds those.
 """
 
 from __future__ import annotations
@@ -22,48 +22,58 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .._validation import warn
 
-__all__ = ["adopt", "declare", "has_from_file", "parameters_of", "state", "stated"]
+__all__ = [
+    "adopt",
+    "declare",
+    "declare_local",
+    "has_from_file",
+    "parameters_of",
+    "unconstrained_params",
+]
 
-_makers = WeakIdKeyDictionary()  # a parameter in the store: the guide that put it there, weakly
+_owners = WeakIdKeyDictionary()  # a weak reference to the guide that put a parameter into the store
 _warned: weakref.WeakSet[PyroModule] = weakref.WeakSet()
-_leaves = WeakIdKeyDictionary()  # a frame: a leaf of the same memory, for the store
+_leaves = WeakIdKeyDictionary()  # the leaf in the store that shares a frame's memory
 
 
 def parameters_of(module: nn.Module, name: str) -> dict[str, Tensor]:
-    """A module's parameters, and its frame, under the names that Pyro gives them in the store.
+    """A module's parameters and its frame by their names in Pyro's store.
 
-    The frame is not trained, but the others mean nothing without it. All that the store holds may
-    be asked for its gradient, so there it has a leaf, to which no gradient ever comes.
+    The frame is not trained, but it is saved with the parameters, which are relative to it. Every
+    entry of the store must have ``requires_grad``, so a frame is stored as a leaf that never gets a
+    gradient.
     """
     named = module.named_parameters()  # under functional_call these are no Parameters
     own: dict[str, Tensor] = {key: p for key, p in named if isinstance(p, nn.Parameter)}
-    if own:
-        frames = [item for item in module.named_buffers() if item[0].endswith("frame")]
-        for key, frame in frames:
-            if frame not in _leaves:
-                _leaves[frame] = frame.detach().requires_grad_()
-            own[key] = _leaves[frame]
+    for key, buffer in module.named_buffers() if own else ():
+        if key.endswith("frame"):
+            if buffer not in _leaves:
+                _leaves[buffer] = buffer.detach().requires_grad_()
+            own[key] = _leaves[buffer]
     return {f"{name}$$${key}": value for key, value in own.items()}
 
 
 def has_from_file(name: str) -> bool:
-    """Whether the store has entries of a module that came from a file."""
+    """Whether the store has entries of this module that come from a file."""
     entries = pyro.get_param_store()._params
-    local = pyro.settings.get("module_local_params")
-    return not local and any(
-        key.startswith(f"{name}$$$") and value not in _makers for key, value in entries.items()
+    return not pyro.settings.get("module_local_params") and any(
+        key.startswith(f"{name}$$$") and value not in _owners for key, value in entries.items()
     )
 
 
 def adopt(guide: PyroModule, own: dict[str, Tensor]) -> None:
-    """Takes over the values that the store has from a file."""
+    """Copies the values of the store's entries that come from a file into a guide's parameters.
+
+    Raises:
+        ValueError: If their names or shapes are not those of the guide.
+    """
     if pyro.settings.get("module_local_params"):
         return
     entries = pyro.get_param_store()._params
     loaded = [
         name
         for name, value in own.items()
-        if entries.get(name, value) is not value and entries[name] not in _makers
+        if entries.get(name, value) is not value and entries[name] not in _owners
     ]
     if loaded:
         _check_entries(guide, own)
@@ -74,34 +84,31 @@ def adopt(guide: PyroModule, own: dict[str, Tensor]) -> None:
 
 
 def declare(guide: PyroModule, own: dict[str, Tensor]) -> None:
-    """Makes Pyro's statement for each parameter; the store's entries become this guide's."""
+    """States each parameter by ``pyro.param`` and makes it the store's entry."""
     entries = pyro.get_param_store()._params
     local = pyro.settings.get("module_local_params")
     for name, value in own.items():
-        if isinstance(value, nn.Parameter) and not value.requires_grad:
+        is_param = isinstance(value, nn.Parameter)  # else a frame, which is saved but not trained
+        if is_param and not value.requires_grad:
             continue
-        if not isinstance(value, nn.Parameter):  # a frame: it is saved, and not trained
-            if not local and entries.get(name) is not value:
-                _replace_entry(guide, name, value)
-            continue
-        if local:  # handlers hear of it, the store does not
-            state(name, value)
-            continue
-        if entries.get(name) is not value or value not in _makers:
+        if not local and (entries.get(name) is not value or value not in _owners):
             _replace_entry(guide, name, value)
-        pyro.param(name, value)
+        if is_param and local:
+            declare_local(name, value)
+        elif is_param:
+            pyro.param(name, value)
 
 
-def state(name: str, value: Tensor) -> None:
-    """Makes Pyro's statement of a parameter that is not in the store: handlers hear of it."""
+def declare_local(name: str, value: Tensor) -> None:
+    """States a parameter to Pyro's handlers without entering it in the store."""
     value.unconstrained = weakref.ref(value)  # type: ignore[attr-defined]
     _statement(name, value, constraint=constraints.real, name=name)
 
 
-def stated(trace: poutine.Trace) -> dict[str, Tensor]:
-    """The unconstrained parameters that a run stated; a module's own stand for themselves."""
-    sites: dict[str, Any] = dict(trace.nodes)
-    values = {name: site["value"] for name, site in sites.items()}
+def unconstrained_params(trace: poutine.Trace) -> dict[str, Tensor]:
+    """The parameters in a trace of ``pyro.param`` statements, in unconstrained space."""
+    nodes: dict[str, Any] = dict(trace.nodes)
+    values = {name: site["value"] for name, site in nodes.items()}
     return {n: v.unconstrained() if hasattr(v, "unconstrained") else v for n, v in values.items()}
 
 
@@ -115,11 +122,9 @@ def _check_entries(guide: PyroModule, own: dict[str, Tensor]) -> None:
     entries = pyro.get_param_store()._params
     theirs = {name: tuple(p.shape) for name, p in entries.items() if name.startswith(prefixes)}
     ours = {name: tuple(value.shape) for name, value in own.items()}
-    frozen = {n for n, p in own.items() if isinstance(p, nn.Parameter) and not p.requires_grad}
-    wanted = own.keys() - frozen  # those are in no store
-    strange = dict(theirs.items() - ours.items()).keys() | (wanted - theirs.keys())
-    if strange:
-        name = min(strange)
+    stored = {name for name, value in own.items() if value.requires_grad}  # the others are frozen
+    if unlike := dict(theirs.items() - ours.items()).keys() | (stored - theirs.keys()):
+        name = min(unlike)
         raise ValueError(
             f"The parameter store has entries of a guide named '{guide._pyro_name}' of another "
             f"make: {name} has shape {theirs.get(name, 'missing')} there and "
@@ -132,26 +137,26 @@ def _replace_entry(guide: PyroModule, name: str, value: Tensor) -> None:
     store = pyro.get_param_store()
     if name in store:
         old = store._params.pop(name)
-        store._param_to_name.pop(old, None)  # it may have had two names, and be out already
+        store._param_to_name.pop(old, None)  # absent if the parameter had two names
         if guide not in _warned and _has_another_owner(old, guide):
             _warned.add(guide)
             warn(
-                f"Another guide named '{guide._pyro_name}' is alive. Its parameters leave Pyro's "
-                "parameter store for those of this one. Give each a name of its own: "
+                f"Another guide named '{guide._pyro_name}' is alive. Its parameters in Pyro's "
+                "parameter store are replaced by those of this guide. Give each a name of its own: "
                 f"{type(guide).__name__}(model, name=...)."
             )
-    if value.requires_grad:  # what is frozen is in no store
+    if value.requires_grad:  # frozen parameters are not stored
         store.setdefault(name, value)
-        _makers[value] = weakref.ref(guide)
+        _owners[value] = weakref.ref(guide)
 
 
 def _has_another_owner(value: Tensor, guide: PyroModule) -> bool:
-    """Whether a guide other than this one made the entry, and is still in use."""
+    """Whether another guide made the entry and is still in use."""
 
-    def maker() -> Any:
-        return _makers.get(value, lambda: None)()
+    def owner() -> Any:
+        return _owners.get(value, lambda: None)()
 
-    if maker() in (None, guide):
+    if owner() in (None, guide):
         return False
-    gc.collect()  # a guide that nobody holds may wait in a cycle
-    return maker() not in (None, guide)
+    gc.collect()  # frees guides that are only in reference cycles
+    return owner() not in (None, guide)

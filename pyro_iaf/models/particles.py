@@ -1,4 +1,4 @@
-"""Many draws in few runs: at once where a model takes them, and one by one where it doesn't."""
+"""Runs of a model for many draws: at once if the model broadcasts over them, else one by one."""
 
 from __future__ import annotations
 
@@ -14,29 +14,26 @@ from .arguments import Program
 from .matching import Mismatch
 from .traces import quietly, samples
 
-__all__ = ["MAX_NUMBERS", "NUM_TRIED", "Particles", "numbers_in"]
+__all__ = ["MAX_NUMBERS", "NUM_PROBED", "Particles", "numbers_in"]
 
-# Numbers that the sites of a run hold at most, and the graph of a Hessian's rows.
+# The most numbers in the sites of one run, and in the graph of a Hessian's rows.
 MAX_NUMBERS = 2**24
 
-# Whether draws go at once is tried on so many: a number that few plates have.
-NUM_TRIED = 7
+# How many draws are probed at once. Few plates have this size, by which an error could go unseen.
+NUM_PROBED = 7
 
 
 class Particles:
-    """How a function with Pyro's statements is run for many draws.
+    """Runs a function with Pyro's statements for many draws, at once or one by one.
 
-    Whoever runs a model or a guide for many draws is such an object, or has one. At once, the draws
-    stand left of all plates; :meth:`placed` puts them there and :meth:`freed` takes them back.
-    :meth:`sizes` says how many go into one run, which :meth:`in_plate` makes one of so many draws.
-
-    A user hands in how deep plates nest and how many numbers a draw holds. One that runs code of
-    somebody else hands :meth:`probe` the densities of a few draws too, which tell whether draws go
-    at once.
+    At once, the dimension of the draws is left of all plates: :meth:`padded_shape` puts it there,
+    and :meth:`unpadded` undoes that. :meth:`sizes` splits draws into runs, and :meth:`in_plate`
+    makes a function draw several at once. Before code that may not broadcast is run, call
+    :meth:`probe`, which compares log densities and sets ``at_once``.
 
     Args:
         nesting: How many dimensions plates take, counted from the right.
-        num_numbers: How many numbers one draw holds.
+        num_numbers: How many numbers the sites of one draw hold.
 
     Attributes:
         at_once: Whether draws go at once.
@@ -48,33 +45,33 @@ class Particles:
 
     @property
     def num_at_once(self) -> int:
-        """How many draws a run holds at most."""
+        """The most draws in one run."""
         return max(1, MAX_NUMBERS // self.num_numbers) if self.at_once else 1
 
     def sizes(self, num_draws: int) -> list[int]:
-        """How many of so many draws go into each run."""
+        """The number of draws in each run."""
         size = self.num_at_once
         return [min(size, num_draws - start) for start in range(0, num_draws, size)]
 
     def in_plate(self, fn: Program, num_draws: int | None) -> Program:
-        """A function that is run for so many draws, if they go at once; None is one draw."""
+        """The function in a plate for so many draws, if they go at once; None means one draw."""
         if num_draws is None or not self.at_once:
             return fn
         plate = pyro.plate("num_particles_vectorized", num_draws, dim=-self.nesting - 1)
         in_plate: Callable[..., Any] = plate(fn)
         return in_plate
 
-    def placed(self, shape: Sequence[int], num_batch: int) -> list[int]:
-        """The shape behind the draws of a value that has this one in a single run.
+    def padded_shape(self, shape: Sequence[int], num_batch: int) -> list[int]:
+        """The shape of one draw of a site, with ones for the plates that the site is not in.
 
         Args:
-            shape: Of a single run.
-            num_batch: How many of its dimensions are batch.
+            shape: The value's shape in a run for one draw.
+            num_batch: How many of its dimensions are batch dimensions.
         """
         return [1] * (self.nesting - num_batch) + list(shape)
 
-    def freed(self, value: Tensor, shape: torch.Size, num_draws: int) -> Tensor:
-        """A value of a run at once as draws of what a single run has in this shape."""
+    def unpadded(self, value: Tensor, shape: torch.Size, num_draws: int) -> Tensor:
+        """The draws in a value of a run at once; ``shape`` is that of a run for one draw."""
         if value.numel() == shape.numel():  # the same for all draws
             return value.reshape(shape).expand(num_draws, *shape)
         return value.reshape(num_draws, *shape)
@@ -82,57 +79,54 @@ class Particles:
     def probe(
         self, num_draws: int, log_probs: Callable[[Sequence[int], bool], dict[str, Tensor]]
     ) -> str | None:
-        """What speaks against these densities, if anything; finds out whether draws go at once.
+        """Why these log densities can't be used, or None; sets ``at_once``.
 
         Args:
             num_draws: How many draws there are, one at least.
-            log_probs: The log density of each site at the draws of these numbers, of shape
-                ``(len(numbers),)``; by a run at once, or by a single run at the only one.
+            log_probs: Returns the log density of each site at the draws with these indices, of
+                shape ``(len(indices),)``: in one run at once if its second argument is True, else
+                in a run for the only index.
 
         Raises:
             Mismatch: If sites are missing, or have other shapes.
         """
-        alone, fine, failure = [], [], None
+        separate, indices, failure = [], [], None
         self.at_once = False
         with quietly():
             for k in range(num_draws):
                 try:
-                    alone.append(log_probs([k], False))
-                    fine.append(k)
+                    separate.append(log_probs([k], False))
+                    indices.append(k)
                 except Mismatch:
                     raise
-                except Exception as error:  # there, but perhaps not elsewhere
+                except Exception as error:  # perhaps at this draw only
                     failure = error
-            if not fine:
-                return f"the model fails there, {type(failure).__name__}: {failure}"
-            if not _same(alone[0], log_probs(fine[:1], False)):
+            if not indices:
+                return f"the model raises {type(failure).__name__}: {failure}"
+            if not _same(separate[0], log_probs(indices[:1], False)):
                 return "its log density changes from one run to the next"
-            if len(fine) == 1:
-                alone, fine = 2 * alone, 2 * fine
+            if len(indices) == 1:
+                separate, indices = 2 * separate, 2 * indices
             self.at_once = True
             try:
-                joined = {name: torch.cat([run[name] for run in alone]) for name in alone[0]}
-                self.at_once = _same(log_probs(fine, True), joined)
-            except Exception:  # whatever a model that isn't made for it may raise
+                joined = {name: torch.cat([run[name] for run in separate]) for name in separate[0]}
+                self.at_once = _same(log_probs(indices, True), joined)
+            except Exception:  # any error of a model that doesn't broadcast
                 self.at_once = False
         return None
 
 
 def _same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    """Whether two runs have the same densities, site by site, to rounding."""
-    return a.keys() == b.keys() and all(
-        torch.allclose(
-            a[n],
-            b[n],
-            rtol=1e-8 if a[n].dtype == torch.float64 else 1e-3,
-            atol=1e-5,
-            equal_nan=True,
-        )
-        for n in a
-    )
+    """Whether the log densities of all sites are equal up to rounding."""
+
+    def is_close(x: Tensor, y: Tensor) -> bool:
+        rtol = 1e-8 if x.dtype == torch.float64 else 1e-3
+        return torch.allclose(x, y, rtol=rtol, atol=1e-5, equal_nan=True)
+
+    return a.keys() == b.keys() and all(is_close(a[n], b[n]) for n in a)
 
 
 def numbers_in(trace: poutine.Trace) -> int:
-    """How many numbers the sites of a run hold."""
+    """How many numbers the sample sites of a run hold."""
     shapes = [torch.Size(site["fn"].shape()) for site in samples(trace).values()]
     return sum(max(1, shape.numel()) for shape in shapes)

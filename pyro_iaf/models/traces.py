@@ -1,4 +1,4 @@
-"""Runs of models: their sites, their densities, and quiet."""
+"""The sites of a trace and their log densities, and runs without validation and warnings."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ import pyro
 import torch
 from pyro import distributions as dist
 from pyro import poutine
-from pyro.distributions import MaskedDistribution
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Independent
 
 __all__ = [
+    "WRAPPERS",
     "bare",
     "compute_log_prob",
     "full_size",
+    "handler_lock",
     "is_latent",
     "is_point",
     "is_subsampled",
+    "latent_sites",
     "log_prob_of_each",
     "log_prob_of_particles",
     "log_probs_of_particles",
@@ -31,52 +33,56 @@ __all__ = [
     "quietly",
     "samples",
     "subsamples",
-    "taking_turns",
 ]
 
 # Held while models run, since Pyro has one stack of handlers for all threads.
-taking_turns = RLock()
+handler_lock = RLock()
+
+# Distributions that change the shape or the mask of a base distribution.
+WRAPPERS: Any = (Independent, dist.MaskedDistribution, dist.ExpandedDistribution)
 
 
 def is_latent(site: Any) -> bool:
-    """Whether a sample site is drawn by a guide: no data, no subsample, nothing auxiliary."""
-    hidden = ("is_auxiliary", "was_observed")
-    is_free = site["type"] == "sample" and not site["is_observed"]
-    return is_free and not site_is_subsample(site) and not any(map(site["infer"].get, hidden))
+    """Whether a site is a latent that a guide draws: no data, no subsample, nothing auxiliary."""
+    excluded = ("is_auxiliary", "was_observed")
+    is_drawn = site["type"] == "sample" and not site["is_observed"]
+    return is_drawn and not site_is_subsample(site) and not any(map(site["infer"].get, excluded))
 
 
 def samples(trace: poutine.Trace) -> dict[str, Any]:
-    """The sample sites of a run, but for the subsamples of plates."""
+    """The sample sites of a run, except for the subsamples of plates."""
     nodes: dict[str, Any] = dict(trace.nodes)
     return {
-        n: site for n, site in nodes.items() if site["type"] == "sample" and not _is_index(site)
+        name: site
+        for name, site in nodes.items()
+        if site["type"] == "sample" and not site_is_subsample(site)
     }
+
+
+def latent_sites(trace: poutine.Trace) -> dict[str, Any]:
+    """The latents of a run."""
+    return {name: site for name, site in samples(trace).items() if is_latent(site)}
 
 
 def subsamples(trace: poutine.Trace) -> dict[str, Any]:
     """The sites where plates draw their subsamples."""
     nodes: dict[str, Any] = dict(trace.nodes)
-    return {n: site for n, site in nodes.items() if _is_index(site)}
+    return {name: site for name, site in nodes.items() if site_is_subsample(site)}
 
 
 def is_subsampled(trace: poutine.Trace) -> bool:
-    """Whether some plate takes fewer than all."""
+    """Whether a plate draws fewer rows than it has."""
     fns = [site["fn"] for site in subsamples(trace).values()]
     return any(fn.subsample_size not in (None, fn.size) for fn in fns)
 
 
-def _is_index(site: Any) -> bool:
-    """Whether a site is a plate's, which draws its subsample."""
-    return site["type"] == "sample" and site_is_subsample(site)
-
-
 def compute_log_prob(trace: poutine.Trace, *, in_double: bool = False) -> None:
-    """Scores all sites of a run; a plate's subsample has no density.
+    """Computes the log densities of all sample sites of a run, except for subsamples.
 
     Args:
         trace: The run.
         in_double: Whether to sum the log densities of single observations in double precision, and
-            to note the square of what their rounding comes to, as ``squared_rounding``.
+            to add the square of their rounding error to each site, as ``squared_rounding``.
     """
     if not in_double:
         trace.compute_log_prob(lambda _, site: not site_is_subsample(site))
@@ -96,16 +102,16 @@ def compute_log_prob(trace: poutine.Trace, *, in_double: bool = False) -> None:
 
 
 def log_prob_of_each(site: Any) -> tuple[Tensor, int]:
-    """The log density of each observation, also where a site sums over many; 0 if masked out.
+    """The log densities of a site before ``to_event`` sums them, and how many dimensions it sums.
 
-    And how many of the last dimensions are those of the event.
+    They are 0 where a mask removes them.
     """
     log_prob, num_event = _of_each(site["fn"], site["value"])
     return _masked(log_prob, site["mask"], num_event), num_event
 
 
 def _of_each(fn: Any, value: Any) -> tuple[Tensor, int]:
-    if isinstance(fn, MaskedDistribution) and fn._mask is not False:
+    if isinstance(fn, dist.MaskedDistribution) and fn._mask is not False:
         log_prob, num_event = _of_each(fn.base_dist, value)
         return _masked(log_prob, fn._mask, num_event), num_event
     if isinstance(fn, Independent):
@@ -138,9 +144,15 @@ def log_prob_of_particles(
     weight: float | Tensor = 1.0,
     what: str = "log_prob",
 ) -> Tensor:
-    """The log densities of a run's particles, which lie left of ``nesting`` plates.
+    """The log density of each particle of a run, of shape ``(num_particles,)``.
 
-    Those of sites that are not observed are weighted. Without a nesting there is one particle.
+    Args:
+        trace: The run, after :func:`compute_log_prob`.
+        num_particles: The number of particles.
+        nesting: How many dimensions of plates are right of the dimension of the particles; None
+            for a run of one particle without such a dimension.
+        weight: Factor of the log densities of sites that are not observed.
+        what: What to sum, ``"log_prob"`` or ``"squared_rounding"``.
     """
     sites = samples(trace)
     total: Any = 0.0
@@ -152,65 +164,55 @@ def log_prob_of_particles(
 def log_probs_of_particles(
     trace: poutine.Trace, num_particles: int, nesting: int | None, what: str = "log_prob"
 ) -> dict[str, Tensor]:
-    """The same, site by site."""
+    """The terms of :func:`log_prob_of_particles` by site, without the weight."""
     found = {}
     for name, site in samples(trace).items():
         log_prob = site[what]
-        beyond = -1 if nesting is None else log_prob.dim() - nesting - 1
-        if beyond < 0:  # the same for all
+        dim = -1 if nesting is None else log_prob.dim() - nesting - 1
+        if dim < 0:  # the same for all particles
             found[name] = log_prob.sum().expand(num_particles)
         else:
-            each = log_prob.movedim(beyond, 0)
+            each = log_prob.movedim(dim, 0)
             found[name] = each.reshape(len(each), -1).sum(-1).expand(num_particles)
     return found
 
 
-class _Quiet:
-    """Turns a switch of the whole process once, for all threads that want it turned."""
-
-    def __init__(self) -> None:
-        self.lock, self.num_inside, self.restore = Lock(), 0, ExitStack()
-
-    def enter(self) -> None:
-        with self.lock:
-            if self.num_inside == 0:
-                self.restore.enter_context(pyro.validation_enabled(False))
-                self.restore.enter_context(warnings.catch_warnings())
-                warnings.simplefilter("ignore")
-            self.num_inside += 1
-
-    def leave(self) -> None:
-        with self.lock:
-            self.num_inside -= 1
-            if self.num_inside == 0:
-                self.restore.close()
-
-
-_quiet = _Quiet()
+# Validation and warnings are settings of the process: the first thread in turns them off, and the
+# last one out restores them.
+_quiet_lock, _num_quiet, _restore = Lock(), 0, ExitStack()
 
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Without checks and warnings of Pyro and PyTorch about densities that are not finite."""
-    _quiet.enter()
+    """Turns off warnings and Pyro's and PyTorch's validation in a ``with`` block."""
+    global _num_quiet
+    with _quiet_lock:
+        if _num_quiet == 0:
+            _restore.enter_context(pyro.validation_enabled(False))
+            _restore.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+        _num_quiet += 1
     try:
         yield
     finally:
-        _quiet.leave()
+        with _quiet_lock:
+            _num_quiet -= 1
+            if _num_quiet == 0:
+                _restore.close()
 
 
 def bare(fn: Any) -> Any:
-    """A distribution without what Pyro wraps around it."""
-    while isinstance(fn, Independent | dist.MaskedDistribution | dist.ExpandedDistribution):
+    """A distribution without its wrappers: ``to_event``, ``mask`` and ``expand``."""
+    while isinstance(fn, WRAPPERS):
         fn = fn.base_dist
     return fn
 
 
 def is_point(fn: Any) -> bool:
-    """Whether a distribution has one value."""
+    """Whether a distribution is a Delta."""
     return isinstance(bare(fn), dist.Delta)
 
 
 def full_size(frame: Any) -> int:
-    """How many rows a plate has, drawn or not."""
+    """How many rows a plate has, whether they are in its subsample or not."""
     return int(frame.full_size or frame.size)

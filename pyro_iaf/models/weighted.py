@@ -1,4 +1,4 @@
-"""Many draws of a guide, weighted by the model."""
+"""Draws of a guide with their importance weights."""
 
 from __future__ import annotations
 
@@ -12,23 +12,19 @@ from pyro import poutine
 from pyro.distributions import constraints
 from pyro.poutine.guide import GuideMessenger
 from torch import Tensor
-from torch.distributions import (
-    AffineTransform,
-    ComposeTransform,
-    IndependentTransform,
-    biject_to,
-)
+from torch.distributions import AffineTransform, ComposeTransform, IndependentTransform, biject_to
 
 from .._validation import warn
-from ..importance import COARSE, RELIABLE, imprecise, pareto_k, resampled, smoothed
+from ..importance import MAX_KHAT, MAX_ROUNDING, pareto_k, resampled, rounding_message, smoothed
 from .arguments import Args, Kwargs, Program
-from .matching import Given, Mismatch, check_guide_site
-from .particles import NUM_TRIED, Particles, numbers_in
+from .matching import FixedLatents, Mismatch, check_guide_site
+from .particles import NUM_PROBED, Particles, numbers_in
 from .traces import (
     bare,
     compute_log_prob,
     is_latent,
     is_subsampled,
+    latent_sites,
     log_prob_of_particles,
     log_probs_of_particles,
     plate_nesting,
@@ -39,20 +35,20 @@ from .traces import (
 
 __all__ = ["Draws", "WeightedParticles", "check_latents"]
 
-# At so many draws a density has to stand still before a latent is said to move none.
-NUM_LOOKS = 3
+# A latent counts as improper if the gradient in it is zero at so many draws.
+NUM_GRADIENTS = 3
 
-# Rounding is looked for at so many draws.
+# The rounding error is measured at so many draws.
 NUM_NUDGED = 16
 
 
 class Draws(NamedTuple):
-    """Draws from a guide.
+    """Draws from a guide, with importance weights.
 
     Attributes:
         log_weights: Their log-weights, of shape ``(S,)``, in double precision.
-        sites: The latents, with ``S`` in front.
-        rounding: By how many nats the rounding of densities moves a log-weight.
+        sites: The latents by name, with ``S`` in front.
+        rounding: The rounding error of a log-weight, in nats.
     """
 
     log_weights: Tensor
@@ -61,7 +57,7 @@ class Draws(NamedTuple):
 
     @property
     def khat(self) -> float:
-        """The shape of the weights' tail."""
+        """The Pareto k-hat of the weights."""
         return pareto_k(self.log_weights, self.rounding)
 
     @property
@@ -73,34 +69,29 @@ class Draws(NamedTuple):
         """So many of the draws, chosen by their weights.
 
         Warns:
-            UserWarning: If the weights can't be relied on.
+            UserWarning: If the weights are unreliable.
         """
-        if self.rounding > COARSE:
-            warn(f"Resampled draws are no draws from the posterior: {imprecise(self.rounding)}")
-        elif self.khat > RELIABLE:
+        if self.rounding > MAX_ROUNDING:
+            message = rounding_message(self.rounding)
+            warn(f"Resampled draws are no draws from the posterior: {message}")
+        elif self.khat > MAX_KHAT:
             warn(
-                f"The guide's importance weights have a k-hat above {RELIABLE}: resampled draws "
+                f"The guide's importance weights have a k-hat above {MAX_KHAT}: resampled draws "
                 "are no draws from the posterior. Train the guide further, or make it wider; "
-                "diagnose says how far off it is."
+                "pyro_iaf.diagnose measures its error."
             )
         index = resampled(self.log_weights, num_draws, self.rounding)
         return {name: draws[index] for name, draws in self.sites.items()}
 
 
 class WeightedParticles(Particles):
-    """A model and a guide, run for many draws at once where they can be.
-
-    Args:
-        model: A Pyro model.
-        guide: A guide for it.
-        args: What they take.
-        kwargs: Likewise.
+    """A model and its guide, run for many draws to compute importance weights.
 
     Raises:
         Mismatch: If the guide's sites are not the model's latents, or have other shapes.
 
     Warns:
-        UserWarning: If the prior of a latent is improper, and nothing depends on it.
+        UserWarning: If a latent has an improper posterior.
     """
 
     def __init__(self, model: Program, guide: Program, args: Args, kwargs: Kwargs) -> None:
@@ -109,20 +100,19 @@ class WeightedParticles(Particles):
             self.at_once = False
             self.first_model, self.first_guide = first = self._first_runs()
         super().__init__(plate_nesting(*first), numbers_in(self.first_model))
-        self.latents = _latents(self.first_model)
+        self.latents = latent_sites(self.first_model)
         _check_devices(self.first_model)
         _check_supports(self.guide, self.latents)
         self.subsampled = is_subsampled(self.first_model)
-        self.loose = self._loose_latents()
-        if self.loose:
-            names = ", ".join(f"'{name}'" for name in self.loose)
+        self.improper = self._improper_latents()
+        if self.improper:
+            names = ", ".join(f"'{name}'" for name in self.improper)
             warn(
                 f"Each latent should have a proper prior, or data that depend on it; {names} has a "
-                "flat prior without ends, and the model's density does not change with it. Its "
-                "posterior is improper, and nothing holds the guide, which widens without end. "
-                "Give it a proper prior."
+                "flat prior without ends, and the model's density does not depend on it. Its "
+                "posterior is improper, and the guide widens without end. Give it a proper prior."
             )
-        self._try_at_once()
+        self._probe()
 
     @torch.no_grad()
     def weighted(self, num_draws: int) -> Draws:
@@ -132,7 +122,7 @@ class WeightedParticles(Particles):
             RuntimeError: If the model raises an error at each draw.
         """
         parts, errors = [], []
-        # A subsample of its own for each draw, where there are subsamples.
+        # With subsampling, each draw has a subsample of its own.
         for size in [1] * num_draws if self.subsampled else self.sizes(num_draws):
             part, failures = self._weigh(size)
             parts.append(part)
@@ -140,19 +130,20 @@ class WeightedParticles(Particles):
         if len(errors) == num_draws:
             raise RuntimeError(
                 f"The model should have a density at some draws of the guide, and raises an error "
-                f"at each of {num_draws}, the first {type(errors[0]).__name__}: {errors[0]}. Mend "
-                "the model where the error above comes from."
+                f"at each of {num_draws}, the first {type(errors[0]).__name__}: {errors[0]}. "
+                "Correct the model where the error above is raised."
             ) from errors[0]
         log_weights = torch.cat([part.log_weights for part in parts])
         log_weights = log_weights.nan_to_num(-math.inf, posinf=-math.inf, neginf=-math.inf)
         sites = {n: torch.cat([part.sites[n] for part in parts]) for n in parts[0].sites}
-        roundings = [self._found_rounding(), *(part.rounding for part in parts)]
+        roundings = [self._measured_rounding(), *(part.rounding for part in parts)]
         return Draws(log_weights, sites, max(roundings))
 
-    def _found_rounding(self) -> float:
-        """What rounding moves a log density by, as it shows when latents move by their own.
+    def _measured_rounding(self) -> float:
+        """The rounding error of the log density, measured by moving latents by their rounding.
 
-        An error that all observations share, as that of a rate's logarithm, is the sum of theirs.
+        Unlike ``squared_rounding``, this includes errors that observations share, such as that of a
+        rate's logarithm.
         """
         if self.subsampled:
             return 0.0
@@ -160,43 +151,43 @@ class WeightedParticles(Particles):
         try:
             with torch.random.fork_rng([]), quietly(), poutine.block():
                 guide = self._run_guide(size)
-                drawn, kept = self.values(guide, size), _kept(guide)
+                drawn, auxiliary = self.values(guide, size), _auxiliary_values(guide)
                 nudged = {
-                    n: v if _is_discrete(self.latents[n]) else v.nextafter(v.new_tensor(math.inf))
-                    for n, v in drawn.items()
+                    name: value.nextafter(value.new_tensor(math.inf))
+                    for name, value in drawn.items()
+                    if not self.latents[name]["fn"].support.is_discrete
                 }
-                here, again, there = (
-                    self._scored(self.run_model(values, kept, size), size)[0]
-                    for values in (drawn, drawn, nudged)
+                first, repeated, moved = (
+                    self._scored(self.run_model(values, auxiliary, size), size)[0]
+                    for values in (drawn, drawn, drawn | nudged)
                 )
-        except Exception:  # whatever a model may raise there
+        except Exception:  # any error of the model
             return 0.0
-        moves = (there - here)[(there - here).isfinite()]
-        if not (len(moves) and torch.equal(here, again)):  # or chance moves it
+        changes = (moved - first)[(moved - first).isfinite()]
+        if not (len(changes) and torch.equal(first, repeated)):  # the density is random
             return 0.0
-        return moves.square().mean().sqrt().item() / math.sqrt(2)
+        return changes.square().mean().sqrt().item() / math.sqrt(2)
 
     def _weigh(self, size: int) -> tuple[Draws, list[Exception]]:
-        """Draws of one run, and the errors that the model raises at them one by one."""
+        """Draws of one run, and the errors that the model raises at single draws."""
         with quietly(), poutine.block():
             guide = self._run_guide(size)
-            drawn, kept = self.values(guide, size), _kept(guide)
+            drawn, auxiliary = self.values(guide, size), _auxiliary_values(guide)
             log_q, rounding_q = self._scored(guide, size)
             errors: list[Exception] = []
             try:
-                run = self.run_model(drawn, kept, size)
-                log_p, rounding_p = self._scored(run, size)
+                log_p, rounding_p = self._scored(self.run_model(drawn, auxiliary, size), size)
             except Mismatch:
                 raise
             except Exception:  # at some draw a matrix has no Cholesky factor, or a check fails
-                log_p, rounding_p, errors = self._one_by_one(drawn, kept, size)
+                log_p, rounding_p, errors = self._one_by_one(drawn, auxiliary, size)
         log_p, rounding_p = log_p.to(log_q), rounding_p.to(rounding_q)
         rounding = (rounding_p + rounding_q)[(log_p - log_q).isfinite()]
         nats = rounding.median().sqrt().item() if len(rounding) else 0.0
         return Draws(log_p - log_q, drawn, nats), errors
 
     def _scored(self, trace: poutine.Trace, size: int | None) -> tuple[Tensor, Tensor]:
-        """The log densities of a run's draws, and the square of what their rounding comes to."""
+        """The log densities of a run's draws, and the squares of their rounding errors."""
         nesting = self.nesting if self.at_once and size is not None else None
         compute_log_prob(trace, in_double=True)
         log_prob, squared_rounding = (
@@ -206,35 +197,36 @@ class WeightedParticles(Particles):
         return log_prob, squared_rounding
 
     def _one_by_one(
-        self, drawn: dict[str, Tensor], kept: dict[str, Any], size: int
+        self, drawn: dict[str, Tensor], auxiliary: dict[str, Any], size: int
     ) -> tuple[Tensor, Tensor, list[Exception]]:
-        """The same at draws of the guide, each by itself; ``-inf`` where there is an error."""
+        """The model's :meth:`_scored` in a run for each draw; ``-inf`` where it raises an error."""
         log_p = torch.full((size,), -math.inf, dtype=torch.float64, device="cpu")
         rounding, errors = torch.zeros_like(log_p), []
         for k in range(size):
             try:
-                run = self.run_model({name: draws[k] for name, draws in drawn.items()}, kept)
+                run = self.run_model({name: draws[k] for name, draws in drawn.items()}, auxiliary)
                 log_p[k : k + 1], rounding[k : k + 1] = self._scored(run, None)
             except Mismatch:
                 raise
-            except Exception as error:  # whatever a model may raise there
+            except Exception as error:  # any error of the model
                 errors.append(error)
         return log_p, rounding, errors
 
     def run_model(
         self,
         values: Mapping[str, Any],
-        kept: Mapping[str, Any],
+        auxiliary: Mapping[str, Any],
         num_draws: int | None = None,
         model: Program | None = None,
     ) -> poutine.Trace:
         """A run of the model at these values of its latents.
 
         Args:
-            values: With the draws in front, if there is a number of them.
-            kept: Values of subsamples and auxiliary sites.
-            num_draws: How many draws there are; by default one, without a dimension of its own.
-            model: What is run, by default the model; with other data, say.
+            values: Values of all latents, with a dimension of draws in front if ``num_draws`` is
+                given.
+            auxiliary: Values of subsamples and auxiliary sites.
+            num_draws: The number of draws; None means one draw without a dimension for it.
+            model: A model to run in place of this one, with other data for example.
         """
         shapes = None
         if num_draws is None or not self.at_once:
@@ -244,35 +236,36 @@ class WeightedParticles(Particles):
             values = dict(values)
             for name, draws in values.items():
                 num_batch = len(self.latents[name]["fn"].batch_shape)
-                values[name] = draws.reshape(num_draws, *self.placed(draws.shape[1:], num_batch))
+                shape = self.padded_shape(draws.shape[1:], num_batch)
+                values[name] = draws.reshape(num_draws, *shape)
         run = poutine.trace(self.in_plate(model or self.model, num_draws))
-        with poutine.block(), Given(values, kept, shapes):
+        with poutine.block(), FixedLatents(values, auxiliary, shapes):
             return run.get_trace(*self.args, **self.kwargs)
 
     def values(self, trace: poutine.Trace, num_draws: int) -> dict[str, Tensor]:
-        """The guide's latents in a run, with the draws in front and no plate beside them."""
-        sites, first = _latents(trace), _latents(self.first_guide)
-        if strange := sites.keys() ^ first.keys():
+        """The values of the guide's latents in a run, with a dimension of draws in front."""
+        sites, first = latent_sites(trace), latent_sites(self.first_guide)
+        if varying := sites.keys() ^ first.keys():
             raise Mismatch(
                 "Importance weights need a guide that draws the same sites each time; it draws "
-                f"site '{min(strange)}' in some runs only. Sum the site out of the model that "
-                "decides on it."
+                f"site '{min(varying)}' in some runs only. Sum out the site that decides whether "
+                "it is drawn."
             )
         return {
-            name: self.freed(sites[name]["value"], site["value"].shape, num_draws)
+            name: self.unpadded(sites[name]["value"], site["value"].shape, num_draws)
             for name, site in first.items()
         }
 
     def _first_runs(self) -> tuple[poutine.Trace, poutine.Trace]:
-        """A run of the model at a draw of the guide where it raises no error, and of the guide."""
-        for _ in range(NUM_TRIED):
+        """A run of the model without an error, and of the guide whose draw it is at."""
+        for _ in range(NUM_PROBED):
             guide = self._run_guide(None)
-            values = {name: site["value"] for name, site in _latents(guide).items()}
+            values = {name: site["value"] for name, site in latent_sites(guide).items()}
             try:
-                return self.run_model(values, _kept(guide)), guide
+                return self.run_model(values, _auxiliary_values(guide)), guide
             except Mismatch:
                 raise
-            except Exception as error:  # there, but perhaps not elsewhere
+            except Exception as error:  # perhaps at this draw only
                 failure = error
         raise failure
 
@@ -287,60 +280,60 @@ class WeightedParticles(Particles):
                 check_guide_site(site)
         return trace
 
-    def _loose_latents(self) -> list[str]:
-        """Latents of flat, unbounded priors that move no density, in whole or in part."""
-        loose = [name for name, site in self.latents.items() if _is_flat(site["fn"])]
-        for _ in range(NUM_LOOKS if loose else 0):
+    def _improper_latents(self) -> list[str]:
+        """Latents with flat, unbounded priors on which the density doesn't depend, even in part."""
+        improper = [name for name, site in self.latents.items() if _is_flat(site["fn"])]
+        for _ in range(NUM_GRADIENTS if improper else 0):
             try:
                 with quietly(), poutine.block():
-                    slopes = self._slopes(loose)
-            except Exception:  # whatever a model may raise there
+                    found = zip(improper, self._gradients(improper), strict=True)
+            except Exception:  # any error of the model
                 return []
-            loose = [n for n, s in slopes.items() if s is None or bool((s == 0).any())]
-        return loose
+            improper = [name for name, g in found if g is None or bool((g == 0).any())]
+        return improper
 
-    def _slopes(self, names: list[str]) -> dict[str, Tensor | None]:
-        """The slope of the model's log density in some latents, at a draw of the guide."""
+    def _gradients(self, names: list[str]) -> Sequence[Tensor | None]:
+        """The gradients of the model's log density in some latents, at a draw of the guide."""
         guide = self._run_guide(None)
-        values = {name: site["value"] for name, site in _latents(guide).items()}
+        values = {name: site["value"] for name, site in latent_sites(guide).items()}
         leaves = [values[name].detach().requires_grad_() for name in names]
         values.update(zip(names, leaves, strict=True))
         with torch.enable_grad():
-            model = self.run_model(values, _kept(guide))
+            model = self.run_model(values, _auxiliary_values(guide))
             compute_log_prob(model)
             log_p = log_prob_of_particles(model, 1, None).sum()
             if not log_p.requires_grad:
-                return dict.fromkeys(names)
-            slopes = torch.autograd.grad(log_p, leaves, allow_unused=True)
-        return dict(zip(names, slopes, strict=True))
+                return [None] * len(names)
+            return torch.autograd.grad(log_p, leaves, allow_unused=True)
 
-    def _try_at_once(self) -> None:
-        """Finds out whether draws at once have the densities that they have one after the other."""
-        kept = _kept(self.first_model)
+    def _probe(self) -> None:
+        """Sets ``at_once`` by comparing the densities of draws at once and one by one."""
+        auxiliary = _auxiliary_values(self.first_model)
 
-        def log_probs(rows: Sequence[int], at_once: bool) -> dict[str, Tensor]:
-            values = {name: draws[rows if at_once else rows[0]] for name, draws in drawn.items()}
-            size = len(rows) if at_once else None
-            trace = self.run_model(values, kept, size)
+        def log_probs(indices: Sequence[int], at_once: bool) -> dict[str, Tensor]:
+            index = indices if at_once else indices[0]
+            size = len(indices) if at_once else None
+            values = {name: draws[index] for name, draws in drawn.items()}
+            trace = self.run_model(values, auxiliary, size)
             compute_log_prob(trace)
             return log_probs_of_particles(trace, size or 1, self.nesting if at_once else None)
 
         try:
             with torch.no_grad(), quietly(), poutine.block():
-                drawn = self.values(self._run_guide(NUM_TRIED), NUM_TRIED)
-                self.probe(NUM_TRIED, log_probs)
-        except Exception:  # whatever a guide that isn't made for it may raise
+                drawn = self.values(self._run_guide(NUM_PROBED), NUM_PROBED)
+                self.probe(NUM_PROBED, log_probs)
+        except Exception:  # any error of a guide that doesn't broadcast
             self.at_once = False
 
 
 def _check_devices(model: poutine.Trace) -> None:
     """Raises a Mismatch if a model's latents are on one device and its data on another."""
-    places: dict[bool, dict[torch.device, str]] = {False: {}, True: {}}
+    latents: dict[torch.device, str] = {}
+    data: dict[torch.device, str] = {}
     for name, site in samples(model).items():
-        value = site["value"]
-        if isinstance(value, Tensor) and not (site["is_observed"] and value.dim() == 0):
-            places[site["is_observed"]].setdefault(value.device, name)
-    latents, data = places.values()
+        value, is_observed = site["value"], site["is_observed"]
+        if isinstance(value, Tensor) and not (is_observed and value.dim() == 0):
+            (data if is_observed else latents).setdefault(value.device, name)
     if latents and data and not latents.keys() & data.keys():
         (here, latent), (there, observed) = next(iter(latents.items())), next(iter(data.items()))
         raise Mismatch(
@@ -351,11 +344,11 @@ def _check_devices(model: poutine.Trace) -> None:
 
 
 def _check_supports(guide: Any, latents: dict[str, Any]) -> None:
-    """Raises a Mismatch if a guide was made for sites of other supports."""
+    """Raises a Mismatch if a guide was made for other supports of the sites."""
     trace = getattr(guide, "prototype_trace", None)
     if not isinstance(trace, poutine.Trace):
         return
-    for name, site in _latents(trace).items():
+    for name, site in latent_sites(trace).items():
         own, here = (s["fn"].support for s in (site, latents.get(name, site)))
         if _bijection_onto(own) != _bijection_onto(here):
             raise Mismatch(
@@ -366,7 +359,7 @@ def _check_supports(guide: Any, latents: dict[str, Any]) -> None:
 
 
 def _bijection_onto(support: Any) -> tuple[str, ...]:
-    """The kinds of the transforms to a support; none if it has no bijection, as discrete ones."""
+    """The kinds of the transforms onto a support; none for a discrete support."""
     try:
         return _kinds(biject_to(support))
     except NotImplementedError:
@@ -374,13 +367,13 @@ def _bijection_onto(support: Any) -> tuple[str, ...]:
 
 
 def _kinds(transform: Any) -> tuple[str, ...]:
-    """What a transform is made of, but for the numbers in it, and for shifts and scales."""
+    """The classes of a transform's parts, without shifts and positive scales."""
     if isinstance(transform, IndependentTransform):
         return _kinds(transform.base_transform)
     if isinstance(transform, ComposeTransform):
         return tuple(kind for part in transform.parts for kind in _kinds(part))
     if isinstance(transform, AffineTransform) and (torch.as_tensor(transform.scale) > 0).all():
-        return ()  # the interval from 0 to 1 comes with it or without
+        return ()  # the transform to the unit interval has no affine part
     return (type(transform).__name__,)
 
 
@@ -390,27 +383,18 @@ def check_latents(model: Program, guide: Program, args: Args, kwargs: Kwargs) ->
         WeightedParticles(model, guide, args, kwargs)
     except Mismatch:
         raise
-    except Exception:  # whatever else is wrong with them
+    except Exception:  # reported elsewhere
         pass
 
 
-def _latents(trace: poutine.Trace) -> dict[str, Any]:
-    return {name: site for name, site in samples(trace).items() if is_latent(site)}
-
-
-def _kept(trace: poutine.Trace) -> dict[str, Any]:
-    """Values of what a run draws besides its latents: subsamples, and auxiliary sites."""
+def _auxiliary_values(trace: poutine.Trace) -> dict[str, Any]:
+    """The values of the subsamples and auxiliary sites of a run."""
     sites: dict[str, Any] = {**samples(trace), **subsamples(trace)}
     return {n: s["value"] for n, s in sites.items() if not (s["is_observed"] or is_latent(s))}
 
 
-def _is_discrete(site: Any) -> bool:
-    support: constraints.Constraint = site["fn"].support
-    return support.is_discrete
-
-
 def _is_flat(fn: Any) -> bool:
-    """Whether a prior has the same density everywhere, and no total."""
+    """Whether a prior is improper: the same density on an unbounded support."""
     support = fn.support
     while isinstance(support, constraints.independent):
         support = support.base_constraint

@@ -1,7 +1,7 @@
-r"""Networks whose outputs listen only to the inputs before them.
+r"""Masked autoregressive networks: each output depends only on the coordinates before its own.
 
 A masked autoregressive network (MADE) gives every unit a *degree*: the number of coordinates, in
-the network's order, that it may know about. A connection exists where knowledge is allowed to flow,
+the network's order, that it may depend on. Units are connected where their degrees allow it,
 
 .. math::
     M^{\text{hidden}}_{ab} = [\deg a \ge \deg b], \qquad
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .._validation import check_context, check_order, check_size, check_widths, in_one_line
+from .._validation import check_context, check_order, check_size, check_widths, module_repr
 from .univariate import UnivariateMap
 
 __all__ = ["MaskedAutoregressiveNetwork"]
@@ -36,37 +36,37 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "softplus": nn.Softplus,
     "tanh": nn.Tanh,
 }
-LARGEST_SHARED = 2**17  # half a megabyte; measured, by the step of SVI, to pay below and not above
+MAX_SHARED = 2**17  # weights, half a megabyte; sharing makes steps of SVI faster up to about there
 
 
 class MaskedAutoregressiveNetwork(nn.Module):
     r"""A masked autoregressive network: parameters for each coordinate from those before it.
 
     Returns ``num_params`` vectors :math:`p(x)` with :math:`\partial p_i / \partial x_j = 0`
-    exactly, unless :math:`j` comes before :math:`i` in ``order``. Every permitted dependence is
-    there whatever the widths: the output layer reads the input itself beside the last hidden layer.
-    A context, where there is one, feeds every layer and every output. One call costs one dense
-    network of the same widths, :math:`O(D H + H^2)` per row.
+    exactly, unless :math:`j` comes before :math:`i` in ``order``. All these dependences exist
+    whatever the widths, since the output layer reads both the last hidden layer and the input. A
+    context feeds every layer and every output. One call costs as much as a dense network of the
+    same widths, :math:`O(D H + H^2)` per row.
 
-    Hidden units are sorted by degree, so the units of one degree lie side by side. For inputs of
-    order one, the outputs of a fresh network are within about 1e-3 of zero. A weight of the output
-    layer counts about one over the square root of its unit's inputs, one of a hidden layer half of
-    that, so that one learning rate suits all widths; biases count in full.
+    Hidden units are sorted by degree. For inputs of order one, the outputs of a fresh network are
+    within about 1e-3 of zero. Each weight of the output layer has a fixed factor of about one over
+    the square root of its unit's number of inputs, each of a hidden layer half of that, so that one
+    learning rate suits all widths. Biases have none.
 
     Args:
         input_dim: Number of coordinates, D.
         hidden_dims: Widths of the hidden layers, a list or one int. By default two layers of
             ``max(64, 2 * input_dim)``.
         context_dim: Size of the context's last axis; 0 for none.
-        num_params: How many vectors to return.
+        num_params: Number of vectors to return.
         order: The order of the coordinates: ``order[k]`` comes k-th. By default as they stand.
         activation: What follows each hidden layer: a name (``"elu"``, ``"relu"``, ``"tanh"``,
-            ``"gelu"``, ``"silu"``, ...) or a module that acts on each unit by itself. Inverses are
-            fastest with those of PyTorch that have no parameters.
+            ``"gelu"``, ``"silu"``, ...) or a module that acts elementwise. Inverses are fastest
+            with PyTorch's own modules without parameters.
 
     Raises:
-        ValueError: If a size is not positive, if ``order`` is no permutation, or if the activation
-            is unknown.
+        ValueError: If a size is not positive, ``order`` is not a permutation, or the activation is
+            unknown.
 
     References:
         Germain et al. (2015), MADE, https://arxiv.org/abs/1502.03509
@@ -77,7 +77,7 @@ class MaskedAutoregressiveNetwork(nn.Module):
         >>> loc.shape
         torch.Size([5, 3])
         >>> slope = torch.func.jacrev(lambda x: network(x)[0])(torch.randn(3))
-        >>> slope != 0  # 0 listens to 2, and 1 to both
+        >>> slope != 0  # 0 depends on 2, and 1 on both
         tensor([[False, False,  True],
                 [ True, False,  True],
                 [False, False, False]])
@@ -105,17 +105,17 @@ class MaskedAutoregressiveNetwork(nn.Module):
         order = torch.tensor(check_order(order, self.input_dim), dtype=torch.long)
         self.register_buffer("order", order)
 
-        # Units of each layer, the outputs last; and each layer's weights, outputs by inputs. The
-        # output layer reads the input too. Last, what is added to every unit.
+        # The number of units of each layer, the outputs last. The shapes of the weights, outputs by
+        # inputs: the output layer reads the input too, and the last matrix is added to all units.
         self._widths = [*self.hidden_dims, num_params * input_dim]
         inputs = [input_dim, *self.hidden_dims[:-1], self.hidden_dims[-1] + input_dim]
         offsets = (sum(self._widths), 1 + self.context_dim)
         self._shapes = [*zip(self._widths, inputs, strict=True), offsets]
         self._sizes = [math.prod(shape) for shape in self._shapes]
-        # An optimiser takes as long for each tensor as for thousands of numbers in it, so small
-        # matrices share one parameter. Big ones stay apart: a tensor of many megabytes takes new
-        # pages of memory at every step.
-        self._shared = sum(self._sizes) <= LARGEST_SHARED
+        # One more tensor costs an optimiser as much as thousands of numbers, so small matrices
+        # share a parameter. Large ones do not, since a tensor of many megabytes is allocated anew,
+        # page by page, at every step.
+        self._shared = sum(self._sizes) <= MAX_SHARED
         sizes = [sum(self._sizes)] if self._shared else self._sizes
         self.weights = nn.ParameterList(torch.empty(size) for size in sizes)
         self._build_mask()
@@ -131,27 +131,29 @@ class MaskedAutoregressiveNetwork(nn.Module):
         """
         self.check_inputs(x, context)
         *hidden, output, offsets = map(product, self.factors())
+        *shifts, last_shift = self.shifts(offsets, context)
+        linear = functional.linear if context is None else _linear_plus
         h = x
-        if context is None:
-            *biases, bias = offsets.squeeze(-1).split_with_sizes(self._widths)
-            for weight, b in zip(hidden, biases, strict=True):
-                h = self.activation(functional.linear(h, weight, b))
-            out = functional.linear(torch.cat([h, x], -1), output, bias)
-        else:
-            offsets = functional.linear(context, offsets[:, 1:], offsets[:, 0])
-            *shifts, shift = offsets.split_with_sizes(self._widths, -1)
-            for weight, s in zip(hidden, shifts, strict=True):
-                h = self.activation(functional.linear(h, weight) + s)
+        for weight, shift in zip(hidden, shifts, strict=True):
+            h = self.activation(linear(h, weight, shift))
+        if context is not None:
             x = x.expand(*h.shape[:-1], -1)
-            out = functional.linear(torch.cat([h, x], -1), output) + shift
+        out = linear(torch.cat([h, x], -1), output, last_shift)
         return torch.split(out, self.input_dim, -1)
 
+    def shifts(self, offsets: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:
+        """What is added to the units of each layer, of which ``offsets`` is the last matrix."""
+        if context is None:
+            return offsets.squeeze(-1).split_with_sizes(self._widths)
+        shift = functional.linear(context, offsets[:, 1:], offsets[:, 0])
+        return shift.split_with_sizes(self._widths, -1)
+
     def get_extra_state(self) -> Tensor:
-        """The sizes, for the state: the number of weights doesn't tell one shape from another."""
+        """The sizes, which the number of weights does not determine."""
         return torch.tensor([self.input_dim, self.context_dim, self.num_params, *self.hidden_dims])
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Nothing to set: loading has compared the sizes."""
+        """Does nothing, since loading has compared the sizes."""
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -167,20 +169,20 @@ class MaskedAutoregressiveNetwork(nn.Module):
         )
 
     def matrices(self, flat: Tensor) -> list[Tensor]:
-        """The shares of the layers in a vector of all weights, or in ``mask``.
+        """The matrices of all layers in a vector of all weights, or in ``mask``.
 
-        Each is a matrix of a layer's outputs by its inputs; the output layer reads the last hidden
-        layer and then the input. The last matrix has a row for every unit of all layers: its bias,
-        and what the context adds to it.
+        Each has shape outputs by inputs; the output layer reads the last hidden layer and then the
+        input. One more matrix has a row for every unit of all layers: its bias and its weights on
+        the context.
         """
         parts = flat.split_with_sizes(self._sizes)
         return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
 
     def factors(self) -> list[tuple[Tensor, ...]]:
-        """What each layer's masked matrix is the product of; see ``matrices`` for the layers.
+        """The factors, one or two, of each masked matrix; see ``matrices`` for their order.
 
-        Where one parameter holds all, they are masked at once. A part of a big matrix is better
-        masked by whoever needs it.
+        A shared parameter is masked here, at once. Large matrices are not, so that a caller that
+        needs a part of one masks that part only.
         """
         if self._shared:
             return [(matrix,) for matrix in self.matrices(self.weights[0] * self.mask)]
@@ -203,18 +205,18 @@ class MaskedAutoregressiveNetwork(nn.Module):
     def hidden_degrees(self) -> list[Tensor]:
         """The degree of each unit of each hidden layer, in ascending order.
 
-        A unit of degree d listens to the first d coordinates. Without a context the degrees run
-        from 1 to D - 1; with one, units of degree 0 carry what the context says to all coordinates.
+        A unit of degree d depends on the first d coordinates. Degrees run from 1 to D - 1 without a
+        context. With one they start at 0: these units depend on the context alone.
         """
         lowest, choices = self._degrees()
-        # Unit a of H sits at the middle of the a-th of H equal parts of the range.
+        # Unit a has the degree at the middle of the a-th of H equal parts of the range.
         return [
             lowest + (2 * torch.arange(H, device=self.order.device) + 1) * choices // (2 * H)
             for H in self.hidden_dims
         ]
 
     def units_between(self, layer: int, first: int, last: int) -> slice:
-        """The units of a hidden layer whose degrees are ``first`` or more, and less than ``last``.
+        """The units of a hidden layer with degrees from ``first`` up to, not including, ``last``.
 
         Example:
             >>> network = MaskedAutoregressiveNetwork(4, hidden_dims=[6])
@@ -229,27 +231,26 @@ class MaskedAutoregressiveNetwork(nn.Module):
         return slice(*(min(max(count, 0), H) for count in below))
 
     def _degrees(self) -> tuple[int, int]:
-        """The lowest degree of a hidden unit, and how many there are."""
+        """The lowest degree of hidden units, and the number of different degrees."""
         lowest = 0 if self.context_dim or self.input_dim == 1 else 1
         return lowest, self.input_dim - lowest
 
     def _build_mask(self) -> None:
-        position = torch.argsort(self.order)
-        in_order = torch.arange(self.input_dim, device=self.order.device)
-        self.in_natural_order = not self.order.is_meta and torch.equal(self.order, in_order)
-        degrees = [position + 1, *self.hidden_degrees()]
+        degree = torch.argsort(self.order) + 1  # of each coordinate
+        natural = torch.arange(self.input_dim, device=self.order.device)
+        self.in_natural_order = not self.order.is_meta and torch.equal(self.order, natural)
+        degrees = [degree, *self.hidden_degrees()]
         masks = []
         for before, after in pairwise(degrees):
             connections = after[:, None] >= before
-            # Half of it in hidden layers: Adam moves all layers at once, and flows exponentiate.
+            # Half in hidden layers: Adam moves all layers at once, and flows exponentiate.
             masks.append(connections * 0.5 * _factor(connections.sum(-1, keepdim=True)))
-        # The units, and what comes past them: the input and the context, each counted by itself.
+        # The last hidden layer, the input and the context have a factor each, by their sizes.
         sizes = [self.hidden_dims[-1], self.input_dim, self.context_dim]
-        factors = _factor(position.new_tensor(sizes))
-        features = torch.cat([degrees[-1], position + 1])
-        outputs = (position + 1).repeat(self.num_params)
+        factors = _factor(degree.new_tensor(sizes))
         columns = torch.cat([factors[0].expand(sizes[0]), factors[1].expand(sizes[1])])
-        masks.append((outputs[:, None] > features) * columns)
+        connections = degree.repeat(self.num_params)[:, None] > torch.cat([degrees[-1], degree])
+        masks.append(connections * columns)
         bias_and_context = torch.cat([torch.ones_like(factors[:1]), factors[2].expand(sizes[2])])
         masks.append(bias_and_context.expand(self._shapes[-1]))
         mask = torch.cat([mask.reshape(-1) for mask in masks])
@@ -269,12 +270,12 @@ class MaskedAutoregressiveNetwork(nn.Module):
                     f"This network expects a context with context_dim={self.context_dim} features; "
                     "got none. Call network(x, context), or flow.condition(context)."
                 )
+        elif not self.context_dim:
+            raise ValueError(
+                "This network was built without a context, yet got one of shape "
+                f"{tuple(context.shape)}. Build it with a context_dim."
+            )
         else:
-            if not self.context_dim:
-                raise ValueError(
-                    "This network was built without a context, yet got one of shape "
-                    f"{tuple(context.shape)}. Build it with a context_dim."
-                )
             check_context(context, self.context_dim)
         dtype = self.weights[0].dtype
         got = {x.dtype, x.dtype if context is None else context.dtype}
@@ -285,25 +286,29 @@ class MaskedAutoregressiveNetwork(nn.Module):
                 ".float(), or the inputs with .to(...)."
             )
 
-    def words(self) -> list[str]:
-        """Its sizes, as they stand in its ``repr`` and in that of what is made of it."""
-        found = [f"input_dim={self.input_dim}", f"hidden_dims={self.hidden_dims}"]
-        return [*found, f"context_dim={self.context_dim}"] if self.context_dim else found
+    def repr_fields(self) -> list[str]:
+        """The sizes, as in the ``repr`` of the network and of flows on it."""
+        fields = [f"input_dim={self.input_dim}", f"hidden_dims={self.hidden_dims}"]
+        return [*fields, f"context_dim={self.context_dim}"] if self.context_dim else fields
 
     def __repr__(self) -> str:
-        return in_one_line(self, *self.words(), f"num_params={self.num_params}")
+        return module_repr(self, *self.repr_fields(), f"num_params={self.num_params}")
 
 
 def product(factors: Sequence[Tensor]) -> Tensor:
-    """What one or two factors come to."""
+    """The product of one or two factors."""
     return factors[0] if len(factors) == 1 else factors[0] * factors[1]
 
 
-def _factor(num_inputs: Tensor) -> Tensor:
-    """How much each of a unit's weights counts: about one over the square root of their number.
+def _linear_plus(h: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
+    return functional.linear(h, weight) + shift
 
-    Adam moves all weights of a unit by its learning rate, at once and in concert; this keeps their
-    sum in hand, whatever the width. A power of two is the same number in every dtype.
+
+def _factor(num_inputs: Tensor) -> Tensor:
+    """The factor of a unit's weights: about one over the square root of their number.
+
+    Adam moves all weights of a unit by its learning rate at once. The factor bounds the change of
+    their sum, whatever the width. A power of two is the same number in every dtype.
     """
     return torch.exp2(torch.round(-0.5 * torch.log2(num_inputs.clamp(min=1))))
 
@@ -321,23 +326,21 @@ def _described(sizes: list[int]) -> str:
 
 
 def order_of(network: Any) -> Tensor:
-    """The order of any autoregressive network's coordinates, ours or Pyro's."""
+    """The order of the coordinates in an autoregressive network of this package or of Pyro."""
     order = getattr(network, "order", None)
     return getattr(network, "permutation", None) if order is None else order  # type: ignore[return-value]
 
 
 def check_network(network: Any, univariate: UnivariateMap) -> None:
-    """Raises a ValueError unless the network gives what a flow of this map needs."""
+    """Raises a ValueError unless a flow with this map can use the network."""
     if not callable(network) or not isinstance(order_of(network), Tensor):
         raise ValueError(
-            "A flow expects an autoregressive network: a callable with an `order`, or a "
-            "`permutation`, that says which coordinate comes when; got "
-            f"{type(network).__name__}. MaskedAutoregressiveNetwork and pyro.nn.AutoRegressiveNN "
-            "are such."
+            "A flow expects an autoregressive network: a callable whose `order` or `permutation` "
+            "is the order of the coordinates, such as MaskedAutoregressiveNetwork and "
+            f"pyro.nn.AutoRegressiveNN; got {type(network).__name__}. Give it such an attribute."
         )
-    if not isinstance(network, MaskedAutoregressiveNetwork):  # which has checked its own
-        order = order_of(network)
-        check_order(order, len(order))
+    if not isinstance(network, MaskedAutoregressiveNetwork):  # this one has checked its order
+        check_order(order_of(network), len(order_of(network)))
     expected = univariate.num_params
     num_params = getattr(network, "num_params", expected)
     if num_params != expected:

@@ -1,11 +1,11 @@
-r"""How a number ``x`` becomes ``y`` under the parameters that a network gives for it.
+r"""Univariate maps from a number ``x`` to ``y``, with parameters that a network computes.
 
 .. math::
     y = f(x; p_1, \dots, p_P), \qquad
     \log \left| \det \frac{\partial y}{\partial x} \right| = \sum_{i=1}^{D} \log f'(x_i; p(x_{<i}))
 
-A flow applies one such map to all its coordinates. The kind of map is the only thing that differs
-between affine, gated and other flows.
+A flow applies one such map to all its coordinates. Affine, gated and other flows differ only in
+their map.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from .._validation import check_number, check_size
 
 __all__ = ["Affine", "Derivatives", "Gated", "UnivariateMap", "map_of_repr", "univariate_map"]
 
-# Networks are not bounded; scales stay within e^-10 and e^10. Smooth, so gradients are exact.
+# Scales stay between e^-10 and e^10. The bound is smooth, so gradients are exact.
 LOG_SCALE_BOUND = 10.0
 
 
 class Derivatives(NamedTuple):
-    """The derivatives of a map, number by number; None where one is zero everywhere.
+    """The elementwise derivatives of a map; None for one that is zero everywhere.
 
     Attributes:
-        by_x: Of the value in ``x``: the slope.
-        by_params: Of the value in each parameter.
-        log_slope_by_x: Of the logarithm of the slope in ``x``.
-        log_slope_by_params: Of the logarithm of the slope in each parameter.
+        by_x: Of the value with respect to ``x``: the slope.
+        by_params: Of the value with respect to each parameter.
+        log_slope_by_x: Of the log slope with respect to ``x``.
+        log_slope_by_params: Of the log slope with respect to each parameter.
     """
 
     by_x: Tensor
@@ -47,21 +47,21 @@ class Derivatives(NamedTuple):
 class UnivariateMap:
     r"""An increasing map of the real line onto itself, under parameters from a network.
 
-    A flow calls it with one tensor for each parameter, of the shape of ``x`` or one that broadcasts
-    with it. A subclass owes:
+    A flow calls it with one tensor for each parameter, of a shape that broadcasts with that of
+    ``x``. A subclass defines:
 
-    - ``num_params``: how many parameters there are;
-    - ``forward(x, *params)``: the value ``y``, and the logarithm of the slope
-      :math:`\partial y / \partial x`;
-    - ``inverse(y, *params)``: the noise ``x``, and the logarithm of the same slope, at ``x``.
+    - ``num_params``: the number of parameters;
+    - ``forward(x, *params)``: the value ``y``, and the log slope,
+      :math:`\log \partial y / \partial x`;
+    - ``inverse(y, *params)``: the noise ``x``, and the same log slope, at ``x``.
 
-    Both treat every number by itself, whatever the shape, don't branch on values, and are
-    differentiable in all they take; ``forward`` twice. A fresh network returns parameters near
-    zero: with these the map should be near the identity, or at least take 0 to 0. Fast maps write
-    out :meth:`derivatives` too, which is found by autograd otherwise.
+    Both act elementwise on any shape, don't branch on values, and are differentiable in all
+    arguments; ``forward`` twice. A fresh network returns parameters near zero. With these the map
+    should be near the identity, or at least carry 0 to 0. A subclass may override
+    :meth:`derivatives` too, which uses autograd by default and is then slower.
 
-    A map is a value: maps of one class with equal attributes are equal. So its attributes are
-    numbers, strings or tuples, are arguments of ``__init__`` by the same name, and never change.
+    Maps of one class with equal attributes are equal. The attributes are numbers, strings or
+    tuples, are arguments of ``__init__`` by the same name, and never change.
 
     Example:
         >>> class Bent(UnivariateMap):  # y = m + e^s sinh(x)
@@ -80,24 +80,24 @@ class UnivariateMap:
     num_params: int
 
     def forward(self, x: Tensor, *params: Any) -> tuple[Tensor, Tensor]:
-        """The value of ``x``, and the logarithm of the slope there."""
+        """The value of ``x``, and the log slope there."""
         raise NotImplementedError
 
     def inverse(self, y: Tensor, *params: Any) -> tuple[Tensor, Tensor]:
-        """The noise of ``y``, and the logarithm of the slope of ``forward`` there."""
+        """The noise of ``y``, and the log slope of ``forward`` there."""
         raise NotImplementedError
 
     def derivatives(self, x: Tensor, *params: Any) -> Derivatives:
         """The derivatives of ``forward`` at ``x``, without a graph."""
         with torch.enable_grad():
             leaves = [t.detach().requires_grad_() for t in torch.broadcast_tensors(x, *params)]
-            y, log_slope = (made.sum() for made in self.forward(*leaves))
+            y, log_slope = (output.sum() for output in self.forward(*leaves))
             grad = partial(torch.autograd.grad, retain_graph=True, materialize_grads=True)
             by_x, *by_params = grad(y, leaves)
-            found: Sequence[Tensor | None] = [None] * len(leaves)
+            of_log_slope: Sequence[Tensor | None] = [None] * len(leaves)
             if log_slope.requires_grad:
-                found = grad(log_slope, leaves)
-        return Derivatives(by_x, by_params, found[0], found[1:])
+                of_log_slope = grad(log_slope, leaves)
+        return Derivatives(by_x, by_params, of_log_slope[0], of_log_slope[1:])
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and vars(self) == vars(other)
@@ -111,7 +111,7 @@ class UnivariateMap:
 
 
 class _Scaling(UnivariateMap):
-    """A map with a shift and a scale, which a subclass reads off what the network returns."""
+    """A shift and a scale, which a subclass computes from the network's two outputs."""
 
     num_params = 2
 
@@ -133,7 +133,7 @@ class Affine(_Scaling):
     A fresh flow is nearly the identity.
 
     Example:
-        >>> y, log_slope = Affine().forward(torch.ones(3), torch.zeros(3), torch.zeros(3))
+        >>> y, _ = Affine().forward(torch.ones(3), torch.zeros(3), torch.zeros(3))
         >>> y
         tensor([1., 1., 1.])
     """
@@ -150,7 +150,7 @@ class Affine(_Scaling):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Gated(_Scaling):
-    r"""A gate between noise and shift, which can only contract.
+    r"""A gate between noise and shift, whose slope is below one.
 
     .. math::
         y = \sigma x + (1 - \sigma) m, \qquad \sigma = \mathrm{sigmoid}(s + \mathrm{bias})
@@ -162,7 +162,7 @@ class Gated(_Scaling):
         bias: Added to the gate; at 2 a fresh flow keeps 88 % of the noise.
 
     Raises:
-        ValueError: If ``bias`` is no finite number.
+        ValueError: If ``bias`` is not a finite number.
 
     References:
         Kingma et al. (2016), equations 13 and 14, https://arxiv.org/abs/1606.04934
@@ -195,13 +195,13 @@ KINDS: dict[str, type[UnivariateMap]] = {"affine": Affine, "gated": Gated}
 
 
 def univariate_map(univariate: str | UnivariateMap) -> UnivariateMap:
-    """The map of this name, or the map itself; raises a ValueError for anything else."""
+    """The map of this name, or the given map; raises a ValueError for anything else."""
     if isinstance(univariate, str) and univariate in KINDS:
         return KINDS[univariate]()
     if not isinstance(univariate, UnivariateMap):
         names = ", ".join(f'"{name}"' for name in KINDS)
         raise ValueError(
-            f"univariate should be {names} or a UnivariateMap, as Gated(bias=1.0) is one; got "
+            f"univariate should be {names} or a UnivariateMap, such as Gated(bias=1.0); got "
             f"{univariate!r}."
         )
     check_size(f"{type(univariate).__name__}.num_params", getattr(univariate, "num_params", None))
@@ -209,7 +209,7 @@ def univariate_map(univariate: str | UnivariateMap) -> UnivariateMap:
 
 
 def map_of_repr(words: str) -> UnivariateMap | None:
-    """The map of ours that is written so; None for those of others."""
+    """The map of this package with this ``repr``; None for a user's own map."""
     kinds = {kind.__name__: kind for kind in KINDS.values()}
     try:
         call: Any = ast.parse(words, mode="eval").body

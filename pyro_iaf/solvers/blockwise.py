@@ -1,19 +1,17 @@
-r"""A masked network solved block by block: its map turned round, and its transposed Jacobian.
+r"""Blockwise inverses and transposed solves for flows on a masked autoregressive network.
 
-The units of our networks stand in the order of their degrees, so a block of coordinates that follow
-one another can be settled by itself on top of those before it. What lies between blocks is computed
-once,
+The network's units are sorted by degree, so consecutive coordinates form a block that can be solved
+once those before it are known. A block depends on these only through the bracket in
 
 .. math::
     h^{(k+1)}_b = a\Bigl( W_{bb}\, h^{(k)}_b + \bigl[ W_{b,<b}\, h^{(k)}_{<b} + c_b \bigr] \Bigr),
 
-and the bracket is all that a block knows of it. The transposed Jacobian is triangular the other way
-round, and linear; it is solved in the same blocks, from the last to the first.
+which is computed once. The transposed Jacobian is linear and triangular in the reversed order, so
+it is solved in the same blocks, from the last to the first.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -23,20 +21,19 @@ from torch.nn import functional
 
 from ..nn.made import ACTIVATIONS, MaskedAutoregressiveNetwork, product
 from ..nn.univariate import UnivariateMap
-from .fixed_point import has_values, runs_eagerly, settle
+from .fixed_point import has_values, runs_eagerly, solve_by_sweeps
 
 __all__ = ["Autoregressive", "Cut", "can_be_cut", "solve_in_blocks", "transposed_in_blocks"]
 
-# Sweeps that a first block is expected to take; others take about as many as the one before them,
-# so nobody looks whether they have settled before the last but one of these.
-FEWEST = 3
+# Sweeps that the first block is expected to take. Another takes about as many as the block before
+# it, so convergence is first checked after one sweep less.
+EXPECTED_SWEEPS = 3
 
-# What acts on each unit by itself, whatever stands beside it.
 ELEMENTWISE = {*ACTIVATIONS.values(), nn.CELU, nn.Hardtanh, nn.Hardswish, nn.Identity, nn.Mish}
 
 
 class Autoregressive(Protocol):
-    """An autoregressive map: a univariate one whose parameters a network gives."""
+    """An autoregressive map: a univariate map whose parameters a network computes."""
 
     network: Any
     context: Tensor | None
@@ -50,19 +47,18 @@ class Autoregressive(Protocol):
 
 
 class Layer(NamedTuple):
-    """What leads from one level of a block to the next: weights, and what follows row by row."""
+    """The layer between two levels of a block: weights, then a function that acts row by row."""
 
     weight: Tensor
-    then: Callable[..., Any]
+    then: Callable[..., Tensor]
     arguments: Sequence[Tensor]
 
     def __call__(self, units: Tensor) -> Tensor:
-        made: Tensor = self.then(self.weight @ units, *self.arguments)
-        return made
+        return self.then(self.weight @ units, *self.arguments)
 
 
 def can_be_cut(flow: Autoregressive) -> bool:
-    """Whether the network is one of ours and computes what its weights say, unit by unit."""
+    """Whether the flow's network can be evaluated unit by unit from its weights."""
     network = flow.network
     return (
         type(network) is MaskedAutoregressiveNetwork
@@ -79,15 +75,15 @@ def solve_in_blocks(flow: Autoregressive, y: Tensor, method: str) -> tuple[Tenso
     cut = Cut(flow, y.shape, method)
     network, L, offsets = cut.network, cut.L, cut.offsets
     y = cut.features_first(y)
-    known = [y[:0] for _ in range(L + 1)]  # the units of each level before this block
+    known = [y[:0] for _ in range(L + 1)]  # units of each level before this block
     solved: list[Tensor] = []
-    num_sweeps = FEWEST
+    num_sweeps = EXPECTED_SWEEPS
     for a, b in cut.blocks:
         if b - a == cut.D:
             *hidden, (weight, offset) = zip(cut.whole(), offsets, strict=True)
         else:
-            *hidden, (weight, offset) = _beside_what_is_known(cut, a, b, known, offsets)
-        layers = [Layer(w, functools.partial(_activate, network), (o,)) for w, o in hidden]
+            *hidden, (weight, offset) = _within_block(cut, a, b, known, offsets)
+        layers = [Layer(w, lambda z, o: network.activation(z + o), (o,)) for w, o in hidden]
         layers.append(Layer(weight, torch.add, (offset,)))
         if cut.one_by_one:
             sizes = [cut.units_of_each(k, a, b) for k in range(L + 1)]
@@ -103,10 +99,10 @@ def solve_in_blocks(flow: Autoregressive, y: Tensor, method: str) -> tuple[Tenso
     return x, found
 
 
-def _beside_what_is_known(
+def _within_block(
     cut: Cut, a: int, b: int, known: list[Tensor], offsets: list[Tensor]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each layer's weights within a block, and offsets that tell of the units before it."""
+    """Each layer's weights within a block, and its offsets with the terms of all units before."""
     now = [cut.units(k, a, b) for k in range(cut.L + 1)]
     for k in range(cut.L):
         before, within = _split(cut.hidden(k, now[k + 1], slice(now[k].stop)), now[k].start)
@@ -129,11 +125,10 @@ def _solve_block(
         x, log_slope = cut.univariate.inverse(y, *params.chunk(cut.P))
         return x, (levels, params, log_slope)
 
-    def size(found: tuple[Any, Tensor, Tensor]) -> Tensor:
-        return y / found[-1].exp()
-
-    position = torch.arange(len(y), device=y.device)[:, None]
-    return settle(sweep, torch.zeros_like(y), position, method, size=size, first=first)
+    start, position = torch.zeros_like(y), torch.arange(len(y), device=y.device)[:, None]
+    return solve_by_sweeps(
+        sweep, start, position, method, size=lambda found: y / found[-1].exp(), first=first
+    )
 
 
 def _solve_one_by_one(
@@ -151,15 +146,15 @@ def _solve_one_by_one(
 
 def transposed_in_blocks(cut: Cut, x: Tensor, v: Tensor) -> Tensor:
     """The ``u`` with ``J^T u = v``, where J is the Jacobian at ``x``; of the shape of ``v``."""
-    L, (slopes, by_outputs, scale) = cut.L, _linearised(cut, x)
+    L, (slopes, by_outputs, scale) = cut.L, _linearized(cut, x)
     one_by_one = cut.one_by_one and has_values(v)
     v = cut.features_first(v)
-    # Gradients in the units of each hidden layer after this block, and in the outputs there.
+    # Gradients in the hidden units and in the outputs after this block.
     later, outputs_later = [v[:0] for _ in range(L + 1)], by_outputs[:, :0]
     solved = v[:0]
-    num_sweeps = FEWEST
+    num_sweeps = EXPECTED_SWEEPS
     for a, b in reversed(cut.blocks):
-        # Units of degree d hear from outputs d and after, and speak to the d coordinates before.
+        # Units of degree d depend on the first d coordinates; later outputs depend on them.
         now = [slice(a, b), *(cut.units(k, a + 1, b + 1) for k in range(1, L + 1))]
         layers: list[Layer] = []
         within, offset = cut.from_outputs(L, now, outputs_later)
@@ -195,7 +190,7 @@ def _solve_transposed_block(
         return u, levels
 
     position = torch.arange(len(start) - 1, -1, -1, device=start.device)[:, None]
-    return settle(sweep, start, position, "auto", size=lambda _: start, first=first)
+    return solve_by_sweeps(sweep, start, position, "auto", size=lambda _: start, first=first)
 
 
 def _solve_transposed_one_by_one(
@@ -221,15 +216,15 @@ def _one_by_one(
     positions: Iterable[int],
     finish: Callable[[int, Tensor], Tensor],
 ) -> tuple[Tensor, list[Tensor]]:
-    """Settles a block coordinate by coordinate, each with the units that it adds to each level.
+    """Solves a block coordinate by coordinate, each with the units that it adds to each level.
 
-    ``sizes`` counts these, level by level; an int is for outputs, so many parameters of all
-    coordinates one after the other. ``finish`` makes of what the last layer says of a coordinate
-    its rows of the first level, which are zero so far. Returns the first level, and the hidden
-    ones.
+    ``sizes`` has the numbers of these units for each level; an int is for a level of outputs, with
+    so many parameters. ``finish`` takes a coordinate and its rows of the last layer's result, and
+    returns its rows of the first level, which starts at zero. Returns the first level and the
+    hidden ones.
     """
     levels = [first.new_zeros(len(layer.weight), first.shape[1]) for layer in layers[:-1]]
-    both = torch.cat([levels[-1], first])  # as the last layer reads them
+    both = torch.cat([levels[-1], first])  # the input of the last layer
     levels[-1], first = both.split([len(levels[-1]), len(first)])
     rows, *rows_of_levels = map(_by_coordinate, [first, *levels], sizes)
     *pieces, last_pieces = map(_layer_by_coordinate, layers, sizes[1:])
@@ -244,11 +239,9 @@ def _one_by_one(
 
 
 def _by_coordinate(level: Tensor, sizes: list[int] | int) -> Sequence[Tensor]:
-    is_of_outputs = isinstance(sizes, int)
-    rows: Sequence[Tensor] = (
-        level.unflatten(0, (sizes, -1)).unbind(1) if is_of_outputs else level.split(sizes)
-    )
-    return rows
+    if isinstance(sizes, int):
+        return torch.unbind(level.unflatten(0, (sizes, -1)), 1)
+    return level.split_with_sizes(sizes)
 
 
 def _layer_by_coordinate(layer: Layer, sizes: list[int] | int) -> list[Layer]:
@@ -256,17 +249,12 @@ def _layer_by_coordinate(layer: Layer, sizes: list[int] | int) -> list[Layer]:
     return [Layer(weight, layer.then, rest) for weight, *rest in zip(*rows, strict=True)]
 
 
-def _activate(network: MaskedAutoregressiveNetwork, z: Tensor, offset: Tensor) -> Tensor:
-    units: Tensor = network.activation(z + offset)
-    return units
-
-
 def _times_plus(z: Tensor, added: Tensor, factor: Tensor) -> Tensor:
     return torch.addcmul(added, factor, z)
 
 
 def _through(layers: list[Layer], x: Tensor) -> list[Tensor]:
-    """What each layer makes of the one before; the last reads ``x`` too."""
+    """The results of all layers; the last layer reads ``x`` too."""
     levels, h = [], x
     for layer in layers[:-1]:
         h = layer(h)
@@ -274,36 +262,36 @@ def _through(layers: list[Layer], x: Tensor) -> list[Tensor]:
     return [*levels, layers[-1](torch.cat([h, x]))]
 
 
-def _linearised(cut: Cut, x: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
-    """The slopes of the activations at ``x`` by level, dy / d outputs, and dy / dx itself."""
+def _linearized(cut: Cut, x: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+    """The activations' slopes at ``x`` by level, and the map's derivatives in outputs and ``x``."""
     x = h = cut.features_first(x.detach())
     *hidden, output = zip(cut.whole(), cut.offsets, strict=True)
     slopes = [x]
     with torch.enable_grad():
         for weight, offset in hidden:
             z = (weight @ h + offset).detach().requires_grad_()
-            h = cut.network.activation(z.clone())  # it may write in place
+            h = cut.network.activation(z.clone())  # which may write in place
             slopes += torch.autograd.grad(h.sum(), z)
             h = h.detach()
     with torch.no_grad():
         weight, offset = output
         params = (weight @ torch.cat([h, x]) + offset).view(cut.P, cut.D, -1)
-        found = cut.univariate.derivatives(x, *params)
-        return slopes, torch.stack(list(found.by_params)), found.by_x
+        by_x, by_params, *_ = cut.univariate.derivatives(x, *params)
+        return slopes, torch.stack(list(by_params)), by_x
 
 
 class Cut:
-    """A flow's network, cut into blocks of coordinates that follow one another in its order.
+    """A flow's network, cut into blocks of coordinates that are consecutive in its order.
 
-    Features come first here, in that order, and the batch after them: units of one degree stand
-    together. Level 0 are the coordinates, levels 1 to L the hidden layers; outputs are the P
-    parameters of the univariate map, each for all coordinates.
+    Tensors have features first, in that order, and the batch last. Level 0 holds the coordinates,
+    levels 1 to L the hidden layers. Outputs are the P parameters of the univariate map, each for
+    all coordinates.
 
     Args:
-        flow: The flow, as it is now.
-        shape: Of the values.
+        flow: The flow.
+        shape: Shape of the values.
         method: As for :func:`~pyro_iaf.invert`.
-        keep: Whether to hold on to the weights of now, whatever becomes of the network.
+        keep: Whether to copy the weights, which may change before they are used.
     """
 
     def __init__(
@@ -321,9 +309,9 @@ class Cut:
         *self._hidden, self._output, offsets = factors
         self.offsets = self._offsets(product(offsets), flow.context)
         num_columns = shape[:-1].numel()
-        # In big batches arithmetic counts, and every sweep does all of it again.
-        auto_one_by_one = method == "auto" and num_columns > 8 * self.D + 64
-        self.one_by_one = runs_eagerly() and (method == "incremental" or auto_one_by_one)
+        # For large batches arithmetic takes most of the time, and every sweep repeats all of it.
+        is_large = method == "auto" and num_columns > 8 * self.D + 64
+        self.one_by_one = runs_eagerly() and (method == "incremental" or is_large)
         size = block_size(num_columns, self.one_by_one, self.order.device)
         size = self.D if method == "fixed_point" else size
         self.blocks = [(a, min(a + size, self.D)) for a in range(0, self.D, size)]
@@ -337,17 +325,16 @@ class Cut:
         return x.T.reshape(self.shape).clone(memory_format=torch.contiguous_format)
 
     def units(self, k: int, a: int, b: int) -> slice:
-        """The units of level k that the coordinates from position a to b add."""
+        """The units of level k that the coordinates from position a up to b add."""
         return self.network.units_between(k - 1, a, b) if k else slice(a, b)
 
     def units_of_each(self, k: int, a: int, b: int) -> list[int]:
-        """How many units of level k each of these positions adds."""
-        return [
-            units.stop - units.start for units in (self.units(k, d, d + 1) for d in range(a, b))
-        ]
+        """The number of units of level k that each of these positions adds."""
+        slices = (self.units(k, d, d + 1) for d in range(a, b))
+        return [units.stop - units.start for units in slices]
 
     def whole(self) -> list[Tensor]:
-        """All weights: from each level to the next, and from the last and the first to outputs."""
+        """All weights: of each hidden layer, and of the outputs on the last level and level 0."""
         first, *hidden, output = map(product, [*self._hidden, self._output])
         if not self.natural:
             first = first[:, self.order]
@@ -362,14 +349,14 @@ class Cut:
         return product([_take(factor, rows, where) for factor in self._hidden[k]])
 
     def output(self, rows: slice, k: int, columns: slice) -> Tensor:
-        """Weights from level k, L or 0, to the outputs, of shape (P, rows, columns)."""
+        """Weights from level k, L or 0, to the outputs, of shape ``(P, rows, columns)``."""
         H = self.network.hidden_dims[-1]
-        half, where = (slice(H), columns) if k else (slice(H, None), self._at(columns))
-        parts = [factor.view(self.P, self.D, -1)[..., half] for factor in self._output]
+        inputs, where = (slice(H), columns) if k else (slice(H, None), self._at(columns))
+        parts = [factor.view(self.P, self.D, -1)[..., inputs] for factor in self._output]
         return product([_take(part, self._at(rows), where) for part in parts])
 
     def from_outputs(self, k: int, now: list[slice], gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights from a block's outputs back to level k, and what the outputs after it bring."""
+        """Weights from a block's outputs back to level k, and the gradient from later outputs."""
         a, b = now[0].start, now[0].stop
         weight = self.output(slice(a, None), k, now[k])
         within, after = (_stacked(part).T for part in _split(weight, b - a, 1))
@@ -378,7 +365,7 @@ class Cut:
     def _offsets(self, offsets: Tensor, context: Tensor | None) -> list[Tensor]:
         """What is added to the units of each hidden layer and to the outputs.
 
-        The last dimension is the batch, or one if it is the same for all.
+        The last dimension is the batch, or one if all rows have the same.
         """
         if context is not None:
             offsets = functional.linear(context, offsets[:, 1:], offsets[:, 0])
@@ -392,23 +379,23 @@ class Cut:
         return _stacked(rows.view(self.P, self.D, -1)[:, self.order])
 
     def _at(self, positions: slice) -> slice | Tensor:
-        """Where the coordinates at these positions of the order are."""
+        """The coordinates at these positions of the order."""
         return positions if self.natural else self.order[positions]
 
 
 def block_size(num_columns: int, one_by_one: bool, device: torch.device) -> int:
-    """How many coordinates to settle together, by measurement."""
+    """The number of coordinates in a block, by measurement."""
     if not runs_eagerly():
         return 16  # each coordinate takes a sweep of its block
     if one_by_one:
         return 32
     if device.type != "cpu":
-        return 512  # not measured: launching costs more than arithmetic
+        return 512  # not measured: kernel launches cost more than arithmetic
     return min(max(8192 // max(num_columns, 1), 32), 128)
 
 
 def _take(matrix: Tensor, rows: slice | Tensor, columns: slice | Tensor) -> Tensor:
-    if isinstance(columns, slice):  # a view, which leaves less to gather
+    if isinstance(columns, slice):  # first, as it is a view: less to gather
         return matrix[..., columns][..., rows, :]
     return matrix[..., rows, :][..., columns]
 
@@ -418,7 +405,7 @@ def _split(weight: Tensor, size: int, dim: int = -1) -> tuple[Tensor, Tensor]:
 
 
 def _stacked(parts: Tensor) -> Tensor:
-    """Parameters of shape (P, n, _), one below the other."""
+    """The rows of P matrices, from shape ``(P, n, _)`` to ``(P n, _)``."""
     return parts.reshape(parts.shape[0] * parts.shape[1], parts.shape[2])
 
 

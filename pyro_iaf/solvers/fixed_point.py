@@ -1,7 +1,8 @@
-r"""Triangular equations, solved by sweeps.
+r"""Fixed-point iteration for triangular equations.
 
-An autoregressive map turned round, :math:`x_i = f^{-1}(y_i; p_i(x_{<i}))`, improves a guess of
-:math:`x` at every sweep, and coordinate k is exact after k of them. Mostly a few settle all.
+The inverse of an autoregressive map is the fixed point of :math:`x_i = f^{-1}(y_i; p_i(x_{<i}))`.
+Each sweep evaluates this for all coordinates. Coordinate k is exact after k sweeps; in most cases
+all converge in a few.
 """
 
 from __future__ import annotations
@@ -14,20 +15,21 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["Sweep", "has_values", "runs_eagerly", "settle"]
+__all__ = ["Sweep", "has_values", "runs_eagerly", "solve_by_sweeps"]
 
-#: One sweep: a better solution from a guess, and what was found on the way.
+#: One sweep: a better solution from a guess, and any by-products.
 Sweep: TypeAlias = Callable[[Tensor], tuple[Tensor, Any]]
 
-# A sweep that moves a coordinate by no more than this many times its own rounding settles it: the
-# solution is then that of an equation whose numbers are off by as much.
+# A coordinate has converged when a sweep moves it by at most this many times its own rounding. It
+# then solves an equation whose coefficients differ by as much.
 ROUNDING = 16
-# What one sweep gains in a flow that is nearly the identity; others gain less. Says when to look.
+# The factor by which a sweep reduces the error in a flow that is nearly the identity. Others reduce
+# it less. Decides when to check convergence next.
 GAIN = 30
 
 
 def runs_eagerly() -> bool:
-    """Whether this is plain eager autograd, with values to look at: no tracer, no torch.func."""
+    """Whether this is plain eager autograd, where tensors have values: no tracer, no torch.func."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
@@ -38,11 +40,11 @@ def runs_eagerly() -> bool:
 
 
 def has_values(x: Tensor) -> bool:
-    """Whether there are numbers in it to look at; batched gradients have no storage, for one."""
+    """Whether the tensor has values; batched gradients, for instance, have no storage."""
     return runs_eagerly() and not x.is_meta and torch._C._has_storage(x)
 
 
-def settle(
+def solve_by_sweeps(
     sweep: Sweep,
     start: Tensor,
     position: Tensor,
@@ -54,15 +56,16 @@ def settle(
     """Sweeps until no coordinate moves by more than its rounding, or once for each coordinate.
 
     Args:
-        sweep: Gives a better solution, exact in one coordinate more, and whatever else.
-        start: The first guess; finite, wherever it is.
-        position: Which coordinate comes when; broadcasts with the solution.
-        method: If ``"incremental"``, settles one coordinate a sweep.
-        size: Of what else a sweep gave, the size of what each coordinate is a difference of.
-        first: The first sweep after which to look.
+        sweep: Returns a better solution, exact in one more coordinate, and any by-products.
+        start: The first guess, finite.
+        position: The position of each coordinate in the order; broadcasts with the solution.
+        method: If ``"incremental"``, solves for one coordinate in each sweep.
+        size: The magnitude, from a sweep's by-products, of the terms whose difference each
+            coordinate is.
+        first: The first sweep after which to check convergence.
 
     Returns:
-        The solution, what else the last sweep gave, and the number of sweeps.
+        The solution, the by-products of the last sweep, and the number of sweeps.
     """
     x, D, eps = start, position.numel(), torch.finfo(start.dtype).eps
     if method != "incremental" and start.numel() and has_values(start):
@@ -72,7 +75,7 @@ def settle(
                 return x, found, k
             if k < first:
                 continue
-            # Relative to each coordinate: small ones may be large for those that come after.
+            # Relative to each coordinate: a small one may have large effects on later ones.
             own = (x.abs() + size(found).abs()).clamp_min_(torch.finfo(x.dtype).tiny)
             excess = float(((x - guess).abs_() / own).amax()) / (ROUNDING * eps)
             if excess <= 1:
@@ -80,8 +83,8 @@ def settle(
             if math.isnan(excess):
                 break
             first = k + max(1, int(math.log(min(excess, 1 / eps), GAIN)))
-    # Coordinate k listens only to the k - 1 before it, so sweep k settles it for good. The others
-    # wait at the start: a half-found value could overflow, and zero weights don't stop a NaN.
+    # Coordinate k depends only on the k - 1 before it, so sweep k solves for it exactly. Later ones
+    # stay at the start: intermediate values could overflow, and zero weights don't stop a NaN.
     x = start
     for k in range(D):
         new, found = sweep(x)

@@ -3,8 +3,8 @@ r"""The exact inverse of an autoregressive map, and its gradient.
 .. math::
     y_i = f(x_i; p_i(x_{<i})) \quad\Longleftrightarrow\quad x_i = f^{-1}(y_i; p_i(x_{<i}))
 
-It is found by sweeps, or coordinate by coordinate. Its gradient, by the implicit function theorem,
-takes a solve with the transposed Jacobian and no graph of the way back.
+It is computed by sweeps, or coordinate by coordinate. Its gradient, by the implicit function
+theorem, takes a solve with the transposed Jacobian and no graph of the iteration.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .blockwise import Autoregressive, Cut, can_be_cut, solve_in_blocks, transposed_in_blocks
-from .fixed_point import has_values, runs_eagerly, settle
+from .fixed_point import has_values, runs_eagerly, solve_by_sweeps
 
 __all__ = ["attach_gradient", "check_round_trip", "leaves_of", "walk_back"]
 ROUND_TRIP = {torch.float64: 1e-10, torch.float32: 1e-4}
 
 
 def walk_back(flow: Autoregressive, y: Tensor, method: str = "auto") -> tuple[Tensor, Tensor]:
-    """The noise of ``y`` and the log-slopes there, both of the shape of ``y``; see :func:`invert`.
+    """The noise of ``y`` and the log slopes there, both of the shape of ``y``; see :func:`invert`.
 
     Where gradients are on, both are differentiable as :func:`attach_gradient` says.
     """
@@ -38,7 +38,7 @@ def walk_back(flow: Autoregressive, y: Tensor, method: str = "auto") -> tuple[Te
         x, params = _solve(flow, y, method)
     if can_be_cut(flow):
         used = (y, flow.context, *flow.network.weights)
-    else:  # nobody knows what it uses, or whether it says the same twice
+    else:  # its dependencies are unknown, and two calls may differ
         params = flow.params_at(x)
         used = (y, *params)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in used):
@@ -51,9 +51,9 @@ def walk_back(flow: Autoregressive, y: Tensor, method: str = "auto") -> tuple[Te
 def attach_gradient(flow: Autoregressive, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     r"""Makes a known inverse ``x`` of ``y`` differentiable, by the implicit function theorem.
 
-    With :math:`y = f_\theta(x)`, the Jacobian :math:`J = \partial f_\theta / \partial x`, and
-    :math:`v, w` the gradients in :math:`x` and in the log-slope :math:`s_\theta(x)`, those in
-    :math:`y` and :math:`\theta` are
+    Let :math:`y = f_\theta(x)` with the Jacobian :math:`J = \partial f_\theta / \partial x`, and
+    let :math:`v, w` be the gradients in :math:`x` and in the log slope :math:`s_\theta(x)`. Then
+    those in :math:`y` and :math:`\theta` are
 
     .. math::
         u = J^{-\mathsf T} \Bigl( v + \bigl(\tfrac{\partial s}{\partial x}\bigr)^{\mathsf T} w
@@ -61,18 +61,18 @@ def attach_gradient(flow: Autoregressive, x: Tensor, y: Tensor) -> tuple[Tensor,
         \bigl(\tfrac{\partial s}{\partial \theta}\bigr)^{\mathsf T} w -
         \bigl(\tfrac{\partial f}{\partial \theta}\bigr)^{\mathsf T} u.
 
-    Costs one network pass now, and backward as much as :func:`solve_transposed`, one pass back to
-    the parameters, and one to the noise if the log-slope is used. All of it is of the map as it is
-    now, whatever becomes of its parameters.
+    Costs one network pass. The backward pass costs as much as :func:`solve_transposed`, a backward
+    pass to the parameters, and one to the noise if the log slope is used. The gradient is that of
+    the map at this call, also if its parameters change before the backward pass.
 
     Args:
         flow: The autoregressive map.
-        x: The inverse of ``y``, of the same shape. Its own graph is left aside.
+        x: The inverse of ``y``, of the same shape. Its own graph is ignored.
         y: Value, of shape ``batch_shape + (D,)``.
 
     Returns:
-        ``x``, and the map's log-slope there, both like ``y`` and differentiable once in ``y`` and
-        in all that the map uses.
+        ``x``, and the map's log slope there, both like ``y`` and differentiable once in ``y``, the
+        context and the parameters.
 
     Warns:
         RuntimeWarning: As :func:`check_round_trip`.
@@ -87,7 +87,7 @@ def attach_gradient(flow: Autoregressive, x: Tensor, y: Tensor) -> tuple[Tensor,
         torch.Size([5, 3])
     """
     point = x.detach().clone().requires_grad_()
-    point.is_passing = True  # type: ignore[attr-defined]  # a leaf of no one's: see leaves_of
+    point.is_internal = True  # type: ignore[attr-defined]  # not a leaf for leaves_of
     again, log_slope = flow.univariate.forward(point, *flow.params_at(point))
     check_round_trip(flow, again, y)
     log_slope = log_slope.expand_as(again).to(again.dtype)
@@ -96,7 +96,7 @@ def attach_gradient(flow: Autoregressive, x: Tensor, y: Tensor) -> tuple[Tensor,
 
 
 class _Implicit(torch.autograd.Function):
-    """The inverse and its log-slope, where the map makes ``again`` of the inverse ``x``."""
+    """The inverse ``x`` and its log slope, where the map carries ``x`` to ``again``."""
 
     @staticmethod
     def forward(
@@ -104,7 +104,7 @@ class _Implicit(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.x, ctx.log_slope = x, log_slope
-        # All of it as it is now: parameters may have moved on when the gradient is asked for.
+        # Fixed here, as parameters may change before the backward pass.
         if can_be_cut(flow):
             ctx.solve = partial(transposed_in_blocks, Cut(flow, y.shape, "auto", keep=True), x)
         else:
@@ -116,7 +116,7 @@ class _Implicit(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "The gradient of an inverse can be taken once, not twice. Differentiate the "
-                "inverse with torch.func, for instance torch.func.hessian, which unrolls it."
+                "inverse with torch.func, such as torch.func.hessian, which unrolls it."
             )
         if w is not None and ctx.log_slope.requires_grad:
             (slope,) = torch.autograd.grad(
@@ -148,8 +148,9 @@ def _transposed_by_sweeps(
         (product,) = torch.autograd.grad(y, x, u, retain_graph=True)
         return u + (v - product) / scale, None
 
-    position = torch.argsort(order.flip(0))  # the last coordinate comes first
-    return settle(sweep, torch.zeros_like(v), position, "auto", size=lambda _: v / scale)[0]
+    position = torch.argsort(order.flip(0))  # from the last coordinate to the first
+    start = torch.zeros_like(v)
+    return solve_by_sweeps(sweep, start, position, "auto", size=lambda _: v / scale)[0]
 
 
 def _solve(flow: Autoregressive, y: Tensor, method: str) -> tuple[Tensor, Sequence[Tensor]]:
@@ -163,26 +164,24 @@ def _solve(flow: Autoregressive, y: Tensor, method: str) -> tuple[Tensor, Sequen
         x, log_slope = flow.univariate.inverse(y, *params)
         return x, (params, log_slope)
 
-    def size(found: tuple[Sequence[Tensor], Tensor]) -> Tensor:
-        return y / found[1].exp()
-
-    position = torch.argsort(flow.order)
-    start = torch.zeros_like(y)
-    x, (params, _), _ = settle(sweep, start, position, method, size=size)
+    start, position = torch.zeros_like(y), torch.argsort(flow.order)
+    x, (params, _), _ = solve_by_sweeps(
+        sweep, start, position, method, size=lambda found: y / found[1].exp()
+    )
     return x, params
 
 
-# The residual that was told of each network.
-_told: Any = WeakIdKeyDictionary()
+# The residual of each network at its last warning.
+_warned: Any = WeakIdKeyDictionary()
 
 
 def check_round_trip(flow: Any, again: Tensor, y: Tensor) -> None:
-    """Warns if ``again``, which a flow made of the inverse of ``y``, is not ``y``.
+    """Warns if ``again``, the value of the computed inverse of ``y``, is not ``y``.
 
-    Rounding does that where huge numbers cancel: the map is too ill-conditioned for its dtype. The
-    bound on ``|again - y| / (1 + |y|)`` is 1e-10 in float64, 1e-4 in float32 and 0.1 in half
-    precision. It is told once of each network, and again where it is ten times as much. Does
-    nothing under vmap or a tracer, where there are no values to look at.
+    The cause is rounding where large numbers cancel: the map is too ill-conditioned for its dtype.
+    The bound on ``|again - y| / (1 + |y|)`` is 1e-10 in float64, 1e-4 in float32 and 0.1 in half
+    precision. Warns once for each network, and again if the residual is ten times as large. Does
+    nothing under vmap or a tracer, where tensors have no values.
 
     Warns:
         RuntimeWarning: With the size of the residual.
@@ -200,13 +199,13 @@ def check_round_trip(flow: Any, again: Tensor, y: Tensor) -> None:
             return
         residual = float(residuals.where(y.isfinite(), 0).amax())
     network = getattr(flow, "network", flow)
-    if not residual <= max(bound, 10 * _told.get(network, 0.0)):
-        _told[network] = residual
+    if not residual <= max(bound, 10 * _warned.get(network, 0.0)):
+        _warned[network] = residual
         remedy = "Look at the scales that training reached"
         remedy += "." if y.dtype == torch.float64 else ", or use .double()."
         warnings.warn(
             f"The inverse of a value of shape {tuple(y.shape)} comes back only to within "
-            f"{residual:.1e} of it, relative to 1 + |y|, in {y.dtype}: the flow is too "
+            f"{residual:.1e} of it, relative to 1 + |y|, in {y.dtype}, since the flow is too "
             f"ill-conditioned there. {remedy}",
             RuntimeWarning,
             stacklevel=2,
@@ -214,7 +213,7 @@ def check_round_trip(flow: Any, again: Tensor, y: Tensor) -> None:
 
 
 def leaves_of(loss: Tensor) -> list[Tensor]:
-    """The tensors whose gradient a backward pass would fill, and somebody could read."""
+    """The leaf tensors, apart from internal ones, whose gradient a backward pass would fill."""
     found: dict[int, Tensor] = {}
     seen, queue = set(), [loss.grad_fn]
     while queue:
@@ -222,7 +221,7 @@ def leaves_of(loss: Tensor) -> list[Tensor]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if hasattr(node, "variable") and not hasattr(node.variable, "is_passing"):
+        if hasattr(node, "variable") and not hasattr(node.variable, "is_internal"):
             found[id(node.variable)] = node.variable
         queue += [source for source, _ in node.next_functions]
     return list(found.values())

@@ -1,13 +1,13 @@
-r"""The score of a flow's density at its own draws, for gradients that stick the landing.
+r"""The score of a flow's density at its own draws, for "sticking the landing" gradients.
 
-Along the pass from noise to value, one flow :math:`x \mapsto y` after the other,
+Each flow :math:`x \mapsto y` on the way from noise to value carries the score along,
 
 .. math::
     \nabla_y \log q(y) = J^{-\mathsf T} \bigl( \nabla_x \log q(x) - \nabla_x \log |\det J| \bigr).
 
-The gradient of an ELBO through the draws alone, with this score held still, is right in mean
-and has no variance where the guide is the posterior (Roeder et al. 2017,
-https://arxiv.org/abs/1703.09194; for flows, Vaitl et al. 2022, https://arxiv.org/abs/2207.08219).
+The gradient of an ELBO through the draws alone, with this score held constant, is unbiased, and has
+no variance where the guide is the posterior (Roeder et al. 2017, https://arxiv.org/abs/1703.09194;
+for flows, Vaitl et al. 2022, https://arxiv.org/abs/2207.08219).
 """
 
 from __future__ import annotations
@@ -27,51 +27,50 @@ from ..nn.made import product
 from ..nn.univariate import Derivatives
 from .blockwise import Autoregressive, can_be_cut
 from .fixed_point import runs_eagerly
-from .score_kernel import MAX_WRITTEN_OUT, Carrier, by_jacobian, carried, has_kernel
+from .score_kernel import MAX_JACOBIAN_DIM, Carrier, carry, carry_by_jacobian, has_kernel
 
 __all__ = [
     "Carrier",
     "Drawn",
     "Scored",
     "Solver",
-    "can_be_written_out",
     "draw_with_score",
+    "has_explicit_jacobian",
     "noise_of_draw",
-    "written_out",
+    "pass_with_carrier",
 ]
 
 
 class Scored(Protocol):
-    """What a bijection owes, to be passed with the score of its density."""
+    """The methods of a bijection that :func:`draw_with_score` needs."""
 
     def forward_shape(self, shape: torch.Size) -> torch.Size: ...
 
     def pass_with_score(self, x: Tensor, by_kernel: bool) -> tuple[Tensor, Tensor, Step]:
-        """The value of ``x``, the log-slopes, and what the score is to be carried through."""
+        """The value of ``x``, the log slopes, and the step that carries the score."""
 
     def remember(self, x: Tensor, y: Tensor, log_slope: Tensor) -> None:
-        """Keeps the pass from ``x`` for when ``y`` is scored."""
+        """Keeps the pass from ``x`` until ``y`` is scored."""
 
     def solve_transposed(self, x: Tensor, v: Tensor) -> Tensor:
         """The ``u`` with ``J^T u = v``, where J is the Jacobian at ``x``."""
 
 
 class Solver(NamedTuple):
-    """A flow that solves the transposed system by itself, with the slope of its log-determinant."""
+    """The step of a flow with its own :meth:`Scored.solve_transposed`."""
 
     part: Scored
     x: Tensor
-    slope: Tensor
+    slope: Tensor  # the gradient of the log-determinant at x
 
 
 Step: TypeAlias = Carrier | Solver
 
 
 class Drawn(NamedTuple):
-    """What flows make of noise, its log density, and the gradient of that there.
+    """A value that flows produced, its log density, and its score.
 
-    Value and density have their graphs; the gradient has none. ``steps`` are what the gradient was
-    carried through, of each flow.
+    Value and log density have their graphs; the score has none. There is one step for each flow.
     """
 
     value: Tensor
@@ -84,22 +83,22 @@ class Drawn(NamedTuple):
 
     def solve_transposed(self, v: Tensor) -> Tensor:
         """The ``u`` with ``J^T u = v``, where J is the Jacobian of all the flows."""
-        still: list[Step] = []
+        steps: list[Step] = []  # without the log-determinants
         for step in self.steps:
             if isinstance(step, Solver):
-                still.append(step._replace(slope=torch.zeros_like(step.slope)))
+                steps.append(step._replace(slope=torch.zeros_like(step.slope)))
             else:
                 by_x, by_params, *_ = step.slopes
                 slopes = Derivatives(by_x, by_params, None, [None] * len(by_params))
-                still.append(step._replace(slopes=slopes))
-        return _carry(v.expand_as(self.value), still, self.by_kernel)
+                steps.append(step._replace(slopes=slopes))
+        return _carry_through(v.expand_as(self.value), steps, self.by_kernel)
 
     def lend_noise(self, leaf: Tensor) -> Tensor | None:
-        """A leaf that :func:`noise_of_draw` gives for this leaf, which is the value; or None.
+        """A leaf with the noise, which :func:`noise_of_draw` returns for ``leaf``, or None.
 
-        Noise that has no parameters is a constant of the draw. What is held still, and listens to
-        it, is a function of the value through it: its gradient in the noise is to be solved for by
-        hand, once.
+        ``leaf`` is the value without its graph. A density whose parameters depend on the noise
+        depends on the value through it. Its gradient in the noise, solved with the transposed
+        Jacobian once, is that in the value. None if the noise has a gradient of its own.
         """
         if self.noise.requires_grad or self.noise.shape != leaf.shape:
             return None
@@ -108,11 +107,11 @@ class Drawn(NamedTuple):
         return noise
 
 
-_lent = WeakIdKeyDictionary()  # a draw without its graph: the flows that made it, and its noise
+_lent = WeakIdKeyDictionary()  # a draw without its graph: the flows that produced it, and its noise
 
 
 def noise_of_draw(stack: Any, value: Tensor) -> Tensor:
-    """The noise that a stack of flows made a value of, or would have."""
+    """The noise of a value under a stack of flows, lent or by the inverse."""
     parts, noise = _lent.get(value, ((), None))
     if len(parts) == len(stack.parts) and all(map(operator.is_, parts, stack.parts)):
         return noise  # type: ignore[no-any-return]
@@ -132,9 +131,9 @@ def draw_with_score(
         parts: The flows, the first acts on the noise.
         x: Noise, of shape ``batch_shape + (D,)``.
         log_q: Its log density, by default that of the standard normal.
-        score: The gradient of that.
-        remember: Whether the flows are to know what they made, as in code that runs step by step;
-            the kernel is loaded for it.
+        score: The gradient of ``log_q`` in ``x``.
+        remember: Whether the flows remember their passes, for code that runs step by step. If so,
+            the kernel is loaded too.
     """
     if log_q is None or score is None:
         log_q, score = -0.5 * (x.square() + math.log(2 * math.pi)).sum(-1), -x
@@ -142,66 +141,66 @@ def draw_with_score(
     steps: list[Step] = []
     for part in parts:
         shape = part.forward_shape(x.shape)
-        before = x if x.shape == shape else x.expand(shape)  # the very tensor, to be known by
+        # Where nothing is to be expanded, the same tensor: flows remember it by identity.
+        before = x if x.shape == shape else x.expand(shape)
         x, log_slope, step = part.pass_with_score(before, by_kernel)
         steps.append(step)
         log_q = log_q - log_slope.sum(-1)
         if remember:
             part.remember(before, x, log_slope)
-    score = _carry(score.expand_as(x), steps, by_kernel)
+    score = _carry_through(score.expand_as(x), steps, by_kernel)
     return Drawn(x, log_q, score, noise, parts, steps, by_kernel)
 
 
 def _goes_by_kernel(x: Tensor, is_wanted: bool) -> bool:
-    """Whether a kernel of ours carries the score; what is recorded finds one later."""
+    """Whether the kernel carries the score; recorded code looks for it when it runs."""
     return x.device.type == "cpu" and (not runs_eagerly() or (is_wanted and has_kernel()))
 
 
 @torch.no_grad()
-def _carry(score: Tensor, steps: Sequence[Step], by_kernel: bool) -> Tensor:
+def _carry_through(score: Tensor, steps: Sequence[Step], by_kernel: bool) -> Tensor:
     for _, alike in itertools.groupby(
         steps, lambda step: isinstance(step, Carrier) and step.layout
     ):
         run = list(alike)
         flows = [step for step in run if isinstance(step, Carrier)]
         if flows and by_kernel:
-            score = carried(score, flows)  # at once
+            score = carry(score, flows)
             continue
         for step in run:
             if isinstance(step, Solver):
                 score = step.part.solve_transposed(step.x, score - step.slope)
             else:
-                slopes, bends, weights, network = step
-                score = by_jacobian(score, slopes, bends, weights, network.order)
+                slopes, activation_slopes, weights, network = step
+                score = carry_by_jacobian(score, slopes, activation_slopes, weights, network.order)
     return score
 
 
-def can_be_written_out(flow: Autoregressive, by_kernel: bool) -> bool:
-    """Whether the Jacobian is made of a network of ours, and is small where there is no kernel."""
-    return (by_kernel or len(flow.order) <= MAX_WRITTEN_OUT) and can_be_cut(flow)
+def has_explicit_jacobian(flow: Autoregressive, by_kernel: bool) -> bool:
+    """Whether the Jacobian can be computed from the network's weights, and is small or not formed.
+
+    The kernel does not form it.
+    """
+    return (by_kernel or len(flow.order) <= MAX_JACOBIAN_DIM) and can_be_cut(flow)
 
 
-def written_out(flow: Autoregressive, x: Tensor) -> tuple[Tensor, Tensor, Carrier]:
-    """The value and the log-slopes, and what the Jacobian of a network of ours is made of."""
+def pass_with_carrier(flow: Autoregressive, x: Tensor) -> tuple[Tensor, Tensor, Carrier]:
+    """The value and the log slopes, and the factors of the Jacobian."""
     network = flow.network
     *hidden, output, offsets = map(product, network.factors())
-    if flow.context is None:
-        shift = offsets[:, 0]
-    else:
-        shift = functional.linear(flow.context, offsets[:, 1:], offsets[:, 0])
-    *shifts, last = shift.split_with_sizes([*network.hidden_dims, len(output)], -1)
+    *shifts, last_shift = network.shifts(offsets, flow.context)
     h: Tensor = x
-    bends = []
+    activation_slopes = []
     for weight, shift in zip(hidden, shifts, strict=True):
-        h, bend = _bend(network.activation, _linear(h, weight, shift))
-        bends.append(bend)
+        h, slope = _activation_and_slope(network.activation, _linear(h, weight, shift))
+        activation_slopes.append(slope)
     inputs = torch.cat([h.expand(*x.shape[:-1], h.shape[-1]), x], -1)
-    params = _linear(inputs, output, last).chunk(flow.univariate.num_params, -1)
+    params = _linear(inputs, output, last_shift).chunk(flow.univariate.num_params, -1)
     y, log_slope = flow.univariate.forward(x, *params)
     with torch.no_grad():
-        slopes = flow.univariate.derivatives(x, *params)
+        derivatives = flow.univariate.derivatives(x, *params)
     weights = [weight.detach() for weight in (*hidden, output)]
-    return y, log_slope, Carrier(slopes, bends, weights, network)
+    return y, log_slope, Carrier(derivatives, activation_slopes, weights, network)
 
 
 def _linear(h: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
@@ -210,8 +209,8 @@ def _linear(h: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
     return functional.linear(h, weight) + shift
 
 
-def _bend(activation: nn.Module, z: Tensor) -> tuple[Tensor, Tensor]:
-    """An activation, and its slope without a graph."""
+def _activation_and_slope(activation: nn.Module, z: Tensor) -> tuple[Tensor, Tensor]:
+    """The activation at ``z``, and its slope there without a graph."""
     if type(activation) is nn.ELU and activation.alpha == 1 and not activation.inplace:
         h = functional.elu(z)
         return h, h.detach().clamp(max=0).add_(1)

@@ -3,10 +3,10 @@ r"""The score of a density, carried through flows, as one operation of a graph.
 .. math::
     J^{\mathsf T} u = v, \qquad v = \nabla_x \log q(x) - \nabla_x \log |\det J|
 
-The Jacobian of an autoregressive map is triangular, so the coordinates of :math:`u` are found one
-after the other, and with each the units of the network that hear of no other. That is the work of
-one backward pass, in as many small parts as there are coordinates: nothing for PyTorch, so there is
-a kernel in C++ for it, and where there is no compiler the same in slow.
+The Jacobian of an autoregressive map is triangular, so the coordinates of :math:`u` are solved one
+after the other, each with the network's units that no earlier coordinate needs. This is the work of
+one backward pass, cut into D small parts, which are slow as operations of PyTorch. So there is a
+kernel in C++, and PyTorch code for machines without a compiler.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..nn.made import MaskedAutoregressiveNetwork
 from ..nn.univariate import Derivatives
 
-__all__ = ["MAX_WRITTEN_OUT", "Carrier", "by_jacobian", "carried", "has_kernel", "load_kernel"]
+__all__ = ["MAX_JACOBIAN_DIM", "Carrier", "carry", "carry_by_jacobian", "has_kernel", "load_kernel"]
 
-# Up to so many coordinates a Jacobian is written out where there is no kernel.
-MAX_WRITTEN_OUT = 64
+# Without the kernel, up to so many coordinates the Jacobian is computed as a matrix.
+MAX_JACOBIAN_DIM = 64
 
-# A thread should have so many multiplications to do.
+# Each thread should have at least so many multiplications to do.
 WORK_PER_THREAD = 2_000_000
 
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-pthread"]
@@ -50,7 +50,7 @@ _loading = threading.Lock()
 
 
 def load_kernel() -> None:
-    """Compiles the kernel, or loads it where that was done; leaves it out where neither works."""
+    """Loads the kernel, compiled if need be; logs a warning if that fails."""
     with _loading:
         try:
             if not _kernel and shutil.which(os.environ.get("CXX", "g++")):
@@ -64,24 +64,28 @@ def load_kernel() -> None:
 
 @functools.cache
 def has_kernel() -> bool:
-    """Whether the kernel is there; loads it."""
+    """Loads the kernel; returns whether that worked."""
     load_kernel()
     return bool(_kernel)
 
 
 def _compiled_kernel() -> Path:
-    from torch._inductor.runtime.cache_dir_utils import cache_dir  # which changes warnings' filters
+    from torch._inductor.runtime.cache_dir_utils import (
+        cache_dir,
+    )  # which changes the filters of warnings
 
     source = Path(__file__).with_suffix(".cpp")
     libraries = Path(torch.__file__).parent / "lib"
     command = [os.environ.get("CXX", "g++"), *FLAGS, str(source)]
     command += [f"-L{libraries}", "-ltorch_cpu", f"-Wl,-rpath,{libraries}"]
-    made_for = [source.read_text(), *command, torch.__version__, platform.platform(), _processor()]
-    name = f"pyro_iaf_carry_{hashlib.sha256(repr(made_for).encode()).hexdigest()[:16]}.so"
+    key = [source.read_text(), *command, torch.__version__, platform.platform(), _processor()]
+    name = f"pyro_iaf_carry_{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.so"
     library = Path(cache_dir()) / name
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=library.parent) as folder:  # whole or not at all
+        with tempfile.TemporaryDirectory(
+            dir=library.parent
+        ) as folder:  # so that no other process sees half a file
             fresh = Path(folder) / name
             command += ["-o", str(fresh)]
             subprocess.run(command, check=True, capture_output=True, text=True)
@@ -91,11 +95,11 @@ def _compiled_kernel() -> Path:
 
 def _register(name: str) -> None:
     if _kernel[0].register_carry(name.encode()):
-        raise OSError(f"PyTorch does not take the kernel of {name}")
+        raise OSError(f"PyTorch refused to register the kernel of {name}")
 
 
 def _processor() -> str:
-    """What the machine code may use, for caches that several machines share."""
+    """The processor's features, since several machines may share a cache."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -104,115 +108,124 @@ def _processor() -> str:
 
 
 class Carrier(NamedTuple):
-    """What a flow's score is carried by.
+    """The derivatives of one pass through a flow, which carry a score.
 
     Attributes:
         slopes: The derivatives of the univariate map, of the noise's shape.
-        bends: The slopes of the activations, one tensor for each hidden layer.
-        weights: Masked, of the hidden layers and of the outputs.
-        network: The network, of which sizes and order are used.
+        activation_slopes: The derivatives of the activations, a tensor for each hidden layer.
+        weights: The masked weights of the hidden layers and of the outputs.
+        network: The network, for its sizes and its order.
     """
 
     slopes: Derivatives
-    bends: Sequence[Tensor]
+    activation_slopes: Sequence[Tensor]
     weights: Sequence[Tensor]
     network: MaskedAutoregressiveNetwork
 
     @property
     def layout(self) -> tuple[int, int, int]:
-        """How many hidden layers and parameters there are, and which slopes are not zero."""
+        """The number of hidden layers, that of parameters, and a bit for each log slope given."""
         slopes = [self.slopes.log_slope_by_x, *self.slopes.log_slope_by_params]
         given = sum(2**k for k, slope in enumerate(slopes) if slope is not None)
-        return len(self.bends), len(self.slopes.by_params), given
+        return len(self.activation_slopes), len(self.slopes.by_params), given
 
 
-def carried(score: Tensor, flows: Sequence[Carrier]) -> Tensor:
-    """The score of what flows of one layout made of noise, as one operation.
+def carry(score: Tensor, flows: Sequence[Carrier]) -> Tensor:
+    """The score at the flows' output, as one operation.
 
     Args:
-        score: Of the noise, of shape ``batch_shape + (D,)``.
-        flows: The flows, the first acts on the noise.
+        score: The score at the noise, of shape ``batch_shape + (D,)``.
+        flows: The flows, all of one layout; the first acts on the noise.
     """
     K, D = score.shape[:-1].numel(), score.shape[-1]
     tensors: list[Tensor] = []
     _, P, given = flows[0].layout
-    for slopes, bends, weights, network in flows:
+    for slopes, activation_slopes, weights, network in flows:
         own = [slopes.by_x, *slopes.by_params, slopes.log_slope_by_x, *slopes.log_slope_by_params]
-        own += bends
+        own += activation_slopes
         wide = [part.expand(*score.shape[:-1], -1) for part in own if part is not None]
         tensors += [part.reshape(K, -1) for part in wide]
-        with _disable_current_modes():  # it follows from the sizes, so it is not part of a graph
+        with _disable_current_modes():  # a constant, so no part of a graph
             bounds = torch.arange(D + 1, device=score.device)
             starts = torch.stack([torch.searchsorted(d, bounds) for d in network.hidden_degrees()])
         tensors += [*weights, network.order.contiguous(), starts]
     numbers = K * sum(weight.numel() for _, _, weights, _ in flows for weight in weights)
     num_threads = max(1, min(torch.get_num_threads(), K, numbers // WORK_PER_THREAD))
-    run = _operation(len(tensors)) if score.dtype in (torch.float32, torch.float64) else _in_slow
+    run = (
+        _operation(len(tensors))
+        if score.dtype in (torch.float32, torch.float64)
+        else _without_kernel
+    )
     found: Tensor = run(score.reshape(K, D), *tensors, len(flows), num_threads, P, given)
     return found.reshape(score.shape)
 
 
 @functools.cache
 def _operation(count: int) -> Any:
-    # With so many arguments and not with a list, which compiled code would hand over by way of
-    # headers that take the compiler six seconds to read.
+    # An argument for each tensor, since for a list compiled code includes headers that take the
+    # compiler six seconds to read.
     name = f"carry_{count}"
     arguments = ", ".join(["Tensor score", *(f"Tensor t{k}" for k in range(count))])
     library = torch.library.Library("pyro_iaf", "FRAGMENT")
     numbers = "int num_flows, int num_threads, int num_params, int given"
     library.define(f"{name}({arguments}, {numbers}) -> Tensor")
-    library.impl(name, _in_slow, "CompositeExplicitAutograd")  # where no kernel is registered
+    library.impl(name, _without_kernel, "CompositeExplicitAutograd")  # if no kernel is registered
     library.impl(name, lambda score, *_: score.new_empty(score.shape), "Meta")
-    _libraries.append(library)  # an operation lasts as long as its library
+    _libraries.append(library)  # which an operation needs alive
     _defined.append(name)
     if _kernel:
         _register(name)
     return getattr(torch.ops.pyro_iaf, name).default
 
 
-def _in_slow(score: Tensor, *arguments: Any) -> Tensor:
-    """The same without the kernel."""
+def _without_kernel(score: Tensor, *arguments: Any) -> Tensor:
+    """The operation in PyTorch code."""
     *tensors, num_flows, _, P, given = arguments
     L = (len(tensors) // num_flows - P - given.bit_count() - 4) // 2
     left = iter(tensors)
     for _ in range(num_flows):
         by_x, *by_params = itertools.islice(left, 1 + P)
-        bend, *by_log = [next(left) if given >> k & 1 else None for k in range(1 + P)]
-        slopes = Derivatives(by_x, by_params, bend, by_log)
-        bends, weights = list(itertools.islice(left, L)), list(itertools.islice(left, L + 1))
-        score = _through_one(score, slopes, bends, weights, next(left), next(left))
+        log_slope_by_x, *by_log = [next(left) if given >> k & 1 else None for k in range(1 + P)]
+        slopes = Derivatives(by_x, by_params, log_slope_by_x, by_log)
+        activation_slopes, weights = (
+            list(itertools.islice(left, L)),
+            list(itertools.islice(left, L + 1)),
+        )
+        score = _carry_through(score, slopes, activation_slopes, weights, next(left), next(left))
     return score.contiguous()
 
 
-def _through_one(
+def _carry_through(
     score: Tensor,
     slopes: Derivatives,
-    bends: list[Tensor],
+    activation_slopes: list[Tensor],
     weights: list[Tensor],
     order: Tensor,
     starts: Tensor,
 ) -> Tensor:
-    if score.shape[1] <= MAX_WRITTEN_OUT:
-        return by_jacobian(score, slopes, bends, weights, order)
-    return _one_by_one(score, slopes, bends, weights, order.tolist(), starts.tolist())
+    if score.shape[1] <= MAX_JACOBIAN_DIM:
+        return carry_by_jacobian(score, slopes, activation_slopes, weights, order)
+    return _coordinate_by_coordinate(
+        score, slopes, activation_slopes, weights, order.tolist(), starts.tolist()
+    )
 
 
-def by_jacobian(
+def carry_by_jacobian(
     score: Tensor,
     slopes: Derivatives,
-    bends: Sequence[Tensor],
+    activation_slopes: Sequence[Tensor],
     weights: Sequence[Tensor],
     order: Tensor,
 ) -> Tensor:
-    """The score of what one flow made, by its Jacobian, written out layer by layer."""
-    by_x, by_params, bend_of_map, log_by_params = slopes
+    """The score at one flow's output, by its Jacobian as a matrix."""
+    by_x, by_params, log_slope_by_x, log_by_params = slopes
     *hidden, output = weights
     H = output.shape[1] - score.shape[-1]
     rows: Any = None
-    for weight, bend in zip(hidden, bends, strict=True):
-        rows = bend.unsqueeze(-1) * (weight if rows is None else weight @ rows)
+    for weight, slope in zip(hidden, activation_slopes, strict=True):
+        rows = slope.unsqueeze(-1) * (weight if rows is None else weight @ rows)
     of_params = (output[:, :H] @ rows + output[:, H:]).chunk(len(by_params), -2)
-    score = score if bend_of_map is None else score - bend_of_map
+    score = score if log_slope_by_x is None else score - log_slope_by_x
     jacobian = by_params[0].unsqueeze(-1) * of_params[0]
     for by, of in zip(by_params[1:], of_params[1:], strict=True):
         jacobian = torch.addcmul(jacobian, by.unsqueeze(-1), of)
@@ -225,28 +238,28 @@ def by_jacobian(
     return solved.squeeze(-2)[..., torch.argsort(order)]
 
 
-def _one_by_one(
+def _coordinate_by_coordinate(
     score: Tensor,
     slopes: Derivatives,
-    bends: list[Tensor],
+    activation_slopes: list[Tensor],
     weights: list[Tensor],
     order: list[int],
     starts: list[list[int]],
 ) -> Tensor:
-    """The same as in the kernel, for all particles at once."""
-    by_x, by_params, bend_of_map, log_by_params = slopes
-    score = score if bend_of_map is None else score - bend_of_map
+    """The kernel's algorithm, for all particles at once."""
+    by_x, by_params, log_slope_by_x, log_by_params = slopes
+    score = score if log_slope_by_x is None else score - log_slope_by_x
     *hidden, output = weights
-    D, H = score.shape[1], bends[-1].shape[1]
+    D, H = score.shape[1], activation_slopes[-1].shape[1]
     in_x = torch.zeros_like(score)
-    in_units = [torch.zeros_like(bend) for bend in bends]
+    in_units = [torch.zeros_like(slope) for slope in activation_slopes]
     solved = torch.empty_like(score)
     for p in range(D - 1, -1, -1):
         for k in range(len(hidden) - 1, -1, -1):
             if p + 1 < D:
                 units = slice(*starts[k][p + 1 : p + 3])
                 below = in_units[k - 1] if k else in_x
-                below += (in_units[k][:, units] * bends[k][:, units]) @ hidden[k][units]
+                below += (in_units[k][:, units] * activation_slopes[k][:, units]) @ hidden[k][units]
         i = order[p]
         solved[:, i] = u = (score[:, i] - in_x[:, i]) / by_x[:, i]
         of_params = [

@@ -13,8 +13,8 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from ..compiler.recorder import opened
-from ..models.arguments import Args, Batch, Kwargs, Program, refusal
+from ..compiler.recorder import flatten_tensors
+from ..models.arguments import Args, Batch, Kwargs, Program, signature_error
 from ..models.traces import quietly
 
 __all__ = ["Batches", "odd_data", "simulated"]
@@ -92,12 +92,12 @@ class Batches:
             TypeError: If the model doesn't take it.
             ValueError: If it has tensors that no gradient goes through.
         """
-        if why := refusal(self.model, args, kwargs):
+        if why := signature_error(self.model, args, kwargs):
             raise TypeError(
                 f"{why} Each minibatch of data should be a tuple of its arguments, a dict of them, "
                 "or the one argument; simulate= brings those that it names."
             )
-        if any(tensor.is_inference() for tensor in opened(args, kwargs)[0]):
+        if any(tensor.is_inference() for tensor in flatten_tensors(args, kwargs)[0]):
             raise ValueError(
                 "fit needs gradients, and among the model's arguments are tensors that were made "
                 "within torch.inference_mode(), which allow none. Make them outside, or give "

@@ -128,7 +128,7 @@ class Checkpoint:
             "rows": run.rows.state(),
             "averages": run.averages,
             "losses": torch.tensor(run.losses, dtype=torch.float64),
-            "health": run.loss.health.item(),
+            "health": run.loss.relative_ess.item(),
             "backend": run.backend,
             "recordings": self._place["recordings"],
             "progress": list(progress),
@@ -198,7 +198,7 @@ class Checkpoint:
         run.losses = saved["losses"].tolist()
         run.step, end, falls_at, run.skipped, run.skipped_in_a_row = saved["progress"]
         schedule.end, schedule.falls_at = end, falls_at
-        run.loss.health = run.loss.health.new_tensor(saved["health"])
+        run.loss.relative_ess = run.loss.relative_ess.new_tensor(saved["health"])
         run.backend = saved["backend"]
         schedule.weights = dict(saved["weights"])
         run.batches.restore(saved["batches"])

@@ -29,8 +29,8 @@ from ..compiler.recorder import (
     by_hash,
     compare,
     disagreement,
+    flatten_tensors,
     kind_of,
-    opened,
 )
 from ..elbo.objectives import Loss
 from ..models.traces import quietly
@@ -111,7 +111,7 @@ class CompiledSteps(Recorder[StepCall, Built]):
         self._last: Built | None = None
         self._live: list[str] = []
         self.device = next(iter(params.values()), torch.zeros(())).device
-        self.best = Replay() if compile == "graph" else lowering.able_backends(self.device)[0]
+        self.best = Replay() if compile == "graph" else lowering.available_backends(self.device)[0]
         # Of those that were built before, too.
         self.wanted = [b.name for b in (lowering.BACKENDS if compile == "auto" else [self.best])]
         # By kinds of arguments, in letters that a checkpoint can hold. What took steps of each kind
@@ -230,7 +230,7 @@ class CompiledSteps(Recorder[StepCall, Built]):
         with torch.random.fork_rng(), torch.no_grad():
             numbers = torch.ones(4, dtype=torch.float64, device=adam.values.device)
             example = _arguments(adam, graph, call)(numbers)
-            whole = _whole_step(graph, adam, len(opened(call.args, call.kwargs)[0]))
+            whole = _whole_step(graph, adam, len(flatten_tensors(call.args, call.kwargs)[0]))
             preparing = Thread(target=self.loss.prepare)
             preparing.start()
             run, found = lowering.lower(whole, example, backend)
@@ -242,29 +242,29 @@ class CompiledSteps(Recorder[StepCall, Built]):
 
     def _graph_of(self, call: StepCall) -> tuple[Graph, list[str]]:
         """The graph of the loss and its gradient, and the parameters that have one."""
-        loss, kept = self.loss, (self.loss.covers, self.loss.health)
+        loss, kept = self.loss, (self.loss.mass_covering, self.loss.relative_ess)
         with torch.random.fork_rng(), quietly():
             self._by_code(call)
             live = [name for name, param in self.params.items() if param.grad is not None]
-        tensors, rebuild = opened(call.args, call.kwargs)
+        tensors, rebuild = flatten_tensors(call.args, call.kwargs)
         if not live:
             raise Refused("Nothing has a gradient, so there is nothing to compile: compile=False.")
         lead = [self.params[live[0]].detach().new_ones(()) for _ in range(2)]
 
-        def run(weight: Tensor, covers: Tensor, health: Tensor, *given: Tensor) -> list[Tensor]:
+        def run(weight: Tensor, covers: Tensor, ess: Tensor, *given: Tensor) -> list[Tensor]:
             self._forget()
-            loss.covers, loss.health = covers, health
+            loss.mass_covering, loss.relative_ess = covers, ess
             args, kwargs = rebuild(list(given))
             value = loss.recordable(args, kwargs, weight if self._weighted else 1.0)
             slopes = [self.params[name].grad for name in live]
-            return [value, loss.health, *slopes]  # type: ignore[list-item]
+            return [value, loss.relative_ess, *slopes]  # type: ignore[list-item]
 
         try:
             with torch.random.fork_rng(), quietly():
-                graph = record(run, [*lead, loss.health, *[t.detach() for t in tensors]])
+                graph = record(run, [*lead, loss.relative_ess, *[t.detach() for t in tensors]])
         finally:
             self._forget()
-            loss.covers, loss.health = kept
+            loss.mass_covering, loss.relative_ess = kept
         return graph, live
 
     def check(self, recording: Built, call: StepCall) -> None:
@@ -278,7 +278,7 @@ class CompiledSteps(Recorder[StepCall, Built]):
         adam = self._adam_of(recording.live)  # of its own, which is at no matter what
         adam.first.zero_()
         adam.second.zero_()
-        adam.state.copy_(adam.state.new_tensor([self.loss.health.item(), 0.0]))
+        adam.state.copy_(adam.state.new_tensor([self.loss.relative_ess.item(), 0.0]))
         with torch.random.fork_rng(), torch.no_grad():
             numbers = adam.state.new_tensor([0.0, 1.0, 0.0, torch.inf])
             found, _ = recording.run(_arguments(adam, recording.graph, call)(numbers))[0]
@@ -289,12 +289,12 @@ class CompiledSteps(Recorder[StepCall, Built]):
     def _by_code(self, call: StepCall) -> Tensor:
         """The loss, and its gradient in the parameters."""
         self._forget()
-        covers, self.loss.covers = self.loss.covers, False
-        kept = self.loss.health
+        covers, self.loss.mass_covering = self.loss.mass_covering, False
+        kept = self.loss.relative_ess
         try:
             return self.loss(call.args, call.kwargs, 1.0)
         finally:
-            self.loss.covers, self.loss.health = covers, kept
+            self.loss.mass_covering, self.loss.relative_ess = covers, kept
 
     def _forget(self) -> None:
         for param in self.params.values():
@@ -308,7 +308,7 @@ class CompiledSteps(Recorder[StepCall, Built]):
             self.stop()
         if self._adam is None:
             self._adam = self._adam_of(built.live)
-            self._adam.state[0] = self.loss.health
+            self._adam.state[0] = self.loss.relative_ess
         return self._adam
 
     def stop(self) -> None:
@@ -316,7 +316,7 @@ class CompiledSteps(Recorder[StepCall, Built]):
         if self._adam is not None:
             self._adam.store()
             self._adam.store_state()
-            self.loss.health = self._adam.state[0].clone()
+            self.loss.relative_ess = self._adam.state[0].clone()
             self._adam = None
 
     def bind(
@@ -350,7 +350,7 @@ def _name(call: StepCall) -> str:
 
 def _arguments(adam: FlatAdam, graph: Graph, call: StepCall) -> Callable[[Tensor], list[Tensor]]:
     """What a whole step takes, by its row of numbers; with fresh noise at each call."""
-    inputs = [tensor.detach() for tensor in opened(call.args, call.kwargs)[0]]
+    inputs = [tensor.detach() for tensor in flatten_tensors(call.args, call.kwargs)[0]]
     views = dict(zip(map(id, adam.params), adam.views, strict=True))
     held = [views.get(id(tensor), tensor) for tensor in graph.tensors]
     others = [tensor for tensor in graph.tensors if id(tensor) not in views]
@@ -381,10 +381,10 @@ def _whole_step(graph: Graph, adam: FlatAdam, num_inputs: int) -> Callable[..., 
         tensors = [next(others) if k is None else views[k] for k in held]
         rate, weight, covers, largest_norm = scalars.unbind()
         lead = [weight.to(values.dtype), covers.to(values.dtype), state[0]]
-        value, health, *slopes = graph.module(*lead, *inputs, *tensors, *noise)
+        value, ess, *slopes = graph.module(*lead, *inputs, *tensors, *noise)
         slope = torch.cat([part.reshape(-1) for part in slopes])
         own = values, first, second, state, rates
-        norm = FlatAdam.step(own, value, health, slope, rate, largest_norm)
+        norm = FlatAdam.step(own, value, ess, slope, rate, largest_norm)
         return (torch.stack([value.to(norm.dtype), norm]),)
 
     return step

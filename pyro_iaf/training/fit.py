@@ -18,7 +18,7 @@ from .._validation import check_size
 from ..elbo.compiled import CompiledTrace_ELBO
 from ..elbo.objectives import RECORDABLE
 from ..models.arguments import check_call, check_pair
-from ..models.traces import taking_turns
+from ..models.traces import handler_lock
 from . import checkpoints
 from .batches import Batches
 from .result import FitResult
@@ -168,7 +168,7 @@ def fit(
         seed = check_size("seed", seed, smallest=0)
         if seed > LARGEST_SEED:
             raise ValueError(f"seed should be an int of at most {LARGEST_SEED}; got {seed}.")
-    with taking_turns:
+    with handler_lock:
         _check_surroundings()
         if seed is not None:
             pyro.set_rng_seed(seed)

@@ -156,7 +156,7 @@ class FlatAdam:
         self.values = torch.cat([param.reshape(-1) for param in params])
         self.first, self.second = average("exp_avg"), average("exp_avg_sq")
         self.rates = torch.cat([p.new_full((p.numel(),), factor_of[id(p)]) for p in params])
-        # The loss's health, and how many steps were taken.
+        # The loss's relative effective sample size, and how many steps were taken.
         self.state = torch.tensor([0.0, *taken], dtype=torch.float64, device=self.values.device)
         self.views = self.in_shape(self.values)
 
@@ -185,7 +185,7 @@ class FlatAdam:
     def step(
         tensors: Sequence[Tensor],
         value: Tensor,
-        health: Tensor,
+        ess: Tensor,
         slope: Tensor,
         rate: Tensor,
         largest_norm: Tensor,
@@ -195,7 +195,7 @@ class FlatAdam:
         Args:
             tensors: As of :attr:`tensors`.
             value: The loss.
-            health: Its health, which is kept with the count of steps.
+            ess: Its relative effective sample size, which is kept with the count of steps.
             slope: Its gradient, as flat.
             rate: The learning rate.
             largest_norm: Of the gradient, whose norm is returned.
@@ -212,7 +212,7 @@ class FlatAdam:
         values.copy_(values - rates * change)
         first.copy_(m)
         second.copy_(v)
-        state.copy_(torch.stack([health.to(state.dtype), state[1] + go]))
+        state.copy_(torch.stack([ess.to(state.dtype), state[1] + go]))
         return norm
 
     def in_shape(self, flat: Tensor) -> list[Tensor]:

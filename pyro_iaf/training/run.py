@@ -35,8 +35,8 @@ from ..flows.scored_guide import (
 from ..models.arguments import Args, Batch, Kwargs, Program
 from ..models.log_joint import LogJoint
 from ..models.matching import Mismatch
-from ..models.nonfinite import at_fault, impossible_data
-from ..models.param_store import stated
+from ..models.nonfinite import describe_nonfinite, impossible_data
+from ..models.param_store import unconstrained_params
 from ..models.traces import quietly
 from ..models.weighted import WeightedParticles, check_latents
 from .batches import Batches, odd_data
@@ -144,7 +144,7 @@ class Run:
             bar.total = self.step
         self._average()
         if isinstance(self.loss, LatentLoss) and not self.batches.change:
-            self.loss.see_to_tails(self.batches.next)
+            self.loss.adjust_tails(self.batches.next)
         return self._result()
 
     def _begin(self) -> tuple[Batch, dict[str, Any] | None]:
@@ -245,7 +245,7 @@ class Run:
 
     def _make_optimizer(self, seen: poutine.Trace) -> None:
         self.params = {}
-        params = stated(seen).values()
+        params = unconstrained_params(seen).values()
         fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in params)
         self.optimizer = torch.optim.Adam(
             [{"params": []}, {"params": []}],
@@ -261,7 +261,7 @@ class Run:
         """Takes in the parameters of a run that are not there yet."""
         of_networks = {id(p) for net in networks_of(self.guide) for p in net.parameters()}
         tables = {id(table) for table in self.rows.tables}
-        for name, param in stated(seen).items():
+        for name, param in unconstrained_params(seen).items():
             is_known = self.params.get(name) is param or id(param) in tables
             if param.requires_grad and not is_known:
                 self.params[name] = param
@@ -294,8 +294,8 @@ class Run:
         for group, factor in zip(self.optimizer.param_groups, RATES, strict=True):
             group["lr"] = rate * factor
         self.optimizer.zero_grad()
-        self.loss.covers = bool(covers)
-        health = self.loss.health
+        self.loss.mass_covering = bool(covers)
+        ess = self.loss.relative_ess
         try:
             with self.interrupts.open(), poutine.trace(param_only=True) as capture:
                 loss = self.loss(args, kwargs, weight)
@@ -304,7 +304,7 @@ class Run:
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # of a matrix that is not finite, say
             loss = torch.tensor(math.nan)
         except BaseException:
-            self.loss.health = health
+            self.loss.relative_ess = ess
             raise
         trained = [*self.params.values(), *self.rows.gradients()]
         norm = nn.utils.clip_grad_norm_(trained, self.clip_norm)
@@ -378,7 +378,7 @@ class Run:
                 self.schedule.settle(self.step, self.losses)
 
     def _give_up(self, args: Args, kwargs: Kwargs) -> None:
-        fault = at_fault(self.model, self.guide, args, kwargs, self.params)
+        fault = describe_nonfinite(self.model, self.guide, args, kwargs, self.params)
         raise FloatingPointError(
             f"{self.skipped} of {self.step} steps, the last {self.skipped_in_a_row} of them in a "
             f"row, had a loss or a gradient that is not finite. At fault: {fault}. Look at the "

@@ -568,6 +568,6 @@ def test_no_step_leaves_anything_behind(kind):
     for _ in range(4):
         gradient(loss, model, guide)
         gc.collect()  # also of what the tests before have left
-        parts = (pass_cache._forward, pass_cache._backward, pass_cache._twins)
+        parts = (pass_cache._forward, pass_cache._backward, pass_cache._aliases)
         sizes.append([len(part) for part in parts])
     assert sizes[1] == sizes[2] == sizes[3]

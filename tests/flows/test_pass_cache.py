@@ -449,7 +449,7 @@ def test_inference_mode_works_and_keeps_nothing():
 
 
 def sizes():
-    names = ("_forward", "_backward", "_twins", "_values")
+    names = ("_forward", "_backward", "_aliases", "_values")
     return [len(getattr(pass_cache, name)) for name in names]
 
 

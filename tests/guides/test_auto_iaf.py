@@ -818,7 +818,7 @@ def test_a_site_called_like_the_guides_is_refused(kind):
     def model():
         pyro.sample(f"_{kind.__name__}_latent", dist.Normal(0.0, 1.0))
 
-    with pytest.raises(ValueError, match=r"is called as sites of the guide.*name=\.\.\."):
+    with pytest.raises(ValueError, match=r"as the guide's own sites do.*name=\.\.\."):
         kind(model)()
     assert len(kind(model, name="another")()) == 1
 

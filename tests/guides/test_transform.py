@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from pyro_iaf import AutoIAF, DiagonalNormal, Gated, fit, inverse_autoregressive_flow
 from pyro_iaf.flows.base import SinglePass
 from pyro_iaf.guides.pathfinder import Start
-from pyro_iaf.guides.transform import GuideTransform, fresh_transform, make_of
+from pyro_iaf.guides.transform import GuideTransform, fresh_transform, settings_of
 from pyro_iaf.nn.univariate import univariate_map
 
 LOC = torch.tensor([1.0, -2.0, 30.0], dtype=torch.float64)
@@ -156,7 +156,7 @@ def test_copies_do_the_same(transform):
 
 
 def test_a_state_says_of_which_make_it_is(transform):
-    make = make_of(transform.state_dict())
+    make = settings_of(transform.state_dict())
     if isinstance(transform, Toy):
         assert make is None  # its last step is not ours
         return

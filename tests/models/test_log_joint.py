@@ -195,9 +195,9 @@ def test_where_a_matrix_has_no_cholesky_factor_the_density_is_zero(at_once):
     with quietly(), pytest.raises(RuntimeError, match="cholesky"):
         joint.density(z)
     together = torch.tensor([True, True, False, False, True, True])
-    assert torch.equal(joint(z, together=2).isfinite(), together)
-    assert torch.equal(joint(z, together=3).isfinite(), torch.arange(6) < 3)
-    assert_close(joint(z, together=2)[together], found[together])
+    assert torch.equal(joint(z, group_size=2).isfinite(), together)
+    assert torch.equal(joint(z, group_size=3).isfinite(), torch.arange(6) < 3)
+    assert_close(joint(z, group_size=2)[together], found[together])
 
 
 # Data
@@ -211,7 +211,7 @@ def test_subsamples_are_held_still_and_those_of_other_data_are_fresh(at_once):
     assert not joint_of(plates)[0].subsampled
     z = torch.randn(3, 1)
     assert torch.equal(joint(z), joint(z))
-    fresh = joint.on((), {})
+    fresh = joint.with_data((), {})
     assert len({fresh(z)[0].item() for _ in range(10)}) > 5
     assert torch.equal(joint(z), joint(z))
 
@@ -229,10 +229,10 @@ def test_on_other_data_latents_are_weighted_and_nothing_else(at_once):
     joint.at_once = at_once
     z = torch.randn(4, 4)
     before = joint(z)
-    other = joint.on((torch.ones(3),), {}, weight=0.25)
+    other = joint.with_data((torch.ones(3),), {}, weight=0.25)
     expected = [0.25 * latent + rest for latent, rest in (by_hand(other, row) for row in z)]
     assert_close(other(z), torch.stack(expected))
-    assert_close(joint.on((), {"y": torch.ones(3)}, weight=0.25)(z), other(z))
+    assert_close(joint.with_data((), {"y": torch.ones(3)}, weight=0.25)(z), other(z))
     assert torch.equal(joint(z), before)
     assert not torch.allclose(before, other(z))
 

@@ -188,7 +188,7 @@ def test_a_masked_prior_that_the_data_hold_stays_flat(kind):
             z = pyro.sample("z", dist.Normal(100.0, 0.1))
         pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor(1.0))
 
-    with pytest.warns(UserWarning, match="'z' is masked .* Unless the data hold it"):
+    with pytest.warns(UserWarning, match="'z' is masked .* Unless the data determine it"):
         guide = fitted(
             kind, model, lr=0.05, init_loc_fn=init_to_value(values={"z": torch.tensor(0.0)})
         )

@@ -56,7 +56,7 @@ class Toy(Particles):
         values = {}
         for name, draws in self.latents.items():
             num_batch = len(samples(self.trace)[name]["fn"].batch_shape)
-            shape = self.placed(draws.shape[1:], num_batch)
+            shape = self.padded_shape(draws.shape[1:], num_batch)
             values[name] = draws[rows].reshape(len(rows), *shape) if at_once else draws[rows[0]]
         run = self.in_plate(poutine.condition(self.fn, values), len(rows) if at_once else None)
         trace = poutine.trace(run).get_trace()
@@ -179,8 +179,8 @@ def test_a_density_that_is_another_one_at_each_run_is_told():
 def test_values_come_back_as_they_were_placed():
     particles = Particles(nesting=2, num_numbers=6)
     draws = torch.randn(5, 3, 2)  # of a site in one plate, with an event of two numbers
-    placed = draws.reshape(5, *particles.placed((3, 2), num_batch=1))
+    placed = draws.reshape(5, *particles.padded_shape((3, 2), num_batch=1))
     assert placed.shape == (5, 1, 3, 2)
-    assert torch.equal(particles.freed(placed, draws.shape[1:], 5), draws)
+    assert torch.equal(particles.unpadded(placed, draws.shape[1:], 5), draws)
     same = torch.randn(3, 2)
-    assert torch.equal(particles.freed(same, same.shape, 5), same.expand(5, 3, 2))
+    assert torch.equal(particles.unpadded(same, same.shape, 5), same.expand(5, 3, 2))

@@ -78,7 +78,7 @@ def test_big_batches_are_solved_one_coordinate_at_a_time(flow, monkeypatch):
         assert_close([part[:4] for part in (x, *params)], [again, *params_again])
         u = transposed(flow, x, y)
         assert_close(u[:4], transposed(flow, x[:4], y[:4]))
-        monkeypatch.setattr(blockwise, "settle", None)  # nobody swept
+        monkeypatch.setattr(blockwise, "solve_by_sweeps", None)  # nobody swept
         solve_in_blocks(flow, y, "auto")
         transposed(flow, x, y)
 

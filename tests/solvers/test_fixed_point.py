@@ -4,12 +4,14 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from pyro_iaf.solvers.fixed_point import settle
+from pyro_iaf.solvers.fixed_point import solve_by_sweeps
 
 
 def solve(sweep, y, method="auto", **kwargs):
     D = y.shape[-1]
-    return settle(sweep, torch.zeros_like(y), torch.arange(D), method, size=lambda _: y, **kwargs)
+    return solve_by_sweeps(
+        sweep, torch.zeros_like(y), torch.arange(D), method, size=lambda _: y, **kwargs
+    )
 
 
 def chain(y, weights):
@@ -83,7 +85,7 @@ def test_an_overflow_on_the_way_does_no_harm():
         return y - (100 * (before - wanted) - 50).exp() + polluted, None
 
     start = torch.full_like(y, 3.0)
-    x, _, num_sweeps = settle(sweep, start, torch.arange(40), "auto", size=lambda _: y)
+    x, _, num_sweeps = solve_by_sweeps(sweep, start, torch.arange(40), "auto", size=lambda _: y)
     assert x.isfinite().all()
     assert num_sweeps <= 40
     assert_close(sweep(x)[0], x)

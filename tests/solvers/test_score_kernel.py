@@ -23,7 +23,7 @@ FLOWS = {
 @pytest.fixture(params=["kernel", "without"])
 def kernel(request, monkeypatch):
     if request.param == "without":
-        monkeypatch.setattr(score_kernel, "_operation", lambda count: score_kernel._in_slow)
+        monkeypatch.setattr(score_kernel, "_operation", lambda count: score_kernel._without_kernel)
         return
     if not lowering.has_compiler(torch.device("cpu")):
         pytest.skip("there is no C++ compiler")
@@ -73,6 +73,6 @@ def test_the_score_lies_in_memory_as_compiled_code_takes_it(kernel, monkeypatch)
     x = torch.randn(4, 3).T
     assert draw_with_score([flow], x).score.is_contiguous()
     operation = score_kernel._operation(1)
-    if operation is not score_kernel._in_slow:
+    if operation is not score_kernel._without_kernel:
         meta = x.to("meta")
         assert operation(meta, meta, 1, 1, 2, 0).is_contiguous()

@@ -124,7 +124,7 @@ def test_its_gradient_is_that_of_the_elbo_in_mean(name, weight):
         x = guide.get_base_dist().rsample((4000,))
         z = guide.transform(x)
         log_q = guide.get_base_dist().log_prob(x) - guide.transform.log_abs_det_jacobian(x, z)
-        return (weight * log_q - joint.on(arguments, {}, weight).density(z)).mean()
+        return (weight * log_q - joint.with_data(arguments, {}, weight).density(z)).mean()
 
     affine = guide.transform.parts[-1].coefficients
     ours, theirs, losses = [], [], []
@@ -317,7 +317,7 @@ def test_one_fit_serves_all_data_sets():
             return pyro.sample("y", dist.Normal(z, 1.0), obs=y)
 
     guide = AutoIAF(model, encoder=Encoder())
-    with pytest.raises(ValueError, match="wants the model's arguments"):
+    with pytest.raises(ValueError, match="needs the model's arguments"):
         quick(model, guide)
     with pytest.raises(ValueError, match="one context for all the data"):
         AutoIAF(model, encoder=lambda y: y.expand(2, 3)).setup(torch.zeros(3))

@@ -32,8 +32,8 @@ class Flat(Eager):
     def take(self, gradient):
         adam = FlatAdam([self.table], self.optimizer, [1.0])
         with torch.no_grad():
-            loss, health, largest = torch.zeros(()), torch.zeros(()), torch.tensor(torch.inf)
-            numbers = loss, health, gradient.reshape(-1), torch.tensor(RATE), largest
+            loss, ess, largest = torch.zeros(()), torch.zeros(()), torch.tensor(torch.inf)
+            numbers = loss, ess, gradient.reshape(-1), torch.tensor(RATE), largest
             FlatAdam.step(adam.tensors, *numbers)
         adam.store()
         adam.store_state()
