@@ -87,7 +87,11 @@ class _FlowsAndLastStep:
 
 
 class GuideTransform(_FlowsAndLastStep, InverseAutoregressiveFlowStack):
-    """Flows, of which the first acts on the noise, and a last step, as one transform."""
+    """Flows, of which the first acts on the noise, and a last step, as one transform.
+
+    A subclass with another last step overrides what depends on it: :attr:`origin`,
+    :attr:`is_dense` and :meth:`widen_tails`. A guide makes its transform in ``_fresh_transform``.
+    """
 
     def __init__(self, flows: Sequence[Any], last: LocScale) -> None:
         super().__init__([*flows, last])  # type: ignore[list-item]

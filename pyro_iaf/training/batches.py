@@ -1,4 +1,4 @@
-"""What a model is fitted to: its arguments, minibatches of them, or data of its own making."""
+"""The arguments of each step: always the same, minibatches, or simulated data."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ __all__ = ["Batches", "odd_data", "simulated"]
 
 
 class Batches:
-    """An endless row of arguments for a model, that can be taken up again where it was left.
+    """An endless sequence of arguments for a model, which a checkpoint can resume.
 
     Args:
         model: The model, for simulated data.
         args: Its arguments.
         kwargs: Likewise.
-        data: Minibatches instead of ``args``, walked through again and again.
-        simulate: Sites to simulate, by the keyword that takes them.
+        data: Minibatches instead of ``args``, iterated over again and again.
+        simulate: Names of the sites to simulate, by keyword argument.
     """
 
     def __init__(
@@ -42,13 +42,13 @@ class Batches:
         if isinstance(data, Tensor | np.ndarray):
             what = "a tensor" if isinstance(data, Tensor) else "an array"
             raise ValueError(
-                f"data should be an iterable of minibatches, and got {what}, whose rows would be "
-                "one each. Give args=(tensor,) for all of it at every step, or a DataLoader."
+                f"data should be an iterable of minibatches; each row of {what} would be one. Give "
+                "args=(tensor,) for all of it at every step, or a DataLoader."
             )
         if isinstance(data, Mapping):
             raise ValueError(
-                "data should be an iterable of minibatches, and got a dict, whose keys would be "
-                "one each. Give kwargs={...} for all of it at every step, or data=[{...}, {...}]."
+                "data should be an iterable of minibatches; each key of a dict would be one. Give "
+                "kwargs={...} for all of it at every step, or data=[{...}, {...}]."
             )
         if data is not None and args:
             raise ValueError("Give args or data, not both: data holds the model's arguments.")
@@ -70,12 +70,12 @@ class Batches:
         )
         self.model, self.args, self.kwargs, self.data = model, args, kwargs, data
         self._iterator: Iterator[Any] | None = None
-        self._before: list[torch.Tensor] = []  # states of the generators before this walk
-        self._taken = 0
+        self._before: list[torch.Tensor] = []  # the generators' states at the start of this epoch
+        self._taken = 0  # minibatches of this epoch
 
     @property
     def change(self) -> bool:
-        """Whether one step's arguments are not the next one's."""
+        """Whether arguments change from step to step."""
         return self.data is not None or bool(self.simulate)
 
     def next(self) -> Batch:
@@ -86,26 +86,26 @@ class Batches:
         return args, kwargs
 
     def check(self, args: Args, kwargs: Kwargs) -> None:
-        """Looks at the first batch.
+        """Checks the first batch.
 
         Raises:
-            TypeError: If the model doesn't take it.
-            ValueError: If it has tensors that no gradient goes through.
+            TypeError: If the model doesn't take these arguments.
+            ValueError: If tensors among them allow no gradient.
         """
         if why := signature_error(self.model, args, kwargs):
             raise TypeError(
                 f"{why} Each minibatch of data should be a tuple of its arguments, a dict of them, "
-                "or the one argument; simulate= brings those that it names."
+                "or the one argument; simulate= adds the arguments that it names."
             )
         if any(tensor.is_inference() for tensor in flatten_tensors(args, kwargs)[0]):
             raise ValueError(
-                "fit needs gradients, and among the model's arguments are tensors that were made "
+                "fit needs gradients, but the model's arguments contain tensors that were made "
                 "within torch.inference_mode(), which allow none. Make them outside, or give "
                 "copies by tensor.clone()."
             )
 
     def without_simulated(self, args: Args, kwargs: Kwargs) -> Batch:
-        """A batch as it was before its simulation."""
+        """A batch without its simulated arguments."""
         return args, {name: value for name, value in kwargs.items() if name not in self.simulate}
 
     def _from_data(self) -> Batch:
@@ -120,8 +120,8 @@ class Batches:
                 item = next(self._iterator)
             except StopIteration:
                 raise ValueError(
-                    "data has no more minibatches, and can't be walked through again. Give a list "
-                    "or a DataLoader, or an iterator that lasts for num_steps."
+                    "data has no more minibatches, and can't be iterated over again. Give a list, "
+                    "a DataLoader, or an iterator with at least num_steps minibatches."
                 ) from None
         if item is None or isinstance(item, str | bytes):
             raise ValueError(
@@ -145,20 +145,20 @@ class Batches:
         return [torch.default_generator, *own.values()]
 
     def generators(self) -> list[Tensor]:
-        """The states of PyTorch's generator and of those that the data have."""
+        """The states of PyTorch's generator and of those of ``data`` and its samplers."""
         return [generator.get_state() for generator in self._generators()]
 
     def set_generators(self, states: Sequence[Tensor]) -> None:
-        """Sets them so."""
+        """Sets the generators to these states."""
         for generator, state in zip(self._generators(), states, strict=False):
             generator.set_state(state)
 
     def state(self) -> dict[str, Any]:
-        """Where the walk is, for :meth:`restore`."""
+        """The position in ``data``, for :meth:`restore`."""
         return {"before": self._before, "taken": self._taken}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Takes the walk up where it was; leaves PyTorch's generator anywhere."""
+        """Goes to a position in ``data``; changes the state of PyTorch's generator."""
         if self.data is None or not state["before"]:
             return
         again = iter(self.data)
@@ -169,13 +169,13 @@ class Batches:
         for _ in range(self._taken - done):
             if next(self._iterator, None) is None:
                 raise ValueError(
-                    f"The checkpoint was written after {self._taken} minibatches of data, and now "
-                    "data has fewer. Give the same data, or another path to begin anew."
+                    f"The checkpoint was written after {self._taken} minibatches of data, but data "
+                    "now has fewer. Give the same data, or another path to begin anew."
                 )
 
 
 class _OddData(Messenger):
-    """Looks for data that are neither tensors nor numbers."""
+    """Finds observed values that are neither tensors nor numbers, or complex."""
 
     found = ""
 
@@ -186,18 +186,18 @@ class _OddData(Messenger):
         if not isinstance(value, Tensor | Number):
             self.found = (
                 f"The data of site '{msg['name']}' should be a tensor or a number; got a "
-                f"{type(value).__name__}, {value!r:.80}. torch.as_tensor(...) makes tensors of "
-                "arrays and lists of numbers; words have to be numbered."
+                f"{type(value).__name__}, {value!r:.80}. torch.as_tensor(...) makes tensors "
+                "of arrays and lists of numbers; encode words as numbers."
             )
         elif torch.as_tensor(value).is_complex() and not _has_real_density(msg["fn"], value):
             self.found = (
-                f"The data of site '{msg['name']}' should be real, as densities are; got complex "
-                "numbers. torch.view_as_real(...) makes two real ones of each."
+                f"The data of site '{msg['name']}' should be real; got complex numbers. "
+                "torch.view_as_real(...) makes two real numbers of each."
             )
 
 
 def _has_real_density(fn: Any, value: Any) -> bool:
-    """Whether a distribution is one of complex numbers, as what ``deterministic`` has is."""
+    """Whether a distribution takes complex values, as that of ``pyro.deterministic`` does."""
     with suppress(Exception):
         return not fn.log_prob(value).is_complex()
     return False
@@ -205,7 +205,7 @@ def _has_real_density(fn: Any, value: Any) -> bool:
 
 @torch.no_grad()
 def odd_data(model: Program, args: Args, kwargs: Kwargs) -> str:
-    """Which data of a model are no data, in words; "" if all are. Leaves random numbers alone."""
+    """A message about the first invalid data of a model, or ""; keeps the generators' states."""
     odd = _OddData()
     with torch.random.fork_rng([]), poutine.block(), odd, suppress(Exception), quietly():
         model(*args, **kwargs)
@@ -216,7 +216,7 @@ def odd_data(model: Program, args: Args, kwargs: Kwargs) -> str:
 def simulated(
     model: Program, args: Args, kwargs: Kwargs, simulate: Mapping[str, str]
 ) -> dict[str, Any]:
-    """One draw of sites from the model's prior, by the keywords that take them."""
+    """One draw of sites from the model's prior, by keyword argument."""
     with poutine.block():
         trace = poutine.trace(model).get_trace(*args, **kwargs)
     for keyword, name in simulate.items():
@@ -224,8 +224,8 @@ def simulated(
         if site["type"] != "sample" or site["is_observed"]:
             what = "is observed" if site["type"] == "sample" else "is no sample site of the model"
             raise ValueError(
-                f"simulate should draw {keyword!r} from site '{name}', but that {what}. Run "
-                f"without its data the model has to sample it: leave {keyword!r} out of the "
+                f"simulate should draw {keyword!r} from site '{name}', but that {what}. "
+                f"The model should sample it when run without data: leave {keyword!r} out of the "
                 "arguments, and give it the default None in the model."
             )
     return {keyword: trace.nodes[name]["value"] for keyword, name in simulate.items()}

@@ -1,4 +1,4 @@
-"""Files that a training run goes on from, whenever and however it was ended."""
+"""Files from which a training run resumes, however it was interrupted."""
 
 from __future__ import annotations
 
@@ -30,42 +30,42 @@ __all__ = ["Checkpoint", "load", "prepare", "save", "settings_of"]
 
 FORMAT = "pyro_iaf.fit 2"
 
-# What every checkpoint has; a module's state comes on top.
+# The entries of every checkpoint, besides the states of modules.
 PARTS = (
     "averages", "backend", "batches", "batches_before", "data", "generators", "generators_before",
-    "health", "losses", "observed", "optimizer", "params", "progress", "recordings", "rows",
+    "relative_ess", "losses", "observed", "optimizer", "params", "progress", "recordings", "rows",
     "settings", "sites", "weights",
 )  # fmt: skip
 
 
 class Checkpoint:
-    """What a run is kept in and goes on from; without a path it does nothing.
+    """The checkpoint of a run; without a path it does nothing.
 
     Args:
         run: The run.
-        path: Of its file.
-        every: After how many steps the run is saved.
+        path: The path of the file.
+        every: The number of steps between two checkpoints.
     """
 
     def __init__(self, run: Run, path: Path | None, every: int) -> None:
         self.run, self.path, self.every = run, path, every
         self.saved_at, self.could_save = 0, True
-        self._place: dict[str, Any] = {"step": -1}  # of none yet
+        self._place: dict[str, Any] = {"step": -1}  # no step yet
         self._before: dict[str, Any] = {}  # the generators before the first batch
         self._digests: dict[str, Digests] = {}
 
     def open(self) -> dict[str, Any] | None:
-        """The state in the file, if there is one; with random numbers as they were before it.
+        """The state in the file, if it exists; sets the generators to those before the first batch.
 
         Raises:
-            ValueError: If it is of a run with other settings, or damaged.
+            ValueError: If the file is damaged, or of a run with other settings.
         """
         if self.path is None:
             return None
         batches, saved = self.run.batches, load(self.path)
         if saved is not None:
             self._check_settings(saved)
-            # The same first batch as then, whatever was drawn in this process before.
+            # For the same first batch as then.
             set_generators(saved["generators_before"])
             batches.set_generators(saved["batches_before"])
         self._before = {
@@ -75,7 +75,7 @@ class Checkpoint:
         return saved
 
     def look(self, args: Args, kwargs: Kwargs) -> None:
-        """Notes what tells this run's data, model and guide from another's, at the first batch."""
+        """Computes the digests of data, model and guide, at the first batch."""
         if self.path is None:
             return
         run, batches = self.run, self.run.batches
@@ -97,7 +97,7 @@ class Checkpoint:
         self._digests = {"data": data, "sites": sites, "observed": observed}
 
     def note_place(self) -> None:
-        """Notes where random numbers, data and recordings are, between two steps."""
+        """Notes the states of generators, data and recordings, between two steps."""
         if self.path is None:
             return
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
@@ -109,12 +109,12 @@ class Checkpoint:
         }
 
     def save(self) -> None:
-        """Writes the state of the steps that were taken, if any were and it can be written."""
+        """Writes the state after the last step, if it is new; warns once if it can't be written."""
         run, schedule = self.run, self.run.schedule
         if self.path is None or run.step == self.saved_at:
             return
         run.steps.stop()
-        # The batch of a step that was not taken may be drawn already.
+        # Later, if the batch of the next step is drawn already.
         if self._place["step"] != run.step:
             self.note_place()
         progress = run.step, schedule.end, schedule.falls_at, run.skipped, run.skipped_in_a_row
@@ -128,7 +128,7 @@ class Checkpoint:
             "rows": run.rows.state(),
             "averages": run.averages,
             "losses": torch.tensor(run.losses, dtype=torch.float64),
-            "health": run.loss.relative_ess.item(),
+            "relative_ess": run.loss.relative_ess.item(),
             "backend": run.backend,
             "recordings": self._place["recordings"],
             "progress": list(progress),
@@ -148,7 +148,7 @@ class Checkpoint:
             self.could_save = False
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Takes the run to where a state was written.
+        """Sets the run to a saved state.
 
         Raises:
             ValueError: If that is of other data, or of another guide or model.
@@ -198,7 +198,7 @@ class Checkpoint:
         run.losses = saved["losses"].tolist()
         run.step, end, falls_at, run.skipped, run.skipped_in_a_row = saved["progress"]
         schedule.end, schedule.falls_at = end, falls_at
-        run.loss.relative_ess = run.loss.relative_ess.new_tensor(saved["health"])
+        run.loss.relative_ess = run.loss.relative_ess.new_tensor(saved["relative_ess"])
         run.backend = saved["backend"]
         schedule.weights = dict(saved["weights"])
         run.batches.restore(saved["batches"])
@@ -243,7 +243,7 @@ class Checkpoint:
 
 
 def settings_of(elbo: Any) -> str:
-    """A loss and what it was made with, as far as that decides its numbers."""
+    """The class of a loss and those of its settings that its values depend on."""
     given = {
         name: value
         for name, value in sorted(getattr(elbo, "__dict__", {}).items())
@@ -259,17 +259,17 @@ def settings_of(elbo: Any) -> str:
 
 
 def prepare(path: str | os.PathLike[str]) -> Path:
-    """Where a checkpoint goes, so that it can be written: with its folder, and nothing beside it.
+    """The absolute path of a checkpoint, checked to be writable; makes its folder.
 
-    Clears what writers left there that were killed.
+    Removes temporary files beside it whose processes were killed.
 
     Raises:
-        ValueError: If it is no path, or of something else than a file.
+        ValueError: If this is no path, or not that of a file.
         OSError: If it can't be written.
     """
     if not isinstance(path, str | os.PathLike) or not os.fspath(path) or "\0" in str(path):
         raise ValueError(f"checkpoint should be the path of a file, as 'run.pt'; got {path!r}.")
-    # The file that a link leads to, so that the link stays.
+    # The target of a link, so that the link is not replaced.
     file = Path(os.path.realpath(os.path.expanduser(path)))
     try:
         with suppress(FileNotFoundError):
@@ -280,7 +280,7 @@ def prepare(path: str | os.PathLike[str]) -> Path:
                     "another."
                 )
         file.parent.mkdir(parents=True, exist_ok=True)
-        with _writing:  # another thread may be about to write there
+        with _writing:  # another thread may write there
             _clear(file)
             _write(file, b"").unlink()
     except OSError as error:
@@ -293,8 +293,8 @@ def prepare(path: str | os.PathLike[str]) -> Path:
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Writes a state whole or not at all: into a file beside it, which then takes its place."""
-    archive = io.BytesIO()  # in memory first, so that what a full disk raises is an OSError
+    """Writes a state completely or not at all, by a temporary file beside it."""
+    archive = io.BytesIO()  # in memory first, so that a full disk raises an OSError
     torch.save({"format": FORMAT, **state}, archive)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _writing:
@@ -310,7 +310,7 @@ def load(path: Path) -> dict[str, Any] | None:
     """The state in a file, on the CPU; None if there is no file.
 
     Raises:
-        ValueError: If it is damaged, or holds something else.
+        ValueError: If the file is damaged, or no checkpoint.
         OSError: If it can't be read.
     """
     try:
@@ -342,25 +342,24 @@ _LENGTH = 64
 
 
 def _sealed(archive: bytes) -> bytes:
-    """An archive with its digest as its comment, so that a single bit that changed is found.
+    """A zip archive with its hash as its comment, so that any changed bit is found.
 
-    The sums of the archive's own leave its tables out, torch.load looks at none of them, and they
-    may be switched off.
+    The archive's own checksums leave its tables out, and torch.load does not check them.
     """
     comment = hashlib.sha256(archive).hexdigest().encode()
-    return archive[:-2] + len(comment).to_bytes(2, "little") + comment  # a zip archive ends so
+    return archive[:-2] + len(comment).to_bytes(2, "little") + comment  # where a zip archive ends
 
 
-# The file beside
+# Temporary files
 
-_writing = threading.Lock()  # a process has one file beside each
+_writing = threading.Lock()  # a process has one temporary file for each checkpoint
 
 
 def _write(path: Path, content: bytes) -> Path:
-    """Writes a file of this process beside another, whole or not at all."""
+    """Writes a temporary file of this process beside another, completely or not at all."""
     beside = path.parent / f"{_prefix(path)}{os.getpid()}"
     try:
-        # Not by tempfile, whose files nobody else may read, whatever the umask says.
+        # Not by tempfile, whose files ignore the umask and are private.
         with open(beside, "wb") as file:
             file.write(content)
             file.flush()
@@ -373,16 +372,16 @@ def _write(path: Path, content: bytes) -> Path:
 
 
 def _prefix(path: Path) -> str:
-    """What the names of the files beside another begin with, on this machine.
+    """The prefix of the names of temporary files beside another, on this machine.
 
-    Of one length, as the file's name may be as long as names can be.
+    A hash, since a name that contains the file's could be too long.
     """
     of = hashlib.sha256(f"{socket.gethostname()} {path.name}".encode()).hexdigest()
     return f".checkpoint-{of[:16]}-"
 
 
 def _clear(path: Path) -> None:
-    """Removes the files beside another whose writers are gone."""
+    """Removes temporary files beside another whose processes have ended."""
     pattern = re.compile(re.escape(_prefix(path)) + r"(\d+)")
     for name in os.listdir(path.parent):
         found = pattern.fullmatch(name)
@@ -392,10 +391,10 @@ def _clear(path: Path) -> None:
 
 
 def _is_running(process: int) -> bool:
-    """Whether there is another process of this number."""
-    if process == os.getpid():  # it was another's before
+    """Whether another process with this number runs."""
+    if process == os.getpid():  # an earlier process had our number
         return False
-    if os.name != "posix":  # where there is no signal that only asks
+    if os.name != "posix":  # elsewhere signal 0 is not only a question
         return True
     try:
         os.kill(process, 0)
@@ -419,7 +418,7 @@ def generators() -> dict[str, Any]:
 
 
 def set_generators(state: dict[str, Any]) -> None:
-    """Sets them so."""
+    """Sets the generators to these states."""
     name, numbers, *rest = state["numpy"]
     np.random.set_state((name, numbers.numpy().astype(np.uint32), *rest))
     random.setstate(state["random"])

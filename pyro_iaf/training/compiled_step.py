@@ -1,10 +1,10 @@
 r"""A whole step of training as one call: the loss, its gradient, clipping and Adam.
 
-All parameters stand in one flat tensor while steps are compiled. They are written back by
-``copy_``, so that whoever watches them sees it.
+While compiled steps run, all parameters are in one flat tensor. They are written back by ``copy_``,
+which increases their version counters.
 
-A recording costs seconds and saves some part of a millisecond a step: so it is made where the
-steps that are left repay it, for arguments of a kind that comes often.
+A recording costs seconds and saves up to some milliseconds a step. So it is made only if enough
+steps are left, for arguments of a kind that comes often.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ from .optimizers import BETAS, FlatAdam
 
 __all__ = ["Built", "CompiledSteps"]
 
-# How often arguments of a further kind have to come to be worth compiling for.
+# How often arguments of a second or later kind come before a step is compiled for them.
 RARE = 20
 
-# Flows over more latents are slower replayed, with Adam written out, than run by their code: with
-# a C++ compiler for their scores, and without.
+# The largest number of latents for which replayed steps are faster than eager ones: with a C++
+# compiler for the flows' scores, and without.
 MAX_REPLAYED, MAX_REPLAYED_UNCOMPILED = 200, 64
 
 
 class StepCall(NamedTuple):
-    """What a step is taken with: its number, the arguments, and where to say that it compiles."""
+    """The number of a step, its arguments, and the bar that says when it is compiled."""
 
     step: int
     args: tuple[Any, ...]
@@ -57,7 +57,7 @@ class StepCall(NamedTuple):
 
 
 class Built(NamedTuple):
-    """A step that was recorded and made fast, for arguments of one kind."""
+    """A recorded and lowered step, for arguments of one kind."""
 
     graph: Graph
     live: list[str]  # the parameters that have gradients
@@ -65,24 +65,24 @@ class Built(NamedTuple):
     run: Lowered
 
 
-# What was built, by guide, so that another fit finds it.
+# By guide, so that another fit finds the steps of an earlier one.
 _built: Any = WeakIdKeyDictionary()
 
 
 class CompiledSteps(Recorder[StepCall, Built]):
-    """The compiled steps of one training run, built where that is worth it.
+    """The compiled steps of one training run.
 
     Args:
-        loss: What is minimised.
+        loss: The loss.
         params: All parameters by name.
-        optimizer: Whose state it takes over.
-        factors: See :class:`FlatAdam`.
+        optimizer: The optimiser of eager steps, whose state compiled steps take over.
+        factors: As for :class:`~pyro_iaf.training.optimizers.FlatAdam`.
         weighted: Whether the weight of the KL divergence changes.
-        settings: What else makes one run's steps other than another's.
+        settings: Other settings that the steps depend on.
         compile: As for :func:`~pyro_iaf.fit`.
-        num_steps: Of the run.
+        num_steps: The number of steps of the run.
         change: Whether arguments change from step to step.
-        before: The :meth:`state` of a run that goes on from a checkpoint.
+        before: The :meth:`state` in the checkpoint from which the run resumes, or None.
     """
 
     check_growth = 4  # a use is hundreds of steps, and a check costs as much as a hundred
@@ -112,10 +112,10 @@ class CompiledSteps(Recorder[StepCall, Built]):
         self._live: list[str] = []
         self.device = next(iter(params.values()), torch.zeros(())).device
         self.best = Replay() if compile == "graph" else lowering.available_backends(self.device)[0]
-        # Of those that were built before, too.
+        # An earlier step is used only if it has one of these backends.
         self.wanted = [b.name for b in (lowering.BACKENDS if compile == "auto" else [self.best])]
-        # By kinds of arguments, in letters that a checkpoint can hold. What took steps of each kind
-        # goes on to, so that a run goes on in the same numbers.
+        # By hashes of kinds of arguments, which a checkpoint can hold. A kind keeps its backend, so
+        # that a resumed run gives the same numbers.
         before = before or {"kinds": {}, "left_out": [], "backends": {}, "is_off": False}
         self._times, self._left_out = Counter(before["kinds"]), set(before["left_out"])
         self._backends: dict[str, str] = dict(before["backends"])
@@ -127,13 +127,13 @@ class CompiledSteps(Recorder[StepCall, Built]):
     def step_for(
         self, step: int, args: tuple[Any, ...], kwargs: dict[str, Any], bar: tqdm[Any]
     ) -> Built | None:
-        """The compiled step for these arguments, built if need be; None if there is to be none.
+        """The compiled step for these arguments, built if need be; None for an eager step.
 
         Raises:
-            Refused: If there is none, and ``compile`` asks for one.
+            Refused: If it can't be built and ``compile`` is True or ``"graph"``.
 
         Warns:
-            UserWarning: Once, if there is none and ``compile="auto"``.
+            UserWarning: Once, if it can't be built and ``compile="auto"``.
         """
         if self.compile is False:
             return None
@@ -154,15 +154,15 @@ class CompiledSteps(Recorder[StepCall, Built]):
         return built
 
     def is_for(self, built: Built, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a step takes these arguments too."""
+        """Whether a step takes these arguments."""
         try:
             kind = self.kind(StepCall(0, args, kwargs))
-        except Refused:  # they are of no kind that a graph can take
+        except Refused:  # a graph can't take them
             return False
         return self.recordings.get(kind) is built and self.is_current(built)
 
     def state(self) -> dict[str, Any]:
-        """What decides on the steps to come, for a run that goes on from here."""
+        """The state for a checkpoint, on which the backends of later steps depend."""
         return {
             "kinds": dict(self._times),
             "left_out": sorted(self._left_out),
@@ -196,8 +196,8 @@ class CompiledSteps(Recorder[StepCall, Built]):
         if (is_short and self.compile == "auto") or len(self._times) > MAX_GRAPHS:
             return False
         self._times[name] += 1
-        # The last minibatch of a walk may be smaller, or each is of a kind of its own: not worth
-        # compiling for what comes rarely.
+        # Rare kinds are not worth compiling: the last minibatch may be smaller, or each may have a
+        # shape of its own.
         is_rare = self._times[name] < (RARE if len(self._times) > 1 else 1 + self.change)
         return not is_rare and len(self._times) <= MAX_GRAPHS and name not in self._left_out
 
@@ -206,14 +206,14 @@ class CompiledSteps(Recorder[StepCall, Built]):
     def make(self, call: StepCall) -> Built | None:
         name = _name(call)
         backend = self._backends.get(name, "")
-        is_open = backend not in self.wanted  # else the run goes on with it
+        is_open = backend not in self.wanted  # a resumed run keeps its backend
         if is_open:
             backend = self.best.name
         if self.compile != "auto":
             self.best.warm_up()
         graph, live = self._graph_of(call)
         self._live = self._live or live
-        if live != self._live:  # a graph has Adam's averages of one set of parameters
+        if live != self._live:  # FlatAdam has the state of one set of parameters
             self._left_out.add(name)
             return None
         if self.compile == "auto" and is_open:
@@ -241,14 +241,16 @@ class CompiledSteps(Recorder[StepCall, Built]):
         return built
 
     def _graph_of(self, call: StepCall) -> tuple[Graph, list[str]]:
-        """The graph of the loss and its gradient, and the parameters that have one."""
+        """The graph of the loss and its gradient, and the names of parameters that have one."""
         loss, kept = self.loss, (self.loss.mass_covering, self.loss.relative_ess)
         with torch.random.fork_rng(), quietly():
             self._by_code(call)
             live = [name for name, param in self.params.items() if param.grad is not None]
         tensors, rebuild = flatten_tensors(call.args, call.kwargs)
         if not live:
-            raise Refused("Nothing has a gradient, so there is nothing to compile: compile=False.")
+            raise Refused(
+                "No parameter has a gradient, so there is nothing to compile. Give compile=False."
+            )
         lead = [self.params[live[0]].detach().new_ones(()) for _ in range(2)]
 
         def run(weight: Tensor, covers: Tensor, ess: Tensor, *given: Tensor) -> list[Tensor]:
@@ -275,19 +277,21 @@ class CompiledSteps(Recorder[StepCall, Built]):
         expected = [slope for slope in slopes if slope is not None]
         if len(expected) < len(slopes):
             raise disagreement("other parameters have gradients than before")
-        adam = self._adam_of(recording.live)  # of its own, which is at no matter what
+        adam = self._adam_of(recording.live)  # a copy that nothing else uses
         adam.first.zero_()
         adam.second.zero_()
         adam.state.copy_(adam.state.new_tensor([self.loss.relative_ess.item(), 0.0]))
         with torch.random.fork_rng(), torch.no_grad():
             numbers = adam.state.new_tensor([0.0, 1.0, 0.0, torch.inf])
             found, _ = recording.run(_arguments(adam, recording.graph, call)(numbers))[0]
-        if all(number.isfinite().all() for number in (value, *expected)):  # else it is skipped
+        if all(
+            number.isfinite().all() for number in (value, *expected)
+        ):  # else the step is skipped
             again = adam.in_shape(adam.first / (1 - BETAS[0]))
             compare([found.to(value), *again], [value, *expected])
 
     def _by_code(self, call: StepCall) -> Tensor:
-        """The loss, and its gradient in the parameters."""
+        """The loss by the code itself, which sets the parameters' gradients."""
         self._forget()
         covers, self.loss.mass_covering = self.loss.mass_covering, False
         kept = self.loss.relative_ess
@@ -303,7 +307,7 @@ class CompiledSteps(Recorder[StepCall, Built]):
     # Running
 
     def start(self, built: Built) -> FlatAdam:
-        """Takes over parameters and state, if that was not done."""
+        """Moves parameters and Adam's state to flat tensors, if they are not there."""
         if self._adam is not None and self._adam.params != self._of(built.live):
             self.stop()
         if self._adam is None:
@@ -312,7 +316,7 @@ class CompiledSteps(Recorder[StepCall, Built]):
         return self._adam
 
     def stop(self) -> None:
-        """Gives parameters and state back, if it had them."""
+        """Writes parameters and Adam's state back, if they are in flat tensors."""
         if self._adam is not None:
             self._adam.store()
             self._adam.store_state()
@@ -322,10 +326,11 @@ class CompiledSteps(Recorder[StepCall, Built]):
     def bind(
         self, built: Built, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Callable[[Tensor], Tensor]:
-        """The step on these arguments.
+        """The step at these arguments, as a function.
 
-        It takes a row of numbers in float64, the rate, the weight of the KL divergence, whether to
-        cover and the largest norm, and returns the loss and the norm of its gradient.
+        It takes a float64 tensor of four numbers (the learning rate, the weight of the KL
+        divergence, 1 for a mass-covering gradient, and the largest norm), and returns the loss and
+        the norm of its gradient.
         """
         assert self._adam is not None
         arguments = _arguments(self._adam, built.graph, StepCall(0, args, kwargs))
@@ -344,12 +349,12 @@ class CompiledSteps(Recorder[StepCall, Built]):
 
 
 def _name(call: StepCall) -> str:
-    """The kind of a call's arguments, in letters that a checkpoint can hold."""
+    """A hash of the kind of a call's arguments, which a checkpoint can hold."""
     return digest(kind_of(None, None, call.args, call.kwargs))
 
 
 def _arguments(adam: FlatAdam, graph: Graph, call: StepCall) -> Callable[[Tensor], list[Tensor]]:
-    """What a whole step takes, by its row of numbers; with fresh noise at each call."""
+    """A function from a step's numbers to all its arguments, with new noise at each call."""
     inputs = [tensor.detach() for tensor in flatten_tensors(call.args, call.kwargs)[0]]
     views = dict(zip(map(id, adam.params), adam.views, strict=True))
     held = [views.get(id(tensor), tensor) for tensor in graph.tensors]
@@ -361,7 +366,7 @@ def _arguments(adam: FlatAdam, graph: Graph, call: StepCall) -> Callable[[Tensor
 
 
 def _whole_step(graph: Graph, adam: FlatAdam, num_inputs: int) -> Callable[..., tuple[Tensor]]:
-    """A function of the state, which it changes, of scalars, and of what the graph takes."""
+    """The step as a function of Adam's tensors, which it changes, of scalars and graph inputs."""
     places = {id(param): k for k, param in enumerate(adam.params)}
     held = [places.get(id(tensor)) for tensor in graph.tensors]
     num_others = held.count(None)

@@ -1,7 +1,7 @@
-"""What tells one run's data, model and guide from another's, in few letters and numbers.
+"""Digests of a run's data, model and guide, by which a checkpoint recognises its run.
 
-Every leaf of the data counts. What may differ after a restart doesn't: devices, addresses, threads,
-and the numbers of what is trained.
+Every leaf of the data counts. What may differ after a restart does not: devices, addresses, threads
+and the values of parameters.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ from ..models.traces import compute_log_prob, quietly, samples
 
 __all__ = ["Digests", "differing", "digest", "digests_of_sites", "in_words"]
 
-#: By what they are of: letters, and numbers that rounding may change.
+#: By name: hashes, and numbers that are compared up to rounding.
 Digests = dict[str, list[str | float]]
 
-# What a model computes differs by rounding from one processor to another, and by no more.
+# The relative error allowed of numbers that a model computes, for rounding on other processors.
 ROUNDING = 1e-4
 
-# Multiples of it, but for the whole, are spread evenly: weights that tell an order.
+# The fractional parts of its multiples are spread evenly. They are weights that depend on order.
 GOLDEN = 0.6180339887498949
 
-# Objects are opened so far and no farther, as one may lead to all others.
+# How deep attributes of attributes are followed.
 DEPTH = 8
 
-# What a site's distribution is made of.
+# The classes whose attributes are followed in a site's distribution.
 PARTS = (Distribution, Transform, Constraint)
 
 
 def digest(thing: Any) -> str:
-    """The same letters for equal things, in every process; others for others.
+    """A hash that is the same for equal things in every process.
 
-    An object counts by its type, what it says of itself besides its address, and what it holds;
-    what is trained, a module or a tensor with a gradient, by its shapes.
+    Of an object its type, its ``repr`` without addresses and its attributes count; of modules and
+    of tensors with a gradient only the shapes.
 
     Example:
         >>> digest([torch.ones(3), "a"]) == digest([torch.ones(3), "a"])
@@ -61,13 +61,13 @@ def digest(thing: Any) -> str:
     found = hashlib.sha256()
     for part in _parts(thing, ()):
         data = memoryview(part).cast("B")
-        found.update(len(data).to_bytes(8, "little"))  # so that no two parts run into one
+        found.update(len(data).to_bytes(8, "little"))  # marks where a part ends
         found.update(data)
     return found.hexdigest()
 
 
 def in_words(thing: Any) -> str:
-    """What an object says of itself, without its address."""
+    """The ``repr`` of an object without addresses."""
     try:
         return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(thing))
     except Exception:  # whatever a user's class may raise
@@ -79,7 +79,7 @@ def _parts(thing: Any, within: tuple[int, ...]) -> Iterator[Any]:
         yield from _of_tensor(thing)
         return
     if not isinstance(thing, np.ndarray) and hasattr(type(thing), "__array__"):
-        with suppress(Exception):  # another library's arrays, which may be out of reach
+        with suppress(Exception):  # arrays of other libraries, which may be on another device
             thing = np.asarray(thing)
     if isinstance(thing, np.ndarray):
         yield f"{thing.dtype.str} {thing.shape}".encode()
@@ -131,7 +131,7 @@ def _of_tensor(tensor: Tensor) -> Iterator[Any]:
 
 
 def _held_by(thing: Any) -> dict[str, Any]:
-    """The attributes of an object that are its own."""
+    """The attributes of an object, in slots or not."""
     slots = [s for kind in type(thing).__mro__ for s in getattr(kind, "__slots__", ())]
     held = {name: getattr(thing, name) for name in slots if hasattr(thing, name)}
     held |= getattr(thing, "__dict__", {})
@@ -141,17 +141,17 @@ def _held_by(thing: Any) -> dict[str, Any]:
 def digests_of_sites(
     model: Program, guide: Program, args: Args, kwargs: Kwargs, simulated: Set[str] = frozenset()
 ) -> tuple[Digests, Digests]:
-    """What tells the data that a model observes, and the sites of model and guide, from others.
+    """Digests of the data that a model observes, and of the sites of model and guide.
 
-    Of a site count its shape, dtype, distribution and support, and the numbers in these as far as
-    they don't depend on latents or parameters; and its log density at latents that are always the
-    same, unless parameters change it. Seeds the generators; runs the model four times.
+    Of a site these count: its shape, dtype, distribution and support; the constants in these, which
+    depend on neither latents nor parameters; and its log density at fixed latents, unless it
+    depends on parameters. Seeds the generators, and runs the model four times.
 
     Args:
         model: A Pyro model.
-        guide: A guide that was run before.
-        args: What they take.
-        kwargs: Likewise.
+        guide: A guide that has run before.
+        args: The positional arguments of both.
+        kwargs: Their keyword arguments.
         simulated: Sites whose data are drawn from the model itself.
     """
     seen, drawn = _look(model, guide, args, kwargs, seed=0)
@@ -160,22 +160,22 @@ def digests_of_sites(
         for name, site in seen.items()
         if site["is_observed"] and name not in simulated
     }
-    with _Moved():  # what is no constant of the model is another number now, detached or not
+    with _OtherParameters():  # what changes now, detached or not, is no constant of the model
         again, _ = _look(model, guide, args, kwargs, seed=1)
     latents = {n: site["value"] for n, site in seen.items() if not site["is_observed"]}
-    # A latent that is discrete may be the same once more, with all that depends on it.
-    is_seen = all(n in drawn and drawn[n]["value"].requires_grad for n in latents)
+    # A discrete latent may have the same value in both runs, with all that depends on it.
+    all_differ = all(n in drawn and drawn[n]["value"].requires_grad for n in latents)
     sites: Digests = {}
     for name, site in seen.items():
         words, numbers = _opened(site)
-        constants = zip(numbers, _opened(again[name])[1] if is_seen else [], strict=False)
+        constants = zip(numbers, _opened(again[name])[1] if all_differ else [], strict=False)
         means = [a for a, b in constants if a == b]
         sites[f"site '{name}' of the model"] = [digest(words), *(m for pair in means for m in pair)]
     for name, site in drawn.items():
         sites[f"site '{name}' of the guide"] = [digest(_opened(site)[0])]
-    if not (isinstance(model, nn.Module) and [*model.buffers()]):  # which learn
+    if not (isinstance(model, nn.Module) and [*model.buffers()]):  # which training changes
         densities = _densities(model, latents, args, kwargs)
-        with _Moved():
+        with _OtherParameters():
             of_others = _densities(model, latents, args, kwargs)
         for name, density in densities.items():
             if name not in simulated and density == of_others.get(name):
@@ -183,11 +183,8 @@ def digests_of_sites(
     return data, sites
 
 
-class _Fixed(Unchecked):
-    """Gives latents values that are the same in every run, whatever a guide has learnt.
-
-    Supports are those of the run, since they may depend on latents that were given before.
-    """
+class _AtFixedValues(Unchecked):
+    """Sets latents to fixed values in their supports, which may depend on earlier latents."""
 
     def __init__(self, like: Mapping[str, Any]) -> None:
         super().__init__()
@@ -196,12 +193,12 @@ class _Fixed(Unchecked):
     def _pyro_sample(self, msg: Any) -> None:
         super()._pyro_sample(msg)
         if msg["name"] in self.like and not msg["is_observed"]:
-            msg["value"] = _fixed(msg["fn"], torch.as_tensor(self.like[msg["name"]]).detach())
+            msg["value"] = _fixed_value(msg["fn"], torch.as_tensor(self.like[msg["name"]]).detach())
             msg["done"] = True
 
 
-def _fixed(fn: Any, like: Tensor) -> Tensor:
-    """A value in a distribution's support, of the shape and dtype of another."""
+def _fixed_value(fn: Any, like: Tensor) -> Tensor:
+    """A fixed value in a distribution's support, of the shape and dtype of ``like``."""
     if fn.support.is_discrete:
         zeros = torch.zeros_like(like)
         if fn.support.check(zeros).all():
@@ -217,30 +214,30 @@ def _fixed(fn: Any, like: Tensor) -> Tensor:
 def _densities(
     model: Program, latents: Mapping[str, Any], args: Args, kwargs: Kwargs
 ) -> dict[str, tuple[float, float]]:
-    """What sites of a model without parameters have as log densities, always at the same rows.
+    """Summaries of the sites' log densities at fixed latents and subsamples.
 
-    Of no site where the model doesn't allow that.
+    Only of sites whose density has no gradient; of none if the model fails there.
     """
     pyro.set_rng_seed(0)
     try:
-        with quietly(), poutine.block(expose_types=["param"]), _Fixed(latents):
+        with quietly(), poutine.block(expose_types=["param"]), _AtFixedValues(latents):
             trace = poutine.trace(model).get_trace(*args, **kwargs)
             compute_log_prob(trace)
-    except Exception:  # whatever a model may raise at values of ours
+    except Exception:  # whatever a model may raise at these values
         return {}
     found = {name: site["log_prob"] for name, site in samples(trace).items()}
     return {name: _summary(p) for name, p in found.items() if not p.requires_grad}
 
 
 def _summary(numbers: Tensor) -> tuple[float, float]:
-    """Two numbers that tell tensors and their order apart, of one sign each: rounding is little."""
+    """Weighted means of the positive and of the negative part, so that nothing cancels."""
     flat = numbers.detach().double().nan_to_num().flatten()
     weighted = flat * (1 + torch.arange(len(flat)).to(flat) * GOLDEN % 1)
     return weighted.clamp(min=0).mean().item(), weighted.clamp(max=0).mean().item()
 
 
-class _Moved(Messenger):
-    """Gives a run other parameters than there are."""
+class _OtherParameters(Messenger):
+    """Changes the values of all parameters."""
 
     def _pyro_post_param(self, msg: Any) -> None:
         msg["value"] = 0.9 * msg["value"]
@@ -249,7 +246,7 @@ class _Moved(Messenger):
 def _look(
     model: Program, guide: Program, args: Args, kwargs: Kwargs, seed: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The sites of a model and a guide, where what depends on a latent has a gradient."""
+    """The sites of a model and a guide; what depends on a latent has a gradient."""
     pyro.set_rng_seed(seed)
     with quietly():
         with torch.no_grad():
@@ -264,7 +261,7 @@ def _look(
 
 
 def _opened(site: Any) -> tuple[list[str], list[tuple[float, float]]]:
-    """What a site is, in words, and the constants in it, each by two means."""
+    """A description of a site, and the constants in it, each by its summary."""
     fn, value = site["fn"], torch.as_tensor(site["value"])
     try:
         support = fn.support
@@ -277,7 +274,7 @@ def _opened(site: Any) -> tuple[list[str], list[tuple[float, float]]]:
 
 
 def _open(name: str, thing: Any, words: list[str], numbers: list[Tensor]) -> None:
-    """Notes what there is in a distribution or a support, and its numbers without a gradient."""
+    """Collects the parts of a distribution or a support, and its constants."""
     if isinstance(thing, float):
         thing = torch.tensor(thing, dtype=torch.float64)
     if isinstance(thing, Tensor):
@@ -290,9 +287,9 @@ def _open(name: str, thing: Any, words: list[str], numbers: list[Tensor]) -> Non
     elif isinstance(thing, PARTS) and not isinstance(thing, nn.Module):
         words.append(f"{name} {type(thing).__qualname__}")
         for key, value in sorted(vars(thing).items()):
-            # What is there only once somebody has asked for it tells nothing.
-            is_kept = isinstance(getattr(type(thing), key, None), lazy_property)
-            if not is_kept and not key.startswith(("_cache", "_inv", "_validate")):
+            # A lazy attribute is there only after someone has read it.
+            is_lazy = isinstance(getattr(type(thing), key, None), lazy_property)
+            if not is_lazy and not key.startswith(("_cache", "_inv", "_validate")):
                 _open(key, value, words, numbers)
     elif isinstance(thing, bool | int | str | None):
         words.append(f"{name} {thing}")
@@ -301,7 +298,7 @@ def _open(name: str, thing: Any, words: list[str], numbers: list[Tensor]) -> Non
 
 
 def differing(theirs: Digests, ours: Digests) -> str:
-    """The first part in which they differ, in words; "" if there is none."""
+    """The name of the first part in which they differ, or ""."""
     for name in [*ours, *theirs]:
         one, other = theirs.get(name, []), ours.get(name, [])
         if len(one) != len(other) or not all(map(_is_same, one, other)):

@@ -1,4 +1,4 @@
-"""Training a guide to the end: one call, and nothing lost on the way."""
+"""Training of a guide by one call, which can be interrupted and resumed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .run import Run
 
 __all__ = ["FitResult", "fit"]
 
-# That NumPy, which pyro.set_rng_seed seeds too, takes.
+# The largest seed that NumPy takes, which pyro.set_rng_seed seeds too.
 LARGEST_SEED = 2**32 - 1
 
 
@@ -53,82 +53,82 @@ def fit(
 ) -> FitResult:
     r"""Fits a guide to a model by maximising the ELBO.
 
-    Adam, at a rate that rises over the first hundred steps, stays until the ELBO has settled or
-    four tenths of the steps are over, and then falls to a hundredth; the parameters of the last
-    fifth are averaged. Gradients are clipped. A step whose loss or gradient is not finite is
-    skipped.
+    By Adam. The learning rate rises over the first hundred steps, stays until the ELBO has settled
+    or four tenths of the steps are over, and then falls to a hundredth. The parameters of the last
+    fifth of the steps are averaged. Gradients are clipped. A step whose loss or gradient is not
+    finite is skipped.
 
     For an :class:`~pyro_iaf.AutoIAF` or :class:`~pyro_iaf.AutoHierarchicalIAF` and without a
-    ``loss``, gradients go through the draws alone ("sticking the landing"): the ELBO is the same,
-    its gradient in mean too, and near the posterior it has little noise. For guides by hand
-    ``loss=TraceSTL_ELBO(...)`` does the same. Particles are drawn at once where the model takes
-    them, which is tried beforehand, and one after the other where it doesn't.
+    ``loss``, gradients go through the draws alone ("sticking the landing"). They are unbiased, and
+    have little noise near the posterior. For guides by hand ``loss=TraceSTL_ELBO(...)`` does the
+    same. Particles are vectorised if the model gives the same log densities so, which is tried
+    first; otherwise they run one after the other.
 
-    Long runs are compiled: model, guide, gradient, clipping and Adam are run once in Python and
-    become one call. A step then costs what its arithmetic does, instead of milliseconds; compiling
-    takes some ten seconds, the same guide, model and shapes once more nothing. The numbers are the
-    same but for rounding. Those who want a loop of their own keep :class:`pyro.infer.SVI`, and
-    :class:`~pyro_iaf.CompiledTrace_ELBO`.
+    Long runs are compiled: model, guide, gradient, clipping and Adam run once in Python and become
+    one call, with the same results but for rounding. A step then costs what its arithmetic does,
+    instead of milliseconds. Compiling takes some ten seconds, and nothing for the same guide, model
+    and shapes in the same process. For a loop of your own, :class:`pyro.infer.SVI` works with the
+    guide as usual, and :class:`~pyro_iaf.CompiledTrace_ELBO` compiles its loss.
 
-    Threads take turns: of several fits, and of calls of :func:`~pyro_iaf.diagnose`, one runs at a
-    time, since Pyro has one stack of handlers for all. Processes run beside each other.
+    Threads wait for each other in calls of fit and :func:`~pyro_iaf.diagnose`, since Pyro has one
+    stack of handlers for all threads. Processes run in parallel.
 
     Args:
         model: A Pyro model.
         guide: A guide, by hand or any of Pyro's or ours.
-        args: What they take.
-        kwargs: Likewise.
-        num_steps: How many steps at most.
-        num_particles: How many draws the gradient of a step is taken from.
+        args: The positional arguments of model and guide.
+        kwargs: Their keyword arguments.
+        num_steps: The largest number of steps.
+        num_particles: The number of draws in each step's gradient.
         data: An iterable or a ``DataLoader`` of minibatches, instead of ``args``: each a tuple of
-            the model's arguments, a dict of keyword arguments, or the one argument. It is walked
-            through as often as needed. The model has to scale its likelihood, by a plate's ``size``
+            the model's arguments, a dict of keyword arguments, or the one argument. It is iterated
+            over as often as needed. The model has to scale its likelihood, by a plate's ``size``
             and ``subsample_size`` or by ``poutine.scale``.
-        simulate: Sites to draw from the model's own prior, afresh at every step, and to hand to
-            model and guide as keyword arguments: names where the argument is called like the site,
-            or a dict from arguments to sites. With an encoder, one fit then serves all data.
-        lr: The rate of loc and scale. Weights of our networks, which count little each, take four
-            times that.
-        clip_norm: The gradient's norm at most; ``math.inf`` leaves it as it is.
+        simulate: Sites to draw from the model's prior at every step, and to pass to model and guide
+            as keyword arguments: their names if the arguments have the same names, or a dict from
+            arguments to sites. With an encoder, one fit then serves all data sets.
+        lr: The largest learning rate. That of our networks' weights is four times as large.
+        clip_norm: The largest norm of the gradient; ``math.inf`` turns clipping off.
         loss: One of Pyro's ELBOs, for instance ``TraceMeanField_ELBO()``, or ours, as
             :class:`~pyro_iaf.TraceSTL_ELBO`; it brings its own number of particles.
-        annealing: Over how many steps the weight of the KL divergence to the prior rises to one; or
-            a function from steps to weights.
-        early_stop: Whether to start the fall of the rate once the ELBO has settled.
-        compile: ``True`` compiles the step, or replays it operation by operation where there is
-            no C++ compiler; ``"graph"`` does the latter in any case, which for an ``AutoIAF`` of
-            more than 200 latents takes longer than the code itself; ``"auto"`` does what
-            ``num_steps`` repay, and warns where it can't; ``False`` runs model and guide at each
-            step, as they must be where they change from step to step, or branch on numbers.
-        seed: Seeds the generators of PyTorch, NumPy and Python first.
+        annealing: The number of steps over which the weight of the KL divergence to the prior rises
+            to one; or a function from steps to weights.
+        early_stop: Whether the learning rate begins to fall as soon as the ELBO has settled.
+        compile: ``True`` compiles the step, or replays it operation by operation if there is no C++
+            compiler. ``"graph"`` always replays, which is slower than the code itself for an
+            ``AutoIAF`` of more than 200 latents. ``"auto"`` compiles if ``num_steps`` steps are
+            faster so, and warns if it can't. ``False`` runs model and guide at each step, as needed
+            if they change from step to step, or branch on values.
+        seed: The seed of the generators of PyTorch, NumPy and Python, which are left alone if None.
         progress: Whether to show a bar, with the ELBO, its trend and the steps per second.
-        checkpoint: A file to write everything to every so often, and to go on from where it is
-            there, of the same settings, data, model and guide. A run that was killed goes on as if
-            it had not been, in the same numbers, unless ``data`` shuffles by other generators than
-            PyTorch's. The file is replaced as a whole: it is never half of one.
-        checkpoint_every: After how many steps.
+        checkpoint: A file in which the state of the run is saved regularly. If it exists, the run
+            resumes from it; settings, data, model and guide have to be the same. A resumed run
+            gives the same numbers as one without interruption, unless ``data`` is shuffled by other
+            generators than PyTorch's. The file is always complete, also after a crash.
+        checkpoint_every: The number of steps between two checkpoints.
 
     Returns:
-        The losses, and how it went. An error that ends the run has the same of the steps that were
-        taken, as ``error.result``; unless it is of their numbers, they are in the checkpoint too.
+        The losses, and how the run went. An error that ends the run has this result of the steps
+        taken so far as ``error.result``. They are in the checkpoint too, unless their values are
+        the error.
 
     Raises:
         ValueError: If an argument is out of range, model and guide are swapped or are none, the
             guide's sites are not the model's latents or have other shapes, also at a later step,
-            data are outside the support of their site or a site has another shape than its plates,
-            the checkpoint is damaged or of another run, or with ``compile=True`` the step can't be
-            compiled; or for a call within ``torch.inference_mode()`` or one of Pyro's handlers.
+            data are outside the support of their site, a site has another shape than its plates,
+            the checkpoint is damaged or of another run, the step can't be compiled with
+            ``compile=True``, or the call is within ``torch.inference_mode()`` or a Pyro handler.
         TypeError: If the model doesn't take ``args``, ``kwargs`` or the first of ``data``.
         OSError: If the checkpoint can't be written; before the first step.
         FloatingPointError: If too many steps were not finite; names the sites at fault.
-        KeyboardInterrupt: By Ctrl-C. The guide then has the parameters of the last step, and so has
-            the checkpoint. ``SIGTERM`` leaves a checkpoint too, and then ends the process.
+        KeyboardInterrupt: At Ctrl-C. Guide and checkpoint then have the parameters of the last
+            step. ``SIGTERM`` leaves a checkpoint too, and then ends the process.
 
     Warns:
         UserWarning: If the posterior is improper, since nothing depends on a latent with a flat
-            prior; if particles go one after the other; with ``compile="auto"`` if long runs can't
-            be compiled; and once, if a checkpoint can't be written later, on a full disk say:
-            training goes on, and the last one stays.
+            prior; if particles run one after the other; with ``compile="auto"`` if long runs can't
+            be compiled; and once, if a later checkpoint can't be written, for example on a full
+            disk: training goes on, and the last checkpoint stays.
 
     Example:
         >>> def model():
@@ -159,7 +159,7 @@ def fit(
     args, kwargs = check_call(args, kwargs, None if simulate or data is not None else model)
     if simulate and not getattr(guide, "amortized", True):
         raise ValueError(
-            "simulate= trains a guide for all data sets, and this one can't tell one from another: "
+            "simulate= trains a guide for all data sets, so the guide should depend on the data: "
             f"give it an encoder, {type(guide).__name__}(model, encoder=...)."
         )
     batches = Batches(model, args, kwargs, data, simulate)
@@ -192,15 +192,15 @@ def fit(
 
 
 def _check_surroundings() -> None:
-    """Refuses to run where there are no gradients, or others see each site of each step."""
+    """Refuses to run in inference mode, or within handlers that see the sites of each step."""
     if torch.is_inference_mode_enabled():
         raise ValueError(
-            "fit needs gradients, and got a call within torch.inference_mode(), where there are "
-            "none, nor of what is made there. Call it outside."
+            "fit needs gradients, which torch.inference_mode() turns off. Call it outside, and "
+            "make guides outside too."
         )
     handlers: list[Any] = []
     for handler in runtime._PYRO_STACK:
-        if isinstance(handler, BlockMessenger):  # hides from those before it what comes after
+        if isinstance(handler, BlockMessenger):  # hides sites from the handlers before it
             handlers.clear()
         elif not isinstance(handler, SeedMessenger):  # which sees no site
             handlers.append(handler)
@@ -214,7 +214,7 @@ def _check_surroundings() -> None:
 
 
 def _check_positive(name: str, number: object, below: float | None = None) -> float:
-    """The number as a float, or a ValueError that names what it is of."""
+    """The number as a float; raises a ValueError that names the argument."""
     if isinstance(number, Real) and not isinstance(number, bool):
         value = float(number)
         if value > 0 and (below is None or value < below):
@@ -224,7 +224,7 @@ def _check_positive(name: str, number: object, below: float | None = None) -> fl
 
 
 def _compile_of(elbo: Any) -> bool | str:
-    """What a loss says of compiling."""
+    """The way to compile with this loss."""
     if isinstance(elbo, CompiledTrace_ELBO):
         return "graph" if elbo.backend == "graph" else True
     return "auto" if elbo is None or type(elbo) in RECORDABLE else False

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run between two steps, where its state is whole."""
+"""Ctrl-C and SIGTERM end a run between two steps, when its state is consistent."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from typing import Any
 
 __all__ = ["Interrupts", "Terminated"]
 
-# Who sees to a signal himself goes on to do so.
+# A signal with another handler than these keeps it.
 DEFAULTS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
 
 class Terminated(BaseException):
-    """SIGTERM has come."""
+    """Raised for SIGTERM."""
 
 
 class Interrupts:
-    """Holds both signals back within a ``with``, and lets them through where that is open.
+    """Delays both signals within a ``with``, until the next :meth:`open` or :meth:`check`.
 
-    At its end the signals do what they did before. One that is still held back does so then, and so
-    does the SIGTERM that a :class:`Terminated` stands for.
+    On exit the previous handlers return. A signal that is still pending is raised again then, and
+    so is SIGTERM after :class:`Terminated`.
 
     Example:
         >>> with Interrupts() as interrupts:
-        ...     with interrupts.open():  # Ctrl-C raises KeyboardInterrupt here,
+        ...     with interrupts.open():  # Ctrl-C raises KeyboardInterrupt here
         ...         pass
-        ...     pass  # and here it waits for the next such place
+        ...     pass  # and is delayed here
     """
 
     def __init__(self) -> None:
-        self._came: int | None = None
+        self._pending: int | None = None
         self._is_open = False
         self._before: dict[int, Any] = {}
         self._process = os.getpid()
 
     def __enter__(self) -> Interrupts:
-        if threading.current_thread() is threading.main_thread():  # no other gets signals
+        if threading.current_thread() is threading.main_thread():  # other threads get no signals
             for number, default in DEFAULTS.items():
                 if signal.getsignal(number) is default:
                     self._before[number] = signal.signal(number, self._handle)
@@ -52,15 +52,15 @@ class Interrupts:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._give_back()
+        self._restore_handlers()
         if isinstance(error, Terminated):
             signal.raise_signal(signal.SIGTERM)
-        if error is None and self._came is not None:
-            signal.raise_signal(self._came)
+        if error is None and self._pending is not None:
+            signal.raise_signal(self._pending)
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Where a signal may raise: the user's code, which may take long, and changes no state."""
+        """Lets signals raise, for code of the user that may take long and changes no state."""
         try:
             self._is_open = True
             self.check()
@@ -69,23 +69,23 @@ class Interrupts:
             self._is_open = False
 
     def check(self) -> None:
-        """Raises for a signal that came."""
-        came, self._came = self._came, None
-        if came == signal.SIGINT:
+        """Raises if a signal is pending."""
+        pending, self._pending = self._pending, None
+        if pending == signal.SIGINT:
             raise KeyboardInterrupt
-        if came == signal.SIGTERM:
+        if pending == signal.SIGTERM:
             raise Terminated
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a data loader's, say, that was forked within
-            self._give_back()
+        if os.getpid() != self._process:  # a forked one, for example of a data loader
+            self._restore_handlers()
             signal.raise_signal(number)
             return
-        self._came = number
+        self._pending = number
         if self._is_open:
             self.check()
 
-    def _give_back(self) -> None:
+    def _restore_handlers(self) -> None:
         for number, before in self._before.items():
             signal.signal(number, before)
         self._before = {}

@@ -1,4 +1,4 @@
-r"""Adam, by one rule, for all parameters at once and for tables of which a step touches few rows.
+r"""Adam by one rule, for all parameters at once, and for tables with sparse gradients.
 
 .. math::
     m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad
@@ -19,19 +19,19 @@ from ..compiler.capture import Refused
 
 __all__ = ["BETAS", "EPS", "FlatAdam", "RowAdam", "coefficients", "moved"]
 
-# Those of torch.optim.Adam.
+# The defaults of torch.optim.Adam.
 BETAS, EPS = (0.9, 0.999), 1e-8
 
 
 def coefficients(taken: Tensor, rate: Tensor | float, go: Tensor | float = 1.0) -> list[Any]:
-    """What a step of Adam needs besides gradients: the same for all numbers of one count.
+    """The scalars of a step of Adam, with the corrections for averages that began with zeros.
 
     Args:
-        taken: How many steps were taken, with this one.
+        taken: The number of steps, with this one.
         rate: The learning rate.
         go: One; or zero, for a step that changes nothing.
     """
-    left_1, left_2 = (beta**taken for beta in BETAS)  # of the zeros that averages began with
+    left_1, left_2 = (beta**taken for beta in BETAS)
     root = (1 - left_2).sqrt()
     new_1, new_2 = (go * (1 - beta) for beta in BETAS)
     return [go * rate * root / (1 - left_1), EPS * root, 1 - new_1, new_1, 1 - new_2, new_2]
@@ -40,13 +40,9 @@ def coefficients(taken: Tensor, rate: Tensor | float, go: Tensor | float = 1.0) 
 def moved(
     first: Tensor, second: Tensor, gradient: Tensor, numbers: Sequence[Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The averages after a step of Adam, and what it takes off the parameters.
+    """The averages of the gradient and of its square after a step, and the step itself.
 
-    Args:
-        first: The average of gradients.
-        second: That of their squares.
-        gradient: The gradient.
-        numbers: The :func:`coefficients`.
+    The step is to be subtracted from the parameters. ``numbers`` are the :func:`coefficients`.
     """
     size, eps, keep_1, new_1, keep_2, new_2 = numbers
     m = first * keep_1 + gradient * new_1
@@ -55,9 +51,9 @@ def moved(
 
 
 class RowAdam:
-    """Adam for tables whose gradients are sparse: rows without a gradient cost nothing.
+    """Adam for tables with sparse gradients: rows without a gradient cost nothing.
 
-    Each row has its own count of the steps that it was in.
+    Each row has its own count of steps.
 
     Args:
         tables: Parameters of shape ``(N, C)``.
@@ -70,16 +66,16 @@ class RowAdam:
         self.counts = [table.detach().new_zeros(len(table)) for table in tables]
         self._found: list[tuple[int, Tensor, Tensor]] = []
         for table in self.tables:
-            table.grad = None  # of whoever trained it before
+            table.grad = None  # of an earlier training
 
     @property
     def visits(self) -> float:
-        """In how many steps a row was, in the mean; of the table that was least."""
+        """The mean number of steps per row, of the table where it is smallest."""
         return min((float(counts.mean()) for counts in self.counts), default=math.inf)
 
     @torch.no_grad()
     def gradients(self) -> list[Tensor]:
-        """Takes the tables' gradients; returns tensors that have those of rows, for clipping."""
+        """Moves the tables' gradients to tensors of rows, which are returned for clipping."""
         self._found.clear()
         for k, table in enumerate(self.tables):
             if table.grad is not None:
@@ -91,7 +87,7 @@ class RowAdam:
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
-        """A step by the gradients that were taken."""
+        """Takes a step by the gradients that :meth:`gradients` found."""
         for k, index, rows in self._found:
             assert rows.grad is not None
             count = self.counts[k][index] + 1
@@ -103,26 +99,26 @@ class RowAdam:
         self._found.clear()
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint has of it."""
+        """The state for a checkpoint."""
         return {"first": self.first, "second": self.second, "counts": self.counts}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes on from such a state."""
+        """Takes over a :meth:`state`."""
         for name, saved in state.items():
             for own, value in zip(getattr(self, name), saved, strict=True):
                 own.copy_(value)
 
 
 class FlatAdam:
-    """Parameters and the state of Adam in flat tensors, for steps that are compiled.
+    """Parameters and the state of Adam as flat tensors, for compiled steps.
 
     Args:
         params: The parameters, of one dtype and device.
-        optimizer: The optimiser whose state it takes over, and gives back.
-        factors: By how much the rate of each of the optimiser's groups differs from the rate.
+        optimizer: The optimiser, whose state is read here and written by :meth:`store_state`.
+        factors: The factor of the learning rate for each of the optimiser's groups.
 
     Raises:
-        Refused: If the parameters have several dtypes or devices, or came one after the other.
+        Refused: If the parameters have several dtypes or devices, or different numbers of steps.
     """
 
     @torch.no_grad()
@@ -145,8 +141,8 @@ class FlatAdam:
         taken = {float(state.get("step", 0)) for state in states}
         if len(taken) != 1:
             raise Refused(
-                "Some parameters were trained for more steps than others, which compiled steps "
-                "can't go on with: compile=False."
+                "Compiled steps need parameters that were all trained for the same number of "
+                "steps, and some of these were trained for fewer. Give compile=False."
             )
 
         def average(name: str) -> Tensor:
@@ -156,7 +152,7 @@ class FlatAdam:
         self.values = torch.cat([param.reshape(-1) for param in params])
         self.first, self.second = average("exp_avg"), average("exp_avg_sq")
         self.rates = torch.cat([p.new_full((p.numel(),), factor_of[id(p)]) for p in params])
-        # The loss's relative effective sample size, and how many steps were taken.
+        # The relative effective sample size of the loss, and the number of steps.
         self.state = torch.tensor([0.0, *taken], dtype=torch.float64, device=self.values.device)
         self.views = self.in_shape(self.values)
 
@@ -178,7 +174,7 @@ class FlatAdam:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """What :meth:`step` changes, and the rates."""
+        """The tensors that :meth:`step` changes, and the rates."""
         return [self.values, self.first, self.second, self.state, self.rates]
 
     @staticmethod
@@ -190,22 +186,25 @@ class FlatAdam:
         rate: Tensor,
         largest_norm: Tensor,
     ) -> Tensor:
-        """A step by the gradient of a loss, clipped; it changes nothing if these are not finite.
+        """Takes a step by a flat gradient, clipped, if loss and gradient are finite.
 
         Args:
-            tensors: As of :attr:`tensors`.
+            tensors: The :attr:`tensors`, which are changed in place.
             value: The loss.
-            ess: Its relative effective sample size, which is kept with the count of steps.
-            slope: Its gradient, as flat.
+            ess: Its relative effective sample size, which is stored in the state.
+            slope: Its gradient.
             rate: The learning rate.
-            largest_norm: Of the gradient, whose norm is returned.
+            largest_norm: The norm to which the gradient is clipped.
+
+        Returns:
+            The norm of the gradient before clipping.
         """
         values, first, second, state, rates = tensors
         norm: Tensor = slope.norm().to(state.dtype)
         fine = value.isfinite() & norm.isfinite()
         go = fine.to(state.dtype)
         clip = torch.where(fine, (largest_norm / (norm + 1e-6)).clamp(max=1), 0)
-        # In one tensor, or else each parameter would compute them by itself.
+        # In one tensor, since compiled code would else compute them for each parameter again.
         common = torch.stack([clip, *coefficients(state[1] + 1, rate, go)])
         clip, *numbers = common.to(values.dtype).unbind()
         m, v, change = moved(first, second, torch.where(fine, slope, 0) * clip, numbers)
@@ -216,6 +215,6 @@ class FlatAdam:
         return norm
 
     def in_shape(self, flat: Tensor) -> list[Tensor]:
-        """The parts of a flat tensor, in the shapes of the parameters."""
+        """The parts of a flat tensor in the shapes of the parameters."""
         parts = flat.split_with_sizes(self.sizes)
         return [part.view(param.shape) for part, param in zip(parts, self.params, strict=True)]

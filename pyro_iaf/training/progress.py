@@ -1,4 +1,4 @@
-"""A progress bar that ends no run, wherever its output goes."""
+"""A progress bar whose output may fail without ending the run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["progress_bar"]
 
 
 class _Stream:
-    """A stream that says no more once it can't be written to."""
+    """A stream that ignores all writes after one has failed."""
 
     def __init__(self, stream: Any) -> None:
         self._stream, self._is_broken = stream, False
@@ -26,7 +26,7 @@ class _Stream:
         try:
             if not self._is_broken:
                 getattr(self._stream, what)(*args)
-        except Exception:  # a pipe, a disk, an encoding, or None where stderr was closed
+        except Exception:  # a closed pipe, a full disk, an encoding, or stderr is None
             self._is_broken = True
 
     def __getattr__(self, name: str) -> Any:
@@ -34,10 +34,10 @@ class _Stream:
 
 
 class _Bar(tqdm):  # type: ignore[misc]
-    """A bar that leaves nothing locked, whatever is raised while it is drawn."""
+    """A bar that releases its lock if drawing raises."""
 
     def refresh(self, *_: Any, **__: Any) -> None:
-        # tqdm lets go of the lock of all its bars only where drawing ends well.
+        # tqdm releases the lock of all its bars only if drawing succeeds.
         with self.get_lock():
             super().refresh(nolock=True)
 

@@ -1,4 +1,4 @@
-"""What a fit found."""
+"""The result of a fit."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from torch import Tensor
 
 __all__ = ["AVERAGED", "FitResult"]
 
-# The share of steps, the last ones, whose parameters are averaged.
+# The parameters of this share of the steps, the last ones, are averaged.
 AVERAGED = 0.2
 
 
 @dataclass
 class FitResult:
-    """What :func:`~pyro_iaf.fit` did.
+    """The losses of a :func:`~pyro_iaf.fit`, and how it went.
 
     Attributes:
         losses: The loss of every step that was taken, the negative ELBO in nats.
-        num_steps: How many steps were tried.
-        stopped: Whether the ELBO had settled before the steps that were asked for were over.
-        skipped: How many steps had a loss or a gradient that was not finite, and were not taken.
-        seconds: How long it took, without what an earlier process did before a checkpoint.
-        backend: What took the last step: ``"inductor"``, ``"graph"`` or, uncompiled, ``"eager"``.
-        resumed_at: The step from which a checkpoint went on; 0 where there was none.
+        num_steps: The number of steps, with those that were skipped.
+        stopped: Whether the run ended early, since the ELBO had settled.
+        skipped: The number of steps whose loss or gradient was not finite, which changed nothing.
+        seconds: The duration, without that of earlier processes before a checkpoint.
+        backend: How the last step ran: ``"inductor"``, ``"graph"`` or, uncompiled, ``"eager"``.
+        resumed_at: The step of the checkpoint from which the run resumed, or 0.
 
     Example:
         >>> result = FitResult(torch.full((100,), 2.5), 100, False, 0, 1.0)
@@ -55,5 +55,5 @@ class FitResult:
         if self.skipped:
             text += f"; {self.skipped} of them were skipped, since they were not finite"
         if self.resumed_at:
-            text += f"; the first {self.resumed_at} are of a checkpoint"
+            text += f"; the first {self.resumed_at} are from a checkpoint"
         return text + f"; {self.seconds:.1f} s"

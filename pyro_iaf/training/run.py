@@ -1,9 +1,10 @@
-r"""A training run, step by step: how fast, until when, and what becomes of it on the way.
+r"""One training run, step by step.
 
 .. math::
     \max_\phi \; \mathbb{E}_{z \sim q_\phi} \bigl[ \log p(x, z) - \log q_\phi(z) \bigr]
 
-by Adam, until the ELBO has settled; then at a falling rate, with the last iterates averaged.
+by Adam, at a constant learning rate until the ELBO has settled and then at a falling one; the last
+iterates are averaged.
 """
 
 from __future__ import annotations
@@ -50,21 +51,21 @@ from .schedule import Schedule
 
 __all__ = ["Run"]
 
-# A weight of our networks counts one over the square root of its unit's inputs, so it may move by
-# more than a loc or a scale.
+# The learning rates of other parameters and of our networks' weights. The latter are divided by the
+# square root of the number of inputs of their unit, so they may move by more.
 RATES = (1.0, 4.0)
 
-# That of a table's rows, which steps come by rarely.
+# The learning rate of a table's rows, of which each takes part in few steps.
 RATE_OF_ROWS = 10.0
 
-# In how many steps each row of a table has been, in the mean, before all has settled.
+# The ELBO has settled only after each row of a table took part in so many steps, on average.
 FEWEST_VISITS = 30
 
-# Steps that may fail in a row, and the share of all that may.
+# How many steps in a row may be skipped, and which share of all steps.
 MAX_SKIPPED, MAX_SHARE_SKIPPED = 25, 0.2
 
-# Compiled steps between two looks at the losses and the parameters: the first time, and the most;
-# it should not take more seconds.
+# How many compiled steps run before their losses are read: at first, and at most. They should not
+# take longer than these seconds.
 FIRST_CHUNK, LARGEST_CHUNK, SECONDS_A_CHUNK = 50, 500, 0.2
 
 
@@ -105,20 +106,20 @@ class Run:
         self.next_shown = 50
 
     def to_the_end(self, progress: bool) -> FitResult:
-        """Takes all steps."""
+        """Runs all steps; an error gets the result so far as its attribute ``result``."""
         self.began = time.perf_counter()
         handlers = list(runtime._PYRO_STACK)
         try:
             with torch.enable_grad(), row_gradients(self.guide):
                 return self._take_all(progress)
         except BaseException as error:
-            runtime._PYRO_STACK[:] = handlers  # Ctrl-C may come just as one of them leaves
+            runtime._PYRO_STACK[:] = handlers  # Ctrl-C may come while a handler leaves
             error.result = self._result()  # type: ignore[attr-defined]
             raise
 
     def _take_all(self, progress: bool) -> FitResult:
         first, saved = self._begin()
-        self.waiting = [first] if saved is None else []  # else the run goes on with what follows
+        self.waiting = [first] if saved is None else []  # a resumed run goes on with the next batch
         bar = progress_bar(self.schedule.num_steps, self.step, progress)
         with bar, Interrupts() as self.interrupts:
             try:
@@ -129,14 +130,14 @@ class Run:
                     self._show(bar)
                 if self.skipped > max(MAX_SHARE_SKIPPED * self.step, 1):
                     self._give_up(*first)
-                if self.backend != "eager":  # a recording does not notice what comes or goes
+                if self.backend != "eager":  # a recording does not notice new or missing sites
                     with torch.random.fork_rng([]):
                         check_latents(self.model, self.guide, *first)
                 self.checkpoint.save()
                 self.interrupts.check()
             except BaseException as error:
                 self.steps.stop()
-                # What is not finite is not worth keeping, and a broken step can't be.
+                # Parameters that are not finite, or half updated, are not saved.
                 if self.is_whole and not isinstance(error, FloatingPointError):
                     self.checkpoint.save()
                 raise
@@ -148,7 +149,7 @@ class Run:
         return self._result()
 
     def _begin(self) -> tuple[Batch, dict[str, Any] | None]:
-        """The first batch and a checkpoint's state, with all that steps need in place."""
+        """Prepares the steps; returns the first batch, and a checkpoint's state if there is one."""
         saved = self.checkpoint.open()
         first = self.batches.next()
         self.batches.check(*first)
@@ -156,8 +157,8 @@ class Run:
         if self.rows.tables and self.compile is not False:
             if self.compile != "auto":
                 raise Refused(
-                    "A guide that learns a table of contexts takes its steps uncompiled, since "
-                    "each has its own rows. Give compile=False, or an encoder."
+                    "A guide with a table of contexts can't be compiled, since each step reads "
+                    "other rows. Give compile=False, or an encoder."
                 )
             self.compile = False
         self.checkpoint.look(*first)
@@ -200,7 +201,7 @@ class Run:
 
         def look() -> None:
             if goes_through_draws(self.guide) and hasattr(self.guide, "setup"):
-                self.guide.setup(*args, **kwargs)  # with gradients, as for training
+                self.guide.setup(*args, **kwargs)  # outside no_grad, as training needs it
             with torch.no_grad():
                 elbo.loss(self.model, self.guide, *args, **kwargs)
 
@@ -210,13 +211,13 @@ class Run:
             except Mismatch:
                 raise
             except Exception as error:
-                if type(elbo) in RECORDABLE:  # others have latents that the guide has not
+                if type(elbo) in RECORDABLE:  # other ELBOs enumerate latents, which guides lack
                     check_latents(self.model, self.guide, args, kwargs)
                 if not isinstance(error, ValueError) or "log_prob shape" in str(error):
                     raise
                 if fault := impossible_data(self.model, self.guide, args, kwargs):
                     raise ValueError(fault) from error
-                try:  # once more, as it may be of this draw
+                try:  # again, since only this draw may be at fault
                     with quietly():
                         look()
                 except ValueError:
@@ -227,9 +228,9 @@ class Run:
         particles = WeightedParticles(self.model, self.guide, args, kwargs)
         if not particles.at_once and self.num_particles > 1:
             warn(
-                "fit runs its particles one after the other: run for several at once the model "
-                "fails, or its density is another one, or is random. If that takes long, write "
-                "sites with plates, and dimensions counted from the right."
+                "fit runs its particles one after the other: vectorised over particles, the model "
+                "fails, or its log density changes or is random. If that takes long, write sites "
+                "with plates, and count dimensions from the right."
             )
         if isinstance(self.guide, ScoredGuide):
             log_joint = getattr(self.guide, "log_joint", LogJoint)
@@ -258,7 +259,7 @@ class Run:
         self._add(seen)
 
     def _add(self, seen: poutine.Trace) -> None:
-        """Takes in the parameters of a run that are not there yet."""
+        """Adds the parameters of a trace that are new to the optimiser."""
         of_networks = {id(p) for net in networks_of(self.guide) for p in net.parameters()}
         tables = {id(table) for table in self.rows.tables}
         for name, param in unconstrained_params(seen).items():
@@ -271,7 +272,7 @@ class Run:
     # Steps
 
     def _take_some(self, bar: tqdm[Any]) -> None:
-        """Takes one step, or as many compiled ones as there are until something else is to do."""
+        """Takes one eager step, or several compiled ones."""
         args, kwargs = self.waiting.pop() if self.waiting else self._next()
         with self.interrupts.open():
             built = self.steps.step_for(self.step, args, kwargs, bar)
@@ -282,7 +283,7 @@ class Run:
                 self._replay(built, args, kwargs)
 
     def _next(self) -> Batch:
-        """The next batch. A step that fails from here on is taken anew, with the same numbers."""
+        """The next batch; a checkpoint written during its step resumes before it."""
         self.checkpoint.note_place()
         with self.interrupts.open():
             return self.batches.next()
@@ -290,18 +291,18 @@ class Run:
     def _take_step(self, args: Args, kwargs: Kwargs) -> None:
         self.backend = "eager"
         self.steps.stop()
-        rate, weight, covers, _ = self._numbers(self.step)
+        rate, weight, mass_covering, _ = self._numbers(self.step)
         for group, factor in zip(self.optimizer.param_groups, RATES, strict=True):
             group["lr"] = rate * factor
         self.optimizer.zero_grad()
-        self.loss.mass_covering = bool(covers)
+        self.loss.mass_covering = bool(mass_covering)
         ess = self.loss.relative_ess
         try:
             with self.interrupts.open(), poutine.trace(param_only=True) as capture:
                 loss = self.loss(args, kwargs, weight)
             if capture.trace.nodes.keys() - self.params.keys():
                 self._add(capture.trace)
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # of a matrix that is not finite, say
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # for example of a matrix that is not finite
             loss = torch.tensor(math.nan)
         except BaseException:
             self.loss.relative_ess = ess
@@ -318,7 +319,7 @@ class Run:
         self.is_whole = True
 
     def _replay(self, built: Built, args: Args, kwargs: Kwargs) -> None:
-        """Takes compiled steps until there is something to see to."""
+        """Takes compiled steps, as many as :meth:`_num_undisturbed` says."""
         began = time.perf_counter()
         self.backend = built.backend
         adam = self.steps.start(built)
@@ -333,7 +334,7 @@ class Run:
                 for step, numbers in zip(steps, rows.unbind(), strict=True):
                     if pairs and self.batches.change:
                         self.step = step
-                        with torch.enable_grad():  # as it was when the step was built
+                        with torch.enable_grad():  # as when the step was recorded
                             batch = self._next()
                             is_same = self.steps.is_for(built, *batch)
                         if not is_same:
@@ -344,7 +345,7 @@ class Run:
                     pairs.append(take(numbers))
                     self._average_in(step + 1, params)
                     self.is_whole = True
-        finally:  # whatever ends it, what was taken counts
+        finally:  # after an error, too, the steps that were taken count
             self.step = steps.start
             if pairs:
                 adam.store()
@@ -354,7 +355,7 @@ class Run:
                 self._account(results, args, kwargs)
 
     def _num_undisturbed(self) -> int:
-        """How many steps there are to the next at which something else is to do."""
+        """How many steps may run without a look at losses, schedule or checkpoint."""
         schedule = self.schedule
         ends = [self.step + self.chunk, schedule.end, _next_multiple(self.step, schedule.stretch)]
         if self.checkpoint.path:
@@ -362,7 +363,7 @@ class Run:
         return min(ends) - self.step
 
     def _account(self, results: Iterable[Sequence[float]], args: Args, kwargs: Kwargs) -> None:
-        """Notes what came of steps: the loss of each, and the norm of its gradient."""
+        """Records the losses and gradient norms of steps; raises if too many are not finite."""
         for value, size in results:
             self.step += 1
             if math.isfinite(value) and math.isfinite(size):
@@ -382,19 +383,19 @@ class Run:
         raise FloatingPointError(
             f"{self.skipped} of {self.step} steps, the last {self.skipped_in_a_row} of them in a "
             f"row, had a loss or a gradient that is not finite. At fault: {fault}. Look at the "
-            "scales there and at the precision (torch.float64 reaches farther), or take a smaller "
-            "lr. A density of -inf is of a value outside a support: one that depends on another "
-            "latent, as Uniform(0, z), is written z * Uniform(0, 1)."
+            "scales there and at the precision (torch.float64 has a larger range), or take a "
+            "smaller lr. A log density of -inf means a value outside the support: write a support "
+            "that depends on another latent, as Uniform(0, z), as z * Uniform(0, 1)."
         )
 
     def _numbers(self, step: int) -> tuple[float, float, float, float]:
-        """A step's rate, weight of the KL divergence, whether to cover, and largest norm."""
+        """A step's learning rate, KL weight, whether it is mass-covering, and largest norm."""
         schedule = self.schedule
-        covers = step >= schedule.falls_at and not self.batches.change
-        return schedule.rate(step), schedule.weight(step), float(covers), self.clip_norm
+        mass_covering = step >= schedule.falls_at and not self.batches.change
+        return schedule.rate(step), schedule.weight(step), float(mass_covering), self.clip_norm
 
     def _average_in(self, done: int, params: Mapping[str, Tensor]) -> None:
-        """Takes the parameters after so many steps into the averages, if these are the last."""
+        """Adds the parameters after ``done`` steps to the averages, if these are among the last."""
         end = self.schedule.end
         taken = done - (end - int(AVERAGED * end))
         if taken <= 0:

@@ -177,7 +177,7 @@ def test_a_checkpoint_of_other_data_is_not_gone_on_with(tmp_path):
     assert run(torch.ones(5)).resumed_at == 0
     again = run(torch.ones(5))
     assert again.resumed_at == 50
-    assert "the first 50 are of a checkpoint" in str(again)
+    assert "the first 50 are from a checkpoint" in str(again)
     with pytest.raises(ValueError, match="of a run on other data"):
         run(-torch.ones(5))
 
