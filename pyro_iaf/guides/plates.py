@@ -168,11 +168,13 @@ def checked_rows(
                 f"There is no plate '{name}' to choose rows of; latents are in {quoted(sizes)}."
             )
         index, size = torch.as_tensor(chosen), sizes[name]
-        if index.dim() != 1 or index.dtype.is_floating_point or index.dtype == torch.bool:
+        is_whole = not (index.dtype.is_floating_point or index.dtype == torch.bool)
+        if index.dim() != 1 or not (len(index) and is_whole):
             raise ValueError(
-                f"rows[{name!r}] should be indices of rows, of shape (n,); got {chosen!r}."
+                f"rows[{name!r}] should be indices of at least one row, of shape (n,); got "
+                f"{chosen!r}. Without rows all are drawn."
             )
-        if len(index) and not 0 <= int(index.min()) <= int(index.max()) < size:
+        if not 0 <= int(index.min()) <= int(index.max()) < size:
             raise ValueError(f"rows[{name!r}] should be between 0 and {size - 1}; got {chosen!r}.")
         checked[name] = index
     return checked

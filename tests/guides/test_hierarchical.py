@@ -840,6 +840,13 @@ def test_rows_have_to_be_a_dict():
         guide.sample_posterior(2, rows=[1, 2])
 
 
+@pytest.mark.parametrize("none", [[], torch.tensor([], dtype=torch.long)], ids=["list", "tensor"])
+def test_no_row_is_no_choice(none):
+    guide = small(simple)
+    with pytest.raises(ValueError, match="at least one row"):
+        guide.sample_posterior(2, rows={"rows": none})
+
+
 def test_minibatches_of_another_size_lead_to_create_plates():
     def model(x):
         with pyro.plate("rows", 25, subsample_size=len(x)):
