@@ -142,7 +142,7 @@ class MaskedAutoregressiveNetwork(nn.Module):
         return torch.split(out, self.input_dim, -1)
 
     def shifts(self, offsets: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:
-        """What is added to the units of each layer, of which ``offsets`` is the last matrix."""
+        """What is added to the units of each layer; ``offsets`` is the last matrix of weights."""
         if context is None:
             return offsets.squeeze(-1).split_with_sizes(self._widths)
         shift = functional.linear(context, offsets[:, 1:], offsets[:, 0])

@@ -177,10 +177,7 @@ def _carry_through(score: Tensor, steps: Sequence[Step], by_kernel: bool) -> Ten
 
 
 def has_explicit_jacobian(flow: Autoregressive, by_kernel: bool) -> bool:
-    """Whether the Jacobian can be computed from the network's weights, and is small or not formed.
-
-    The kernel does not form it.
-    """
+    """Whether the network's weights give the Jacobian, and it is small or left to the kernel."""
     return (by_kernel or len(flow.order) <= MAX_JACOBIAN_DIM) and can_be_cut(flow)
 
 

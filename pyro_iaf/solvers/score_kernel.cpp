@@ -1,9 +1,10 @@
 // Carries the score of a density through an autoregressive map, particle by particle.
 //
-// From J' u = v, where v is the score of the noise less the slope of the map's log-determinant, the
-// coordinates of u are found one after the other, the last first. What has been found is pushed
-// back through the network at once: a unit of degree d hears from coordinates after position d
-// alone, so it is complete when those are known. All in all one backward pass.
+// J' u = v is solved for the coordinates of u one after the other, the last first. Here v is the
+// score of the noise minus the gradient of the map's log-determinant. Each coordinate is propagated
+// back through the network at once. The gradient in a unit of degree d depends only on coordinates
+// after position d, so it is complete when these are solved. The arithmetic is that of one backward
+// pass.
 
 #include <algorithm>
 #include <cstdint>
@@ -22,14 +23,14 @@ static void add_rows(T* to, const T* row, T factor, const T* other, T factor_of_
   for (int64_t c = first; c < last; ++c) to[c] += row[c] * factor + other[c] * factor_of_other;
 }
 
-// The particles from k0 to k1. `slopes` are the map's derivatives: of the value in the coordinate and
-// in the P parameters, then of the logarithm of the slope in these, null where they are zero.
-// `weights` are those of the L hidden layers and of the outputs, which read the last hidden layer and
-// then the coordinates; `starts[l * (D + 1) + d]` is the first unit of degree d in hidden layer l;
-// the coordinates at the first d positions lie from `lowest[d]` to before `highest[d]`.
+// The particles from k0 up to k1. `slopes` are the map's derivatives: of the value with respect to
+// the coordinate and the P parameters, then of the log slope with respect to these, null where they
+// are zero. `weights` are those of the L hidden layers and of the outputs, which read the last
+// hidden layer and then the coordinates. `starts[l * (D + 1) + d]` is the first unit of degree d in
+// hidden layer l. The coordinates at the first d positions lie from `lowest[d]` up to `highest[d]`.
 template <typename T>
 static void carry(int64_t k0, int64_t k1, int64_t D, int64_t L, int64_t P, const int64_t* widths,
-                  const T* score, const T* const* slopes, const T* const* bends,
+                  const T* score, const T* const* slopes, const T* const* activation_slopes,
                   const T* const* weights, const int64_t* order, const int64_t* starts, T* u) {
   const int64_t K = k1 - k0, H = widths[L - 1];
   const T* const* by_params = slopes + 1;
@@ -52,7 +53,7 @@ static void carry(int64_t k0, int64_t k1, int64_t D, int64_t L, int64_t P, const
       for (int64_t h = starts[l * (D + 1) + d]; h < starts[l * (D + 1) + d + 1]; ++h) {
         for (int64_t k = 0; k < K; ++k) {
           const int64_t at = k * widths[l] + h;
-          const T g = gradients[l + 1][at] * bends[l][k0 * widths[l] + at];
+          const T g = gradients[l + 1][at] * activation_slopes[l][k0 * widths[l] + at];
           add_row(&gradients[l][k * width], weights[l] + h * width, g, first, last);
         }
       }
@@ -87,9 +88,8 @@ static void carry(int64_t k0, int64_t k1, int64_t D, int64_t L, int64_t P, const
   }
 }
 
-// All particles through all flows. Of each flow there are the slopes, of which bit k of `given` says
-// whether the k-th of those of the logarithm is there, the bends, the weights, the order, and the
-// starts.
+// All particles through all flows. `tensors` holds slopes, activation slopes, weights, order and
+// starts of each flow. Bit k of `given` says whether the k-th derivative of the log slope is there.
 template <typename T>
 static void carry_all(int64_t K, int64_t num_threads, int64_t num_flows, int64_t D, int64_t L,
                       int64_t P, int64_t given, const int64_t* widths, const void** tensors,
@@ -115,7 +115,7 @@ static void carry_all(int64_t K, int64_t num_threads, int64_t num_flows, int64_t
   for (auto& thread : others) thread.join();
 }
 
-// PyTorch's stable interface, as far as it is used here (torch/csrc/inductor/aoti_torch/c/shim.h).
+// The parts of PyTorch's stable interface used here (torch/csrc/inductor/aoti_torch/c/shim.h).
 using Handle = void*;  // of a tensor, owned
 extern "C" {
 int32_t aoti_torch_get_data_ptr(Handle, void**);
@@ -154,7 +154,7 @@ static void* data_of(Handle tensor) {
   return data;
 }
 
-// A tensor that is ours to delete.
+// A tensor that is deleted with this object.
 struct Owned {
   Handle tensor;
   explicit Owned(Handle owned) : tensor(owned) {}
@@ -185,9 +185,9 @@ static Owned in_rows(Owned matrix) {
   return copy;
 }
 
-// The operation: the score, the tensors of the flows, the numbers of flows, of threads and of
-// parameters, and which slopes are given lie on a stack, where the tensors are ours to delete and the
-// first place takes what is returned.
+// The operation. On the stack are the score, the tensors of the flows, the numbers of flows,
+// threads and parameters, and `given`. The tensors are to be deleted here. The first place
+// takes the result.
 static void carry_operation(uint64_t* stack, uint64_t num_arguments, uint64_t) {
   const int64_t count = num_arguments - 5;
   const int64_t num_flows = stack[count + 1], num_threads = stack[count + 2];
@@ -201,12 +201,13 @@ static void carry_operation(uint64_t* stack, uint64_t num_arguments, uint64_t) {
   std::vector<int64_t> widths;
   for (int64_t k = 0; k <= count; ++k) {
     const int64_t place = (k + each - 1) % each;
-    if (!k || place <= num_slopes + 2 * L) {  // orders and starts are in rows anyway
+    if (!k || place <= num_slopes + 2 * L) {  // orders and starts are contiguous already
       Owned matrix = in_rows(std::move(tensors[k]));
       tensors[k].tensor = matrix.release();
     }
     data.push_back(data_of(tensors[k].tensor));
-    if (k && place >= num_slopes && place < num_slopes + L) widths.push_back(sizes_of(tensors[k].tensor)[1]);
+    const bool is_activation = place >= num_slopes && place < num_slopes + L;
+    if (k && is_activation) widths.push_back(sizes_of(tensors[k].tensor)[1]);
   }
   const int64_t K = sizes_of(tensors[0].tensor)[0], D = sizes_of(tensors[0].tensor)[1];
   const int32_t dtype = dtype_of(tensors[0].tensor);
@@ -224,7 +225,7 @@ static void carry_operation(uint64_t* stack, uint64_t num_arguments, uint64_t) {
   stack[0] = reinterpret_cast<uint64_t>(found.release());
 }
 
-// Makes it the kernel of an operation that was defined, from now on; says whether that failed.
+// Registers the kernel of an operation that is defined already; returns nonzero if that failed.
 extern "C" int32_t register_carry(const char* name) {
   void* library;
   return aoti_torch_library_init_impl("pyro_iaf", "CPU", __FILE__, __LINE__, &library) ||

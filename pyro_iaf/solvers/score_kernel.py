@@ -1,4 +1,4 @@
-r"""The score of a density, carried through flows, as one operation of a graph.
+r"""The score of a density, carried through flows by one operation.
 
 .. math::
     J^{\mathsf T} u = v, \qquad v = \nabla_x \log q(x) - \nabla_x \log |\det J|
@@ -6,7 +6,7 @@ r"""The score of a density, carried through flows, as one operation of a graph.
 The Jacobian of an autoregressive map is triangular, so the coordinates of :math:`u` are solved one
 after the other, each with the network's units that no earlier coordinate needs. This is the work of
 one backward pass, cut into D small parts, which are slow as operations of PyTorch. So there is a
-kernel in C++, and PyTorch code for machines without a compiler.
+kernel in C++, and the same in PyTorch for machines without a compiler.
 """
 
 from __future__ import annotations
@@ -35,17 +35,16 @@ from ..nn.univariate import Derivatives
 
 __all__ = ["MAX_JACOBIAN_DIM", "Carrier", "carry", "carry_by_jacobian", "has_kernel", "load_kernel"]
 
-# Without the kernel, up to so many coordinates the Jacobian is computed as a matrix.
+# Without the kernel, the Jacobian is computed as a matrix for at most this many coordinates.
 MAX_JACOBIAN_DIM = 64
 
-# Each thread should have at least so many multiplications to do.
+# The least number of multiplications for each thread.
 WORK_PER_THREAD = 2_000_000
 
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-pthread"]
 
 _kernel: list[ctypes.CDLL] = []
-_libraries: list[torch.library.Library] = []
-_defined: list[str] = []
+_libraries: dict[str, torch.library.Library] = {}  # an operation exists as long as its library
 _loading = threading.Lock()
 
 
@@ -55,7 +54,7 @@ def load_kernel() -> None:
         try:
             if not _kernel and shutil.which(os.environ.get("CXX", "g++")):
                 _kernel.append(ctypes.CDLL(str(_compiled_kernel())))
-                for name in _defined:
+                for name in _libraries:
                     _register(name)
         except (OSError, subprocess.CalledProcessError) as error:
             why = getattr(error, "stderr", None) or error
@@ -70,9 +69,7 @@ def has_kernel() -> bool:
 
 
 def _compiled_kernel() -> Path:
-    from torch._inductor.runtime.cache_dir_utils import (
-        cache_dir,
-    )  # which changes the filters of warnings
+    from torch._inductor.runtime.cache_dir_utils import cache_dir  # changes the warning filters
 
     source = Path(__file__).with_suffix(".cpp")
     libraries = Path(torch.__file__).parent / "lib"
@@ -83,13 +80,11 @@ def _compiled_kernel() -> Path:
     library = Path(cache_dir()) / name
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            dir=library.parent
-        ) as folder:  # so that no other process sees half a file
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             fresh = Path(folder) / name
             command += ["-o", str(fresh)]
             subprocess.run(command, check=True, capture_output=True, text=True)
-            fresh.replace(library)
+            fresh.replace(library)  # atomic, so that no other process sees half a file
     return library
 
 
@@ -124,10 +119,10 @@ class Carrier(NamedTuple):
 
     @property
     def layout(self) -> tuple[int, int, int]:
-        """The number of hidden layers, that of parameters, and a bit for each log slope given."""
-        slopes = [self.slopes.log_slope_by_x, *self.slopes.log_slope_by_params]
-        given = sum(2**k for k, slope in enumerate(slopes) if slope is not None)
-        return len(self.activation_slopes), len(self.slopes.by_params), given
+        """The numbers of hidden layers and parameters, and bits for the log slope's derivatives."""
+        _, by_params, log_by_x, log_by_params = self.slopes
+        given = sum(2**k for k, by in enumerate([log_by_x, *log_by_params]) if by is not None)
+        return len(self.activation_slopes), len(by_params), given
 
 
 def carry(score: Tensor, flows: Sequence[Carrier]) -> Tensor:
@@ -140,22 +135,18 @@ def carry(score: Tensor, flows: Sequence[Carrier]) -> Tensor:
     K, D = score.shape[:-1].numel(), score.shape[-1]
     tensors: list[Tensor] = []
     _, P, given = flows[0].layout
-    for slopes, activation_slopes, weights, network in flows:
-        own = [slopes.by_x, *slopes.by_params, slopes.log_slope_by_x, *slopes.log_slope_by_params]
-        own += activation_slopes
-        wide = [part.expand(*score.shape[:-1], -1) for part in own if part is not None]
-        tensors += [part.reshape(K, -1) for part in wide]
+    for (by_x, by_params, log_by_x, log_by_params), activation_slopes, weights, network in flows:
+        own = [by_x, *by_params, log_by_x, *log_by_params, *activation_slopes]
+        expanded = [part.expand(*score.shape[:-1], -1) for part in own if part is not None]
+        tensors += [part.reshape(K, -1) for part in expanded]
         with _disable_current_modes():  # a constant, so no part of a graph
             bounds = torch.arange(D + 1, device=score.device)
             starts = torch.stack([torch.searchsorted(d, bounds) for d in network.hidden_degrees()])
         tensors += [*weights, network.order.contiguous(), starts]
     numbers = K * sum(weight.numel() for _, _, weights, _ in flows for weight in weights)
     num_threads = max(1, min(torch.get_num_threads(), K, numbers // WORK_PER_THREAD))
-    run = (
-        _operation(len(tensors))
-        if score.dtype in (torch.float32, torch.float64)
-        else _without_kernel
-    )
+    has_dtype = score.dtype in (torch.float32, torch.float64)
+    run = _operation(len(tensors)) if has_dtype else _without_kernel
     found: Tensor = run(score.reshape(K, D), *tensors, len(flows), num_threads, P, given)
     return found.reshape(score.shape)
 
@@ -166,13 +157,11 @@ def _operation(count: int) -> Any:
     # compiler six seconds to read.
     name = f"carry_{count}"
     arguments = ", ".join(["Tensor score", *(f"Tensor t{k}" for k in range(count))])
-    library = torch.library.Library("pyro_iaf", "FRAGMENT")
+    library = _libraries[name] = torch.library.Library("pyro_iaf", "FRAGMENT")
     numbers = "int num_flows, int num_threads, int num_params, int given"
     library.define(f"{name}({arguments}, {numbers}) -> Tensor")
     library.impl(name, _without_kernel, "CompositeExplicitAutograd")  # if no kernel is registered
     library.impl(name, lambda score, *_: score.new_empty(score.shape), "Meta")
-    _libraries.append(library)  # which an operation needs alive
-    _defined.append(name)
     if _kernel:
         _register(name)
     return getattr(torch.ops.pyro_iaf, name).default
@@ -182,32 +171,19 @@ def _without_kernel(score: Tensor, *arguments: Any) -> Tensor:
     """The operation in PyTorch code."""
     *tensors, num_flows, _, P, given = arguments
     L = (len(tensors) // num_flows - P - given.bit_count() - 4) // 2
-    left = iter(tensors)
+    rest = iter(tensors)
     for _ in range(num_flows):
-        by_x, *by_params = itertools.islice(left, 1 + P)
-        log_slope_by_x, *by_log = [next(left) if given >> k & 1 else None for k in range(1 + P)]
-        slopes = Derivatives(by_x, by_params, log_slope_by_x, by_log)
-        activation_slopes, weights = (
-            list(itertools.islice(left, L)),
-            list(itertools.islice(left, L + 1)),
-        )
-        score = _carry_through(score, slopes, activation_slopes, weights, next(left), next(left))
+        by_x, *by_params = itertools.islice(rest, 1 + P)
+        log_by_x, *log_by_params = [next(rest) if given >> k & 1 else None for k in range(1 + P)]
+        slopes = Derivatives(by_x, by_params, log_by_x, log_by_params)
+        activation_slopes = list(itertools.islice(rest, L))
+        flow = slopes, activation_slopes, list(itertools.islice(rest, L + 1)), next(rest)
+        starts = next(rest)
+        if score.shape[1] <= MAX_JACOBIAN_DIM:
+            score = carry_by_jacobian(score, *flow)
+        else:
+            score = _coordinate_by_coordinate(score, *flow, starts)
     return score.contiguous()
-
-
-def _carry_through(
-    score: Tensor,
-    slopes: Derivatives,
-    activation_slopes: list[Tensor],
-    weights: list[Tensor],
-    order: Tensor,
-    starts: Tensor,
-) -> Tensor:
-    if score.shape[1] <= MAX_JACOBIAN_DIM:
-        return carry_by_jacobian(score, slopes, activation_slopes, weights, order)
-    return _coordinate_by_coordinate(
-        score, slopes, activation_slopes, weights, order.tolist(), starts.tolist()
-    )
 
 
 def carry_by_jacobian(
@@ -218,14 +194,14 @@ def carry_by_jacobian(
     order: Tensor,
 ) -> Tensor:
     """The score at one flow's output, by its Jacobian as a matrix."""
-    by_x, by_params, log_slope_by_x, log_by_params = slopes
+    by_x, by_params, log_by_x, log_by_params = slopes
     *hidden, output = weights
     H = output.shape[1] - score.shape[-1]
     rows: Any = None
     for weight, slope in zip(hidden, activation_slopes, strict=True):
         rows = slope.unsqueeze(-1) * (weight if rows is None else weight @ rows)
     of_params = (output[:, :H] @ rows + output[:, H:]).chunk(len(by_params), -2)
-    score = score if log_slope_by_x is None else score - log_slope_by_x
+    score = score if log_by_x is None else score - log_by_x
     jacobian = by_params[0].unsqueeze(-1) * of_params[0]
     for by, of in zip(by_params[1:], of_params[1:], strict=True):
         jacobian = torch.addcmul(jacobian, by.unsqueeze(-1), of)
@@ -241,26 +217,27 @@ def carry_by_jacobian(
 def _coordinate_by_coordinate(
     score: Tensor,
     slopes: Derivatives,
-    activation_slopes: list[Tensor],
-    weights: list[Tensor],
-    order: list[int],
-    starts: list[list[int]],
+    activation_slopes: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    order: Tensor,
+    starts: Tensor,
 ) -> Tensor:
     """The kernel's algorithm, for all particles at once."""
-    by_x, by_params, log_slope_by_x, log_by_params = slopes
-    score = score if log_slope_by_x is None else score - log_slope_by_x
+    by_x, by_params, log_by_x, log_by_params = slopes
+    score = score if log_by_x is None else score - log_by_x
     *hidden, output = weights
     D, H = score.shape[1], activation_slopes[-1].shape[1]
     in_x = torch.zeros_like(score)
     in_units = [torch.zeros_like(slope) for slope in activation_slopes]
     solved = torch.empty_like(score)
+    coordinates, first_units = order.tolist(), starts.tolist()
     for p in range(D - 1, -1, -1):
         for k in range(len(hidden) - 1, -1, -1):
             if p + 1 < D:
-                units = slice(*starts[k][p + 1 : p + 3])
+                units = slice(*first_units[k][p + 1 : p + 3])
                 below = in_units[k - 1] if k else in_x
                 below += (in_units[k][:, units] * activation_slopes[k][:, units]) @ hidden[k][units]
-        i = order[p]
+        i = coordinates[p]
         solved[:, i] = u = (score[:, i] - in_x[:, i]) / by_x[:, i]
         of_params = [
             by[:, i] * u if log_by is None else by[:, i] * u + log_by[:, i]
