@@ -152,3 +152,10 @@ def test_the_page_lists_the_rooms():
     for path in FILES:
         room = room_of(path)
         assert re.search(rf"`{room}(/|\.py)?`", text), room
+
+
+def test_the_files_that_the_page_names_are_there():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    named = set(re.findall(r"`((?:\w+/)+\w+\.py)`", text))
+    assert len(named) >= 12
+    assert all((ROOT / name).exists() or (PACKAGE / name).exists() for name in named)
