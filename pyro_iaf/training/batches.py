@@ -19,14 +19,17 @@ from ..models.traces import quietly
 
 __all__ = ["Batches", "odd_data", "simulated"]
 
+# In place of a minibatch at the end of the data.
+END = object()
+
 
 class Batches:
     """An endless sequence of arguments for a model, which a checkpoint can resume.
 
     Args:
-        model: The model, for simulated data.
-        args: Its arguments.
-        kwargs: Likewise.
+        model: A model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
         data: Minibatches instead of ``args``, iterated over again and again.
         simulate: Names of the sites to simulate, by keyword argument.
     """
@@ -65,12 +68,10 @@ class Batches:
                 f"simulate should be names of sites, or a dict from arguments to sites; got "
                 f"{simulate!r}."
             )
-        self.simulate = dict(
-            names if isinstance(names, Mapping) else zip(names, names, strict=True)
-        )
+        self.simulate = dict(names) if isinstance(names, Mapping) else {n: n for n in names}
         self.model, self.args, self.kwargs, self.data = model, args, kwargs, data
-        self._iterator: Iterator[Any] | None = None
-        self._before: list[torch.Tensor] = []  # the generators' states at the start of this epoch
+        self._iterator: Iterator[Any] = iter(())
+        self._before: list[Tensor] = []  # the generators' states at the start of this epoch
         self._taken = 0  # minibatches of this epoch
 
     @property
@@ -80,7 +81,9 @@ class Batches:
 
     def next(self) -> Batch:
         """The arguments of the next step."""
-        args, kwargs = (self.args, self.kwargs) if self.data is None else self._from_data()
+        args, kwargs = self.args, self.kwargs
+        if self.data is not None:
+            args, kwargs = self._from_data(self.data)
         if self.simulate:
             kwargs = {**kwargs, **simulated(self.model, args, kwargs, self.simulate)}
         return args, kwargs
@@ -108,21 +111,17 @@ class Batches:
         """A batch without its simulated arguments."""
         return args, {name: value for name, value in kwargs.items() if name not in self.simulate}
 
-    def _from_data(self) -> Batch:
-        if self._iterator is None:
-            self._start()
-        assert self._iterator is not None
-        try:
-            item = next(self._iterator)
-        except StopIteration:
-            self._start()
-            try:
-                item = next(self._iterator)
-            except StopIteration:
-                raise ValueError(
-                    "data has no more minibatches, and can't be iterated over again. Give a list, "
-                    "a DataLoader, or an iterator with at least num_steps minibatches."
-                ) from None
+    def _from_data(self, data: Iterable[Any]) -> Batch:
+        item = next(self._iterator, END)
+        if item is END:
+            self._before = self.generators()
+            self._iterator, self._taken = iter(data), 0
+            item = next(self._iterator, END)
+        if item is END:
+            raise ValueError(
+                "data has no more minibatches, and can't be iterated over again. Give a list, "
+                "a DataLoader, or an iterator with at least num_steps minibatches."
+            )
         if item is None or isinstance(item, str | bytes):
             raise ValueError(
                 "data should give minibatches, each a tuple of the model's arguments, a dict of "
@@ -132,11 +131,6 @@ class Batches:
         if isinstance(item, Mapping):
             return (), {**self.kwargs, **item}
         return tuple(item) if isinstance(item, tuple | list) else (item,), self.kwargs
-
-    def _start(self) -> None:
-        assert self.data is not None
-        self._before = self.generators()
-        self._iterator, self._taken = iter(self.data), 0
 
     def _generators(self) -> list[torch.Generator]:
         things = [self.data, *(getattr(self.data, a, None) for a in ("sampler", "batch_sampler"))]

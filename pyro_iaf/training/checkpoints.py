@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import random
 import re
 import socket
 import stat
@@ -30,6 +29,9 @@ __all__ = ["Checkpoint", "load", "prepare", "save", "settings_of"]
 
 FORMAT = "pyro_iaf.fit 2"
 
+# The length of the hash at the end of a file, in bytes.
+LENGTH_OF_HASH = 64
+
 # The entries of every checkpoint, besides the states of modules.
 PARTS = (
     "averages", "backend", "batches", "batches_before", "data", "generators", "generators_before",
@@ -39,13 +41,7 @@ PARTS = (
 
 
 class Checkpoint:
-    """The checkpoint of a run; without a path it does nothing.
-
-    Args:
-        run: The run.
-        path: The path of the file.
-        every: The number of steps between two checkpoints.
-    """
+    """The checkpoint of a run, every so many steps; without a path it does nothing."""
 
     def __init__(self, run: Run, path: Path | None, every: int) -> None:
         self.run, self.path, self.every = run, path, every
@@ -65,16 +61,13 @@ class Checkpoint:
         batches, saved = self.run.batches, load(self.path)
         if saved is not None:
             self._check_settings(saved)
-            # For the same first batch as then.
+            # So that the first batch is the same.
             set_generators(saved["generators_before"])
             batches.set_generators(saved["batches_before"])
-        self._before = {
-            "generators_before": generators(),
-            "batches_before": batches.generators(),
-        }
+        self._before = {"generators_before": generators(), "batches_before": batches.generators()}
         return saved
 
-    def look(self, args: Args, kwargs: Kwargs) -> None:
+    def compute_digests(self, args: Args, kwargs: Kwargs) -> None:
         """Computes the digests of data, model and guide, at the first batch."""
         if self.path is None:
             return
@@ -114,7 +107,7 @@ class Checkpoint:
         if self.path is None or run.step == self.saved_at:
             return
         run.steps.stop()
-        # Later, if the batch of the next step is drawn already.
+        # Noted before, if the batch of the next step is already drawn.
         if self._place["step"] != run.step:
             self.note_place()
         progress = run.step, schedule.end, schedule.falls_at, run.skipped, run.skipped_in_a_row
@@ -153,13 +146,9 @@ class Checkpoint:
         Raises:
             ValueError: If that is of other data, or of another guide or model.
         """
-        others = {
-            "data": "a run on other data",
-            "sites": "another guide or model",
-            "observed": "a run on other data",
-        }
-        for part, other in others.items():
-            if name := differing(saved[part], self._digests[part]):
+        for part, digests in self._digests.items():
+            if name := differing(saved[part], digests):
+                other = "another guide or model" if part == "sites" else "a run on other data"
                 raise ValueError(
                     f"{self.path} is of {other}: what differs is {name}. Give the same to "
                     "go on, or another path to begin anew."
@@ -225,12 +214,11 @@ class Checkpoint:
         }
 
     def _check_settings(self, saved: dict[str, Any]) -> None:
-        theirs = saved["settings"]
         for name, value in self._settings.items():
-            if theirs.get(name) != value:
+            if (before := saved["settings"].get(name)) != value:
                 raise ValueError(
-                    f"{self.path} is of a run with {name}={theirs.get(name)!r}; this one has "
-                    f"{value!r}. Give the same settings to go on, or another path to begin anew."
+                    f"{self.path} is of a run with {name}={before!r}; this one has {value!r}. "
+                    "Give the same settings to go on, or another path to begin anew."
                 )
         schedule = self.run.schedule
         for step, before in saved["weights"].items() if callable(schedule.annealing) else ():
@@ -244,15 +232,14 @@ class Checkpoint:
 
 def settings_of(elbo: Any) -> str:
     """The class of a loss and those of its settings that its values depend on."""
-    given = {
-        name: value
+    settings = [
+        f"{name}={value!r}"
         for name, value in sorted(getattr(elbo, "__dict__", {}).items())
         if isinstance(value, bool | int | float | str)
         and not name.startswith("_")
         and name not in ("backend", "max_plate_nesting")  # which Pyro may find out while it runs
-    }
-    words = ", ".join(f"{name}={value!r}" for name, value in given.items())
-    return f"{type(elbo).__name__}({words})"
+    ]
+    return f"{type(elbo).__name__}({', '.join(settings)})"
 
 
 # The file
@@ -330,15 +317,11 @@ def load(path: Path) -> dict[str, Any] | None:
             f"{path} holds something else than a checkpoint of fit, or one of another version. "
             "Give another path."
         )
-    missing = [part for part in PARTS if part not in state]
-    if missing:
+    if missing := [part for part in PARTS if part not in state]:
         raise ValueError(f"{damaged} It lacks {missing[0]!r}.")
-    if archive != _sealed(archive[: -_LENGTH - 2] + b"\0\0"):
+    if archive != _sealed(archive[: -LENGTH_OF_HASH - 2] + b"\0\0"):
         raise ValueError(damaged)
     return state
-
-
-_LENGTH = 64
 
 
 def _sealed(archive: bytes) -> bytes:
@@ -394,7 +377,7 @@ def _is_running(process: int) -> bool:
     """Whether another process with this number runs."""
     if process == os.getpid():  # an earlier process had our number
         return False
-    if os.name != "posix":  # elsewhere signal 0 is not only a question
+    if os.name != "posix":  # elsewhere os.kill(process, 0) sends a real signal
         return True
     try:
         os.kill(process, 0)
@@ -420,8 +403,7 @@ def generators() -> dict[str, Any]:
 def set_generators(state: dict[str, Any]) -> None:
     """Sets the generators to these states."""
     name, numbers, *rest = state["numpy"]
-    np.random.set_state((name, numbers.numpy().astype(np.uint32), *rest))
-    random.setstate(state["random"])
-    torch.set_rng_state(state["torch"])
+    numbers = numbers.numpy().astype(np.uint32)
+    pyro.util.set_rng_state({**state, "numpy": (name, numbers, *rest)})
     for device, numbers in enumerate(state["cuda"][: torch.cuda.device_count()]):
         torch.cuda.set_rng_state(numbers, device)

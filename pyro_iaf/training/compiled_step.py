@@ -33,6 +33,7 @@ from ..compiler.recorder import (
     kind_of,
 )
 from ..elbo.objectives import Loss
+from ..models.arguments import Args, Kwargs
 from ..models.traces import quietly
 from .digests import digest
 from .optimizers import BETAS, FlatAdam
@@ -51,8 +52,8 @@ class StepCall(NamedTuple):
     """The number of a step, its arguments, and the bar that says when it is compiled."""
 
     step: int
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    args: Args
+    kwargs: Kwargs
     bar: tqdm[Any] | None = None
 
 
@@ -124,9 +125,7 @@ class CompiledSteps(Recorder[StepCall, Built]):
 
     # When to build
 
-    def step_for(
-        self, step: int, args: tuple[Any, ...], kwargs: dict[str, Any], bar: tqdm[Any]
-    ) -> Built | None:
+    def step_for(self, step: int, args: Args, kwargs: Kwargs, bar: tqdm[Any]) -> Built | None:
         """The compiled step for these arguments, built if need be; None for an eager step.
 
         Raises:
@@ -153,7 +152,7 @@ class CompiledSteps(Recorder[StepCall, Built]):
             self._last = built
         return built
 
-    def is_for(self, built: Built, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def is_for(self, built: Built, args: Args, kwargs: Kwargs) -> bool:
         """Whether a step takes these arguments."""
         try:
             kind = self.kind(StepCall(0, args, kwargs))
@@ -206,8 +205,8 @@ class CompiledSteps(Recorder[StepCall, Built]):
     def make(self, call: StepCall) -> Built | None:
         name = _name(call)
         backend = self._backends.get(name, "")
-        is_open = backend not in self.wanted  # a resumed run keeps its backend
-        if is_open:
+        is_undecided = backend not in self.wanted  # a resumed run keeps its backend
+        if is_undecided:
             backend = self.best.name
         if self.compile != "auto":
             self.best.warm_up()
@@ -216,7 +215,7 @@ class CompiledSteps(Recorder[StepCall, Built]):
         if live != self._live:  # FlatAdam has the state of one set of parameters
             self._left_out.add(name)
             return None
-        if self.compile == "auto" and is_open:
+        if self.compile == "auto" and is_undecided:
             size = self.num_steps - call.step, len(graph.module.graph.nodes)
             backend = lowering.worthwhile_backend(self.device, *size).name
             has_one = lowering.has_compiler(torch.device("cpu"))
@@ -242,40 +241,40 @@ class CompiledSteps(Recorder[StepCall, Built]):
 
     def _graph_of(self, call: StepCall) -> tuple[Graph, list[str]]:
         """The graph of the loss and its gradient, and the names of parameters that have one."""
-        loss, kept = self.loss, (self.loss.mass_covering, self.loss.relative_ess)
+        loss, before = self.loss, (self.loss.mass_covering, self.loss.relative_ess)
         with torch.random.fork_rng(), quietly():
-            self._by_code(call)
+            self._eager_loss(call)
             live = [name for name, param in self.params.items() if param.grad is not None]
         tensors, rebuild = flatten_tensors(call.args, call.kwargs)
         if not live:
             raise Refused(
                 "No parameter has a gradient, so there is nothing to compile. Give compile=False."
             )
-        lead = [self.params[live[0]].detach().new_ones(()) for _ in range(2)]
+        scalars = [self.params[live[0]].detach().new_ones(()) for _ in range(2)]
 
-        def run(weight: Tensor, covers: Tensor, ess: Tensor, *given: Tensor) -> list[Tensor]:
-            self._forget()
-            loss.mass_covering, loss.relative_ess = covers, ess
+        def run(weight: Tensor, mass_covering: Tensor, ess: Tensor, *given: Tensor) -> list[Tensor]:
+            self._clear_gradients()
+            loss.mass_covering, loss.relative_ess = mass_covering, ess
             args, kwargs = rebuild(list(given))
             value = loss.recordable(args, kwargs, weight if self._weighted else 1.0)
-            slopes = [self.params[name].grad for name in live]
-            return [value, loss.relative_ess, *slopes]  # type: ignore[list-item]
+            gradients = [self.params[name].grad for name in live]
+            return [value, loss.relative_ess, *gradients]  # type: ignore[list-item]
 
         try:
             with torch.random.fork_rng(), quietly():
-                graph = record(run, [*lead, loss.relative_ess, *[t.detach() for t in tensors]])
+                graph = record(run, [*scalars, loss.relative_ess, *[t.detach() for t in tensors]])
         finally:
-            self._forget()
-            loss.mass_covering, loss.relative_ess = kept
+            self._clear_gradients()
+            loss.mass_covering, loss.relative_ess = before
         return graph, live
 
     def check(self, recording: Built, call: StepCall) -> None:
         with torch.random.fork_rng(), quietly():
-            value = self._by_code(call)
-            slopes = [param.grad for param in self._of(recording.live)]
-            self._forget()
-        expected = [slope for slope in slopes if slope is not None]
-        if len(expected) < len(slopes):
+            value = self._eager_loss(call)
+            gradients = [param.grad for param in self._params_of(recording.live)]
+            self._clear_gradients()
+        expected = [gradient for gradient in gradients if gradient is not None]
+        if len(expected) < len(gradients):
             raise disagreement("other parameters have gradients than before")
         adam = self._adam_of(recording.live)  # a copy that nothing else uses
         adam.first.zero_()
@@ -284,23 +283,22 @@ class CompiledSteps(Recorder[StepCall, Built]):
         with torch.random.fork_rng(), torch.no_grad():
             numbers = adam.state.new_tensor([0.0, 1.0, 0.0, torch.inf])
             found, _ = recording.run(_arguments(adam, recording.graph, call)(numbers))[0]
-        if all(
-            number.isfinite().all() for number in (value, *expected)
-        ):  # else the step is skipped
+        # A step that is not finite is skipped.
+        if all(number.isfinite().all() for number in (value, *expected)):
             again = adam.in_shape(adam.first / (1 - BETAS[0]))
             compare([found.to(value), *again], [value, *expected])
 
-    def _by_code(self, call: StepCall) -> Tensor:
+    def _eager_loss(self, call: StepCall) -> Tensor:
         """The loss by the code itself, which sets the parameters' gradients."""
-        self._forget()
-        covers, self.loss.mass_covering = self.loss.mass_covering, False
-        kept = self.loss.relative_ess
+        self._clear_gradients()
+        before = self.loss.mass_covering, self.loss.relative_ess
+        self.loss.mass_covering = False
         try:
             return self.loss(call.args, call.kwargs, 1.0)
         finally:
-            self.loss.mass_covering, self.loss.relative_ess = covers, kept
+            self.loss.mass_covering, self.loss.relative_ess = before
 
-    def _forget(self) -> None:
+    def _clear_gradients(self) -> None:
         for param in self.params.values():
             param.grad = None
 
@@ -308,7 +306,7 @@ class CompiledSteps(Recorder[StepCall, Built]):
 
     def start(self, built: Built) -> FlatAdam:
         """Moves parameters and Adam's state to flat tensors, if they are not there."""
-        if self._adam is not None and self._adam.params != self._of(built.live):
+        if self._adam is not None and self._adam.params != self._params_of(built.live):
             self.stop()
         if self._adam is None:
             self._adam = self._adam_of(built.live)
@@ -323,9 +321,7 @@ class CompiledSteps(Recorder[StepCall, Built]):
             self.loss.relative_ess = self._adam.state[0].clone()
             self._adam = None
 
-    def bind(
-        self, built: Built, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Callable[[Tensor], Tensor]:
+    def bind(self, built: Built, args: Args, kwargs: Kwargs) -> Callable[[Tensor], Tensor]:
         """The step at these arguments, as a function.
 
         It takes a float64 tensor of four numbers (the learning rate, the weight of the KL
@@ -335,16 +331,12 @@ class CompiledSteps(Recorder[StepCall, Built]):
         assert self._adam is not None
         arguments = _arguments(self._adam, built.graph, StepCall(0, args, kwargs))
         run = built.run
-
-        def step(numbers: Tensor) -> Tensor:
-            return run(arguments(numbers))[0]
-
-        return step
+        return lambda numbers: run(arguments(numbers))[0]
 
     def _adam_of(self, live: list[str]) -> FlatAdam:
-        return FlatAdam(self._of(live), self.optimizer, self._factors)
+        return FlatAdam(self._params_of(live), self.optimizer, self._factors)
 
-    def _of(self, names: list[str]) -> list[Tensor]:
+    def _params_of(self, names: list[str]) -> list[Tensor]:
         return [self.params[name] for name in names]
 
 
@@ -357,11 +349,10 @@ def _arguments(adam: FlatAdam, graph: Graph, call: StepCall) -> Callable[[Tensor
     """A function from a step's numbers to all its arguments, with new noise at each call."""
     inputs = [tensor.detach() for tensor in flatten_tensors(call.args, call.kwargs)[0]]
     views = dict(zip(map(id, adam.params), adam.views, strict=True))
-    held = [views.get(id(tensor), tensor) for tensor in graph.tensors]
     others = [tensor for tensor in graph.tensors if id(tensor) not in views]
-    own = adam.tensors
+    held = [views.get(id(tensor), tensor) for tensor in graph.tensors]
     sources = [*3 * [adam.state], *inputs, *held]
-    draw = graph.draw.forward
+    own, draw = adam.tensors, graph.draw.forward
     return lambda numbers: [*own, numbers, *inputs, *others, *draw(*sources)]
 
 
@@ -371,25 +362,18 @@ def _whole_step(graph: Graph, adam: FlatAdam, num_inputs: int) -> Callable[..., 
     held = [places.get(id(tensor)) for tensor in graph.tensors]
     num_others = held.count(None)
 
-    def step(
-        values: Tensor,
-        first: Tensor,
-        second: Tensor,
-        state: Tensor,
-        rates: Tensor,
-        scalars: Tensor,
-        *given: Tensor,
-    ) -> tuple[Tensor]:
+    def step(*given: Tensor) -> tuple[Tensor]:
+        own, numbers, given = given[:5], given[5], given[6:]
+        values, _, _, state, _ = own
         inputs, rest = given[:num_inputs], given[num_inputs:]
         others, noise = iter(rest[:num_others]), rest[num_others:]
         views = adam.in_shape(values)
         tensors = [next(others) if k is None else views[k] for k in held]
-        rate, weight, covers, largest_norm = scalars.unbind()
-        lead = [weight.to(values.dtype), covers.to(values.dtype), state[0]]
-        value, ess, *slopes = graph.module(*lead, *inputs, *tensors, *noise)
-        slope = torch.cat([part.reshape(-1) for part in slopes])
-        own = values, first, second, state, rates
-        norm = FlatAdam.step(own, value, ess, slope, rate, largest_norm)
+        rate, weight, mass_covering, largest_norm = numbers.unbind()
+        scalars = [weight.to(values.dtype), mass_covering.to(values.dtype), state[0]]
+        value, ess, *gradients = graph.module(*scalars, *inputs, *tensors, *noise)
+        gradient = torch.cat([part.reshape(-1) for part in gradients])
+        norm = FlatAdam.step(own, value, ess, gradient, rate, largest_norm)
         return (torch.stack([value.to(norm.dtype), norm]),)
 
     return step

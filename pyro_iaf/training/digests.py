@@ -76,7 +76,7 @@ def in_words(thing: Any) -> str:
 
 def _parts(thing: Any, within: tuple[int, ...]) -> Iterator[Any]:
     if isinstance(thing, Tensor):
-        yield from _of_tensor(thing)
+        yield from _tensor_parts(thing)
         return
     if not isinstance(thing, np.ndarray) and hasattr(type(thing), "__array__"):
         with suppress(Exception):  # arrays of other libraries, which may be on another device
@@ -106,15 +106,15 @@ def _parts(thing: Any, within: tuple[int, ...]) -> Iterator[Any]:
         shapes = {name: tuple(v.shape) for name, v in state.items() if isinstance(v, Tensor)}
         yield from _parts(shapes, within)
     elif not isinstance(thing, type | FunctionType | MethodType | ModuleType):
-        for name, value in _held_by(thing).items():
+        for name, value in _attributes(thing).items():
             yield name.encode()
             yield from _parts(value, within)
 
 
-def _of_tensor(tensor: Tensor) -> Iterator[Any]:
+def _tensor_parts(tensor: Tensor) -> Iterator[Any]:
     if tensor.is_nested:
         for part in tensor.unbind():
-            yield from _of_tensor(part)
+            yield from _tensor_parts(part)
         return
     yield f"{tensor.dtype} {tuple(tensor.shape)}".encode()
     if tensor.requires_grad or tensor.is_meta:
@@ -124,13 +124,13 @@ def _of_tensor(tensor: Tensor) -> Iterator[Any]:
         tensor = tensor.dequantize()
     if tensor.layout != torch.strided:
         sparse = tensor.to_dense().to_sparse() if tensor.is_mkldnn else tensor.to_sparse()
-        yield from _of_tensor(sparse.coalesce().indices())
+        yield from _tensor_parts(sparse.coalesce().indices())
         tensor = sparse.coalesce().values()
     flat = tensor.resolve_conj().resolve_neg().contiguous().reshape(-1)
     yield flat.view(torch.uint8).numpy()
 
 
-def _held_by(thing: Any) -> dict[str, Any]:
+def _attributes(thing: Any) -> dict[str, Any]:
     """The attributes of an object, in slots or not."""
     slots = [s for kind in type(thing).__mro__ for s in getattr(kind, "__slots__", ())]
     held = {name: getattr(thing, name) for name in slots if hasattr(thing, name)}
@@ -147,38 +147,34 @@ def digests_of_sites(
     depend on neither latents nor parameters; and its log density at fixed latents, unless it
     depends on parameters. Seeds the generators, and runs the model four times.
 
-    Args:
-        model: A Pyro model.
-        guide: A guide that has run before.
-        args: The positional arguments of both.
-        kwargs: Their keyword arguments.
-        simulated: Sites whose data are drawn from the model itself.
+    The guide has to have run before. The data of ``simulated`` sites come from the model, and do
+    not count.
     """
-    seen, drawn = _look(model, guide, args, kwargs, seed=0)
+    seen, drawn = _traced_sites(model, guide, args, kwargs, seed=0)
     data: Digests = {
         f"the data of site '{name}'": [digest(site["value"])]
         for name, site in seen.items()
         if site["is_observed"] and name not in simulated
     }
     with _OtherParameters():  # what changes now, detached or not, is no constant of the model
-        again, _ = _look(model, guide, args, kwargs, seed=1)
+        again, _ = _traced_sites(model, guide, args, kwargs, seed=1)
     latents = {n: site["value"] for n, site in seen.items() if not site["is_observed"]}
     # A discrete latent may have the same value in both runs, with all that depends on it.
     all_differ = all(n in drawn and drawn[n]["value"].requires_grad for n in latents)
     sites: Digests = {}
     for name, site in seen.items():
-        words, numbers = _opened(site)
-        constants = zip(numbers, _opened(again[name])[1] if all_differ else [], strict=False)
+        words, numbers = _described(site)
+        constants = zip(numbers, _described(again[name])[1] if all_differ else [], strict=False)
         means = [a for a, b in constants if a == b]
         sites[f"site '{name}' of the model"] = [digest(words), *(m for pair in means for m in pair)]
     for name, site in drawn.items():
-        sites[f"site '{name}' of the guide"] = [digest(_opened(site)[0])]
+        sites[f"site '{name}' of the guide"] = [digest(_described(site)[0])]
     if not (isinstance(model, nn.Module) and [*model.buffers()]):  # which training changes
         densities = _densities(model, latents, args, kwargs)
         with _OtherParameters():
-            of_others = _densities(model, latents, args, kwargs)
+            with_others = _densities(model, latents, args, kwargs)
         for name, density in densities.items():
-            if name not in simulated and density == of_others.get(name):
+            if name not in simulated and density == with_others.get(name):
                 data[f"the density of site '{name}'"] = [*density]
     return data, sites
 
@@ -243,7 +239,7 @@ class _OtherParameters(Messenger):
         msg["value"] = 0.9 * msg["value"]
 
 
-def _look(
+def _traced_sites(
     model: Program, guide: Program, args: Args, kwargs: Kwargs, seed: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The sites of a model and a guide; what depends on a latent has a gradient."""
@@ -260,7 +256,7 @@ def _look(
             return samples(poutine.trace(replayed).get_trace(*args, **kwargs)), drawn
 
 
-def _opened(site: Any) -> tuple[list[str], list[tuple[float, float]]]:
+def _described(site: Any) -> tuple[list[str], list[tuple[float, float]]]:
     """A description of a site, and the constants in it, each by its summary."""
     fn, value = site["fn"], torch.as_tensor(site["value"])
     try:
@@ -269,11 +265,11 @@ def _opened(site: Any) -> tuple[list[str], list[tuple[float, float]]]:
         support = None
     words = [str(value.dtype), str(tuple(value.shape)), str(site["is_observed"])]
     numbers: list[Tensor] = []
-    _open("", (fn, support, site["scale"], site["mask"]), words, numbers)
+    _collect("", (fn, support, site["scale"], site["mask"]), words, numbers)
     return words, [_summary(number) for number in numbers]
 
 
-def _open(name: str, thing: Any, words: list[str], numbers: list[Tensor]) -> None:
+def _collect(name: str, thing: Any, words: list[str], numbers: list[Tensor]) -> None:
     """Collects the parts of a distribution or a support, and its constants."""
     if isinstance(thing, float):
         thing = torch.tensor(thing, dtype=torch.float64)
@@ -283,30 +279,29 @@ def _open(name: str, thing: Any, words: list[str], numbers: list[Tensor]) -> Non
             numbers.append(thing.detach().cpu().to_dense() if thing.is_sparse else thing.detach())
     elif isinstance(thing, list | tuple):
         for item in thing:
-            _open(name, item, words, numbers)
+            _collect(name, item, words, numbers)
     elif isinstance(thing, PARTS) and not isinstance(thing, nn.Module):
         words.append(f"{name} {type(thing).__qualname__}")
         for key, value in sorted(vars(thing).items()):
             # A lazy attribute is there only after someone has read it.
             is_lazy = isinstance(getattr(type(thing), key, None), lazy_property)
             if not is_lazy and not key.startswith(("_cache", "_inv", "_validate")):
-                _open(key, value, words, numbers)
-    elif isinstance(thing, bool | int | str | None):
-        words.append(f"{name} {thing}")
+                _collect(key, value, words, numbers)
     else:
-        words.append(f"{name} {type(thing).__qualname__}")
+        is_plain = isinstance(thing, bool | int | str | None)
+        words.append(f"{name} {thing if is_plain else type(thing).__qualname__}")
 
 
 def differing(theirs: Digests, ours: Digests) -> str:
     """The name of the first part in which they differ, or ""."""
     for name in [*ours, *theirs]:
         one, other = theirs.get(name, []), ours.get(name, [])
-        if len(one) != len(other) or not all(map(_is_same, one, other)):
+        if len(one) != len(other) or not all(map(_are_close, one, other)):
             return name
     return ""
 
 
-def _is_same(one: str | float, other: str | float) -> bool:
+def _are_close(one: str | float, other: str | float) -> bool:
     if isinstance(one, str) or isinstance(other, str):
         return one == other
     return math.isclose(one, other, rel_tol=ROUNDING)

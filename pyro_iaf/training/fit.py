@@ -23,6 +23,7 @@ from . import checkpoints
 from .batches import Batches
 from .result import FitResult
 from .run import Run
+from .schedule import Schedule
 
 __all__ = ["FitResult", "fit"]
 
@@ -176,13 +177,10 @@ def fit(
             model=model,
             guide=guide,
             batches=batches,
-            num_steps=num_steps,
+            schedule=Schedule(num_steps, lr, annealing, bool(early_stop)),
             num_particles=num_particles,
-            lr=lr,
             clip_norm=clip_norm,
             elbo=loss,
-            annealing=annealing,
-            early_stop=bool(early_stop),
             compile=_compile_of(loss) if compile == "auto" else compile,
             seed=seed,
             checkpoint=path,

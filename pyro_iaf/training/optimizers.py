@@ -17,32 +17,31 @@ from torch import Tensor
 
 from ..compiler.capture import Refused
 
-__all__ = ["BETAS", "EPS", "FlatAdam", "RowAdam", "coefficients", "moved"]
+__all__ = ["BETAS", "EPS", "FlatAdam", "RowAdam", "adam_coefficients", "adam_update"]
 
 # The defaults of torch.optim.Adam.
 BETAS, EPS = (0.9, 0.999), 1e-8
 
 
-def coefficients(taken: Tensor, rate: Tensor | float, go: Tensor | float = 1.0) -> list[Any]:
+def adam_coefficients(
+    count: Tensor, rate: Tensor | float, is_taken: Tensor | float = 1.0
+) -> list[Any]:
     """The scalars of a step of Adam, with the corrections for averages that began with zeros.
 
-    Args:
-        taken: The number of steps, with this one.
-        rate: The learning rate.
-        go: One; or zero, for a step that changes nothing.
+    ``count`` is the number of steps, with this one. A step with ``is_taken`` zero changes nothing.
     """
-    left_1, left_2 = (beta**taken for beta in BETAS)
+    left_1, left_2 = (beta**count for beta in BETAS)
     root = (1 - left_2).sqrt()
-    new_1, new_2 = (go * (1 - beta) for beta in BETAS)
-    return [go * rate * root / (1 - left_1), EPS * root, 1 - new_1, new_1, 1 - new_2, new_2]
+    new_1, new_2 = (is_taken * (1 - beta) for beta in BETAS)
+    return [is_taken * rate * root / (1 - left_1), EPS * root, 1 - new_1, new_1, 1 - new_2, new_2]
 
 
-def moved(
+def adam_update(
     first: Tensor, second: Tensor, gradient: Tensor, numbers: Sequence[Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The averages of the gradient and of its square after a step, and the step itself.
 
-    The step is to be subtracted from the parameters. ``numbers`` are the :func:`coefficients`.
+    The step is to be subtracted from the parameters. ``numbers`` are :func:`adam_coefficients`.
     """
     size, eps, keep_1, new_1, keep_2, new_2 = numbers
     m = first * keep_1 + gradient * new_1
@@ -91,8 +90,9 @@ class RowAdam:
         for k, index, rows in self._found:
             assert rows.grad is not None
             count = self.counts[k][index] + 1
-            numbers = coefficients(count.unsqueeze(-1), rate)
-            m, v, change = moved(self.first[k][index], self.second[k][index], rows.grad, numbers)
+            numbers = adam_coefficients(count.unsqueeze(-1), rate)
+            first, second = self.first[k][index], self.second[k][index]
+            m, v, change = adam_update(first, second, rows.grad, numbers)
             for state, value in ((self.counts, count), (self.first, m), (self.second, v)):
                 state[k][index] = value
             self.tables[k].index_add_(0, index, change, alpha=-1)
@@ -138,8 +138,8 @@ class FlatAdam:
             for param in group["params"]
         }
         states = [optimizer.state.get(param, {}) for param in params]
-        taken = {float(state.get("step", 0)) for state in states}
-        if len(taken) != 1:
+        counts = {float(state.get("step", 0)) for state in states}
+        if len(counts) != 1:
             raise Refused(
                 "Compiled steps need parameters that were all trained for the same number of "
                 "steps, and some of these were trained for fewer. Give compile=False."
@@ -153,7 +153,7 @@ class FlatAdam:
         self.first, self.second = average("exp_avg"), average("exp_avg_sq")
         self.rates = torch.cat([p.new_full((p.numel(),), factor_of[id(p)]) for p in params])
         # The relative effective sample size of the loss, and the number of steps.
-        self.state = torch.tensor([0.0, *taken], dtype=torch.float64, device=self.values.device)
+        self.state = torch.tensor([0.0, *counts], dtype=torch.float64, device=self.values.device)
         self.views = self.in_shape(self.values)
 
     @torch.no_grad()
@@ -182,36 +182,29 @@ class FlatAdam:
         tensors: Sequence[Tensor],
         value: Tensor,
         ess: Tensor,
-        slope: Tensor,
+        gradient: Tensor,
         rate: Tensor,
         largest_norm: Tensor,
     ) -> Tensor:
-        """Takes a step by a flat gradient, clipped, if loss and gradient are finite.
+        """Takes a step by a flat gradient, clipped, if it and the loss ``value`` are finite.
 
-        Args:
-            tensors: The :attr:`tensors`, which are changed in place.
-            value: The loss.
-            ess: Its relative effective sample size, which is stored in the state.
-            slope: Its gradient.
-            rate: The learning rate.
-            largest_norm: The norm to which the gradient is clipped.
-
-        Returns:
-            The norm of the gradient before clipping.
+        Changes the :attr:`tensors` in place, and stores there the relative effective sample size.
+        Returns the norm of the gradient before clipping.
         """
         values, first, second, state, rates = tensors
-        norm: Tensor = slope.norm().to(state.dtype)
-        fine = value.isfinite() & norm.isfinite()
-        go = fine.to(state.dtype)
-        clip = torch.where(fine, (largest_norm / (norm + 1e-6)).clamp(max=1), 0)
+        norm: Tensor = gradient.norm().to(state.dtype)
+        is_finite = value.isfinite() & norm.isfinite()
+        is_taken = is_finite.to(state.dtype)
+        clip = torch.where(is_finite, (largest_norm / (norm + 1e-6)).clamp(max=1), 0)
         # In one tensor, since compiled code would else compute them for each parameter again.
-        common = torch.stack([clip, *coefficients(state[1] + 1, rate, go)])
+        common = torch.stack([clip, *adam_coefficients(state[1] + 1, rate, is_taken)])
         clip, *numbers = common.to(values.dtype).unbind()
-        m, v, change = moved(first, second, torch.where(fine, slope, 0) * clip, numbers)
+        gradient = torch.where(is_finite, gradient, 0) * clip
+        m, v, change = adam_update(first, second, gradient, numbers)
         values.copy_(values - rates * change)
         first.copy_(m)
         second.copy_(v)
-        state.copy_(torch.stack([ess.to(state.dtype), state[1] + go]))
+        state.copy_(torch.stack([ess.to(state.dtype), state[1] + is_taken]))
         return norm
 
     def in_shape(self, flat: Tensor) -> list[Tensor]:

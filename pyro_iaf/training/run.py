@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -78,13 +79,10 @@ class Run:
         model: Program,
         guide: Program,
         batches: Batches,
-        num_steps: int,
+        schedule: Schedule,
         num_particles: int,
-        lr: float,
         clip_norm: float,
         elbo: Any,
-        annealing: int | Callable[[int], float] | None,
-        early_stop: bool,
         compile: bool | str,  # noqa: A002
         seed: int | None,
         checkpoint: Path | None,
@@ -92,11 +90,10 @@ class Run:
     ) -> None:
         self.model, self.guide, self.batches = model, guide, batches
         self.num_particles, self.clip_norm, self.elbo = num_particles, clip_norm, elbo
-        self.schedule = Schedule(num_steps, lr, annealing, early_stop)
-        self.compile, self.seed = compile, seed
+        self.schedule, self.compile, self.seed = schedule, compile, seed
         self.checkpoint = Checkpoint(self, checkpoint, checkpoint_every)
         self.step, self.resumed_at = 0, 0
-        self.is_whole = True  # False within a step, while it changes the state
+        self.is_consistent = True  # False within a step, while it changes the state
         self.losses: list[float] = []
         self.skipped, self.skipped_in_a_row = 0, 0
         self.params: dict[str, Tensor] = {}
@@ -138,12 +135,14 @@ class Run:
             except BaseException as error:
                 self.steps.stop()
                 # Parameters that are not finite, or half updated, are not saved.
-                if self.is_whole and not isinstance(error, FloatingPointError):
+                if self.is_consistent and not isinstance(error, FloatingPointError):
                     self.checkpoint.save()
                 raise
             self.steps.stop()
             bar.total = self.step
-        self._average()
+        with torch.no_grad():
+            for name, average in self.averages.items():
+                self.params[name].copy_(average)
         if isinstance(self.loss, LatentLoss) and not self.batches.change:
             self.loss.adjust_tails(self.batches.next)
         return self._result()
@@ -153,7 +152,7 @@ class Run:
         saved = self.checkpoint.open()
         first = self.batches.next()
         self.batches.check(*first)
-        self.loss = self._first_look(*first)
+        self.loss = self._make_loss(*first)
         if self.rows.tables and self.compile is not False:
             if self.compile != "auto":
                 raise Refused(
@@ -161,7 +160,7 @@ class Run:
                     "other rows. Give compile=False, or an encoder."
                 )
             self.compile = False
-        self.checkpoint.look(*first)
+        self.checkpoint.compute_digests(*first)
         if saved is not None:
             self.checkpoint.restore(saved)
         self.resumed_at = self.step
@@ -193,7 +192,7 @@ class Run:
 
     # Before the first step
 
-    def _first_look(self, args: Args, kwargs: Kwargs) -> Loss:
+    def _make_loss(self, args: Args, kwargs: Kwargs) -> Loss:
         """Runs model and guide once, with all checks; finds the parameters and the loss."""
         elbo = Trace_ELBO() if self.elbo is None else self.elbo
         if fault := odd_data(self.model, args, kwargs):
@@ -245,16 +244,10 @@ class Run:
         return TraceLoss(self.model, self.guide, elbo)
 
     def _make_optimizer(self, seen: poutine.Trace) -> None:
-        self.params = {}
         params = unconstrained_params(seen).values()
         fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in params)
-        self.optimizer = torch.optim.Adam(
-            [{"params": []}, {"params": []}],
-            lr=self.schedule.lr,
-            betas=BETAS,
-            eps=EPS,
-            fused=fused,
-        )
+        groups: list[dict[str, Any]] = [{"params": []} for _ in RATES]
+        self.optimizer = torch.optim.Adam(groups, self.schedule.lr, BETAS, EPS, fused=fused)
         self.rows = RowAdam(context_tables_of(self.guide))
         self._add(seen)
 
@@ -310,28 +303,27 @@ class Run:
         trained = [*self.params.values(), *self.rows.gradients()]
         norm = nn.utils.clip_grad_norm_(trained, self.clip_norm)
         value, size = torch.stack([loss.detach(), norm.to(loss)]).tolist()
-        self.is_whole = False
+        self.is_consistent = False
         if math.isfinite(value) and math.isfinite(size):
             self.optimizer.step()
             self.rows.step(rate * RATE_OF_ROWS)
-        self._average_in(self.step + 1, self.params)
-        self._account([(value, size)], args, kwargs)
-        self.is_whole = True
+        self._update_averages(self.step + 1, self.params)
+        self._record([(value, size)], args, kwargs)
+        self.is_consistent = True
 
     def _replay(self, built: Built, args: Args, kwargs: Kwargs) -> None:
-        """Takes compiled steps, as many as :meth:`_num_undisturbed` says."""
+        """Takes compiled steps, as many as :meth:`_num_uninterrupted` says."""
         began = time.perf_counter()
         self.backend = built.backend
         adam = self.steps.start(built)
         params = dict(zip(built.live, adam.views, strict=True))
-        steps = range(self.step, self.step + self._num_undisturbed())
-        rows = torch.tensor([self._numbers(k) for k in steps], dtype=torch.float64)
-        rows = rows.to(adam.values.device)
+        steps = range(self.step, self.step + self._num_uninterrupted())
+        settings = adam.state.new_tensor([self._numbers(k) for k in steps])
         take = self.steps.bind(built, args, kwargs)
         pairs: list[Tensor] = []
         try:
             with torch.no_grad():
-                for step, numbers in zip(steps, rows.unbind(), strict=True):
+                for step, numbers in zip(steps, settings.unbind(), strict=True):
                     if pairs and self.batches.change:
                         self.step = step
                         with torch.enable_grad():  # as when the step was recorded
@@ -341,10 +333,10 @@ class Run:
                             self.waiting.append(batch)
                             break
                         take = self.steps.bind(built, *batch)
-                    self.is_whole = False
+                    self.is_consistent = False
                     pairs.append(take(numbers))
-                    self._average_in(step + 1, params)
-                    self.is_whole = True
+                    self._update_averages(step + 1, params)
+                    self.is_consistent = True
         finally:  # after an error, too, the steps that were taken count
             self.step = steps.start
             if pairs:
@@ -352,9 +344,9 @@ class Run:
                 results = torch.stack(pairs).tolist()
                 affordable = SECONDS_A_CHUNK * len(pairs) / (time.perf_counter() - began)
                 self.chunk = max(1, min(int(affordable), 2 * self.chunk, LARGEST_CHUNK))
-                self._account(results, args, kwargs)
+                self._record(results, args, kwargs)
 
-    def _num_undisturbed(self) -> int:
+    def _num_uninterrupted(self) -> int:
         """How many steps may run without a look at losses, schedule or checkpoint."""
         schedule = self.schedule
         ends = [self.step + self.chunk, schedule.end, _next_multiple(self.step, schedule.stretch)]
@@ -362,7 +354,7 @@ class Run:
             ends.append(_next_multiple(self.step, self.checkpoint.every))
         return min(ends) - self.step
 
-    def _account(self, results: Iterable[Sequence[float]], args: Args, kwargs: Kwargs) -> None:
+    def _record(self, results: Iterable[Sequence[float]], args: Args, kwargs: Kwargs) -> None:
         """Records the losses and gradient norms of steps; raises if too many are not finite."""
         for value, size in results:
             self.step += 1
@@ -394,7 +386,7 @@ class Run:
         mass_covering = step >= schedule.falls_at and not self.batches.change
         return schedule.rate(step), schedule.weight(step), float(mass_covering), self.clip_norm
 
-    def _average_in(self, done: int, params: Mapping[str, Tensor]) -> None:
+    def _update_averages(self, done: int, params: Mapping[str, Tensor]) -> None:
         """Adds the parameters after ``done`` steps to the averages, if these are among the last."""
         end = self.schedule.end
         taken = done - (end - int(AVERAGED * end))
@@ -407,19 +399,14 @@ class Run:
             else:
                 self.averages[name] = value.clone()
 
-    @torch.no_grad()
-    def _average(self) -> None:
-        for name, average in self.averages.items():
-            self.params[name].copy_(average)
-
     def _show(self, bar: tqdm[Any]) -> None:
         bar.update(self.step - bar.n)
         if self.step >= self.next_shown and self.losses:
             self.next_shown = self.step + 50
             last, before = self.losses[-100:], self.losses[-200:-100]
-            shown = {"ELBO": f"{-_mean(last):.2f}"}
+            shown = {"ELBO": f"{-fmean(last):.2f}"}
             if before:
-                shown["trend"] = f"{_mean(before) - _mean(last):+.2f}/100 steps"
+                shown["trend"] = f"{fmean(before) - fmean(last):+.2f}/100 steps"
             if self.skipped:
                 shown["skipped"] = str(self.skipped)
             bar.set_postfix(shown, refresh=False)
@@ -427,7 +414,3 @@ class Run:
 
 def _next_multiple(step: int, size: int) -> int:
     return (step // size + 1) * size
-
-
-def _mean(numbers: list[float]) -> float:
-    return math.fsum(numbers) / len(numbers)

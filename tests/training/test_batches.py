@@ -106,7 +106,7 @@ def test_an_iterator_lasts_as_long_as_it_lasts():
     batches = batches_of(torch.tensor([i]) for i in range(3))
     assert walked(batches, 3) == [[0], [1], [2]]
     for _ in range(2):
-        with pytest.raises(ValueError, match="no more minibatches, and can't be walked"):
+        with pytest.raises(ValueError, match="no more minibatches, and can't be iterated"):
             batches.next()
     with pytest.raises(ValueError, match="no more minibatches"):
         batches_of([]).next()
