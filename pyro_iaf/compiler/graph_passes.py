@@ -91,6 +91,7 @@ def replace_masks_by_indices(
         masks += [(node, mask) for mask in found]
         if fixed.issuperset(node.all_input_nodes) and not _is_random(node):
             fixed.add(node)
+    sources = _ancestors(mask for _, mask in masks)
     by_mask = [pair for pair in masks if pair[0].target is torch.ops.aten.index.Tensor]
     if by_mask:
         part = _subgraph(module, [mask for _, mask in by_mask])
@@ -104,7 +105,6 @@ def replace_masks_by_indices(
             node.args = (node.args[0], by_index)
             tensors += indices
         remove_dead_code(module)
-    sources = _ancestors(mask for _, mask in masks)
     return [(tensor, tensor._version) for node, tensor in outside.items() if node in sources]
 
 

@@ -187,7 +187,7 @@ class LatentLoss(Loss):
             torch.set_rng_state(state)
             undo = widen(more)
             wider = self._log_weights(*next_batch(), NUM_TAIL)
-            is_cheap = log_weights.mean() - wider.mean() <= TAIL_COST
+            is_cheap = not log_weights.mean() - wider.mean() > TAIL_COST  # also if both are -inf
             if is_cheap and pareto_k(wider) < GOOD_K:
                 return
             undo()

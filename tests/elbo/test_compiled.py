@@ -299,6 +299,26 @@ def test_what_the_model_reads_from_elsewhere_may_change_in_place():
             assert values[0] == pytest.approx(values[1])
 
 
+def test_a_mask_that_is_computed_from_elsewhere_may_change_in_place():
+    w = torch.tensor([1.0, -1.0, 1.0])
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        y = torch.tensor([1.0, 2.0, 4.0])[w > 0]
+        pyro.sample("y", dist.Normal(z, 1.0).expand(y.shape).to_event(1), obs=y)
+
+    guide, loss = guide_for(model, ()), graph()
+    for _ in range(3):
+        loss.loss_and_grads(model, guide)
+    w.neg_()
+    for seed in range(2):
+        found = []
+        for each in (loss, Trace_ELBO()):
+            pyro.set_rng_seed(seed)
+            found.append(each.loss_and_grads(model, guide))
+        assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
 def test_parameters_may_freeze_and_modes_change():
     net = nn.Sequential(nn.Linear(1, 1), nn.Dropout(0.5))
 
