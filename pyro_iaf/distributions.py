@@ -25,7 +25,6 @@ from torch.distributions import (
     LowRankMultivariateNormal,
     MultivariateNormal,
     Normal,
-    kl_divergence,
 )
 from torch.distributions.utils import broadcast_all
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
@@ -212,7 +211,9 @@ def _described(value: object) -> str:
     return repr(value)
 
 
-# Kullback-Leibler divergences KL(p | q) in nats, in closed form.
+# Kullback-Leibler divergences KL(p | q) in nats. Each is half of
+#     tr(C_q^-1 C_p) + (m_q - m_p)' C_q^-1 (m_q - m_p) - D + log det C_q - log det C_p.
+# They take scales, not variances, which may over- or underflow.
 
 
 def _kl_diagonal_diagonal(p: DiagonalNormal, q: DiagonalNormal) -> Tensor:
@@ -231,18 +232,56 @@ def _as_diagonal(d: Independent[Distribution]) -> DiagonalNormal:
     return DiagonalNormal(d.base_dist.loc, d.base_dist.scale, validate_args=False)
 
 
-def _as_low_rank(d: DiagonalNormal) -> LowRankMultivariateNormal:
-    """The same distribution as one whose divergences PyTorch has; the factor of rank 1 is zero."""
-    factor = torch.zeros_like(d.loc).unsqueeze(-1)
-    return LowRankMultivariateNormal(d.loc, factor, d.variance, validate_args=False)
+def _kl_diagonal_multivariate(p: DiagonalNormal, q: MultivariateNormal) -> Tensor:
+    shift = (q.loc - p.loc).unsqueeze(-1)
+    quadratic = _whitened(q.scale_tril, p.scale_tril) + _whitened(q.scale_tril, shift)
+    return _half_gap(quadratic, 2 * _log_det(q.scale_tril), p)
 
 
-def _kl_from_diagonal(p: DiagonalNormal, q: Distribution) -> Tensor:
-    return kl_divergence(_as_low_rank(p), q)
+def _kl_multivariate_diagonal(p: MultivariateNormal, q: DiagonalNormal) -> Tensor:
+    variance = p.scale_tril.square().sum(-1)
+    return _half_quadratic(p.loc, variance, q) - _log_det(p.scale_tril)
 
 
-def _kl_to_diagonal(p: Distribution, q: DiagonalNormal) -> Tensor:
-    return kl_divergence(p, _as_low_rank(q))
+def _kl_diagonal_low_rank(p: DiagonalNormal, q: LowRankMultivariateNormal) -> Tensor:
+    # Woodbury: C_q^-1 = E^-1 - E^-1 W K^-1 W' E^-1, with E diagonal and K the capacitance.
+    factor, diagonal = q._unbroadcasted_cov_factor, q._unbroadcasted_cov_diag
+    shift = q.loc - p.loc
+    weighted = (factor / diagonal.unsqueeze(-1)).mT
+    quadratic = ((p.scale.square() + shift.square()) / diagonal).sum(-1)
+    shrunk_spread = _whitened(q._capacitance_tril, weighted * p.scale.unsqueeze(-2))
+    shrunk_shift = _whitened(q._capacitance_tril, weighted @ shift.unsqueeze(-1))
+    return _half_gap(quadratic - shrunk_spread - shrunk_shift, _low_rank_log_det(q), p)
+
+
+def _kl_low_rank_diagonal(p: LowRankMultivariateNormal, q: DiagonalNormal) -> Tensor:
+    return _half_quadratic(p.loc, p.variance, q) - 0.5 * _low_rank_log_det(p)
+
+
+def _log_det(tril: Tensor) -> Tensor:
+    return tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+
+def _low_rank_log_det(d: LowRankMultivariateNormal) -> Tensor:
+    diagonal: Tensor = d._unbroadcasted_cov_diag
+    return 2 * _log_det(d._capacitance_tril) + diagonal.log().sum(-1)
+
+
+def _whitened(tril: Tensor, columns: Tensor) -> Tensor:
+    """The sum of squares of ``tril^-1 columns``."""
+    white: Tensor = torch.linalg.solve_triangular(tril, columns, upper=False)
+    return white.square().sum((-2, -1))
+
+
+def _half_gap(quadratic: Tensor, log_det_q: Tensor, p: DiagonalNormal) -> Tensor:
+    gap: Tensor = 0.5 * (quadratic - p.event_shape[0] + log_det_q)
+    return gap - p.scale.log().sum(-1)
+
+
+def _half_quadratic(loc: Tensor, variance: Tensor, q: DiagonalNormal) -> Tensor:
+    """KL(p | q) without p's log-determinant, for a p with these moments."""
+    quadratic = (variance + (loc - q.loc).square()) / q.scale.square()
+    return 0.5 * (quadratic - 1).sum(-1) + q.scale.log().sum(-1)
 
 
 def _with_shape_check(divergence: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]:
@@ -261,10 +300,10 @@ KL_DIVERGENCES = {
     pair: _with_shape_check(divergence)
     for pair, divergence in [
         ((DiagonalNormal, DiagonalNormal), _kl_diagonal_diagonal),
-        ((DiagonalNormal, MultivariateNormal), _kl_from_diagonal),
-        ((MultivariateNormal, DiagonalNormal), _kl_to_diagonal),
-        ((DiagonalNormal, LowRankMultivariateNormal), _kl_from_diagonal),
-        ((LowRankMultivariateNormal, DiagonalNormal), _kl_to_diagonal),
+        ((DiagonalNormal, MultivariateNormal), _kl_diagonal_multivariate),
+        ((MultivariateNormal, DiagonalNormal), _kl_multivariate_diagonal),
+        ((DiagonalNormal, LowRankMultivariateNormal), _kl_diagonal_low_rank),
+        ((LowRankMultivariateNormal, DiagonalNormal), _kl_low_rank_diagonal),
         ((DiagonalNormal, Independent), lambda p, q: _kl_diagonal_diagonal(p, _as_diagonal(q))),
         ((Independent, DiagonalNormal), lambda p, q: _kl_diagonal_diagonal(_as_diagonal(p), q)),
     ]

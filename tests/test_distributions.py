@@ -161,6 +161,22 @@ def test_divergences_of_expanded_distributions_agree(other):
     assert_close(wide, kl_divergence(theirs, ours).expand(3))
 
 
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_divergences_hold_at_scales_whose_squares_do_not(scale):
+    small, loc = torch.full((2,), scale), torch.zeros(2)
+    diagonal, unit = DiagonalNormal(loc, small), DiagonalNormal(loc, torch.ones(2))
+    full = dist.MultivariateNormal(loc, scale_tril=small.diag())
+    one = dist.MultivariateNormal(loc, scale_tril=torch.eye(2))
+    log_ratio = small.double().log()
+    from_small = 0.5 * (small.double().square() - 1) - log_ratio
+    to_small = 0.5 * (small.double() ** -2 - 1) + log_ratio
+    if scale < 1:
+        assert_close(kl_divergence(diagonal, one).double(), from_small.sum(), rtol=1e-5, atol=0)
+    else:
+        assert_close(kl_divergence(unit, full).double(), to_small.sum(), rtol=1e-5, atol=0)
+    assert_close(kl_divergence(diagonal, full), torch.tensor(0.0), rtol=0, atol=1e-5)
+
+
 def test_divergence_from_other_independents_is_not_there():
     ours = DiagonalNormal(torch.zeros(3), torch.ones(3))
     with pytest.raises(NotImplementedError, match=r"Laplace\(...\).to_event\(1\)"):
