@@ -28,12 +28,21 @@ FLOORS = [
 FLOOR = {room: k for k, rooms in enumerate(FLOORS) for room in rooms}
 MOST_LINES = 470
 
+# Classes of flows/ that are neither a guide nor a flow.
+DISTRIBUTIONS = {"Posterior"}
+
 # Private names of PyTorch and Pyro that several rooms read or override.
 THEIRS = {"_pyro_name", "_validate_sample"}
 
 
 def room_of(path):
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def absolute_imports(node):
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
 
 
 def imports_of(path):
@@ -46,7 +55,7 @@ def imports_of(path):
             for alias in node.names:
                 target = [*module, alias.name]
                 yield target[0], target[-1]
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pyro_iaf"):
+        elif any(name.split(".")[0] == "pyro_iaf" for name in absolute_imports(node)):
             raise AssertionError(f"{path}: imports within the package are relative")
 
 
@@ -74,6 +83,9 @@ def private_names(room):
                     found.add(node.name)
                 elif isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "self":
                     found.add(node.attr)
+                elif isinstance(node, ast.Assign | ast.AnnAssign):  # of a class or a module
+                    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                    found |= {t.id for t in targets if isinstance(t, ast.Name)}
     return {n for n in found - THEIRS if n.startswith("_") and not n.startswith("__")}
 
 
@@ -101,14 +113,11 @@ def test_a_file_is_one_idea(path):
 
 
 def classes(*rooms):
-    """The guides and flows of the package by name."""
+    """The classes of these rooms by name, but for protocols, which ask for methods."""
     trees = (ast.parse(p.read_text()) for r in rooms for p in (PACKAGE / r).glob("*.py"))
     found = [n for tree in trees for n in ast.walk(tree) if isinstance(n, ast.ClassDef)]
-    return {n.name for n in found if re.search(r"Flow|IAF|Guide|LocScale", n.name)} - {
-        n.name
-        for n in found
-        if "Protocol" in map(ast.unparse, n.bases)  # which are what a thing has
-    }
+    found = [n for n in found if "Protocol" not in map(ast.unparse, n.bases)]
+    return {n.name for n in found} - DISTRIBUTIONS
 
 
 def asked_by_type(tree, names):
@@ -120,10 +129,13 @@ def asked_by_type(tree, names):
         }:
             asked = ast.walk(node.args[1])
         elif isinstance(node, ast.Compare) and any(
-            isinstance(part, ast.Call) and getattr(part.func, "id", "") == "type"
+            (isinstance(part, ast.Call) and getattr(part.func, "id", "") == "type")
+            or getattr(part, "attr", "") == "__class__"
             for part in [node.left, *node.comparators]
         ):
             asked = ast.walk(node)
+        elif isinstance(node, ast.MatchClass):
+            asked = ast.walk(node.cls)
         else:
             continue
         for part in asked:
@@ -140,11 +152,10 @@ def test_nobody_asks_for_the_class_of_a_guide_or_flow(path):
 
 
 def test_a_question_for_a_class_is_found():
-    tree = ast.parse("type(guide) is AutoIAF\nisinstance(part, (int, sinh_arcsinh.LocScale))")
-    assert [name for _, name in asked_by_type(tree, classes("guides", "flows"))] == [
-        "AutoIAF",
-        "LocScale",
-    ]
+    lines = "type(guide) is AutoIAF", "isinstance(part, (int, sinh_arcsinh.LocScale))"
+    lines += "part.__class__ is SinglePass", "match guide:\n  case AutoIAF(): ..."
+    asked = asked_by_type(ast.parse("\n".join(lines)), classes("guides", "flows"))
+    assert sorted(asked) == [(1, "AutoIAF"), (2, "LocScale"), (3, "SinglePass"), (5, "AutoIAF")]
 
 
 def test_the_page_lists_the_rooms():

@@ -30,7 +30,6 @@ from torch.distributions import Independent, TransformedDistribution, constraint
 from .._validation import check_size, warn
 from ..distributions import DiagonalNormal
 from ..flows import pass_cache
-from ..flows.base import SinglePass
 from ..flows.posterior import Posterior
 from ..models.arguments import Args, Kwargs, Program
 from ..models.traces import is_point
@@ -376,11 +375,11 @@ def _draw_from_flows(fn: Any) -> Drawn | None:
     base = fn.base_dist
     normal = base.base_dist if isinstance(base, Independent) else base
     kind = dist.Normal if isinstance(base, Independent) else DiagonalNormal
-    flows = [flow for part in fn.transforms for flow in getattr(part, "parts", [part])]
+    are_ours = fn.transforms and all(hasattr(part, "single_passes") for part in fn.transforms)
     is_vector = len(fn.event_shape) == len(base.event_shape) == 1
-    are_ours = flows and all(isinstance(flow, SinglePass) for flow in flows)
     if type(normal) is not kind or not is_vector or not are_ours:
         return None
+    flows = [flow for part in fn.transforms for flow in part.single_passes()]
     x = base.rsample()
     score = ((normal.loc - x) / normal.scale.square()).detach()
     return draw_with_score(flows, x, base.log_prob(x), score, remember=True)

@@ -231,6 +231,10 @@ class InverseAutoregressiveFlowStack(StackMixin, Flow):
         super().__init__()
         self._set_parts(parts, SinglePass, "InverseAutoregressiveFlow")
 
+    def single_passes(self) -> Sequence[SinglePass]:
+        """The passes that it consists of, the first acts on the noise."""
+        return self.parts
+
     def __call__(self, x: Tensor) -> Tensor:
         for part in self.parts:
             x = part(x)

@@ -7,7 +7,7 @@ pass. The inverse is computed only for values that the flow did not produce.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -141,6 +141,10 @@ class SinglePass(Flow):
     def _undo_known(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The same where the noise of ``y`` is known to be ``x``, without its gradients."""
         return self._undo(y)
+
+    def single_passes(self) -> Sequence[SinglePass]:
+        """The passes that it consists of, the first acts on the noise."""
+        return [self]
 
     def solve_transposed(self, x: Tensor, v: Tensor) -> Tensor:
         """The ``u`` with ``J^T u = v``, where J is the Jacobian at ``x``."""

@@ -14,7 +14,7 @@ from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoIAFNormal, AutoMultivariateNormal, AutoNormal
 from pyro.nn import PyroModule, PyroParam
-from torch.distributions import constraints
+from torch.distributions import Transform, constraints
 from torch.testing import assert_close
 
 from pyro_iaf import (
@@ -251,6 +251,27 @@ class Wide(dist.Normal):
         return dist.Normal(self.loc, 2 * self.scale).log_prob(value)
 
 
+class Twice(Transform):
+    """A flow after itself, written down once."""
+
+    domain = codomain = constraints.real_vector
+    bijective = True
+
+    def __init__(self, flow):
+        super().__init__()
+        self.parts = [flow]
+
+    def _call(self, x):
+        return self.parts[0](self.parts[0](x))
+
+    def _inverse(self, y):
+        return self.parts[0].inv(self.parts[0].inv(y))
+
+    def log_abs_det_jacobian(self, x, y):
+        (flow,), middle = self.parts, self.parts[0](x)
+        return flow.log_abs_det_jacobian(x, middle) + flow.log_abs_det_jacobian(middle, y)
+
+
 OF_THEIR_OWN = {
     "straight through": lambda loc, flow: dist.RelaxedBernoulliStraightThrough(
         torch.tensor(0.7), logits=loc
@@ -259,6 +280,9 @@ OF_THEIR_OWN = {
         torch.tensor(0.7), logits=loc
     ),
     "another density": lambda loc, flow: Tempered(DiagonalNormal(loc, torch.ones(3)), [flow]),
+    "parts of its own": lambda loc, flow: dist.TransformedDistribution(
+        dist.Normal(loc, 1.0).to_event(1), [Twice(flow)]
+    ),
     "another base": lambda loc, flow: dist.TransformedDistribution(
         Wide(loc, torch.ones(3)).to_event(1), [flow]
     ),
