@@ -38,6 +38,9 @@ __all__ = ["MAX_JACOBIAN_DIM", "Carrier", "carry", "carry_by_jacobian", "has_ker
 # Without the kernel, the Jacobian is computed as a matrix for at most this many coordinates.
 MAX_JACOBIAN_DIM = 64
 
+# PyTorch's operations take 64 arguments: the score, these tensors and four numbers.
+MAX_TENSORS = 59
+
 # The least number of multiplications for each thread.
 WORK_PER_THREAD = 2_000_000
 
@@ -54,7 +57,7 @@ def load_kernel() -> None:
         try:
             if not _kernel and shutil.which(os.environ.get("CXX", "g++")):
                 _kernel.append(ctypes.CDLL(str(_compiled_kernel())))
-                for name in _libraries:
+                for name in list(_libraries):
                     _register(name)
         except (OSError, subprocess.CalledProcessError) as error:
             why = getattr(error, "stderr", None) or error
@@ -124,14 +127,23 @@ class Carrier(NamedTuple):
         given = sum(2**k for k, by in enumerate([log_by_x, *log_by_params]) if by is not None)
         return len(self.activation_slopes), len(by_params), given
 
+    @property
+    def num_tensors(self) -> int:
+        """How many tensors :func:`carry` hands to its operation."""
+        L, P, given = self.layout
+        return 2 * L + P + given.bit_count() + 4
+
 
 def carry(score: Tensor, flows: Sequence[Carrier]) -> Tensor:
-    """The score at the flows' output, as one operation.
+    """The score at the flows' output, as few operations.
 
     Args:
         score: The score at the noise, of shape ``batch_shape + (D,)``.
         flows: The flows, all of one layout; the first acts on the noise.
     """
+    most = MAX_TENSORS // flows[0].num_tensors
+    if 0 < most < len(flows):
+        return carry(carry(score, flows[:most]), flows[most:])
     K, D = score.shape[:-1].numel(), score.shape[-1]
     tensors: list[Tensor] = []
     _, P, given = flows[0].layout
@@ -145,8 +157,8 @@ def carry(score: Tensor, flows: Sequence[Carrier]) -> Tensor:
         tensors += [*weights, network.order.contiguous(), starts]
     numbers = K * sum(weight.numel() for _, _, weights, _ in flows for weight in weights)
     num_threads = max(1, min(torch.get_num_threads(), K, numbers // WORK_PER_THREAD))
-    has_dtype = score.dtype in (torch.float32, torch.float64)
-    run = _operation(len(tensors)) if has_dtype else _without_kernel
+    is_taken = most and score.dtype in (torch.float32, torch.float64)
+    run = _operation(len(tensors)) if is_taken else _without_kernel
     found: Tensor = run(score.reshape(K, D), *tensors, len(flows), num_threads, P, given)
     return found.reshape(score.shape)
 
@@ -157,11 +169,12 @@ def _operation(count: int) -> Any:
     # compiler six seconds to read.
     name = f"carry_{count}"
     arguments = ", ".join(["Tensor score", *(f"Tensor t{k}" for k in range(count))])
-    library = _libraries[name] = torch.library.Library("pyro_iaf", "FRAGMENT")
+    library = torch.library.Library("pyro_iaf", "FRAGMENT")
     numbers = "int num_flows, int num_threads, int num_params, int given"
     library.define(f"{name}({arguments}, {numbers}) -> Tensor")
     library.impl(name, _without_kernel, "CompositeExplicitAutograd")  # if no kernel is registered
     library.impl(name, lambda score, *_: score.new_empty(score.shape), "Meta")
+    _libraries[name] = library
     if _kernel:
         _register(name)
     return getattr(torch.ops.pyro_iaf, name).default

@@ -58,6 +58,18 @@ def test_it_takes_batches_of_any_shape(kernel, monkeypatch, batch_shape):
     assert_close(draw_with_score(flow.parts, x).score, plain)
 
 
+@pytest.mark.parametrize(("num_flows", "num_layers"), [(5, 4), (1, 30), (2, 30)])
+def test_it_takes_more_tensors_than_an_operation_has_arguments(
+    kernel, monkeypatch, num_flows, num_layers
+):
+    flow = rough(inverse_autoregressive_flow(3, num_layers * [4], num_flows=num_flows), 0.3)
+    x = torch.randn(2, 3)
+    parts = flow.parts if num_flows > 1 else [flow]
+    plain = draw_with_score(parts, x).score
+    monkeypatch.setattr(path_score, "_goes_by_kernel", lambda *_: True)
+    assert_close(draw_with_score(parts, x).score, plain)
+
+
 def test_single_precision_and_several_threads(kernel, monkeypatch):
     flow = rough(inverse_autoregressive_flow(40, [64], num_flows=2).float(), 0.2)
     x = torch.randn(33, 40, dtype=torch.float32)
