@@ -90,6 +90,10 @@ class CompiledTrace_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
         self.backend = backend
         self.recorder = TraceRecorder(self)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.recorder = TraceRecorder(self)  # a copy's own
+
     def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """An estimate of the loss. Its gradient is added to that of the parameters."""
         call = Call(model, guide, args, kwargs)

@@ -131,7 +131,8 @@ class TraceRecorder(Recorder[Call, "Step"]):
     def kind(self, call: Call) -> Any:
         if not all(type(h) is TraceMessenger and h.param_only for h in _PYRO_STACK):
             raise Refused("A graph ignores handlers around the call. Handle the model instead.")
-        return by_hash(call.model), by_hash(call.guide), kind_of(*call)
+        num_vectorized = self.elbo.vectorize_particles and self.elbo.num_particles
+        return by_hash(call.model), by_hash(call.guide), num_vectorized, kind_of(*call)
 
     def leave_to_code(self, why: str) -> None:
         if why not in self._warned:
@@ -170,14 +171,13 @@ class TraceRecorder(Recorder[Call, "Step"]):
             with quietly():
                 graph = record(run, [tensor.detach() for tensor in tensors])
         names = param_store.unconstrained_params(capture.trace)
-        num_runs = 1 if elbo.vectorize_particles else elbo.num_particles
-        step = Step(graph, leaves, names, positions, num_runs, tensors, backend.name)
+        step = Step(elbo, graph, leaves, names, positions, tensors, backend.name)
         try:
             _compare(step, call, expected)
         except Refused:
             if step.backend == Replay.name:
                 raise
-            step = Step(graph, leaves, names, positions, num_runs, tensors, Replay.name)
+            step = Step(elbo, graph, leaves, names, positions, tensors, Replay.name)
             _compare(step, call, expected)
             warn(
                 "The compiled step does not agree with the code, so steps are replayed operation "
@@ -218,16 +218,16 @@ class Step:
 
     def __init__(
         self,
+        elbo: Trace_ELBO,
         graph: Graph,
         leaves: list[Tensor],
         names: dict[str, Tensor],
         positions: list[int],
-        num_runs: int,
         inputs: list[Tensor],
         backend: str,
     ) -> None:
-        self.graph, self.leaves, self.names = graph, leaves, names
-        self.positions, self.num_runs = positions, num_runs
+        self.elbo, self.graph = elbo, graph
+        self.leaves, self.names, self.positions = leaves, names, positions
         entries = pyro.get_param_store()._params
         self.stored = {name for name, leaf in names.items() if entries.get(name) is leaf}
         with torch.random.fork_rng(), torch.no_grad():
@@ -246,14 +246,16 @@ class Step:
     def __call__(self, call: Call) -> tuple[Tensor, Sequence[Tensor]]:
         """The loss and its gradients, averaged over all runs."""
         self._state_parameters()
+        # A vectorised graph has all particles.
+        num_runs = 1 if self.elbo.vectorize_particles else self.elbo.num_particles
         with torch.no_grad():
             given = [*flatten_tensors(call.args, call.kwargs)[0], *self.graph.tensors]
             found = self.run([*given, *self.graph.draw(*given)])
-            for _ in range(1, self.num_runs):
+            for _ in range(1, num_runs):
                 more = self.run([*given, *self.graph.draw(*given)])
                 found = [a + b for a, b in zip(found, more, strict=True)]
-            if self.num_runs > 1:
-                found = [a / self.num_runs for a in found]
+            if num_runs > 1:
+                found = [a / num_runs for a in found]
         return found[0], found[1:]
 
     def differentiable(self, call: Call) -> list[Tensor]:

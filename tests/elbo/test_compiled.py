@@ -845,6 +845,31 @@ def test_it_warns_of_no_more_than_it_should():
 
 
 @needs_compiler
+@pytest.mark.parametrize("vectorized", [False, True])
+def test_the_number_of_particles_may_change(vectorized):
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, 0.5), obs=torch.tensor(1.0))
+
+    guide, found = guide_for(model, ()), []
+    settings = {"vectorize_particles": vectorized, "max_plate_nesting": 0}
+    for loss in (Trace_ELBO(2, **settings), graph(2, **settings)):
+        losses = []
+        for num_particles in (2, 2, 2, 5, 5):
+            loss.num_particles = num_particles
+            pyro.set_rng_seed(0)
+            losses.append(loss.loss_and_grads(model, guide))
+        found.append(losses)
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+def test_a_copy_records_for_itself():
+    loss = graph()
+    for twin in (copy.copy(loss), copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+        assert twin.recorder.elbo is twin
+        assert twin.backend == loss.backend
+
+
 @pytest.mark.parametrize("num_particles", [1, 3])
 def test_gradients_of_several_calls_add_up(num_particles):
     class Guide(PyroModule):
