@@ -197,11 +197,9 @@ class LatentLoss(Loss):
     def _log_weights(self, args: Args, kwargs: Kwargs, num_draws: int) -> Tensor:
         """Log importance weights of new draws."""
         joint = self.joint.with_data(args, kwargs)
-        parts = []
-        for size in joint.sizes(num_draws):
-            z, log_q, _ = self.guide.sample_with_score(size, *args, **kwargs)
-            parts.append(joint(z) - log_q)
-        return torch.cat(parts)
+        posterior = self.guide.get_posterior(*args, **kwargs)
+        draws = (posterior.sample((size,)) for size in joint.sizes(num_draws))
+        return torch.cat([joint(z) - posterior.log_prob(z) for z in draws])
 
 
 def _relative_ess(log_weights: Tensor) -> Tensor:

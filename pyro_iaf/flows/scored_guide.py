@@ -51,7 +51,8 @@ class ScoredGuide(Protocol):
     - ``setup(*args, **kwargs)`` builds the guide for a model with these arguments;
     - ``log_joint(model, trace, args, kwargs)`` replaces
       :class:`~pyro_iaf.models.log_joint.LogJoint`;
-    - ``widen_tails(by)`` makes all tails heavier and returns a function that undoes it;
+    - ``widen_tails(by)`` makes all tails heavier and returns a function that undoes it; such a
+      guide has ``get_posterior(*args, **kwargs)`` too, as guides of Pyro do;
     - ``amortized`` says whether the guide has an encoder that reads the data.
     """
 
