@@ -28,8 +28,11 @@ class Particles:
 
     At once, the dimension of the draws is left of all plates: :meth:`padded_shape` puts it there,
     and :meth:`unpadded` undoes that. :meth:`sizes` splits draws into runs, and :meth:`in_plate`
-    makes a function draw several at once. Before code that may not broadcast is run, call
-    :meth:`probe`, which compares log densities and sets ``at_once``.
+    makes a function draw several at once.
+
+    A subclass passes both arguments to ``super().__init__`` and uses these methods in its runs. If
+    it runs code that may not broadcast, it calls :meth:`probe` first, which compares log densities
+    and sets ``at_once``.
 
     Args:
         nesting: How many dimensions plates take, counted from the right.

@@ -235,7 +235,7 @@ class WeightedParticles(Particles):
         else:
             values = dict(values)
             for name, draws in values.items():
-                num_batch = len(self.latents[name]["fn"].batch_shape)
+                num_batch = draws.dim() - 1 - self.latents[name]["fn"].event_dim
                 shape = self.padded_shape(draws.shape[1:], num_batch)
                 values[name] = draws.reshape(num_draws, *shape)
         run = poutine.trace(self.in_plate(model or self.model, num_draws))

@@ -127,6 +127,17 @@ def user(request):
     return request.param
 
 
+def test_a_guide_may_leave_out_dimensions_of_size_one():
+    def wide():
+        z = pyro.sample("z", dist.Normal(torch.zeros(1, 5), 1.0))
+        pyro.sample("y", dist.Normal(z, 0.5), obs=torch.ones(1, 5))
+
+    def narrow():
+        pyro.sample("z", dist.Normal(torch.zeros(5), 0.5))
+
+    assert WeightedParticles(wide, narrow, (), {}).at_once
+
+
 def test_one_probe_finds_out_whether_draws_go_at_once(user):
     assert user(model)[0].at_once
     assert not user(of_one_draw)[0].at_once
