@@ -26,7 +26,7 @@ def foreign(input_dim):
 
 
 def separate(make):
-    """What ``make`` makes, with a parameter for each matrix, as in big made."""
+    """What ``make`` makes, with a parameter for each matrix, as in big networks."""
     largest = made.MAX_SHARED
     try:
         made.MAX_SHARED = 0

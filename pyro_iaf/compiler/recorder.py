@@ -138,7 +138,8 @@ class Recorder(Generic[Call, Recording]):
         self.recordings.pop(kind, None)
         if self._builds[kind] >= MAX_BUILDS:
             self.leave_to_code(
-                "A number, a module or a parameter that their graph depends on keeps changing."
+                "A number, a module or a parameter that their graph depends on keeps changing, or "
+                f"more than {MAX_GRAPHS} kinds of arguments take turns."
             )
             return None, False
         return None, self.is_due(call, kind)

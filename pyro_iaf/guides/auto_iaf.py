@@ -108,6 +108,8 @@ class AutoIAF(FlowGuide, AutoContinuous):
         torch.Size([100, 3])
     """
 
+    _own_names = ("transform", "encoder")
+
     def __init__(
         self,
         model: Callable[..., Any],

@@ -47,9 +47,11 @@ MOST_LINES = 12
 class FlowGuide(AutoGuide):
     """A guide that builds its flows at its first call, and owns their parameters.
 
-    A subclass defines ``_build``, ``_transforms`` and ``_fixed_draws``. The arguments are those
-    of :class:`~pyro_iaf.AutoIAF`.
+    A subclass defines ``_build``, ``_transforms`` and ``_fixed_draws``, and names in ``_own_names``
+    its modules with parameters. The arguments are those of :class:`~pyro_iaf.AutoIAF`.
     """
+
+    _own_names: tuple[str, ...] = ("encoder",)
 
     # Set at the end of the setup, since another thread may find the guide half built.
     _is_set_up = False
@@ -286,7 +288,7 @@ class FlowGuide(AutoGuide):
     def _adopt_parameters(self) -> dict[str, Tensor]:
         """The parameters, with values of a loaded store unless a state was loaded after it."""
         own: dict[str, Tensor] = {}
-        for name in ("transform", "transforms", "tables", "encoder"):
+        for name in self._own_names:
             if (module := self._modules.get(name)) is not None:
                 own.update(param_store.parameters_of(module, f"{self._pyro_name}.{name}"))
         if not self._state_was_loaded:

@@ -35,6 +35,8 @@ class GuideWithContexts(FlowGuide):
     :class:`~pyro_iaf.AutoHierarchicalIAF`.
     """
 
+    _own_names = ("transforms", "tables", "encoder")
+
     def __init__(
         self,
         model: Callable[..., Any],

@@ -43,7 +43,7 @@ class _FlowsAndLastStep:
 
     @property
     def context_dim(self) -> int:
-        """Size of the context that its flows depend on; 0 for none."""
+        """Size of the context that its networks take, also once it is given; 0 for none."""
         return self.networks[0].context_dim
 
     @property
