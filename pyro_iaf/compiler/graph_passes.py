@@ -20,7 +20,7 @@ __all__ = [
     "draw_ahead",
     "lift_tensors",
     "refuse_writes",
-    "remove_dead_code",
+    "remove_identities",
     "replace_failures_by_nan",
     "replace_masks_by_indices",
 ]
@@ -104,7 +104,7 @@ def replace_masks_by_indices(
                 by_index += new if old is mask else [old]
             node.args = (node.args[0], by_index)
             tensors += indices
-        remove_dead_code(module)
+        _remove_dead_code(module)
     return [(tensor, tensor._version) for node, tensor in outside.items() if node in sources]
 
 
@@ -189,7 +189,7 @@ def draw_ahead(module: fx.GraphModule) -> fx.GraphModule:
     for node in reversed(module.graph.nodes):
         if node in random or node in drawn:
             module.graph.erase_node(node)
-    remove_dead_code(module)
+    _remove_dead_code(module)
     for node in ahead.graph.nodes:
         node.target = FAST_DRAWS.get(node.target, node.target)
     ahead.recompile()
@@ -218,7 +218,7 @@ def _subgraph(module: fx.GraphModule, outputs: list[fx.Node]) -> fx.GraphModule:
     return fx.GraphModule(module, part)
 
 
-def remove_dead_code(module: fx.GraphModule) -> None:
+def _remove_dead_code(module: fx.GraphModule) -> None:
     """Removes operations whose results are not used and that write into nothing."""
 
     def is_needed(node: fx.Node) -> bool:
@@ -227,3 +227,26 @@ def remove_dead_code(module: fx.GraphModule) -> None:
 
     module.graph.eliminate_dead_code(is_needed)
     module.recompile()
+
+
+def remove_identities(module: fx.GraphModule) -> None:
+    """Removes operations that return their argument, and all but the first of equal views."""
+    aten = torch.ops.aten
+    same = (aten.detach.default, aten.alias.default)
+    shaped = (aten.expand.default, aten.view.default, aten._unsafe_view.default)
+    views: dict[Any, fx.Node] = {}
+    for node in list(module.graph.nodes):
+        if node.op != "call_function" or not node.args:
+            continue
+        source, value = node.args[0], node.meta.get("val")
+        is_same = node.target in same or (
+            node.target in shaped and value.shape == source.meta["val"].shape
+        )
+        key = (node.target, repr(node.args), repr(node.kwargs))
+        if not is_same and node.target in (*shaped, aten.t.default, aten.slice.Tensor):
+            source = views.setdefault(key, node)
+            is_same = source is not node
+        if is_same:
+            node.replace_all_uses_with(source)
+            module.graph.erase_node(node)
+    _remove_dead_code(module)

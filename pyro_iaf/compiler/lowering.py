@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from .._validation import warn
 from . import inductor
-from .graph_passes import remove_dead_code
+from .graph_passes import remove_identities
 
 __all__ = ["BACKENDS", "Backend", "CudaGraphs", "Inductor", "Lowered", "Replay"]
 __all__ += ["available_backends", "choose_backend", "has_compiler", "lower", "worthwhile_backend"]
@@ -84,7 +84,7 @@ class Replay(Backend):
     def lower(self, fn: Callable[..., Any], example: Sequence[Tensor]) -> Lowered:
         if not isinstance(fn, fx.GraphModule):
             fn = make_fx(fn, tracing_mode="fake")(*example)
-        _remove_identities(fn)
+        remove_identities(fn)
         code = fn.graph.python_code("self")
         names: dict[str, Any] = dict(code.globals)
 
@@ -206,26 +206,3 @@ def lower(fn: Callable[..., Any], example: Sequence[Tensor], backend: str) -> tu
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         warn(f"The compiler failed, so steps are replayed operation by operation: {first_line}")
         return lower(fn, example, Replay.name)
-
-
-def _remove_identities(module: fx.GraphModule) -> None:
-    """Removes operations that return their argument, and all but the first of equal views."""
-    aten = torch.ops.aten
-    same = (aten.detach.default, aten.alias.default)
-    shaped = (aten.expand.default, aten.view.default, aten._unsafe_view.default)
-    views: dict[Any, fx.Node] = {}
-    for node in list(module.graph.nodes):
-        if node.op != "call_function" or not node.args:
-            continue
-        source, value = node.args[0], node.meta.get("val")
-        is_same = node.target in same or (
-            node.target in shaped and value.shape == source.meta["val"].shape
-        )
-        key = (node.target, repr(node.args), repr(node.kwargs))
-        if not is_same and node.target in (*shaped, aten.t.default, aten.slice.Tensor):
-            source = views.setdefault(key, node)
-            is_same = source is not node
-        if is_same:
-            node.replace_all_uses_with(source)
-            module.graph.erase_node(node)
-    remove_dead_code(module)

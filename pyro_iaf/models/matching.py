@@ -117,16 +117,23 @@ def _listed(names: Iterable[str]) -> str:
 
 
 class FixedValues(Unchecked):
-    """Gives sites these values, and ignores values of sites that the run doesn't have."""
+    """Gives sites these values, and ignores values of sites that the run doesn't have.
+
+    A subclass that computes the value of a site in its run overrides :meth:`value_of`.
+    """
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         super().__init__()
         self.values = values
 
+    def value_of(self, site: Any) -> Any:
+        """The value of a site that is in ``values``."""
+        return self.values[site["name"]]
+
     def _pyro_sample(self, msg: Any) -> None:
         super()._pyro_sample(msg)
         if msg["name"] in self.values and not msg["is_observed"]:
-            msg["value"] = self.values[msg["name"]]
+            msg["value"] = self.value_of(msg)
             msg["done"] = True
 
 

@@ -25,7 +25,7 @@ from torch.distributions.constraints import Constraint
 from torch.distributions.utils import lazy_property
 
 from ..models.arguments import Args, Kwargs, Program
-from ..models.matching import Unchecked
+from ..models.matching import FixedValues
 from ..models.traces import compute_log_prob, quietly, samples
 
 __all__ = ["Digests", "differing", "digest", "digests_of_sites", "in_words"]
@@ -179,18 +179,11 @@ def digests_of_sites(
     return data, sites
 
 
-class _AtFixedValues(Unchecked):
+class _AtFixedValues(FixedValues):
     """Sets latents to fixed values in their supports, which may depend on earlier latents."""
 
-    def __init__(self, like: Mapping[str, Any]) -> None:
-        super().__init__()
-        self.like = like
-
-    def _pyro_sample(self, msg: Any) -> None:
-        super()._pyro_sample(msg)
-        if msg["name"] in self.like and not msg["is_observed"]:
-            msg["value"] = _fixed_value(msg["fn"], torch.as_tensor(self.like[msg["name"]]).detach())
-            msg["done"] = True
+    def value_of(self, site: Any) -> Tensor:
+        return _fixed_value(site["fn"], torch.as_tensor(super().value_of(site)).detach())
 
 
 def _fixed_value(fn: Any, like: Tensor) -> Tensor:
