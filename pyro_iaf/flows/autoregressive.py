@@ -50,7 +50,7 @@ class NetworkMixin:
 
     @property
     def order(self) -> Tensor:
-        """The order of the coordinates: ``order[k]`` comes k-th."""
+        """The order, in which coordinate ``order[k]`` comes k-th."""
         return order_of(self.network)
 
     def repr_fields(self) -> list[str]:
