@@ -13,7 +13,7 @@ from pyro_iaf import AutoIAF, diagnose, fit
 
 place = pathlib.Path(pyro_iaf.__file__)
 assert pathlib.Path(sys.prefix) in place.parents, f"{place} is not in {sys.prefix}"
-assert (files("pyro_iaf.solvers") / "score_kernel.cpp").is_file()
+assert (files("pyro_iaf.solvers") / "cpp" / "operations.cpp").is_file()
 assert (files("pyro_iaf") / "py.typed").is_file()
 
 

@@ -22,7 +22,7 @@ from ..models.arguments import Args, Batch, Kwargs, Program
 from ..models.log_joint import LogJoint
 from ..models.matching import LatentCheck, check_guide_site
 from ..models.traces import is_latent
-from ..solvers.score_kernel import load_kernel
+from ..solvers.kernels import load_kernels
 from .compiled import CompiledTrace_ELBO
 from .stl import TraceSTL_ELBO
 from .trace import Call, recordable_loss
@@ -168,7 +168,7 @@ class LatentLoss(Loss):
         return loss
 
     def prepare(self) -> None:
-        load_kernel()
+        load_kernels()
 
     @torch.no_grad()
     def adjust_tails(self, next_batch: Callable[[], Batch]) -> None:

@@ -23,6 +23,7 @@ from .._validation import check_order, check_size, check_tensors, module_repr
 from ..nn.made import MaskedAutoregressiveNetwork, check_network, order_of
 from ..nn.univariate import Affine, UnivariateMap, univariate_map
 from ..solvers.fixed_point import runs_eagerly
+from ..solvers.fused import ScoredPass, flow_pass, takes_flow
 from ..solvers.implicit import attach_gradient, check_round_trip, transposed_solution, walk_back
 from ..solvers.path_score import Step, has_explicit_jacobian, pass_with_carrier
 from . import pass_cache
@@ -140,8 +141,11 @@ class InverseAutoregressiveFlow(NetworkMixin, SinglePass):
 
     def pass_with_score(self, x: Tensor, by_kernel: bool) -> tuple[Tensor, Tensor, Step]:
         if has_explicit_jacobian(self, by_kernel):
-            return pass_with_carrier(self, x)
+            return pass_with_carrier(self, x, by_kernel)
         return super().pass_with_score(x, by_kernel)
+
+    def pass_at_once(self, x: Tensor, log_prob: Tensor, score: Tensor) -> ScoredPass | None:
+        return flow_pass(self, x, log_prob, score) if takes_flow(self, x) else None
 
     def params_at(self, x: Tensor) -> Sequence[Tensor]:
         """The map's parameters at ``x``, in one pass of the network."""

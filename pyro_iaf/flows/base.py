@@ -16,6 +16,7 @@ from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor, nn
 
 from .._validation import check_tensors
+from ..solvers.fused import ScoredPass
 from ..solvers.path_score import Solver, Step
 from . import pass_cache
 
@@ -160,6 +161,10 @@ class SinglePass(Flow):
                 total = log_slope.sum()
                 (slope,) = torch.autograd.grad(total, x, retain_graph=True, materialize_grads=True)
         return y, log_slope, Solver(self, x.detach(), slope.detach())
+
+    def pass_at_once(self, x: Tensor, log_prob: Tensor, score: Tensor) -> ScoredPass | None:
+        """The pass by one operation, with density and score; None if there is no such operation."""
+        return None
 
     def remember(self, x: Tensor, y: Tensor, log_slope: Tensor) -> None:
         """Keeps a pass for as long as ``y`` is alive."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .._validation import module_repr
+from ..solvers.fused import ScoredPass, last_step_pass
 from ..solvers.path_score import Solver
 from .base import SinglePass
 
@@ -95,6 +96,11 @@ class LocScale(SinglePass):
     def pass_with_score(self, x: Tensor, by_kernel: bool) -> tuple[Tensor, Tensor, Solver]:
         y, log_slope = self._compute(x)
         return y, log_slope, Solver(self, x.detach(), self.slope_of_log_det(x).detach())
+
+    def pass_at_once(self, x: Tensor, log_prob: Tensor, score: Tensor) -> ScoredPass | None:
+        if x.dim() != 2 or x.dtype != self.frame.dtype:
+            return None
+        return last_step_pass(x, log_prob, score, self.coefficients, self.frame)
 
     @torch.no_grad()
     def slope_of_log_det(self, x: Tensor) -> Tensor:

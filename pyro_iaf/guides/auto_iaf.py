@@ -27,7 +27,7 @@ from ..models.arguments import Args, Kwargs, Program
 from ..models.matching import FixedLatents
 from ..models.traces import full_size
 from ..nn.univariate import UnivariateMap
-from ..solvers.path_score import draw_with_score
+from ..solvers.path_score import draw_scored
 from .base import FlowGuide
 from .latents import joined
 from .pathfinder import Start, StartNotFound, pathfinder
@@ -246,8 +246,9 @@ class AutoIAF(FlowGuide, AutoContinuous):
     def sample_with_score(self, num: int, *args: Any, **kwargs: Any) -> ScoredDraws:
         """Draws ``num`` vectors in unconstrained space, with log density and its gradient."""
         transform = self.get_transform(*args, **kwargs)
-        drawn = draw_with_score(transform.parts, self.get_base_dist().sample((num,)))
-        return ScoredDraws(drawn.value, drawn.log_prob, drawn.score)
+        origin = self._built().origin
+        noise = torch.randn(num, len(origin), dtype=origin.dtype, device=origin.device)
+        return ScoredDraws(*draw_scored(transform.parts, noise))
 
     def widen_tails(self, by: float) -> Callable[[], None]:
         """Makes the tails of all latents heavier; returns a function that undoes it."""

@@ -85,6 +85,7 @@ class MaskedAutoregressiveNetwork(nn.Module):
 
     order: Tensor
     mask: Tensor
+    starts: Tensor
 
     def __init__(
         self,
@@ -256,6 +257,10 @@ class MaskedAutoregressiveNetwork(nn.Module):
         mask = torch.cat([mask.reshape(-1) for mask in masks])
         # Not in the state: it follows from the order and the sizes.
         self.register_buffer("mask", mask.to(self.weights[0]), persistent=False)
+        # The first unit of each degree, for each hidden layer.
+        bounds = torch.arange(self.input_dim + 1, device=degree.device)
+        starts = [torch.searchsorted(units, bounds) for units in degrees[1:]]
+        self.register_buffer("starts", torch.stack(starts), persistent=False)
 
     def check_inputs(self, x: Tensor, context: Tensor | None) -> None:
         """Raises a ValueError unless the network can take these."""

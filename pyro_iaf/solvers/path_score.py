@@ -26,14 +26,16 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..nn.made import product
 from ..nn.univariate import Derivatives
 from .blockwise import Autoregressive, can_be_cut
-from .fixed_point import runs_eagerly
-from .score_kernel import MAX_JACOBIAN_DIM, Carrier, carry, carry_by_jacobian, has_kernel
+from .fused import NetworkPass, ScoredPass, network_pass, takes_network
+from .kernels import has_kernels
+from .score_kernel import MAX_JACOBIAN_DIM, MAX_TENSORS, Carrier, carry, carry_by_jacobian
 
 __all__ = [
     "Carrier",
     "Drawn",
     "Scored",
     "Solver",
+    "draw_scored",
     "draw_with_score",
     "has_explicit_jacobian",
     "noise_of_draw",
@@ -48,6 +50,9 @@ class Scored(Protocol):
 
     def pass_with_score(self, x: Tensor, by_kernel: bool) -> tuple[Tensor, Tensor, Step]:
         """The value of ``x``, the log slopes, and the step that carries the score."""
+
+    def pass_at_once(self, x: Tensor, log_prob: Tensor, score: Tensor) -> ScoredPass | None:
+        """The value of ``x``, and density and score there, as one operation if there is one."""
 
     def remember(self, x: Tensor, y: Tensor, log_slope: Tensor) -> None:
         """Keeps the pass from ``x`` until ``y`` is scored."""
@@ -132,12 +137,11 @@ def draw_with_score(
         x: Noise, of shape ``batch_shape + (D,)``.
         log_q: Its log density, by default that of the standard normal.
         score: The gradient of ``log_q`` in ``x``.
-        remember: Whether the flows remember their passes, for code that runs step by step. If so,
-            the kernel is loaded too.
+        remember: Whether the flows remember their passes, for code that runs step by step.
     """
     if log_q is None or score is None:
         log_q, score = -0.5 * (x.square() + math.log(2 * math.pi)).sum(-1), -x
-    noise, parts, by_kernel = x, list(parts), _goes_by_kernel(x, remember)
+    noise, parts, by_kernel = x, list(parts), _goes_by_kernel(x)
     steps: list[Step] = []
     for part in parts:
         shape = part.forward_shape(x.shape)
@@ -152,9 +156,28 @@ def draw_with_score(
     return Drawn(x, log_q, score, noise, parts, steps, by_kernel)
 
 
-def _goes_by_kernel(x: Tensor, is_wanted: bool) -> bool:
-    """Whether the kernel carries the score; recorded code looks for it when it runs."""
-    return x.device.type == "cpu" and (not runs_eagerly() or (is_wanted and has_kernel()))
+def draw_scored(parts: Iterable[Scored], x: Tensor) -> ScoredPass:
+    """Carries standard normal noise of shape ``(K, D)`` through flows, with density and score.
+
+    The same as :func:`draw_with_score` in fewer operations: only the value has a graph.
+    """
+    log_prob, score = -0.5 * (x.square() + math.log(2 * math.pi)).sum(-1), -x
+    found, by_kernel = ScoredPass(x, log_prob, score), _goes_by_kernel(x)
+    for part in parts:
+        known = part.pass_at_once(*found) if by_kernel else None
+        if known is None:
+            value, log_slope, step = part.pass_with_score(found.value, by_kernel)
+            score = _carry_through(found.score, [step], by_kernel)
+            known = ScoredPass(value, found.log_prob - log_slope.detach().sum(-1), score)
+        found = known
+    return found
+
+
+def _goes_by_kernel(x: Tensor) -> bool:
+    """Whether operations of ours are used."""
+    is_traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    is_known = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+    return is_known and not is_traced and has_kernels()
 
 
 @torch.no_grad()
@@ -164,7 +187,7 @@ def _carry_through(score: Tensor, steps: Sequence[Step], by_kernel: bool) -> Ten
     ):
         run = list(alike)
         flows = [step for step in run if isinstance(step, Carrier)]
-        if flows and by_kernel:
+        if flows and by_kernel and flows[0].num_tensors <= MAX_TENSORS:
             score = carry(score, flows)
             continue
         for step in run:
@@ -181,8 +204,26 @@ def has_explicit_jacobian(flow: Autoregressive, by_kernel: bool) -> bool:
     return (by_kernel or len(flow.order) <= MAX_JACOBIAN_DIM) and can_be_cut(flow)
 
 
-def pass_with_carrier(flow: Autoregressive, x: Tensor) -> tuple[Tensor, Tensor, Carrier]:
+def pass_with_carrier(
+    flow: Autoregressive, x: Tensor, by_kernel: bool
+) -> tuple[Tensor, Tensor, Carrier]:
     """The value and the log slopes, and the factors of the Jacobian."""
+    network = flow.network
+    if by_kernel and takes_network(network, x, flow.context):
+        found = network_pass(network, x.reshape(-1, x.shape[-1]))
+        outputs, weights, activation_slopes = found
+        outputs = outputs.reshape(*x.shape[:-1], -1)
+    else:
+        outputs, weights, activation_slopes = _run_network(flow, x)
+    params = outputs.chunk(flow.univariate.num_params, -1)
+    y, log_slope = flow.univariate.forward(x, *params)
+    with torch.no_grad():
+        derivatives = flow.univariate.derivatives(x, *params)
+    return y, log_slope, Carrier(derivatives, activation_slopes, weights, network)
+
+
+def _run_network(flow: Autoregressive, x: Tensor) -> NetworkPass:
+    """A pass of any network of ours, in operations of PyTorch."""
     network = flow.network
     *hidden, output, offsets = map(product, network.factors())
     *shifts, last_shift = network.shifts(offsets, flow.context)
@@ -192,12 +233,8 @@ def pass_with_carrier(flow: Autoregressive, x: Tensor) -> tuple[Tensor, Tensor, 
         h, slope = _activation_and_slope(network.activation, _linear(h, weight, shift))
         activation_slopes.append(slope)
     inputs = torch.cat([h.expand(*x.shape[:-1], h.shape[-1]), x], -1)
-    params = _linear(inputs, output, last_shift).chunk(flow.univariate.num_params, -1)
-    y, log_slope = flow.univariate.forward(x, *params)
-    with torch.no_grad():
-        derivatives = flow.univariate.derivatives(x, *params)
     weights = [weight.detach() for weight in (*hidden, output)]
-    return y, log_slope, Carrier(derivatives, activation_slopes, weights, network)
+    return NetworkPass(_linear(inputs, output, last_shift), weights, activation_slopes)
 
 
 def _linear(h: Tensor, weight: Tensor, shift: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from univariate_maps import TOYS
 
 from pyro_iaf import inverse_autoregressive_flow
 from pyro_iaf.compiler import lowering
-from pyro_iaf.solvers import path_score, score_kernel
+from pyro_iaf.solvers import kernels, path_score, score_kernel
 from pyro_iaf.solvers.path_score import draw_with_score
 
 FLOWS = {
@@ -20,24 +20,23 @@ FLOWS = {
 }
 
 
-@pytest.fixture(params=["kernel", "without"])
-def kernel(request, monkeypatch):
-    if request.param == "without":
-        monkeypatch.setattr(score_kernel, "_operation", lambda count: score_kernel._without_kernel)
-        return
+@pytest.fixture
+def kernel():
     if not lowering.has_compiler(torch.device("cpu")):
         pytest.skip("there is no C++ compiler")
-    score_kernel.load_kernel()
-    assert score_kernel._kernel
+    assert kernels.has_kernels()
 
 
 @pytest.mark.parametrize("num_flows", [1, 2])
 @pytest.mark.parametrize("name", FLOWS)
-def test_a_carried_score_is_the_gradient_of_the_log_density(kernel, monkeypatch, name, num_flows):
+@pytest.mark.parametrize("by_kernel", [False, True])
+def test_a_carried_score_is_the_gradient_of_the_log_density(
+    kernel, monkeypatch, name, num_flows, by_kernel
+):
     D, settings = FLOWS[name]
     flow = rough(inverse_autoregressive_flow(D, num_flows=num_flows, **settings), 0.3)
     x = torch.randn(3, D)
-    monkeypatch.setattr(path_score, "_goes_by_kernel", lambda *_: True)
+    monkeypatch.setattr(path_score, "_goes_by_kernel", lambda _: by_kernel)
     parts = flow.parts if num_flows > 1 else [flow]
     y, log_q, score, *_ = draw_with_score(parts, x)
     y = y.detach().requires_grad_()
@@ -53,8 +52,9 @@ def test_a_carried_score_is_the_gradient_of_the_log_density(kernel, monkeypatch,
 def test_it_takes_batches_of_any_shape(kernel, monkeypatch, batch_shape):
     flow = rough(inverse_autoregressive_flow(4, [8], num_flows=2), 0.3)
     x = torch.randn(*batch_shape, 4)
+    monkeypatch.setattr(path_score, "_goes_by_kernel", lambda _: False)
     plain = draw_with_score(flow.parts, x).score
-    monkeypatch.setattr(path_score, "_goes_by_kernel", lambda *_: True)
+    monkeypatch.setattr(path_score, "_goes_by_kernel", lambda _: True)
     assert_close(draw_with_score(flow.parts, x).score, plain)
 
 
@@ -65,26 +65,25 @@ def test_it_takes_more_tensors_than_an_operation_has_arguments(
     flow = rough(inverse_autoregressive_flow(3, num_layers * [4], num_flows=num_flows), 0.3)
     x = torch.randn(2, 3)
     parts = flow.parts if num_flows > 1 else [flow]
+    monkeypatch.setattr(path_score, "_goes_by_kernel", lambda _: False)
     plain = draw_with_score(parts, x).score
-    monkeypatch.setattr(path_score, "_goes_by_kernel", lambda *_: True)
+    monkeypatch.setattr(path_score, "_goes_by_kernel", lambda _: True)
     assert_close(draw_with_score(parts, x).score, plain)
 
 
 def test_single_precision_and_several_threads(kernel, monkeypatch):
     flow = rough(inverse_autoregressive_flow(40, [64], num_flows=2).float(), 0.2)
     x = torch.randn(33, 40, dtype=torch.float32)
+    monkeypatch.setattr(path_score, "_goes_by_kernel", lambda _: False)
     plain = draw_with_score(flow.parts, x).score
     monkeypatch.setattr(score_kernel, "WORK_PER_THREAD", 1)
-    monkeypatch.setattr(path_score, "_goes_by_kernel", lambda *_: True)
+    monkeypatch.setattr(path_score, "_goes_by_kernel", lambda _: True)
     assert_close(draw_with_score(flow.parts, x).score, plain, rtol=1e-3, atol=1e-3)
 
 
 def test_the_score_lies_in_memory_as_compiled_code_takes_it(kernel, monkeypatch):
     flow = rough(inverse_autoregressive_flow(4, [8]), 0.3)
-    monkeypatch.setattr(path_score, "_goes_by_kernel", lambda *_: True)
     x = torch.randn(4, 3).T
     assert draw_with_score([flow], x).score.is_contiguous()
-    operation = score_kernel._operation(1)
-    if operation is not score_kernel._without_kernel:
-        meta = x.to("meta")
-        assert operation(meta, meta, 1, 1, 2, 0).is_contiguous()
+    meta = x.to("meta")
+    assert score_kernel._operation(1)(meta, meta, 1, 1, 2, 0).is_contiguous()

@@ -6,9 +6,10 @@
 // after position d, so it is complete when these are solved. The arithmetic is that of one backward
 // pass.
 
+#pragma once
+
 #include <algorithm>
 #include <cstdint>
-#include <stdexcept>
 #include <thread>
 #include <vector>
 
@@ -113,121 +114,4 @@ static void carry_all(int64_t K, int64_t num_threads, int64_t num_flows, int64_t
   for (int64_t k0 = size; k0 < K; k0 += size) others.emplace_back(part, k0);
   if (K > 0) part(0);
   for (auto& thread : others) thread.join();
-}
-
-// The parts of PyTorch's stable interface used here (torch/csrc/inductor/aoti_torch/c/shim.h).
-using Handle = void*;  // of a tensor, owned
-extern "C" {
-int32_t aoti_torch_get_data_ptr(Handle, void**);
-int32_t aoti_torch_get_sizes(Handle, int64_t**);
-int32_t aoti_torch_get_dtype(Handle, int32_t*);
-int32_t aoti_torch_is_contiguous(Handle, bool*);
-int32_t aoti_torch_empty_strided(int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t,
-                                 Handle*);
-int32_t aoti_torch_copy_(Handle, Handle, int32_t);
-int32_t aoti_torch_delete_tensor_object(Handle);
-int32_t aoti_torch_dtype_float32();
-int32_t aoti_torch_device_type_cpu();
-int32_t aoti_torch_library_init_impl(const char*, const char*, const char*, uint32_t, void**);
-int32_t aoti_torch_library_impl(void*, const char*, void (*)(uint64_t*, uint64_t, uint64_t));
-}
-
-static void check(int32_t error) {
-  if (error) throw std::runtime_error("PyTorch refused a call of pyro_iaf::carry");
-}
-
-static const int64_t* sizes_of(Handle tensor) {
-  int64_t* sizes;
-  check(aoti_torch_get_sizes(tensor, &sizes));
-  return sizes;
-}
-
-static int32_t dtype_of(Handle tensor) {
-  int32_t dtype;
-  check(aoti_torch_get_dtype(tensor, &dtype));
-  return dtype;
-}
-
-static void* data_of(Handle tensor) {
-  void* data;
-  check(aoti_torch_get_data_ptr(tensor, &data));
-  return data;
-}
-
-// A tensor that is deleted with this object.
-struct Owned {
-  Handle tensor;
-  explicit Owned(Handle owned) : tensor(owned) {}
-  Owned(Owned&& other) : tensor(other.release()) {}
-  ~Owned() {
-    if (tensor) aoti_torch_delete_tensor_object(tensor);
-  }
-  Handle release() {
-    Handle released = tensor;
-    tensor = nullptr;
-    return released;
-  }
-};
-
-static Owned new_matrix(const int64_t* sizes, int32_t dtype) {
-  const int64_t strides[] = {sizes[1], 1};
-  Handle made;
-  check(aoti_torch_empty_strided(2, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &made));
-  return Owned(made);
-}
-
-static Owned in_rows(Owned matrix) {
-  bool is_contiguous;
-  check(aoti_torch_is_contiguous(matrix.tensor, &is_contiguous));
-  if (is_contiguous) return matrix;
-  Owned copy = new_matrix(sizes_of(matrix.tensor), dtype_of(matrix.tensor));
-  check(aoti_torch_copy_(copy.tensor, matrix.tensor, 0));
-  return copy;
-}
-
-// The operation. On the stack are the score, the tensors of the flows, the numbers of flows,
-// threads and parameters, and `given`. The tensors are to be deleted here. The first place
-// takes the result.
-static void carry_operation(uint64_t* stack, uint64_t num_arguments, uint64_t) {
-  const int64_t count = num_arguments - 5;
-  const int64_t num_flows = stack[count + 1], num_threads = stack[count + 2];
-  const int64_t P = stack[count + 3], given = stack[count + 4];
-  int64_t num_slopes = 1 + P;
-  for (int64_t k = 0; k <= P; ++k) num_slopes += given >> k & 1;
-  const int64_t each = count / num_flows, L = (each - num_slopes - 3) / 2;
-  std::vector<Owned> tensors;
-  for (int64_t k = 0; k <= count; ++k) tensors.emplace_back(reinterpret_cast<Handle>(stack[k]));
-  std::vector<const void*> data;
-  std::vector<int64_t> widths;
-  for (int64_t k = 0; k <= count; ++k) {
-    const int64_t place = (k + each - 1) % each;
-    if (!k || place <= num_slopes + 2 * L) {  // orders and starts are contiguous already
-      Owned matrix = in_rows(std::move(tensors[k]));
-      tensors[k].tensor = matrix.release();
-    }
-    data.push_back(data_of(tensors[k].tensor));
-    const bool is_activation = place >= num_slopes && place < num_slopes + L;
-    if (k && is_activation) widths.push_back(sizes_of(tensors[k].tensor)[1]);
-  }
-  const int64_t K = sizes_of(tensors[0].tensor)[0], D = sizes_of(tensors[0].tensor)[1];
-  const int32_t dtype = dtype_of(tensors[0].tensor);
-  Owned found = new_matrix(sizes_of(tensors[0].tensor), dtype);
-  auto run = [&](auto zero) {
-    using T = decltype(zero);
-    carry_all(K, num_threads, num_flows, D, L, P, given, widths.data(), data.data() + 1,
-              static_cast<const T*>(data[0]), static_cast<T*>(data_of(found.tensor)));
-  };
-  if (dtype == aoti_torch_dtype_float32()) {
-    run(0.0f);
-  } else {
-    run(0.0);
-  }
-  stack[0] = reinterpret_cast<uint64_t>(found.release());
-}
-
-// Registers the kernel of an operation that is defined already; returns nonzero if that failed.
-extern "C" int32_t register_carry(const char* name) {
-  void* library;
-  return aoti_torch_library_init_impl("pyro_iaf", "CPU", __FILE__, __LINE__, &library) ||
-         aoti_torch_library_impl(library, name, carry_operation);
 }

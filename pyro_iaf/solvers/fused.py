@@ -1,0 +1,241 @@
+r"""Passes through networks and flows, and their gradients, as one operation each.
+
+With a flow's pass go density and score of the noise,
+
+.. math::
+    (x, \log q, s) \mapsto \bigl(y, \log q - \log |\det J|,
+    J^{-\mathsf T} (s - \nabla_x \log |\det J|)\bigr).
+
+A small flow takes two hundred operations of PyTorch for that. Each costs a few microseconds, a
+tenth of which is arithmetic. The kernels are in ``cpp/``; what they don't know goes through
+:mod:`~pyro_iaf.solvers.path_score` operation by operation.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..nn.made import MaskedAutoregressiveNetwork
+from ..nn.univariate import Affine, Gated, UnivariateMap
+from .blockwise import Autoregressive, can_be_cut
+from .kernels import define
+from .score_kernel import num_threads_for
+
+__all__ = ["NetworkPass", "ScoredPass", "flow_pass", "last_step_pass", "network_pass"]
+__all__ += ["takes_flow", "takes_network"]
+
+# The maps that the kernel knows, with their numbers in cpp/maps.h.
+MAPS: dict[type[UnivariateMap], int] = {Affine: 0, Gated: 1}
+
+
+# PyTorch's operations take 64 arguments, some ten of which are not of hidden layers.
+MAX_LAYERS = 24
+
+
+class NetworkPass(NamedTuple):
+    """A pass through a network.
+
+    Attributes:
+        outputs: What the network returns, in one tensor of shape ``(K, num_params * D)``.
+        weights: The masked matrices of the hidden layers and of the outputs, without a graph.
+        activation_slopes: The derivatives of the activations, without a graph.
+    """
+
+    outputs: Tensor
+    weights: Sequence[Tensor]
+    activation_slopes: Sequence[Tensor]
+
+
+class ScoredPass(NamedTuple):
+    """A value with its graph, and its log density and score without one."""
+
+    value: Tensor
+    log_prob: Tensor
+    score: Tensor
+
+
+def takes_network(network: MaskedAutoregressiveNetwork, x: Tensor, context: Tensor | None) -> bool:
+    """Whether :func:`network_pass` takes this network: small, with ELU, and without a context."""
+    activation = network.activation
+    return (
+        context is None
+        and len(network.weights) == 1
+        and len(network.hidden_dims) <= MAX_LAYERS
+        and type(activation) is nn.ELU
+        and activation.alpha == 1
+        and x.dtype == network.mask.dtype
+        and x.dtype in (torch.float32, torch.float64)
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def takes_flow(flow: Autoregressive, x: Tensor) -> bool:
+    """Whether :func:`flow_pass` takes this flow and noise."""
+    return (
+        type(flow.univariate) in MAPS
+        and x.dim() == 2
+        and can_be_cut(flow)
+        and takes_network(flow.network, x, flow.context)
+    )
+
+
+def network_pass(network: MaskedAutoregressiveNetwork, x: Tensor) -> NetworkPass:
+    """The network at ``x`` of shape ``(K, D)``."""
+    sizes = network.num_params, *network.hidden_dims
+    outputs, masked, *layers = _Network.apply(x, network.weights[0], network.mask, *sizes)
+    return NetworkPass(outputs, network.matrices(masked)[:-1], layers[1::2])
+
+
+def flow_pass(flow: Autoregressive, x: Tensor, log_prob: Tensor, score: Tensor) -> ScoredPass:
+    """The pass of a flow from ``x`` of shape ``(K, D)``."""
+    network, univariate = flow.network, flow.univariate
+    weights = network.weights[0]
+    bias = struct.unpack("q", struct.pack("d", getattr(univariate, "bias", 0.0)))[0]
+    numbers = MAPS[type(univariate)], bias, num_threads_for(x, weights.numel())
+    given = x, log_prob, score, weights, network.mask, network.order, network.starts
+    return ScoredPass(*_Flow.apply(*given, *numbers, *network.hidden_dims))
+
+
+def last_step_pass(
+    x: Tensor, log_prob: Tensor, score: Tensor, coefficients: Tensor, frame: Tensor
+) -> ScoredPass:
+    """The pass of a :class:`~pyro_iaf.flows.sinh_arcsinh.LocScale` from ``x``, likewise."""
+    return ScoredPass(*_LastStep.apply(x, log_prob, score, coefficients, frame))
+
+
+class _Network(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Tensor, mask: Tensor, *sizes: int) -> Any:
+        outputs, masked, *layers = _operation("network", len(sizes) - 1)(x, weights, mask, *sizes)
+        ctx.save_for_backward(x, masked, mask, *layers)
+        ctx.sizes = sizes
+        ctx.mark_non_differentiable(masked, *layers)
+        ctx.set_materialize_grads(False)
+        return outputs, masked, *layers
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor | None, *_: Any) -> Any:
+        num_params, *widths = ctx.sizes
+        found: list[Tensor | None] = [None, None]
+        if slope is not None:
+            run, is_wanted = _operation("network_backward", len(widths)), ctx.needs_input_grad[0]
+            found = run(slope, *ctx.saved_tensors, num_params, int(is_wanted))
+            found = [found[0] if is_wanted else None, found[1]]
+        return *found, None, *[None] * len(ctx.sizes)
+
+
+class _Flow(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, log_prob: Tensor, score: Tensor, *others: Any) -> Any:
+        num_layers = len(others) - 7
+        y, log_prob, score, *rest = _operation("flow", num_layers)(x, log_prob, score, *others)
+        ctx.save_for_backward(x, others[1], *rest)
+        ctx.num_layers = num_layers
+        ctx.mark_non_differentiable(log_prob, score)
+        ctx.set_materialize_grads(False)
+        return y, log_prob, score
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor | None, *_: Any) -> Any:
+        found: list[Any] = [None] * (10 + ctx.num_layers)
+        if slope is not None:
+            run = _operation("flow_backward", ctx.num_layers)
+            found[0], found[3] = run(slope, *ctx.saved_tensors)
+        return tuple(found)
+
+
+class _LastStep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *given: Tensor) -> Any:
+        y, log_prob, score, bent = _operation("last_step")(*given)
+        x, _, _, coefficients, frame = given
+        ctx.save_for_backward(x, bent, coefficients, frame)
+        ctx.mark_non_differentiable(log_prob, score)
+        ctx.set_materialize_grads(False)
+        return y, log_prob, score
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor | None, *_: Any) -> Any:
+        if slope is None:
+            return None, None, None, None, None
+        of_x, of_coefficients = _operation("last_step_backward")(slope, *ctx.saved_tensors)
+        return of_x, None, None, of_coefficients, None
+
+
+# The operations: their arguments, see cpp/operations.cpp, and empty tensors like their results.
+
+
+@functools.cache
+def _operation(kind: str, num_layers: int = 0) -> Any:
+    tensors, numbers, num_results, empty = OPERATIONS[kind]
+    names = [f"Tensor {name}" for name in tensors.split()]
+    if kind.endswith("_backward"):
+        names += [f"Tensor layer{k}" for k in range(2 * num_layers)]
+    names += [f"int {name}" for name in numbers.split()]
+    if not kind.endswith("_backward"):
+        names += [f"int width{k}" for k in range(num_layers)]
+    num_results += 0 if kind.endswith("_backward") else 2 * num_layers
+    return define(kind, f"{kind}_{num_layers}", names, num_results, empty)
+
+
+def _layers(x: Tensor, widths: Sequence[int]) -> list[Tensor]:
+    return [x.new_empty(len(x), width) for width in widths for _ in range(2)]
+
+
+def _empty_network(x: Tensor, weights: Tensor, mask: Tensor, P: int, *widths: int) -> Any:
+    outputs = x.new_empty(len(x), P * x.shape[1])
+    return outputs, torch.empty_like(mask), *_layers(x, widths)
+
+
+def _empty_network_backward(slope: Tensor, x: Tensor, masked: Tensor, *others: Any) -> Any:
+    of_x = x.new_empty(len(x) if others[-1] else 0, x.shape[1])
+    return of_x, torch.empty_like(masked)
+
+
+def _empty_flow(x: Tensor, log_prob: Tensor, score: Tensor, weights: Tensor, *others: Any) -> Any:
+    by = x.new_empty(3 * len(x), x.shape[1])
+    alike = [x.new_empty(x.shape), log_prob.new_empty(len(x)), x.new_empty(x.shape)]
+    return *alike, weights.new_empty(weights.shape), by, *_layers(x, others[6:])
+
+
+def _empty_flow_backward(slope: Tensor, x: Tensor, mask: Tensor, *_: Tensor) -> Any:
+    return x.new_empty(x.shape), torch.empty_like(mask)
+
+
+def _empty_last_step(x: Tensor, log_prob: Tensor, *_: Tensor) -> Any:
+    empty = [x.new_empty(x.shape) for _ in range(3)]
+    return empty[0], log_prob.new_empty(len(x)), *empty[1:]
+
+
+def _empty_last_step_backward(
+    slope: Tensor, x: Tensor, bent: Tensor, coefficients: Tensor, frame: Tensor
+) -> Any:
+    return x.new_empty(x.shape), coefficients.new_empty(coefficients.shape)
+
+
+# Tensors and numbers among the arguments, the number of results, and empty results; without those
+# of each layer.
+OPERATIONS: dict[str, tuple[str, str, int, Any]] = {
+    "network": ("x weights mask", "num_params", 2, _empty_network),
+    "network_backward": (
+        "slope x masked mask",
+        "num_params is_wanted",
+        2,
+        _empty_network_backward,
+    ),
+    "flow": (
+        "x log_prob score weights mask order starts",
+        "map bias num_threads",
+        5,
+        _empty_flow,
+    ),
+    "flow_backward": ("slope x mask masked by", "", 2, _empty_flow_backward),
+    "last_step": ("x log_prob score coefficients frame", "", 4, _empty_last_step),
+    "last_step_backward": ("slope x bent coefficients frame", "", 2, _empty_last_step_backward),
+}
