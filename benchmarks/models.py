@@ -88,7 +88,7 @@ def normal(rng):
     return model, [heights]
 
 
-@register(3, "only the product of two rates is well known: a banana")
+@register(3, "concentrations below the half-saturation: a curved ridge, a banana")
 def michaelis_menten(rng):
     substrate = np.array([5.0, 10, 15, 20, 30, 40, 50, 60, 80, 100])
     velocity = 240.0 * substrate / (160.0 + substrate) + rng.normal(0.0, 4.0, 10)
