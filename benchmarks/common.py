@@ -42,9 +42,9 @@ def race(contenders, *, rounds=15, seconds=0.02):
     }
 
 
-def save(name, note, rows, **more):
-    """Writes the rows as JSON with the machine, the versions and ``more``, and prints a table."""
-    about = {
+def describe(note, **more):
+    """What a file of results says about itself: its command, the versions and ``more``."""
+    return {
         "command": f"python -m benchmarks.{pathlib.Path(sys.argv[0]).stem}",
         "note": note,
         "python": platform.python_version(),
@@ -53,8 +53,12 @@ def save(name, note, rows, **more):
         "threads": torch.get_num_threads(),
         **more,
     }
+
+
+def save(name, note, rows, **more):
+    """Writes the rows as JSON with what :func:`describe` says, and prints a table."""
     RESULTS.mkdir(exist_ok=True)
-    text = json.dumps({"about": about, "rows": rows}, indent=1)
+    text = json.dumps({"about": describe(note, **more), "rows": rows}, indent=1)
     (RESULTS / f"{name}.json").write_text(text + "\n")
     columns = list(rows[0])
     widths = [max(len(str(row[c])) for row in [*rows, {c: c for c in columns}]) for c in columns]
