@@ -18,6 +18,8 @@ import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, fx, nn
+from torch._guards import TracingContext, tracing
+from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -89,14 +91,16 @@ def record(
         Refused: If the operations depend on other values of tensors.
     """
     modules: dict[int, nn.Module] = {}
-    reader = Reader(data, modules)
+    reader = Reader(data)
 
     def reading(*inputs: Tensor) -> list[Tensor]:
         return [*fn(*inputs), *reader.outputs]
 
+    # One mode for the properties of all nodes; otherwise make_fx makes one for each.
+    context = tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True)))
     hook = register_module_forward_pre_hook(lambda m, _: modules.update({id(m): m}))
     try:
-        with reader, PythonReader(reader), _WholePlates():
+        with context, reader, PythonReader(reader), _WholePlates():
             module = make_fx(reading)(*inputs)
     except Exception as error:  # the code itself has run, so recording is what fails
         if isinstance(error, Refused):
@@ -117,6 +121,7 @@ def record(
     graph_passes.replace_failures_by_nan(module)
     graph_passes.refuse_writes(module)
     draw = graph_passes.draw_ahead(module)
+    module.recompile()
     return Graph(
         module,
         tensors,

@@ -1,7 +1,7 @@
 """Passes over a recorded graph before it runs.
 
 Outside tensors become inputs, what computes constants is split off, failed factorisations become
-NaN, and random numbers are drawn ahead.
+NaN, and random numbers are drawn ahead. The code of a changed graph is compiled by its user.
 """
 
 from __future__ import annotations
@@ -51,7 +51,6 @@ def lift_tensors(module: fx.GraphModule) -> list[Tensor]:
         placeholder, _ = found[id(tensor)]
         node.replace_all_uses_with(placeholder)
         graph.erase_node(node)
-    module.recompile()
     return [tensor for _, tensor in found.values()]
 
 
@@ -73,7 +72,7 @@ def split_outputs(module: fx.GraphModule, number: int) -> tuple[fx.GraphModule, 
     (output,) = (node for node in module.graph.nodes if node.op == "output")
     kept = len(output.args[0]) - number
     taken = list(output.args[0][kept:])
-    part = _subgraph(module, taken)
+    part = fx.GraphModule(module, _subgraph(module, taken))
     needed = _ancestors(taken)
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     output.args = (output.args[0][:kept],)
@@ -104,7 +103,6 @@ def replace_failures_by_nan(module: fx.GraphModule) -> None:
             filled = graph.call_function(aten.masked_fill.Scalar, (result, failed, math.nan))
             filled.meta.update(result.meta)
         result.replace_all_uses_with(filled, lambda user, new=filled: user is not new)
-    module.recompile()
 
 
 def refuse_writes(module: fx.GraphModule) -> None:
@@ -161,10 +159,9 @@ def draw_ahead(module: fx.GraphModule) -> fx.GraphModule:
         if node in random or node in drawn:
             module.graph.erase_node(node)
     _remove_dead_code(module)
-    for node in ahead.graph.nodes:
+    for node in ahead.nodes:
         node.target = FAST_DRAWS.get(node.target, node.target)
-    ahead.recompile()
-    return ahead
+    return fx.GraphModule(module, ahead)
 
 
 def _ancestors(nodes: Sequence[fx.Node]) -> set[fx.Node]:
@@ -188,7 +185,7 @@ def _ancestors(nodes: Sequence[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def _subgraph(module: fx.GraphModule, outputs: list[fx.Node]) -> fx.GraphModule:
+def _subgraph(module: fx.GraphModule, outputs: list[fx.Node]) -> fx.Graph:
     """The part of a graph that computes these outputs, from the same inputs."""
     nodes, part = _ancestors(outputs), fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -196,7 +193,7 @@ def _subgraph(module: fx.GraphModule, outputs: list[fx.Node]) -> fx.GraphModule:
         if node.op == "placeholder" or node in nodes:
             copies[node] = part.node_copy(node, copies.__getitem__)
     part.output(tuple(copies[node] for node in outputs))
-    return fx.GraphModule(module, part)
+    return part
 
 
 def _remove_dead_code(module: fx.GraphModule) -> None:
@@ -207,7 +204,6 @@ def _remove_dead_code(module: fx.GraphModule) -> None:
         return node.is_impure() or (schema is not None and schema.is_mutable)
 
     module.graph.eliminate_dead_code(is_needed)
-    module.recompile()
 
 
 def remove_identities(module: fx.GraphModule) -> None:
