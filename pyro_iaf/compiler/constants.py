@@ -21,8 +21,10 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.distributions import OneOneMatching, OneTwoMatching
+from pyro.infer.reparam import SymmetricStableReparam
 from pyro.poutine.indep_messenger import IndepMessenger
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.distributions import Distribution
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode
 from torch.overrides import TorchFunctionMode
@@ -39,6 +41,13 @@ LIBRARIES = [Path(torch.__file__).parent, Path(pyro.__file__).parent, Path(__fil
 # The code of distributions' argument checks, and of a loop over the rows of a plate.
 CHECKS = (Distribution.__init__.__code__, Distribution._validate_sample.__code__)
 LOOP = IndepMessenger.__iter__.__code__
+
+# Code that asks for the truth of numbers only to assert it, where it asks itself.
+ASSERTS = (
+    SymmetricStableReparam.apply.__code__,
+    vars(OneOneMatching)["log_partition_function"].wrapped.__code__,
+    vars(OneTwoMatching)["log_partition_function"].wrapped.__code__,
+)
 
 # What reads values without an operation that a mode sees: of its first argument, of tensors in a
 # list, and of its second argument.
@@ -105,16 +114,15 @@ class Reader(TorchDispatchMode):
 
     Args:
         data: The positions of inputs that are data.
-        modules: The modules that ran, by id, to which those are added that run.
 
     Attributes:
         outputs: What was taken, as results of the graph.
         values: The same, as tensors of their own.
     """
 
-    def __init__(self, data: Collection[int], modules: dict[int, nn.Module]) -> None:
+    def __init__(self, data: Collection[int]) -> None:
         super().__init__()
-        self.data, self.modules = data, modules
+        self.data = data
         self.outputs: list[Tensor] = []
         self.values: list[Tensor] = []
         self._fixed: set[fx.Node] = set()
@@ -122,8 +130,6 @@ class Reader(TorchDispatchMode):
         self._last: fx.Node | None = None
         self._num_inputs = 0
         self._recorder = sys._getframe(1).f_code  # lines of its callers are not the model's
-        # The number of modules, and the addresses of their parameters and of the store's.
-        self._held: tuple[int, set[int | None]] = (-1, set())
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -189,7 +195,7 @@ class Reader(TorchDispatchMode):
     def _is_fixed(self, tensor: Tensor) -> bool:
         mode = get_proxy_mode()
         if mode is None or tensor not in mode.tracer.tensor_tracker:
-            return self._is_data(tensor)
+            return not tensor.requires_grad
         self._follow(mode.tracer)
         return self._is_fixed_node(mode.tracer.tensor_tracker[tensor].proxy.node)
 
@@ -205,7 +211,7 @@ class Reader(TorchDispatchMode):
                 is_fixed = self._num_inputs in self.data
                 self._num_inputs += 1
             elif node.op == "get_attr":
-                is_fixed = self._is_data(getattr(tracer.root, node.target))
+                is_fixed = not getattr(tracer.root, node.target).requires_grad
             else:
                 is_fixed = not is_random(node)
                 is_fixed = is_fixed and all(map(self._is_fixed_node, node.all_input_nodes))
@@ -215,27 +221,13 @@ class Reader(TorchDispatchMode):
                 self._tainted.update(map(base_of, written_by(node)))
             self._last, node = node, node.next
 
-    def _is_data(self, tensor: Tensor) -> bool:
-        """Whether an outside tensor is no parameter, nor the data of one."""
-        if tensor.requires_grad:
-            return False
-        if self._held[0] != len(self.modules):
-            params: list[Any] = [*pyro.get_param_store()._params.values()]
-            params += [p for module in self.modules.values() for p in module._parameters.values()]
-            addresses = {_address(p) for p in params if p is not None and p.requires_grad}
-            self._held = len(self.modules), addresses - {None}
-        return _address(tensor) not in self._held[1]
-
-
-def _address(tensor: Tensor) -> int | None:
-    return tensor.untyped_storage().data_ptr() or None if tensor.layout == torch.strided else None
-
 
 class PythonReader(TorchFunctionMode):
     """Handles values that Python reads from tensors without an operation that is recorded.
 
-    Conversions to lists and arrays are read by ``reader``. Argument checks of distributions pass. A
-    loop over a plate with all its rows runs outside of the graph.
+    Conversions to lists and arrays are read by ``reader``. The ``data`` of a tensor is the tensor
+    without its gradient, and a mask of one number chooses between old and new values. Argument
+    checks of distributions pass. A loop over a plate with all its rows runs outside of the graph.
     """
 
     def __init__(self, reader: Reader) -> None:
@@ -246,11 +238,16 @@ class PythonReader(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is Tensor.__bool__ and is_within(CHECKS):
+        if func is Tensor.__bool__ and (_caller() in ASSERTS or is_within(CHECKS)):
             return True
         if is_within((LOOP,)) and not any(map(_is_traced, args[:1])):
             with disable_proxy_modes_tracing():
                 return func(*args, **kwargs)
+        if func is Tensor.data.__get__:  # type: ignore[attr-defined]
+            return args[0].detach()
+        if func is Tensor.__setitem__ and _is_one_bool(args[1]):
+            x, mask, value = args
+            return x.copy_(torch.where(mask, value, x))
         if func in READS_ALL:  # of a copy, since arrays share memory with their tensor
             value = self.reader.value_of(args[0])
             with disable_proxy_modes_tracing():
@@ -272,12 +269,24 @@ def _read_by(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Ten
     return [leaf for leaf in tree_leaves(lists) if isinstance(leaf, Tensor)]
 
 
+def _is_one_bool(index: Any) -> bool:
+    return isinstance(index, Tensor) and index.dtype == torch.bool and not index.dim()
+
+
 def is_within(codes: Sequence[CodeType]) -> bool:
     """Whether one of these functions is on the call stack."""
     frame: FrameType | None = sys._getframe()
     while frame is not None and frame.f_code not in codes:
         frame = frame.f_back
     return frame is not None
+
+
+def _caller() -> CodeType | None:
+    """The code that called a function of tensors."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name == "__torch_function__":
+        frame = frame.f_back
+    return frame.f_code if frame is not None else None
 
 
 def _is_traced(thing: Any) -> bool:

@@ -250,6 +250,19 @@ def test_least_squares_of_latents_have_one_shape():
     agree(graph(), model, guide_for(model, args), args)
 
 
+def test_a_mask_of_one_number_chooses_between_values():
+    def model(group, y):
+        z = latent()
+        scale = 1 + z**2
+        scale[z > 0] = 2.0
+        shift = z.clone()
+        shift.data[z.data > 1] = y.mean()
+        observe(z * scale + shift, y)
+
+    args = data()
+    agree(graph(), model, guide_for(model, args), args, num_steps=6)
+
+
 # What depends on more than data
 
 
@@ -278,6 +291,7 @@ def through_a_view(z, y):
 REFUSED = {
     "a latent": of_latents(lambda z, y: z.item()),
     "a detached latent": of_latents(lambda z, y: z.detach().item()),
+    "a latent's data": of_latents(lambda z, y: z.data.item()),
     "a branch on a latent": of_latents(lambda z, y: 1 if z > 0 else 2),
     "a latent with data": of_latents(lambda z, y: (y + z).mean().item()),
     "a latent in a list": of_latents(lambda z, y: torch.tensor([z.detach(), 1.0]).sum()),
