@@ -56,6 +56,11 @@ class Graph(NamedTuple):
             (m := ref()) and _state_of(m) == state for ref, state in self.modules
         )
 
+    @property
+    def fits_all(self) -> bool:
+        """Whether it has no constants that depend on data."""
+        return not self.constants.sources
+
     def fits(self, inputs: Sequence[Tensor]) -> bool:
         """Whether its constants are right for these inputs, and for ``tensors`` as they are now."""
         return self.constants.hold_for([*inputs, *self.tensors])

@@ -14,6 +14,7 @@ import sys
 import traceback
 import weakref
 from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import cache
 from itertools import takewhile
 from pathlib import Path
 from types import CodeType, FrameType
@@ -22,7 +23,6 @@ from typing import Any
 import pyro
 import torch
 from pyro.distributions import OneOneMatching, OneTwoMatching
-from pyro.infer.reparam import SymmetricStableReparam
 from pyro.poutine.indep_messenger import IndepMessenger
 from torch import Tensor, fx
 from torch.distributions import Distribution
@@ -41,13 +41,6 @@ LIBRARIES = [Path(torch.__file__).parent, Path(pyro.__file__).parent, Path(__fil
 # The code of distributions' argument checks, and of a loop over the rows of a plate.
 CHECKS = (Distribution.__init__.__code__, Distribution._validate_sample.__code__)
 LOOP = IndepMessenger.__iter__.__code__
-
-# Code that asks for the truth of numbers only to assert it, where it asks itself.
-ASSERTS = (
-    SymmetricStableReparam.apply.__code__,
-    vars(OneOneMatching)["log_partition_function"].wrapped.__code__,
-    vars(OneTwoMatching)["log_partition_function"].wrapped.__code__,
-)
 
 # What reads values without an operation that a mode sees: of its first argument, of tensors in a
 # list, and of its second argument.
@@ -238,7 +231,7 @@ class PythonReader(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is Tensor.__bool__ and (_caller() in ASSERTS or is_within(CHECKS)):
+        if func is Tensor.__bool__ and (_caller() in _assertions() or is_within(CHECKS)):
             return True
         if is_within((LOOP,)) and not any(map(_is_traced, args[:1])):
             with disable_proxy_modes_tracing():
@@ -279,6 +272,18 @@ def is_within(codes: Sequence[CodeType]) -> bool:
     while frame is not None and frame.f_code not in codes:
         frame = frame.f_back
     return frame is not None
+
+
+@cache
+def _assertions() -> tuple[CodeType, ...]:
+    """Code that asks for the truth of numbers only to assert it, where it asks itself."""
+    from pyro.infer.reparam import SymmetricStableReparam  # which importing us does not import
+
+    return (
+        SymmetricStableReparam.apply.__code__,
+        vars(OneOneMatching)["log_partition_function"].wrapped.__code__,
+        vars(OneTwoMatching)["log_partition_function"].wrapped.__code__,
+    )
 
 
 def _caller() -> CodeType | None:

@@ -133,8 +133,7 @@ class Recorder(Generic[Call, Recording]):
         """
         try:
             kind = self.kind(call)
-            key = self._key(kind, call)
-            recording: Any = self.recordings.get(key, UNKNOWN)
+            key, recording = self._look_up(kind, call)
             if recording is UNKNOWN:
                 found = self.made_before(kind)
                 if found is not None and self.fits(found, call):
@@ -162,24 +161,24 @@ class Recorder(Generic[Call, Recording]):
     def holds(self, recording: Recording, call: Call) -> bool:
         """Whether this recording is kept, and the one to run for a call."""
         try:
-            key = self._key(self.kind(call), call)
+            _, found = self._look_up(self.kind(call), call)
         except Refused:  # a graph can't take it
             return False
-        return self.recordings.get(key) is recording and self.is_current(recording)
+        return found is recording and self.is_current(recording)
 
-    def _key(self, kind: Hashable, call: Call) -> Hashable:
-        """The key of the recording that fits a call; a new one if there is none."""
+    def _look_up(self, kind: Hashable, call: Call) -> tuple[Hashable, Any]:
+        """The recording that fits a call, or None or UNKNOWN, and its key."""
         for k in range(MAX_BUILDS):
-            recording = self.recordings.get((kind, k))
-            if recording is None or self.fits(recording, call):
-                return kind, k
-        return kind, MAX_BUILDS
+            recording: Any = self.recordings.get(key := (kind, k), UNKNOWN)
+            if recording is UNKNOWN or recording is None or self.fits(recording, call):
+                return key, recording
+        return (kind, MAX_BUILDS), UNKNOWN
 
     def record(self, call: Call) -> Recording | None:
         """Makes and keeps the recording of a call; raises Refused if it can't be recorded."""
         kind = self.kind(call)  # again, since the first call of the code may create modules
         self._builds[kind] += 1
-        return self._keep(self._key(kind, call), self.make(call))
+        return self._keep(self._look_up(kind, call)[0], self.make(call))
 
     def _keep(self, key: Hashable, recording: Recording | None) -> Recording | None:
         self.recordings[key] = recording

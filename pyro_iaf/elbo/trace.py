@@ -145,7 +145,8 @@ class TraceRecorder(Recorder[Call, "Step"]):
         return recording.is_current()
 
     def fits(self, recording: Step, call: Call) -> bool:
-        return recording.graph.fits(flatten_tensors(call.args, call.kwargs)[0])
+        graph = recording.graph
+        return graph.fits_all or graph.fits(flatten_tensors(call.args, call.kwargs)[0])
 
     def make(self, call: Call) -> Step | None:
         elbo = self.elbo

@@ -197,6 +197,8 @@ class CompiledSteps(Recorder[StepCall, Built]):
         return all(id(self.params.get(name)) in held for name in recording.live)
 
     def fits(self, recording: Built, call: StepCall) -> bool:
+        if recording.graph.fits_all:
+            return True
         given = flatten_tensors(call.args, call.kwargs)[0]
         return recording.graph.fits([*NUM_SCALARS * [self.loss.relative_ess], *given])
 
@@ -224,7 +226,7 @@ class CompiledSteps(Recorder[StepCall, Built]):
         if self.compile != "auto":
             self.best.warm_up()
         graph, live = self._graph_of(call)
-        if self.change and graph.constants.values and not self._come_again(name, graph):
+        if self.change and not graph.fits_all and not self._come_again(name, graph):
             return Built(graph, live, "", None)
         self._live = self._live or live
         if live != self._live:  # FlatAdam has the state of one set of parameters
