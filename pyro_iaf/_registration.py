@@ -17,6 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from . import distributions
 from .flows import autoregressive, conditional, pass_cache
 from .guides import auto_iaf, hierarchical, site_delta
+from .models import bijections
 
 __all__ = ["register"]
 
@@ -35,7 +36,7 @@ _counts_steps = False
 
 
 def register() -> None:
-    """Adds this package's names to Pyro, and its KL divergences and its hook to PyTorch.
+    """Adds our names to Pyro, and our KL divergences, bijections and hook to PyTorch.
 
     Called once by ``import pyro_iaf``; calling it again does nothing.
 
@@ -64,6 +65,7 @@ def register() -> None:
     divergences = distributions.KL_DIVERGENCES | site_delta.KL_DIVERGENCES
     for (p, q), divergence in divergences.items():
         register_kl(p, q)(divergence)
+    bijections.register_bijections()
     if not _counts_steps:
         register_optimizer_step_post_hook(pass_cache.count_optimizer_step)
         _counts_steps = True

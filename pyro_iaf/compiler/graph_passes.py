@@ -1,14 +1,14 @@
 """Passes over a recorded graph before it runs.
 
-Outside tensors become inputs, masks become indices, failed factorisations become NaN, and random
-numbers are drawn ahead.
+Outside tensors become inputs, what computes constants is split off, failed factorisations become
+NaN, and random numbers are drawn ahead. The code of a changed graph is compiled by its user.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,12 +17,15 @@ from torch.utils._pytree import tree_leaves
 
 __all__ = [
     "Refused",
+    "base_of",
     "draw_ahead",
+    "is_random",
     "lift_tensors",
     "refuse_writes",
     "remove_identities",
     "replace_failures_by_nan",
-    "replace_masks_by_indices",
+    "split_outputs",
+    "written_by",
 ]
 
 # The same functions, whose arguments are parsed in a quarter of the time.
@@ -48,7 +51,6 @@ def lift_tensors(module: fx.GraphModule) -> list[Tensor]:
         placeholder, _ = found[id(tensor)]
         node.replace_all_uses_with(placeholder)
         graph.erase_node(node)
-    module.recompile()
     return [tensor for _, tensor in found.values()]
 
 
@@ -61,64 +63,21 @@ def _add_input(graph: fx.Graph, name: str, value: Any) -> fx.Node:
     return node
 
 
-def replace_masks_by_indices(
-    module: fx.GraphModule, tensors: list[Tensor], num_inputs: int
-) -> list[tuple[Tensor, int]]:
-    """Replaces fixed masks by their indices, so that all shapes are fixed.
-
-    The indices become further inputs, and are added to ``tensors``.
+def split_outputs(module: fx.GraphModule, number: int) -> tuple[fx.GraphModule, list[int]]:
+    """Splits the last outputs off a graph.
 
     Returns:
-        The tensors that the masks were computed from, and their versions.
-
-    Raises:
-        Refused: If a mask depends on inputs or on random numbers.
+        The graph that computes them, and the positions of the inputs on which they depend.
     """
-    graph = module.graph
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    outside = dict(zip(placeholders[num_inputs:], tensors, strict=True))
-    fixed, masks = set(outside), []
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            continue
-        found = _masks_of(node)
-        if not fixed.issuperset(found):
-            raise Refused(
-                f"The model or the guide selects by numbers that change ({node.target}), and the "
-                "shapes of a graph stay the same. Use poutine.mask, or torch.where; or train by "
-                "Trace_ELBO, or fit(..., compile=False)."
-            )
-        masks += [(node, mask) for mask in found]
-        if fixed.issuperset(node.all_input_nodes) and not _is_random(node):
-            fixed.add(node)
-    sources = _ancestors(mask for _, mask in masks)
-    by_mask = [pair for pair in masks if pair[0].target is torch.ops.aten.index.Tensor]
-    if by_mask:
-        part = _subgraph(module, [mask for _, mask in by_mask])
-        values = part(*[None] * num_inputs, *tensors)
-        for (node, mask), value in zip(by_mask, values, strict=True):
-            indices = value.nonzero(as_tuple=True)
-            new = [_add_input(graph, f"{node.name}_{k}", index) for k, index in enumerate(indices)]
-            by_index: list[Any] = []
-            for old in node.args[1]:
-                by_index += new if old is mask else [old]
-            node.args = (node.args[0], by_index)
-            tensors += indices
-        _remove_dead_code(module)
-    return [(tensor, tensor._version) for node, tensor in outside.items() if node in sources]
-
-
-def _masks_of(node: fx.Node) -> list[fx.Node]:
-    """The nodes whose values determine the shape of this one."""
-    aten = torch.ops.aten
-    if node.target is aten.index.Tensor:
-        indices = [n for n in node.args[1] if isinstance(n, fx.Node)]  # type: ignore[union-attr]
-        return [n for n in indices if n.meta["val"].dtype in (torch.bool, torch.uint8)]
-    if node.target is aten.masked_select.default:
-        return node.all_input_nodes[1:]
-    if torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ()):
-        return node.all_input_nodes
-    return []
+    (output,) = (node for node in module.graph.nodes if node.op == "output")
+    kept = len(output.args[0]) - number
+    taken = list(output.args[0][kept:])
+    part = fx.GraphModule(module, _subgraph(module, taken))
+    needed = _ancestors(taken)
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    output.args = (output.args[0][:kept],)
+    _remove_dead_code(module)
+    return part, [k for k, node in enumerate(placeholders) if node in needed]
 
 
 def replace_failures_by_nan(module: fx.GraphModule) -> None:
@@ -128,8 +87,10 @@ def replace_failures_by_nan(module: fx.GraphModule) -> None:
         if node.target is not aten._linalg_check_errors.default:
             continue
         info = node.args[0]
-        (result,) = (n for n in info.args[0].users if n.args[1] == 0)
+        result = next((n for n in info.args[0].users if n.args[1] == 0), None)
         graph.erase_node(node)
+        if result is None:  # which nothing uses
+            continue
         with graph.inserting_after(max(info, result)):
             failed = graph.call_function(aten.ne.Scalar, (info, 0))
             failed.meta["val"] = info.meta["val"] != 0
@@ -142,18 +103,12 @@ def replace_failures_by_nan(module: fx.GraphModule) -> None:
             filled = graph.call_function(aten.masked_fill.Scalar, (result, failed, math.nan))
             filled.meta.update(result.meta)
         result.replace_all_uses_with(filled, lambda user, new=filled: user is not new)
-    module.recompile()
 
 
 def refuse_writes(module: fx.GraphModule) -> None:
     """Raises Refused if the graph writes into tensors that outlive the step."""
     for node in module.graph.nodes:
-        schema = getattr(node.target, "_schema", None)
-        arguments = zip(schema.arguments, node.args, strict=False) if schema else ()
-        written = tree_leaves([value for argument, value in arguments if argument.is_write])
-        if node.target is torch.ops.aten.native_batch_norm.default and node.args[5]:
-            written += [node.args[3]]  # the running mean, of which its schema says nothing
-        if any(_base(part).op == "placeholder" for part in written if isinstance(part, fx.Node)):
+        if any(base_of(part).op == "placeholder" for part in written_by(node)):
             raise Refused(
                 f"The model or the guide writes into a tensor that outlives the step "
                 f"({node.target}), as BatchNorm does with its averages. Call .eval() on such "
@@ -161,16 +116,30 @@ def refuse_writes(module: fx.GraphModule) -> None:
             )
 
 
-def _base(node: fx.Node) -> fx.Node:
-    """The node that a node is a view of."""
-    while getattr(node.target, "is_view", False) or node.target is operator.getitem:
-        if not isinstance(source := node.args[0], fx.Node):
-            break
+def written_by(node: fx.Node) -> list[fx.Node]:
+    """The nodes into whose results a node writes."""
+    schema: Any = getattr(node.target, "_schema", None)
+    is_mutable = schema is not None and schema.is_mutable
+    arguments = zip(schema.arguments, node.args, strict=False) if is_mutable else ()
+    written = tree_leaves([value for argument, value in arguments if argument.is_write])
+    if node.target is torch.ops.aten.native_batch_norm.default and node.args[5]:
+        written += [node.args[3]]  # the running mean, of which its schema says nothing
+    return [part for part in written if isinstance(part, fx.Node)]
+
+
+def base_of(node: fx.Node) -> fx.Node:
+    """The node that made the memory of a node's result, by views and changes in place."""
+    while isinstance(source := node.args[0] if node.args else None, fx.Node) and (
+        getattr(node.target, "is_view", False)
+        or node.target is operator.getitem
+        or source in written_by(node)
+    ):
         node = source
     return node
 
 
-def _is_random(node: fx.Node) -> bool:
+def is_random(node: fx.Node) -> bool:
+    """Whether a node draws random numbers."""
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
@@ -180,7 +149,7 @@ def draw_ahead(module: fx.GraphModule) -> fx.GraphModule:
     That graph also computes all that a draw depends on, so the order of draws stays the same.
     """
     drawn: list[fx.Node] = []
-    random = [node for node in module.graph.nodes if _is_random(node)]
+    random = [node for node in module.graph.nodes if is_random(node)]
     for node in random:
         drawn += [node] if isinstance(node.meta["val"], Tensor) else list(node.users)
     ahead = _subgraph(module, drawn)
@@ -190,24 +159,33 @@ def draw_ahead(module: fx.GraphModule) -> fx.GraphModule:
         if node in random or node in drawn:
             module.graph.erase_node(node)
     _remove_dead_code(module)
-    for node in ahead.graph.nodes:
+    for node in ahead.nodes:
         node.target = FAST_DRAWS.get(node.target, node.target)
-    ahead.recompile()
-    return ahead
+    return fx.GraphModule(module, ahead)
 
 
-def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """The nodes, and all that they depend on."""
+def _ancestors(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    """The nodes, and all that they depend on, also by what was written in place before."""
+    if not nodes:
+        return set()
+    place = {node: k for k, node in enumerate(nodes[0].graph.nodes)}
+    writers: dict[fx.Node, list[fx.Node]] = {}
+    for node in place:
+        for part in written_by(node):
+            writers.setdefault(base_of(part), []).append(node)
     found, queue = set(), list(nodes)
     while queue:
         node = queue.pop()
-        if node not in found:
-            found.add(node)
-            queue += node.all_input_nodes
+        if node in found:
+            continue
+        found.add(node)
+        for source in node.all_input_nodes:
+            before = writers.get(base_of(source), ()) if writers else ()
+            queue += [source, *(writer for writer in before if place[writer] < place[node])]
     return found
 
 
-def _subgraph(module: fx.GraphModule, outputs: list[fx.Node]) -> fx.GraphModule:
+def _subgraph(module: fx.GraphModule, outputs: list[fx.Node]) -> fx.Graph:
     """The part of a graph that computes these outputs, from the same inputs."""
     nodes, part = _ancestors(outputs), fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -215,7 +193,7 @@ def _subgraph(module: fx.GraphModule, outputs: list[fx.Node]) -> fx.GraphModule:
         if node.op == "placeholder" or node in nodes:
             copies[node] = part.node_copy(node, copies.__getitem__)
     part.output(tuple(copies[node] for node in outputs))
-    return fx.GraphModule(module, part)
+    return part
 
 
 def _remove_dead_code(module: fx.GraphModule) -> None:
@@ -226,7 +204,6 @@ def _remove_dead_code(module: fx.GraphModule) -> None:
         return node.is_impure() or (schema is not None and schema.is_mutable)
 
     module.graph.eliminate_dead_code(is_needed)
-    module.recompile()
 
 
 def remove_identities(module: fx.GraphModule) -> None:

@@ -3,6 +3,9 @@
 Calls of one kind differ only in the values of their tensors, and share a recording. A recording
 can't see changes of values that are not tensors, so it is compared with the code when it is made,
 and then ever more rarely, by default at uses 1, 2, 4, 8, ...
+
+Numbers that the code takes out of its data are constants of a recording. For data with other such
+numbers a second recording is made beside the first, and so on.
 """
 
 from __future__ import annotations
@@ -17,8 +20,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .capture import Refused, kind_of_tensor
 
-__all__ = ["MAX_GRAPHS", "Recorder", "by_hash", "compare", "disagreement", "flatten_tensors"]
-__all__ += ["kind_of"]
+__all__ = ["KEEPS_CHANGING", "MAX_BUILDS", "MAX_GRAPHS", "Recorder", "by_hash", "compare"]
+__all__ += ["disagreement", "flatten_tensors", "kind_of"]
 
 # Types of arguments, besides tensors, that become constants of a graph.
 PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, nn.Module)
@@ -33,6 +36,14 @@ MAX_BUILDS = 4
 # The errors allowed of a graph's loss and of its gradients, which are sums of terms that nearly
 # cancel, relative to 1 + their norm.
 TOLERANCES = {torch.float64: (1e-8, 1e-6), torch.float32: (1e-4, 2e-3)}
+
+# Why calls of a kind are recorded no more.
+KEEPS_CHANGING = (
+    "A number, a module or a parameter that their graph depends on keeps changing, or more than "
+    f"{MAX_GRAPHS} kinds of arguments take turns. Numbers that the model computes from its data in "
+    "Python, by int(), item() or the like, or as the shape of a selection, should be the same for "
+    "all data; compute them before, and pass them as tensors."
+)
 
 # In place of the recording of a kind that has none yet.
 UNKNOWN = object()
@@ -49,7 +60,7 @@ class Recorder(Generic[Call, Recording]):
     recordings used last are kept, and a kind of call is recorded at most ``MAX_BUILDS`` times.
 
     A subclass defines :meth:`kind`, :meth:`make`, :meth:`is_current`, :meth:`check` and
-    :meth:`leave_to_code`. It may override :meth:`is_due` and :meth:`made_before`.
+    :meth:`leave_to_code`. It may override :meth:`fits`, :meth:`is_due` and :meth:`made_before`.
 
     Attributes:
         check_growth: A recording is checked at uses that are its powers: 1, 2, 4, 8 and so on.
@@ -79,6 +90,10 @@ class Recorder(Generic[Call, Recording]):
     def is_current(self, recording: Recording) -> bool:
         """Whether all that it depends on is unchanged; raises Refused if it can't run now."""
         raise NotImplementedError
+
+    def fits(self, recording: Recording, call: Call) -> bool:
+        """Whether the constants of a recording are those of a call of its kind."""
+        return True
 
     def check(self, recording: Recording, call: Call) -> None:
         """Compares a recording with the code on a call; raises Refused if they differ."""
@@ -118,9 +133,11 @@ class Recorder(Generic[Call, Recording]):
         """
         try:
             kind = self.kind(call)
-            recording: Any = self.recordings.get(kind, UNKNOWN)
-            if recording is UNKNOWN and (found := self.made_before(kind)) is not None:
-                recording = self._keep(kind, found)
+            key, recording = self._look_up(kind, call)
+            if recording is UNKNOWN:
+                found = self.made_before(kind)
+                if found is not None and self.fits(found, call):
+                    recording = self._keep(key, found)
             if recording is None:
                 return None, False
             is_current = recording is not UNKNOWN and self.is_current(recording)
@@ -128,30 +145,43 @@ class Recorder(Generic[Call, Recording]):
             self.leave_to_code(str(why))
             return None, False
         if is_current:
-            self.recordings.move_to_end(kind)
+            self.recordings.move_to_end(key)
             uses = self._uses[id(recording)]
             uses[0] += 1
             if uses[0] == uses[1]:
                 uses[1] *= self.check_growth
                 self.check(recording, call)
             return recording, False
-        self.recordings.pop(kind, None)
+        self.recordings.pop(key, None)
         if self._builds[kind] >= MAX_BUILDS:
-            self.leave_to_code(
-                "A number, a module or a parameter that their graph depends on keeps changing, or "
-                f"more than {MAX_GRAPHS} kinds of arguments take turns."
-            )
+            self.leave_to_code(KEEPS_CHANGING)
             return None, False
         return None, self.is_due(call, kind)
+
+    def holds(self, recording: Recording, call: Call) -> bool:
+        """Whether this recording is kept, and the one to run for a call."""
+        try:
+            _, found = self._look_up(self.kind(call), call)
+        except Refused:  # a graph can't take it
+            return False
+        return found is recording and self.is_current(recording)
+
+    def _look_up(self, kind: Hashable, call: Call) -> tuple[Hashable, Any]:
+        """The recording that fits a call, or None or UNKNOWN, and its key."""
+        for k in range(MAX_BUILDS):
+            recording: Any = self.recordings.get(key := (kind, k), UNKNOWN)
+            if recording is UNKNOWN or recording is None or self.fits(recording, call):
+                return key, recording
+        return (kind, MAX_BUILDS), UNKNOWN
 
     def record(self, call: Call) -> Recording | None:
         """Makes and keeps the recording of a call; raises Refused if it can't be recorded."""
         kind = self.kind(call)  # again, since the first call of the code may create modules
         self._builds[kind] += 1
-        return self._keep(kind, self.make(call))
+        return self._keep(self._look_up(kind, call)[0], self.make(call))
 
-    def _keep(self, kind: Hashable, recording: Recording | None) -> Recording | None:
-        self.recordings[kind] = recording
+    def _keep(self, key: Hashable, recording: Recording | None) -> Recording | None:
+        self.recordings[key] = recording
         self._uses[id(recording)] = [0, 1]
         if len(self.recordings) > MAX_GRAPHS:
             self._uses.pop(id(self.recordings.popitem(last=False)[1]), None)

@@ -34,12 +34,14 @@ class CompiledTrace_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
 
     The model needs a static structure, and the guide reparameterised draws. Tensors among the
     arguments are inputs of the graph, and numbers and strings are constants; new shapes and new
-    constants are recorded anew. Of outside tensors that the model reads, changes in place are seen.
-    Not seen are another tensor under the same name, and changes of numbers and objects that are no
-    arguments. So a graph is compared with the code when it is built and at calls 1, 2, 4, 8 and so
-    on, with an error if they differ. If a loss is not finite, the code takes the step. Pyro's
-    validation checks values only where the code runs. A step costs its arithmetic and some tens of
-    microseconds.
+    constants are recorded anew. Constants are also the numbers and shapes that the model computes
+    in Python from data alone, as ``int(group.max()) + 1``, ``if y.sum() > 0:`` or ``x[mask]``: data
+    with other such numbers are recorded too, up to four times, and then left to ``Trace_ELBO``. Of
+    outside tensors that the model reads, changes in place are seen. Not seen are another tensor
+    under the same name, and changes of numbers and objects that are no arguments. So a graph is
+    compared with the code when it is built and at calls 1, 2, 4, 8 and so on, with an error if they
+    differ. If a loss is not finite, the code takes the step. Pyro's validation checks values only
+    where the code runs. A step costs its arithmetic and some tens of microseconds.
 
     Args:
         num_particles: Number of draws for each gradient.
@@ -52,8 +54,9 @@ class CompiledTrace_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
 
     Raises:
         ValueError: If ``num_particles`` is no positive int, or ``backend`` none of these. At a
-            call, if the model branches on a number (the error names the line), has enumerated
-            sites, or changes from call to call.
+            call, if the model branches on a latent, a parameter or a random number, or takes
+            another number out of them (the error names the line), has enumerated sites, or changes
+            from call to call.
 
     Warns:
         UserWarning: If a site of the guide is not reparameterised, handlers are active around the

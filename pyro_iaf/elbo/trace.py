@@ -144,6 +144,10 @@ class TraceRecorder(Recorder[Call, "Step"]):
             raise Refused("A parameter has a hook, and graphs don't call hooks.")
         return recording.is_current()
 
+    def fits(self, recording: Step, call: Call) -> bool:
+        graph = recording.graph
+        return graph.fits_all or graph.fits(flatten_tensors(call.args, call.kwargs)[0])
+
     def make(self, call: Call) -> Step | None:
         elbo = self.elbo
         with torch.random.fork_rng(), poutine.block(), poutine.trace(param_only=True) as capture:
@@ -168,8 +172,9 @@ class TraceRecorder(Recorder[Call, "Step"]):
                 loss = loss / elbo.num_particles if elbo.vectorize_particles else loss
                 return _loss_and_gradients(loss, [*leaves, *(inputs[k] for k in positions)])
 
+            data = [k for k, t in enumerate(tensors) if not t.requires_grad]
             with quietly():
-                graph = record(run, [tensor.detach() for tensor in tensors])
+                graph = record(run, [tensor.detach() for tensor in tensors], data)
         names = param_store.unconstrained_params(capture.trace)
         step = Step(elbo, graph, leaves, names, positions, tensors, backend.name)
         try:

@@ -158,7 +158,12 @@ class FlowGuide(AutoGuide):
             )
         self._model = (watched,)
         try:
-            super()._setup_prototype(*args, **kwargs)
+            try:
+                super()._setup_prototype(*args, **kwargs)
+            except NotImplementedError:  # of Pyro, without the site's name
+                if self.prototype_trace is not None:
+                    check_latents(self._latent_sites(), type(self).__name__, self._pyro_name)
+                raise
             latents = self._latent_sites()
             check_latents(latents, type(self).__name__, self._pyro_name)
             if self._loaded_sites:

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints
 
 from .._validation import warn
-from ..models.traces import full_size
+from ..models.traces import bare, full_size
 
-__all__ = ["or_draw"]
+__all__ = ["no_bijection", "or_draw"]
 
 
 def or_draw(init_loc_fn: Callable[..., Any]) -> Callable[[dict[str, Any]], Any]:
@@ -27,13 +27,23 @@ def or_draw(init_loc_fn: Callable[..., Any]) -> Callable[[dict[str, Any]], Any]:
     def init(site: dict[str, Any]) -> Any:
         try:
             to_support = biject_to(site["fn"].support)
-        except NotImplementedError:  # a reparameteriser may replace this site
-            return init_loc_fn(site)
+        except NotImplementedError as error:
+            try:
+                return init_loc_fn(site)  # a reparameteriser may replace this site
+            except NotImplementedError:
+                raise no_bijection(site, error) from error
         try:
             value = init_loc_fn(site)
         except NotImplementedError:
             shape = to_support.inverse_shape(site["fn"].shape())
             return to_support(torch.empty(shape).uniform_(-2, 2))
+        except AssertionError as error:
+            if getattr(bare(site["fn"]), "duration", 0) is not None:
+                raise
+            raise ValueError(
+                f"Site '{site['name']}' is a time series without a length, so a guide can't draw "
+                "it. Give duration=num_steps to its distribution."
+            ) from error
         if not isinstance(value, Tensor):
             raise ValueError(
                 f"init_loc_fn should return a tensor for site '{site['name']}'; got {value!r}."
@@ -46,10 +56,27 @@ def or_draw(init_loc_fn: Callable[..., Any]) -> Callable[[dict[str, Any]], Any]:
                 "Numbers that are not finite in unconstrained space start at a draw instead."
             )
             draw = torch.empty_like(free).uniform_(-2, 2)
-            value = to_support(torch.where(free.isfinite(), free, draw))
+            free = torch.where(free.isfinite(), free, draw)
+            value = to_support(free)
+        if not to_support(free).isfinite().all():
+            raise ValueError(
+                f"Site '{site['name']}' has an interval without end as its support, to which "
+                "PyTorch has no bijection. Draw u from Uniform(0, 1) instead, and transform it by "
+                "the icdf of the distribution."
+            )
         return value
 
     return init
+
+
+def no_bijection(site: dict[str, Any], error: Exception) -> NotImplementedError:
+    """The error for a site to whose support no bijection leads; ``error`` says why."""
+    why = str(error) or f"that of {type(bare(site['fn'])).__name__}"
+    return NotImplementedError(
+        f"A flow can't draw site '{site['name']}', since there is no bijection from real vectors "
+        f"to its support: {why}. Hide the site from the guide by poutine.block, or draw a latent "
+        "of another distribution and transform it in the model."
+    )
 
 
 def _in_shape(value: Tensor, site: dict[str, Any]) -> Tensor:

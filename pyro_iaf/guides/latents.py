@@ -14,6 +14,7 @@ from .._validation import warn
 from ..models.masks import density_mask
 from ..models.matching import Mismatch
 from ..models.traces import is_point
+from .init_loc import no_bijection
 from .plates import quoted
 
 __all__ = ["check_latents", "check_loaded", "joined", "quantiles_of", "warn_of_masks"]
@@ -28,8 +29,11 @@ def check_latents(sites: Mapping[str, Any], guide_class: str, guide_name: str) -
                 f"is known. State it by pyro.deterministic('{name}', value), and a log density by "
                 "pyro.factor."
             )
-        with helpful_support_errors(site):
-            biject_to(site["fn"].support)
+        try:
+            with helpful_support_errors(site):
+                biject_to(site["fn"].support)
+        except NotImplementedError as error:
+            raise no_bijection(site, error) from error
         if name.startswith(f"_{guide_name}_"):
             raise ValueError(
                 f"Site '{name}' of the model should not begin with '_{guide_name}_', as the "

@@ -24,6 +24,8 @@ from ..compiler import lowering
 from ..compiler.capture import Graph, Refused, record
 from ..compiler.lowering import Lowered, Replay
 from ..compiler.recorder import (
+    KEEPS_CHANGING,
+    MAX_BUILDS,
     MAX_GRAPHS,
     Recorder,
     by_hash,
@@ -42,6 +44,10 @@ __all__ = ["Built", "CompiledSteps"]
 
 # How often arguments of a second or later kind come before a step is compiled for them.
 RARE = 20
+
+# The inputs of a graph before the data: the weight of the KL divergence, whether the gradient is
+# mass-covering, and the relative effective sample size.
+NUM_SCALARS = 3
 
 # The largest number of latents for which replayed steps are faster than eager ones: with a C++
 # compiler for the flows' scores, and without.
@@ -63,7 +69,7 @@ class Built(NamedTuple):
     graph: Graph
     live: list[str]  # the parameters that have gradients
     backend: str
-    run: Lowered
+    run: Lowered | None  # None until its constants come again
 
 
 # By guide, so that another fit finds the steps of an earlier one.
@@ -120,6 +126,10 @@ class CompiledSteps(Recorder[StepCall, Built]):
         before = before or {"kinds": {}, "left_out": [], "backends": {}, "is_off": False}
         self._times, self._left_out = Counter(before["kinds"]), set(before["left_out"])
         self._backends: dict[str, str] = dict(before["backends"])
+        # How often a step with such constants was recorded, by hashes.
+        self._constants: dict[str, Counter[str]] = {
+            name: Counter(seen) for name, seen in before.get("constants", {}).items()
+        }
         if before["is_off"] and compile == "auto":
             self.compile = False
 
@@ -141,6 +151,8 @@ class CompiledSteps(Recorder[StepCall, Built]):
             built, is_due = self.find(call)
             if is_due:
                 built = self.record(call)
+                if built is not None and built.run is None:
+                    return None
         except Refused as why:
             if self.compile != "auto":
                 raise
@@ -154,11 +166,7 @@ class CompiledSteps(Recorder[StepCall, Built]):
 
     def is_for(self, built: Built, args: Args, kwargs: Kwargs) -> bool:
         """Whether a step takes these arguments."""
-        try:
-            kind = self.kind(StepCall(0, args, kwargs))
-        except Refused:  # a graph can't take them
-            return False
-        return self.recordings.get(kind) is built and self.is_current(built)
+        return self.holds(built, StepCall(0, args, kwargs))
 
     def state(self) -> dict[str, Any]:
         """The state for a checkpoint, on which the backends of later steps depend."""
@@ -166,6 +174,7 @@ class CompiledSteps(Recorder[StepCall, Built]):
             "kinds": dict(self._times),
             "left_out": sorted(self._left_out),
             "backends": dict(self._backends),
+            "constants": {name: dict(seen) for name, seen in self._constants.items()},
             "is_off": self.compile is False,
         }
 
@@ -182,10 +191,16 @@ class CompiledSteps(Recorder[StepCall, Built]):
         return next((b for b in built if b is not None and self.is_current(b)), None)
 
     def is_current(self, recording: Built) -> bool:
-        if not recording.graph.is_current:
+        if recording.run is None or not recording.graph.is_current:
             return False
         held = {id(tensor) for tensor in recording.graph.tensors}
         return all(id(self.params.get(name)) in held for name in recording.live)
+
+    def fits(self, recording: Built, call: StepCall) -> bool:
+        if recording.graph.fits_all:
+            return True
+        given = flatten_tensors(call.args, call.kwargs)[0]
+        return recording.graph.fits([*NUM_SCALARS * [self.loss.relative_ess], *given])
 
     def is_due(self, call: StepCall, kind: Hashable) -> bool:
         name = _name(call)
@@ -211,6 +226,8 @@ class CompiledSteps(Recorder[StepCall, Built]):
         if self.compile != "auto":
             self.best.warm_up()
         graph, live = self._graph_of(call)
+        if self.change and not graph.fits_all and not self._come_again(name, graph):
+            return Built(graph, live, "", None)
         self._live = self._live or live
         if live != self._live:  # FlatAdam has the state of one set of parameters
             self._left_out.add(name)
@@ -239,6 +256,19 @@ class CompiledSteps(Recorder[StepCall, Built]):
         self._known[self.kind(call), backend] = built
         return built
 
+    def _come_again(self, name: str, graph: Graph) -> bool:
+        """Whether a graph's constants were seen before; raises Refused if they keep changing.
+
+        Minibatches with ever new constants are not worth compiling.
+        """
+        seen = self._constants.setdefault(name, Counter())
+        constants = digest(graph.constants.values)
+        if seen[constants] < 2:  # as a resumed run records anew, further ones don't count
+            seen[constants] += 1
+            if seen.total() > MAX_BUILDS:
+                raise Refused(KEEPS_CHANGING)
+        return seen[constants] > 1
+
     def _graph_of(self, call: StepCall) -> tuple[Graph, list[str]]:
         """The graph of the loss and its gradient, and the names of parameters that have one."""
         loss, before = self.loss, (self.loss.mass_covering, self.loss.relative_ess)
@@ -250,7 +280,9 @@ class CompiledSteps(Recorder[StepCall, Built]):
             raise Refused(
                 "No parameter has a gradient, so there is nothing to compile. Give compile=False."
             )
-        scalars = [self.params[live[0]].detach().new_ones(()) for _ in range(2)]
+        one = self.params[live[0]].detach().new_ones(())
+        inputs = [one, one.clone(), loss.relative_ess, *(t.detach() for t in tensors)]
+        data = [NUM_SCALARS + k for k, t in enumerate(tensors) if not t.requires_grad]
 
         def run(weight: Tensor, mass_covering: Tensor, ess: Tensor, *given: Tensor) -> list[Tensor]:
             self._clear_gradients()
@@ -262,7 +294,7 @@ class CompiledSteps(Recorder[StepCall, Built]):
 
         try:
             with torch.random.fork_rng(), quietly():
-                graph = record(run, [*scalars, loss.relative_ess, *[t.detach() for t in tensors]])
+                graph = record(run, inputs, data)
         finally:
             self._clear_gradients()
             loss.mass_covering, loss.relative_ess = before
@@ -282,6 +314,7 @@ class CompiledSteps(Recorder[StepCall, Built]):
         adam.state.copy_(adam.state.new_tensor([self.loss.relative_ess.item(), 0.0]))
         with torch.random.fork_rng(), torch.no_grad():
             numbers = adam.state.new_tensor([0.0, 1.0, 0.0, torch.inf])
+            assert recording.run is not None
             found, _ = recording.run(_arguments(adam, recording.graph, call)(numbers))[0]
         # A step that is not finite is skipped.
         if all(number.isfinite().all() for number in (value, *expected)):
@@ -331,6 +364,7 @@ class CompiledSteps(Recorder[StepCall, Built]):
         assert self._adam is not None
         arguments = _arguments(self._adam, built.graph, StepCall(0, args, kwargs))
         run = built.run
+        assert run is not None
         return lambda numbers: run(arguments(numbers))[0]
 
     def _adam_of(self, live: list[str]) -> FlatAdam:
@@ -351,7 +385,7 @@ def _arguments(adam: FlatAdam, graph: Graph, call: StepCall) -> Callable[[Tensor
     views = dict(zip(map(id, adam.params), adam.views, strict=True))
     others = [tensor for tensor in graph.tensors if id(tensor) not in views]
     held = [views.get(id(tensor), tensor) for tensor in graph.tensors]
-    sources = [*3 * [adam.state], *inputs, *held]
+    sources = [*NUM_SCALARS * [adam.state], *inputs, *held]
     own, draw = adam.tensors, graph.draw.forward
     return lambda numbers: [*own, numbers, *inputs, *others, *draw(*sources)]
 

@@ -99,7 +99,9 @@ def fit(
             compiler. ``"graph"`` always replays, which is slower than the code itself for an
             ``AutoIAF`` of more than 200 latents. ``"auto"`` compiles if ``num_steps`` steps are
             faster so, and warns if it can't. ``False`` runs model and guide at each step, as needed
-            if they change from step to step, or branch on values.
+            if they change from step to step, or branch on latents, parameters or random numbers, or
+            on numbers that differ from one minibatch to the next. Numbers that they compute from
+            the same data at each step, as ``int(group.max())``, are constants of the step.
         seed: The seed of the generators of PyTorch, NumPy and Python, which are left alone if None.
         progress: Whether to show a bar, with the ELBO, its trend and the steps per second.
         checkpoint: A file in which the state of the run is saved regularly. If it exists, the run

@@ -625,19 +625,6 @@ def test_sites_that_take_turns_are_refused_at_the_first_call():
         graph().loss_and_grads(model, guide)
 
 
-@pytest.mark.parametrize("way", [lambda y: y.tolist(), lambda y: y.numpy(), lambda y: y.item()])
-def test_numbers_taken_out_of_arguments_are_refused(way):
-    def model(y):
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("y", dist.Normal(z, 1.0), obs=torch.as_tensor(way(y)))
-
-    guide = guide_for(model, (torch.tensor(1.0),))
-    with pytest.raises(
-        ValueError, match=r"test_compiled.py, line \d+, in <lambda>.*takes a number out"
-    ):
-        graph().loss_and_grads(model, guide, torch.tensor(1.0))
-
-
 def test_enumeration_is_refused():
     def model():
         k = pyro.sample("k", dist.Bernoulli(0.5))
