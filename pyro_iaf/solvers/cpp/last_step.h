@@ -1,5 +1,5 @@
-// The last step of a guide, z = c + R (mu + S sinh(e^t asinh(x) + a)), and the score through it; the
-// same as in pyro_iaf/flows/sinh_arcsinh.py, where the formulas are explained.
+// The last step of a guide, z = c + R (mu + S sinh(e^t asinh(x) + a)), and the score through it;
+// the same as in pyro_iaf/flows/sinh_arcsinh.py, where the formulas are explained.
 
 #pragma once
 
@@ -17,20 +17,23 @@ struct LastStep {
   bool dense, dense_frame;
   const T *coefficients, *frame;
   std::vector<T> learned;  // the matrix S, or its diagonal
+  std::vector<T> tail;     // e^t
 
   LastStep(int64_t K, int64_t D, bool dense, bool dense_frame, const T* coefficients,
            const T* frame)
       : K(K), D(D), dense(dense), dense_frame(dense_frame), coefficients(coefficients),
-        frame(frame), learned(dense ? D * D : D, T(0)) {
+        frame(frame), learned(dense ? D * D : D, T(0)), tail(D) {
     const T factor = 1 / std::sqrt(T(D));
     for (int64_t i = 0; i < D; ++i) {
-      learned[dense ? i * D + i : i] = std::exp(row(1)[i]);
+      tail[i] = std::exp(row(3)[i]);
+      learned[diagonal(i, dense)] = std::exp(row(1)[i]);
       for (int64_t j = 0; dense && j < i; ++j) learned[i * D + j] = row(4 + i)[j] * factor;
     }
   }
 
   const T* row(int64_t k) const { return coefficients + k * D; }
   const T* scale() const { return frame + D; }
+  int64_t diagonal(int64_t i, bool is_dense) const { return is_dense ? i * D + i : i; }
 
   // rows S', rows S or, with `solve`, rows S^-1; the same for the frame.
   void times(const T* matrix, bool is_dense, bool transposed, const T* rows, T* to, T beta) const {
@@ -60,10 +63,9 @@ struct LastStep {
 
   void forward(const T* x, const T* log_q, const T* score, T* y, T* log_q_y, T* score_y,
                T* bent) const {
-    std::vector<T> tail(D), log_slope(D), v(K * D);
+    std::vector<T> log_slope(D), v(K * D);
     for (int64_t i = 0; i < D; ++i) {
-      tail[i] = std::exp(row(3)[i]);
-      log_slope[i] = row(1)[i] + row(3)[i] + std::log(scale()[dense_frame ? i * D + i : i]);
+      log_slope[i] = row(1)[i] + row(3)[i] + std::log(scale()[diagonal(i, dense_frame)]);
     }
     for (int64_t k = 0; k < K; ++k) {
       T log_det = 0;
@@ -93,15 +95,14 @@ struct LastStep {
     sum_rows(K, D, of_v.data(), of_coefficients);
     for (int64_t at = 0; at < K * D; ++at) by_row[at] = of_v[at] * bent[at];
     sum_rows(K, D, by_row.data(), sums.data());
-    for (int64_t i = 0; i < D; ++i) of_coefficients[D + i] = sums[i] * std::exp(row(1)[i]);
+    for (int64_t i = 0; i < D; ++i) of_coefficients[D + i] = sums[i] * learned[diagonal(i, dense)];
     for (int64_t k = 0; k < K; ++k) {
       for (int64_t i = 0; i < D; ++i) {
         const int64_t at = k * D + i;
-        const T tail = std::exp(row(3)[i]);
         const T of_sum = of_bent[at] * std::sqrt(1 + bent[at] * bent[at]);
         of_bent[at] = of_sum;
-        by_row[at] = of_sum * tail * std::asinh(x[at]);
-        of_x[at] = of_sum * tail / std::sqrt(1 + x[at] * x[at]);
+        by_row[at] = of_sum * tail[i] * std::asinh(x[at]);
+        of_x[at] = of_sum * tail[i] / std::sqrt(1 + x[at] * x[at]);
       }
     }
     sum_rows(K, D, of_bent.data(), of_coefficients + 2 * D);

@@ -3,9 +3,9 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <stdexcept>
 
 // A map at one coordinate, and its derivatives in the coordinate and the two parameters.
 template <typename T>

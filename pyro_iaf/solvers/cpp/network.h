@@ -1,8 +1,8 @@
 // One pass of a masked network with ELU activations, and its gradient, for rows of inputs.
 //
 // All matrices of the network lie one after the other in one vector: for each hidden layer units by
-// inputs, then the outputs by the last hidden layer and the network's input, then the offsets of all
-// units. The weights are masked as a whole.
+// inputs, then the outputs by the last hidden layer and the network's input, then the offsets of
+// all units. The weights are masked as a whole.
 
 #pragma once
 

@@ -2,6 +2,9 @@
 // operation owns the tensors among its arguments.
 
 #include <algorithm>
+#include <cstring>
+#include <initializer_list>
+#include <type_traits>
 #include <vector>
 
 #include "last_step.h"
@@ -11,6 +14,14 @@
 #include "tensors.h"
 
 using Tensors = std::vector<Owned>;
+
+// The sizes and the type of K rows of D coordinates.
+struct Rows {
+  int64_t K, D;
+  int32_t dtype;
+  explicit Rows(const Owned& x)
+      : K(sizes_of(x.tensor)[0]), D(sizes_of(x.tensor)[1]), dtype(dtype_of(x.tensor)) {}
+};
 
 static Tensors take(const uint64_t* stack, int64_t count) {
   Tensors taken;
@@ -22,25 +33,38 @@ static void give(Tensors& results, uint64_t* stack) {
   for (Owned& result : results) *stack++ = result.give();
 }
 
-// The data of every `step`-th tensor.
-template <typename T>
-static std::vector<T*> data_of_each(const Tensors& tensors, size_t first, size_t step) {
-  std::vector<T*> found;
-  for (size_t k = first; k < tensors.size(); k += step) found.push_back(tensors[k].data<T>());
-  return found;
-}
+using Sizes = std::initializer_list<int64_t>;
 
-template <typename T>
-static std::vector<const T*> constant(const std::vector<T*>& pointers) {
-  return {pointers.begin(), pointers.end()};
+static Tensors new_tensors(int32_t dtype, std::initializer_list<Sizes> sizes) {
+  Tensors made;
+  for (const auto& each : sizes) made.push_back(new_tensor(each, dtype));
+  return made;
 }
 
 // Adds tensors for units and slopes of each hidden layer.
-static void add_layers(Tensors& results, const Layers& net, int64_t K, int32_t dtype) {
+static void add_layers(Tensors& results, const Layers& net, const Rows& rows) {
   for (int64_t width : net.widths) {
-    results.push_back(new_tensor({K, width}, dtype));
-    results.push_back(new_tensor({K, width}, dtype));
+    for (int k = 0; k < 2; ++k) results.push_back(new_tensor({rows.K, width}, rows.dtype));
   }
+}
+
+// The data of every second tensor: of the units or the slopes of each hidden layer.
+template <typename T>
+static std::vector<T*> every_second(const Tensors& tensors, size_t first) {
+  std::vector<T*> found;
+  for (size_t k = first; k < tensors.size(); k += 2) {
+    found.push_back(tensors[k].data<std::remove_const_t<T>>());
+  }
+  return found;
+}
+
+// The widths of hidden layers, whose units and slopes begin with tensor `first`.
+static std::vector<int64_t> widths_of(const Tensors& tensors, size_t first) {
+  std::vector<int64_t> widths;
+  for (size_t k = first; k < tensors.size(); k += 2) {
+    widths.push_back(sizes_of(tensors[k].tensor)[1]);
+  }
+  return widths;
 }
 
 template <typename T>
@@ -55,42 +79,36 @@ static T* mask_weights(const Owned& weights, const Owned& mask, const Owned& mas
 // masked weights, and units and slopes of each hidden layer.
 static void network(uint64_t* stack, uint64_t num_arguments, uint64_t) {
   const Tensors given = take(stack, 3);
-  const int64_t K = sizes_of(given[0].tensor)[0], D = sizes_of(given[0].tensor)[1];
-  const Layers net(D, stack[3], {stack + 4, stack + num_arguments});
-  const int32_t dtype = dtype_of(given[0].tensor);
-  Tensors results;
-  results.push_back(new_tensor({K, net.num_outputs}, dtype));
-  results.push_back(new_tensor({numel_of(given[2].tensor)}, dtype));
-  add_layers(results, net, K, dtype);
-  by_dtype(dtype, [&](auto zero) {
+  const Rows rows(given[0]);
+  const Layers net(rows.D, stack[3], {stack + 4, stack + num_arguments});
+  Tensors results =
+      new_tensors(rows.dtype, {{rows.K, net.num_outputs}, {numel_of(given[2].tensor)}});
+  add_layers(results, net, rows);
+  by_dtype(rows.dtype, [&](auto zero) {
     using T = decltype(zero);
     const T* masked = mask_weights<T>(given[1], given[2], results[1]);
-    forward<T>(net, K, given[0].data<T>(), masked, results[0].data<T>(),
-               data_of_each<T>(results, 2, 2), data_of_each<T>(results, 3, 2));
+    forward<T>(net, rows.K, given[0].data<T>(), masked, results[0].data<T>(),
+               every_second<T>(results, 2), every_second<T>(results, 3));
   });
   give(results, stack);
 }
 
-// From the slope in the outputs, x, masked weights, mask, units and slopes of each layer, the number
-// of parameters, and whether x has a slope: those of x, empty if it has none, and of the weights.
+// From the slope in the outputs, x, masked weights, mask, units and slopes of each layer, the
+// number of parameters, and whether x has a slope: those of x, empty if it has none, and of the
+// weights.
 static void network_backward(uint64_t* stack, uint64_t num_arguments, uint64_t) {
   const Tensors given = take(stack, num_arguments - 2);
-  const Handle x = given[1].tensor;
-  const int64_t K = sizes_of(x)[0], D = sizes_of(x)[1], W = numel_of(given[3].tensor);
+  const Rows rows(given[1]);
+  const int64_t W = numel_of(given[3].tensor);
   const bool has_slope = stack[num_arguments - 1];
-  std::vector<int64_t> widths;
-  for (size_t k = 4; k < given.size(); k += 2) widths.push_back(sizes_of(given[k].tensor)[1]);
-  const Layers net(D, stack[num_arguments - 2], widths);
-  const int32_t dtype = dtype_of(x);
-  Tensors results;
-  results.push_back(new_tensor({has_slope ? K : 0, D}, dtype));
-  results.push_back(new_tensor({W}, dtype));
-  by_dtype(dtype, [&](auto zero) {
+  const Layers net(rows.D, stack[num_arguments - 2], widths_of(given, 4));
+  Tensors results = new_tensors(rows.dtype, {{has_slope ? rows.K : 0, rows.D}, {W}});
+  by_dtype(rows.dtype, [&](auto zero) {
     using T = decltype(zero);
-    backward<T>(net, K, given[0].data<T>(), given[1].data<T>(), given[2].data<T>(),
-                given[3].data<T>(), W, constant(data_of_each<T>(given, 4, 2)),
-                constant(data_of_each<T>(given, 5, 2)),
-                has_slope ? results[0].data<T>() : nullptr, T(0), results[1].data<T>());
+    backward<T>(net, rows.K, given[0].data<T>(), given[1].data<T>(), given[2].data<T>(),
+                given[3].data<T>(), W, every_second<const T>(given, 4),
+                every_second<const T>(given, 5), has_slope ? results[0].data<T>() : nullptr, T(0),
+                results[1].data<T>());
   });
   give(results, stack);
 }
@@ -105,21 +123,16 @@ static void flow(uint64_t* stack, uint64_t num_arguments, uint64_t) {
   double bias;
   std::memcpy(&bias, &stack[8], sizeof bias);
   const int64_t num_threads = stack[9];
-  const int64_t K = sizes_of(given[0].tensor)[0], D = sizes_of(given[0].tensor)[1];
+  const Rows rows(given[0]);
+  const int64_t K = rows.K, D = rows.D, W = numel_of(given[4].tensor);
   const Layers net(D, 2, {stack + 10, stack + num_arguments});
-  const int32_t dtype = dtype_of(given[0].tensor);
-  Tensors results;
-  results.push_back(new_tensor({K, D}, dtype));
-  results.push_back(new_tensor({K}, dtype));
-  results.push_back(new_tensor({K, D}, dtype));
-  results.push_back(new_tensor({numel_of(given[4].tensor)}, dtype));
-  results.push_back(new_tensor({3 * K, D}, dtype));
-  add_layers(results, net, K, dtype);
-  by_dtype(dtype, [&](auto zero) {
+  Tensors results = new_tensors(rows.dtype, {{K, D}, {K}, {K, D}, {W}, {3 * K, D}});
+  add_layers(results, net, rows);
+  by_dtype(rows.dtype, [&](auto zero) {
     using T = decltype(zero);
     const T *x = given[0].data<T>(), *log_q = given[1].data<T>();
     const T* masked = mask_weights<T>(given[3], given[4], results[3]);
-    const auto units = data_of_each<T>(results, 5, 2), slopes = data_of_each<T>(results, 6, 2);
+    const auto units = every_second<T>(results, 5), slopes = every_second<T>(results, 6);
     std::vector<T> params(2 * K * D), log_slope_by_scale(K * D);
     forward<T>(net, K, x, masked, params.data(), units, slopes);
     T *y = results[0].data<T>(), *log_q_y = results[1].data<T>();
@@ -151,20 +164,15 @@ static void flow(uint64_t* stack, uint64_t num_arguments, uint64_t) {
   give(results, stack);
 }
 
-// From the slope in y, x, mask, masked weights, the derivatives, and units and slopes of each hidden
-// layer: the slopes in x and in the weights.
+// From the slope in y, x, mask, masked weights, the derivatives, and units and slopes of each
+// hidden layer: the slopes in x and in the weights.
 static void flow_backward(uint64_t* stack, uint64_t num_arguments, uint64_t) {
   const Tensors given = take(stack, num_arguments);
-  const Handle x = given[1].tensor;
-  const int64_t K = sizes_of(x)[0], D = sizes_of(x)[1], W = numel_of(given[3].tensor);
-  std::vector<int64_t> widths;
-  for (size_t k = 5; k < given.size(); k += 2) widths.push_back(sizes_of(given[k].tensor)[1]);
-  const Layers net(D, 2, widths);
-  const int32_t dtype = dtype_of(x);
-  Tensors results;
-  results.push_back(new_tensor({K, D}, dtype));
-  results.push_back(new_tensor({W}, dtype));
-  by_dtype(dtype, [&](auto zero) {
+  const Rows rows(given[1]);
+  const int64_t K = rows.K, D = rows.D, W = numel_of(given[3].tensor);
+  const Layers net(D, 2, widths_of(given, 5));
+  Tensors results = new_tensors(rows.dtype, {{K, D}, {W}});
+  by_dtype(rows.dtype, [&](auto zero) {
     using T = decltype(zero);
     const T *slope = given[0].data<T>(), *by = given[4].data<T>();
     T* of_x = results[0].data<T>();
@@ -178,16 +186,15 @@ static void flow_backward(uint64_t* stack, uint64_t num_arguments, uint64_t) {
       }
     }
     backward<T>(net, K, of_params.data(), given[1].data<T>(), given[3].data<T>(),
-                given[2].data<T>(), W, constant(data_of_each<T>(given, 5, 2)),
-                constant(data_of_each<T>(given, 6, 2)), of_x, T(1), results[1].data<T>());
+                given[2].data<T>(), W, every_second<const T>(given, 5),
+                every_second<const T>(given, 6), of_x, T(1), results[1].data<T>());
   });
   give(results, stack);
 }
 
 template <typename T>
-static LastStep<T> last_step_of(const Owned& x, const Owned& coefficients, const Owned& frame) {
-  const int64_t K = sizes_of(x.tensor)[0], D = sizes_of(x.tensor)[1];
-  return {K, D, sizes_of(coefficients.tensor)[0] > 4, sizes_of(frame.tensor)[0] > 2,
+static LastStep<T> last_step_of(const Rows& rows, const Owned& coefficients, const Owned& frame) {
+  return {rows.K, rows.D, sizes_of(coefficients.tensor)[0] > 4, sizes_of(frame.tensor)[0] > 2,
           coefficients.data<T>(), frame.data<T>()};
 }
 
@@ -195,16 +202,12 @@ static LastStep<T> last_step_of(const Owned& x, const Owned& coefficients, const
 // bent x.
 static void last_step(uint64_t* stack, uint64_t, uint64_t) {
   const Tensors given = take(stack, 5);
-  const int64_t K = sizes_of(given[0].tensor)[0], D = sizes_of(given[0].tensor)[1];
-  const int32_t dtype = dtype_of(given[0].tensor);
-  Tensors results;
-  results.push_back(new_tensor({K, D}, dtype));
-  results.push_back(new_tensor({K}, dtype));
-  results.push_back(new_tensor({K, D}, dtype));
-  results.push_back(new_tensor({K, D}, dtype));
-  by_dtype(dtype, [&](auto zero) {
+  const Rows rows(given[0]);
+  const int64_t K = rows.K, D = rows.D;
+  Tensors results = new_tensors(rows.dtype, {{K, D}, {K}, {K, D}, {K, D}});
+  by_dtype(rows.dtype, [&](auto zero) {
     using T = decltype(zero);
-    last_step_of<T>(given[0], given[3], given[4])
+    last_step_of<T>(rows, given[3], given[4])
         .forward(given[0].data<T>(), given[1].data<T>(), given[2].data<T>(), results[0].data<T>(),
                  results[1].data<T>(), results[2].data<T>(), results[3].data<T>());
   });
@@ -214,22 +217,20 @@ static void last_step(uint64_t* stack, uint64_t, uint64_t) {
 // From the slope in y, x, the bent x, coefficients and frame: the slopes in x and coefficients.
 static void last_step_backward(uint64_t* stack, uint64_t, uint64_t) {
   const Tensors given = take(stack, 5);
-  const int64_t K = sizes_of(given[1].tensor)[0], D = sizes_of(given[1].tensor)[1];
-  const int32_t dtype = dtype_of(given[1].tensor);
-  Tensors results;
-  results.push_back(new_tensor({K, D}, dtype));
-  results.push_back(new_tensor({sizes_of(given[3].tensor)[0], D}, dtype));
-  by_dtype(dtype, [&](auto zero) {
+  const Rows rows(given[1]);
+  Tensors results =
+      new_tensors(rows.dtype, {{rows.K, rows.D}, {sizes_of(given[3].tensor)[0], rows.D}});
+  by_dtype(rows.dtype, [&](auto zero) {
     using T = decltype(zero);
-    last_step_of<T>(given[1], given[3], given[4])
+    last_step_of<T>(rows, given[3], given[4])
         .backward(given[0].data<T>(), given[1].data<T>(), given[2].data<T>(), results[0].data<T>(),
                   results[1].data<T>());
   });
   give(results, stack);
 }
 
-// From the score, the tensors of the flows, the numbers of flows,
-// threads and parameters, and `given` (see score.h): the score at the output.
+// From the score, the tensors of the flows, the numbers of flows, threads and parameters, and
+// `given` (see score.h): the score at the output.
 static void carry_scores(uint64_t* stack, uint64_t num_arguments, uint64_t) {
   const int64_t count = num_arguments - 5;
   const int64_t num_flows = stack[count + 1], num_threads = stack[count + 2];
@@ -237,28 +238,23 @@ static void carry_scores(uint64_t* stack, uint64_t num_arguments, uint64_t) {
   int64_t num_slopes = 1 + P;
   for (int64_t k = 0; k <= P; ++k) num_slopes += given >> k & 1;
   const int64_t each = count / num_flows, L = (each - num_slopes - 3) / 2;
-  std::vector<Owned> tensors;
-  for (int64_t k = 0; k <= count; ++k) tensors.emplace_back(stack[k]);
-  std::vector<const void*> data;
+  const Tensors tensors = take(stack, count + 1);
+  const Rows rows(tensors[0]);
+  std::vector<const void*> data;  // of all but the score
   std::vector<int64_t> widths;
-  for (int64_t k = 0; k <= count; ++k) {
-    const int64_t place = (k + each - 1) % each;
-    if (!k || place <= num_slopes + 2 * L) {  // orders and starts are contiguous already
-      tensors[k].tensor = in_rows(std::move(tensors[k])).give();
-    }
+  for (int64_t k = 1; k <= count; ++k) {
     data.push_back(data_of(tensors[k].tensor));
+    const int64_t place = (k - 1) % each;
     const bool is_activation = place >= num_slopes && place < num_slopes + L;
-    if (k && is_activation) widths.push_back(sizes_of(tensors[k].tensor)[1]);
+    if (is_activation) widths.push_back(sizes_of(tensors[k].tensor)[1]);
   }
-  const int64_t K = sizes_of(tensors[0].tensor)[0], D = sizes_of(tensors[0].tensor)[1];
-  const int32_t dtype = dtype_of(tensors[0].tensor);
-  Owned found = new_tensor({K, D}, dtype);
-  by_dtype(dtype, [&](auto zero) {
+  Tensors results = new_tensors(rows.dtype, {{rows.K, rows.D}});
+  by_dtype(rows.dtype, [&](auto zero) {
     using T = decltype(zero);
-    carry_all(K, num_threads, num_flows, D, L, P, given, widths.data(), data.data() + 1,
-              static_cast<const T*>(data[0]), static_cast<T*>(data_of(found.tensor)));
+    carry_all<T>(rows.K, num_threads, num_flows, rows.D, L, P, given, widths.data(), data.data(),
+                 tensors[0].data<T>(), results[0].data<T>());
   });
-  stack[0] = found.give();
+  give(results, stack);
 }
 
 extern "C" int32_t register_operation(const char* kind, const char* name) {

@@ -6,7 +6,6 @@
 #include <cstdint>
 #include <initializer_list>
 #include <stdexcept>
-#include <type_traits>
 
 using Handle = void*;  // of a tensor, owned
 extern "C" {
