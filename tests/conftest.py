@@ -8,6 +8,9 @@ import pytest
 import torch
 from bijections import flows_in
 
+from pyro_iaf.compiler.lowering import has_compiler
+from pyro_iaf.solvers.kernels import has_kernels
+
 # PyTorch's compiler keeps what it has made, and gives it out again under another
 # ATEN_CPU_CAPABILITY, where it doesn't compile. So each has a place of its own.
 CAPABILITY = torch.backends.cpu.get_cpu_capability().lower()
@@ -37,6 +40,14 @@ def clean_slate():
         yield
     torch.set_default_dtype(dtype)
     pyro.clear_param_store()
+
+
+@pytest.fixture
+def kernels():
+    """The operations in C++ are there."""
+    if not has_compiler(torch.device("cpu")):
+        pytest.skip("there is no C++ compiler")
+    assert has_kernels()
 
 
 @pytest.fixture

@@ -107,9 +107,9 @@ def record(
     try:
         with context, reader, PythonReader(reader), _WholePlates():
             module = make_fx(reading)(*inputs)
+    except Refused:
+        raise
     except Exception as error:  # the code itself has run, so recording is what fails
-        if isinstance(error, Refused):
-            raise
         if isinstance(error.__cause__, Refused):  # Pyro adds the name of the site
             raise Refused(f"{str(error).splitlines()[0]} {error.__cause__}") from error
         line = user_line(reversed(traceback.extract_tb(error.__traceback__)))

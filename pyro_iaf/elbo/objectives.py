@@ -22,7 +22,6 @@ from ..models.arguments import Args, Batch, Kwargs, Program
 from ..models.log_joint import LogJoint
 from ..models.matching import LatentCheck, check_guide_site
 from ..models.traces import is_latent
-from ..solvers.kernels import load_kernels
 from .compiled import CompiledTrace_ELBO
 from .stl import TraceSTL_ELBO
 from .trace import Call, recordable_loss
@@ -64,9 +63,6 @@ class Loss:
     def recordable(self, args: Args, kwargs: Kwargs, weight: float | Tensor) -> Tensor:
         """The same, in operations that a graph can hold; raises Refused if there are none."""
         return self(args, kwargs, weight)
-
-    def prepare(self) -> None:
-        """Loads what a compiled step needs; it runs while the step is compiled."""
 
 
 class TraceLoss(Loss):
@@ -166,9 +162,6 @@ class LatentLoss(Loss):
         z.backward(slope)
         loss: Tensor = -log_w.mean()
         return loss
-
-    def prepare(self) -> None:
-        load_kernels()
 
     @torch.no_grad()
     def adjust_tails(self, next_batch: Callable[[], Batch]) -> None:

@@ -19,7 +19,6 @@ from torch.distributions import biject_to
 
 from .._validation import check_callable, check_context, check_size, warn
 from ..distributions import DiagonalNormal
-from ..flows.autoregressive import InverseAutoregressiveFlowStack
 from ..flows.posterior import Posterior
 from ..flows.scored_guide import ScoredDraws
 from ..models import param_store
@@ -218,7 +217,7 @@ class AutoIAF(FlowGuide, AutoContinuous):
         """The distribution of the noise: a standard normal over vectors."""
         return self._built().noise()
 
-    def get_transform(self, *args: Any, **kwargs: Any) -> InverseAutoregressiveFlowStack:
+    def get_transform(self, *args: Any, **kwargs: Any) -> GuideTransform:
         """The transform from the noise to all latents in unconstrained space."""
         transform = self._built(*args, **kwargs)
         if isinstance(transform, GuideTransform):
@@ -246,7 +245,7 @@ class AutoIAF(FlowGuide, AutoContinuous):
     def sample_with_score(self, num: int, *args: Any, **kwargs: Any) -> ScoredDraws:
         """Draws ``num`` vectors in unconstrained space, with log density and its gradient."""
         transform = self.get_transform(*args, **kwargs)
-        origin = self._built().origin
+        origin = transform.origin
         noise = torch.randn(num, len(origin), dtype=origin.dtype, device=origin.device)
         return ScoredDraws(*draw_scored(transform.parts, noise))
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["define", "has_kernels", "load_kernels"]
+__all__ = ["define", "has_kernels"]
 
 SOURCES = Path(__file__).parent / "cpp"
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-pthread"]
@@ -57,8 +57,12 @@ def define(
     return getattr(torch.ops.pyro_iaf, name).default
 
 
-def load_kernels() -> None:
-    """Loads the kernels, compiled if need be; logs a warning if that fails."""
+@functools.cache
+def has_kernels() -> bool:
+    """Loads the kernels, compiled if need be; returns whether that worked.
+
+    Logs a warning if it failed though there is a compiler.
+    """
     with _loading:
         try:
             if not _library and shutil.which(os.environ.get("CXX", "g++")):
@@ -68,12 +72,6 @@ def load_kernels() -> None:
         except (OSError, subprocess.CalledProcessError) as error:
             why = getattr(error, "stderr", None) or error
             logging.getLogger(__name__).warning("no kernels: %s", why)
-
-
-@functools.cache
-def has_kernels() -> bool:
-    """Loads the kernels; returns whether that worked."""
-    load_kernels()
     return bool(_library)
 
 

@@ -140,7 +140,7 @@ def draw_with_score(
         remember: Whether the flows remember their passes, for code that runs step by step.
     """
     if log_q is None or score is None:
-        log_q, score = -0.5 * (x.square() + math.log(2 * math.pi)).sum(-1), -x
+        log_q, score = _standard_normal(x)
     noise, parts, by_kernel = x, list(parts), _goes_by_kernel(x)
     steps: list[Step] = []
     for part in parts:
@@ -161,8 +161,7 @@ def draw_scored(parts: Iterable[Scored], x: Tensor) -> ScoredPass:
 
     The same as :func:`draw_with_score` in fewer operations: only the value has a graph.
     """
-    log_prob, score = -0.5 * (x.square() + math.log(2 * math.pi)).sum(-1), -x
-    found, by_kernel = ScoredPass(x, log_prob, score), _goes_by_kernel(x)
+    found, by_kernel = ScoredPass(x, *_standard_normal(x)), _goes_by_kernel(x)
     for part in parts:
         known = part.pass_at_once(*found) if by_kernel else None
         if known is None:
@@ -171,6 +170,11 @@ def draw_scored(parts: Iterable[Scored], x: Tensor) -> ScoredPass:
             known = ScoredPass(value, found.log_prob - log_slope.detach().sum(-1), score)
         found = known
     return found
+
+
+def _standard_normal(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The log density and the score of standard normal noise."""
+    return -0.5 * (x.square() + math.log(2 * math.pi)).sum(-1), -x
 
 
 def _goes_by_kernel(x: Tensor) -> bool:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from threading import Thread
 from typing import Any, NamedTuple
 
 import torch
@@ -247,10 +246,7 @@ class CompiledSteps(Recorder[StepCall, Built]):
             numbers = torch.ones(4, dtype=torch.float64, device=adam.values.device)
             example = _arguments(adam, graph, call)(numbers)
             whole = _whole_step(graph, adam, len(flatten_tensors(call.args, call.kwargs)[0]))
-            preparing = Thread(target=self.loss.prepare)
-            preparing.start()
             run, found = lowering.lower(whole, example, backend)
-            preparing.join()
         built = Built(graph, live, found, run)
         self.check(built, call)
         self._known[self.kind(call), backend] = built

@@ -5,7 +5,6 @@ from torch.testing import assert_close
 from univariate_maps import TOYS
 
 from pyro_iaf import Gated, inverse_autoregressive_flow
-from pyro_iaf.compiler import lowering
 from pyro_iaf.flows.sinh_arcsinh import LocScale
 from pyro_iaf.nn.made import MaskedAutoregressiveNetwork
 from pyro_iaf.solvers import fused, kernels, path_score
@@ -23,11 +22,7 @@ FLOWS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _kernels():
-    if not lowering.has_compiler(torch.device("cpu")):
-        pytest.skip("there is no C++ compiler")
-    assert kernels.has_kernels()
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def last_step(D, dense_frame, dense):

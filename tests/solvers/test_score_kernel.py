@@ -5,8 +5,7 @@ from torch.testing import assert_close
 from univariate_maps import TOYS
 
 from pyro_iaf import inverse_autoregressive_flow
-from pyro_iaf.compiler import lowering
-from pyro_iaf.solvers import kernels, path_score, score_kernel
+from pyro_iaf.solvers import path_score, score_kernel
 from pyro_iaf.solvers.path_score import draw_with_score
 
 FLOWS = {
@@ -20,18 +19,11 @@ FLOWS = {
 }
 
 
-@pytest.fixture
-def kernel():
-    if not lowering.has_compiler(torch.device("cpu")):
-        pytest.skip("there is no C++ compiler")
-    assert kernels.has_kernels()
-
-
 @pytest.mark.parametrize("num_flows", [1, 2])
 @pytest.mark.parametrize("name", FLOWS)
 @pytest.mark.parametrize("by_kernel", [False, True])
 def test_a_carried_score_is_the_gradient_of_the_log_density(
-    kernel, monkeypatch, name, num_flows, by_kernel
+    kernels, monkeypatch, name, num_flows, by_kernel
 ):
     D, settings = FLOWS[name]
     flow = rough(inverse_autoregressive_flow(D, num_flows=num_flows, **settings), 0.3)
@@ -49,7 +41,7 @@ def test_a_carried_score_is_the_gradient_of_the_log_density(
 
 
 @pytest.mark.parametrize("batch_shape", [(), (1,), (2, 3)])
-def test_it_takes_batches_of_any_shape(kernel, monkeypatch, batch_shape):
+def test_it_takes_batches_of_any_shape(kernels, monkeypatch, batch_shape):
     flow = rough(inverse_autoregressive_flow(4, [8], num_flows=2), 0.3)
     x = torch.randn(*batch_shape, 4)
     monkeypatch.setattr(path_score, "_goes_by_kernel", lambda _: False)
@@ -60,7 +52,7 @@ def test_it_takes_batches_of_any_shape(kernel, monkeypatch, batch_shape):
 
 @pytest.mark.parametrize(("num_flows", "num_layers"), [(5, 4), (1, 30), (2, 30)])
 def test_it_takes_more_tensors_than_an_operation_has_arguments(
-    kernel, monkeypatch, num_flows, num_layers
+    kernels, monkeypatch, num_flows, num_layers
 ):
     flow = rough(inverse_autoregressive_flow(3, num_layers * [4], num_flows=num_flows), 0.3)
     x = torch.randn(2, 3)
@@ -71,7 +63,7 @@ def test_it_takes_more_tensors_than_an_operation_has_arguments(
     assert_close(draw_with_score(parts, x).score, plain)
 
 
-def test_single_precision_and_several_threads(kernel, monkeypatch):
+def test_single_precision_and_several_threads(kernels, monkeypatch):
     flow = rough(inverse_autoregressive_flow(40, [64], num_flows=2).float(), 0.2)
     x = torch.randn(33, 40, dtype=torch.float32)
     monkeypatch.setattr(path_score, "_goes_by_kernel", lambda _: False)
@@ -81,7 +73,7 @@ def test_single_precision_and_several_threads(kernel, monkeypatch):
     assert_close(draw_with_score(flow.parts, x).score, plain, rtol=1e-3, atol=1e-3)
 
 
-def test_the_score_lies_in_memory_as_compiled_code_takes_it(kernel, monkeypatch):
+def test_the_score_lies_in_memory_as_compiled_code_takes_it(kernels, monkeypatch):
     flow = rough(inverse_autoregressive_flow(4, [8]), 0.3)
     x = torch.randn(4, 3).T
     assert draw_with_score([flow], x).score.is_contiguous()
