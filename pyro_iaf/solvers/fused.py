@@ -7,8 +7,8 @@ With a flow's pass go density and score of the noise,
     J^{-\mathsf T} (s - \nabla_x \log |\det J|)\bigr).
 
 A small flow takes two hundred operations of PyTorch for that. Each costs a few microseconds, a
-tenth of which is arithmetic. The kernels are in ``cpp/``; what they don't know goes through
-:mod:`~pyro_iaf.solvers.path_score` operation by operation.
+tenth of which is arithmetic. They are differentiable once. The kernels are in ``cpp/``; what these
+don't know goes through :mod:`~pyro_iaf.solvers.path_score` operation by operation.
 """
 
 from __future__ import annotations
@@ -109,6 +109,19 @@ def last_step_pass(
     return ScoredPass(*_LastStep.apply(x, log_prob, score, coefficients, frame))
 
 
+def _check_once() -> None:
+    """Raises an error within a backward pass that is to be differentiated again.
+
+    PyTorch's ``once_differentiable`` raises none where the second gradient is taken by
+    ``torch.autograd.grad``, whose result lacks what went through the operation.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "Draws of flows with their score are differentiable once: take their gradient without "
+            "create_graph=True. The draws of the flow itself, flow(x), are differentiable twice."
+        )
+
+
 class _Network(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weights: Tensor, mask: Tensor, *sizes: int) -> Any:
@@ -120,14 +133,12 @@ class _Network(torch.autograd.Function):
         return outputs, masked, *layers
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor | None, *_: Any) -> Any:
+    def backward(ctx: Any, slope: Tensor, *_: Any) -> Any:
+        _check_once()
         num_params, *widths = ctx.sizes
-        found: list[Tensor | None] = [None, None]
-        if slope is not None:
-            run, is_wanted = _operation("network_backward", len(widths)), ctx.needs_input_grad[0]
-            found = run(slope, *ctx.saved_tensors, num_params, int(is_wanted))
-            found = [found[0] if is_wanted else None, found[1]]
-        return *found, None, *[None] * len(ctx.sizes)
+        run, is_wanted = _operation("network_backward", len(widths)), ctx.needs_input_grad[0]
+        of_x, of_weights = run(slope, *ctx.saved_tensors, num_params, int(is_wanted))
+        return of_x if is_wanted else None, of_weights, None, *[None] * len(ctx.sizes)
 
 
 class _Flow(torch.autograd.Function):
@@ -142,12 +153,10 @@ class _Flow(torch.autograd.Function):
         return y, log_prob, score
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor | None, *_: Any) -> Any:
-        found: list[Any] = [None] * (10 + ctx.num_layers)
-        if slope is not None:
-            run = _operation("flow_backward", ctx.num_layers)
-            found[0], found[3] = run(slope, *ctx.saved_tensors)
-        return tuple(found)
+    def backward(ctx: Any, slope: Tensor, *_: Any) -> Any:
+        _check_once()
+        of_x, of_weights = _operation("flow_backward", ctx.num_layers)(slope, *ctx.saved_tensors)
+        return of_x, None, None, of_weights, *[None] * (6 + ctx.num_layers)
 
 
 class _LastStep(torch.autograd.Function):
@@ -161,9 +170,8 @@ class _LastStep(torch.autograd.Function):
         return y, log_prob, score
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor | None, *_: Any) -> Any:
-        if slope is None:
-            return None, None, None, None, None
+    def backward(ctx: Any, slope: Tensor, *_: Any) -> Any:
+        _check_once()
         of_x, of_coefficients = _operation("last_step_backward")(slope, *ctx.saved_tensors)
         return of_x, None, None, of_coefficients, None
 

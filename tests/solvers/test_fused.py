@@ -8,7 +8,7 @@ from pyro_iaf import Gated, inverse_autoregressive_flow
 from pyro_iaf.flows.sinh_arcsinh import LocScale
 from pyro_iaf.nn.made import MaskedAutoregressiveNetwork
 from pyro_iaf.solvers import fused, kernels, path_score
-from pyro_iaf.solvers.path_score import draw_scored
+from pyro_iaf.solvers.path_score import draw_scored, draw_with_score
 
 FLOWS = {
     "one coordinate": (1, {"hidden_dims": [4]}),
@@ -93,6 +93,15 @@ def test_a_network_that_is_not_finite_gives_a_draw_that_is_not():
     with torch.no_grad():
         flow.network.weights[0].fill_(float("nan"))
     assert draw_scored([flow], torch.randn(2, 3)).value[:, 1:].isnan().all()
+
+
+@pytest.mark.parametrize("draw", [draw_scored, draw_with_score])
+def test_a_second_derivative_is_refused(draw):
+    flow = inverse_autoregressive_flow(3)
+    value = draw([flow, last_step(3, True, True)], torch.randn(2, 3)).value
+    weights = flow.network.weights[0]
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(value.square().sum(), weights, create_graph=True)
 
 
 def test_no_particles_are_none():
