@@ -159,7 +159,7 @@ class LatentLoss(Loss):
             if self.mass_covering is not False and not self.joint.subsampled:
                 extra = self.mass_covering * _extra_weights(log_w, self.relative_ess)
                 slope = slope * (1 + extra).unsqueeze(-1)
-        z.backward(slope)
+        (z * slope).sum().backward()  # not z.backward(slope), which imports sympy
         loss: Tensor = -log_w.mean()
         return loss
 

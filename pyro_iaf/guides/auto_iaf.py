@@ -7,12 +7,13 @@ The latents in unconstrained space, one after the other, are one vector, which
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.distributions.util import broadcast_shape
 from pyro.infer.autoguide.guides import AutoContinuous
 from torch import Tensor
 from torch.distributions import biject_to
@@ -276,6 +277,19 @@ class AutoIAF(FlowGuide, AutoContinuous):
             sites: dict[str, Tensor] = super().forward(*args, **kwargs)
         self._cancel_priors(sites, self.plates, args, kwargs)
         return sites
+
+    def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[Any, Tensor]]:
+        """Each site of the model with its part of the latent vector.
+
+        Pyro's method computes shapes by ``torch.broadcast_shapes``, which imports sympy: that takes
+        as long as hundreds of steps.
+        """
+        parts, batch_shape = self._split(latent), latent.shape[:-1]
+        for name, site in self._latent_sites().items():
+            shape = parts[name].shape[len(batch_shape) :]
+            event_dim = site["fn"].event_dim + len(shape) - site["value"].dim()
+            padded = broadcast_shape(shape, batch_shape + (1,) * event_dim)
+            yield site, parts[name].reshape(padded)
 
     @torch.no_grad()
     def sample_posterior(

@@ -69,7 +69,7 @@ class LogJoint(Particles):
         self._layout = []
         for name, site in self.latents.items():
             to_support = biject_to(site["fn"].support)
-            shape = to_support.inverse_shape(site["value"].shape)
+            shape = to_support.inv(site["value"]).shape  # its inverse_shape imports sympy
             padded = self.padded_shape(shape, len(shape) - to_support.domain.event_dim)
             self._layout.append((name, to_support, padded, shape.numel()))
         self.latent_dim = sum(size for *_, size in self._layout)
@@ -138,20 +138,27 @@ class LogJoint(Particles):
     def hessian(self, z: Tensor) -> Tensor:
         """Second derivatives, of shape ``(K, D, D)``."""
         K, D = z.shape
+        if self.at_once and K * D * self.num_numbers <= MAX_NUMBERS:
+            return self._rows(z.expand(D, K, D).reshape(D * K, D)).view(D, K, D).transpose(0, 1)
         with torch.enable_grad():
             z = z.detach().requires_grad_()
             (slope,) = grad(self(z).sum(), z, create_graph=True)
             if not slope.requires_grad:
                 return z.new_zeros(K, D, D)
-            units = torch.eye(D, dtype=z.dtype, device=z.device).unsqueeze(1).expand(D, K, D)
-            if K * D * self.num_numbers <= MAX_NUMBERS:
-                try:
-                    rows = grad(slope, z, units, retain_graph=True, is_grads_batched=True)[0]
-                    return rows.transpose(0, 1)
-                except RuntimeError:
-                    pass  # an operation without a batching rule
-            rows = torch.stack([grad(slope, z, unit, retain_graph=True)[0] for unit in units])
-        return rows.transpose(0, 1)
+            rows = [grad(slope[:, k].sum(), z, retain_graph=True)[0] for k in range(D)]
+        return torch.stack(rows, 1)
+
+    def _rows(self, z: Tensor) -> Tensor:
+        """Of D equal parts of points, the k-th with the k-th row of the Hessian at each."""
+        D = z.shape[1]
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            (slope,) = grad(self(z).sum(), z, create_graph=True)
+            if not slope.requires_grad:
+                return torch.zeros_like(z)
+            chosen = slope.view(D, -1, D).diagonal(dim1=0, dim2=2)
+            # Not of many outputs at once by autograd itself, which then imports sympy.
+            return grad(chosen.sum(), z)[0]
 
     def diagonal(self, z: Tensor, num_probes: int = 16) -> Tensor:
         """Estimates of the second derivatives in each latent alone, at ``z`` of shape ``(D,)``.

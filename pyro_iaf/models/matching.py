@@ -10,6 +10,7 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions.util import broadcast_shape
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch.distributions import Distribution
@@ -180,7 +181,7 @@ def _check_shape(site: Any, shape: torch.Size) -> None:
     expected = torch.Size(site["fn"].shape())
     own = expected[-len(shape) :] if shape else torch.Size()
     found = torch.as_tensor(site["value"]).shape
-    if _core(own) != _core(shape) or _core(torch.broadcast_shapes(expected, found)) != _core(found):
+    if _core(own) != _core(shape) or _core(broadcast_shape(expected, found)) != _core(found):
         raise Mismatch(
             f"A guide should draw values of the shapes that the model's sites have; at site "
             f"'{site['name']}' it draws shape {tuple(shape)}, and the model has {tuple(expected)}. "

@@ -76,23 +76,29 @@ def has_kernels() -> bool:
 
 
 def _compiled() -> Path:
-    from torch._inductor.runtime.cache_dir_utils import cache_dir  # changes the warning filters
-
     libraries = Path(torch.__file__).parent / "lib"
     command = [os.environ.get("CXX", "g++"), *FLAGS, str(SOURCES / "operations.cpp")]
     command += [f"-L{libraries}", "-ltorch_cpu", f"-Wl,-rpath,{libraries}"]
     texts = [path.read_text() for path in sorted(SOURCES.iterdir())]
     key = [*texts, *command, torch.__version__, platform.platform(), _processor()]
     name = f"pyro_iaf_{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.so"
-    library = Path(cache_dir()) / name
+    library = _cache() / name
     if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
+        library.parent.mkdir(0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as build:
             fresh = Path(build) / name
             command += ["-o", str(fresh)]
             subprocess.run(command, check=True, capture_output=True, text=True)
             fresh.replace(library)  # atomic, so that no other process sees half a file
     return library
+
+
+def _cache() -> Path:
+    """The folder in which PyTorch's compiler keeps its results, which takes a second to import."""
+    if given := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+        return Path(given).absolute()
+    user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "")
+    return Path(tempfile.gettempdir()) / f"pyro_iaf_{user}"
 
 
 def _register(name: str, kind: str) -> None:

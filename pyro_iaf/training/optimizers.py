@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..compiler.capture import Refused
 
-__all__ = ["BETAS", "EPS", "FlatAdam", "RowAdam", "adam_coefficients", "adam_update"]
+__all__ = ["BETAS", "EPS", "Adam", "FlatAdam", "RowAdam", "adam_coefficients", "adam_update"]
 
 # The defaults of torch.optim.Adam.
 BETAS, EPS = (0.9, 0.999), 1e-8
@@ -47,6 +47,103 @@ def adam_update(
     m = first * keep_1 + gradient * new_1
     v = second * keep_2 + gradient.square() * new_2
     return m, v, size * m / (v.sqrt() + eps)
+
+
+class Adam:
+    """Adam for parameters in groups, each of which has a rate of its own.
+
+    By the kernel of :class:`torch.optim.Adam`, whose class would import PyTorch's compiler, which
+    takes as long as hundreds of steps.
+
+    Attributes:
+        groups: The parameters of each group.
+        state: For each parameter that was trained, ``step`` and two averages: ``exp_avg`` and
+            ``exp_avg_sq``.
+    """
+
+    def __init__(self, num_groups: int) -> None:
+        self.groups: list[list[Tensor]] = [[] for _ in range(num_groups)]
+        self.state: dict[Tensor, dict[str, Tensor]] = {}
+
+    @property
+    def params(self) -> list[Tensor]:
+        """All parameters, group by group."""
+        return [param for group in self.groups for param in group]
+
+    def zero_grad(self) -> None:
+        """Removes all gradients."""
+        for param in self.params:
+            param.grad = None
+
+    @torch.no_grad()
+    def step(self, rates: Sequence[float]) -> None:
+        """Takes a step with those parameters that have a gradient."""
+        for rate, group in zip(rates, self.groups, strict=True):
+            kinds: dict[Any, list[Tensor]] = {}
+            for param in group:
+                if param.grad is not None:
+                    kinds.setdefault((param.device, param.dtype), []).append(param)
+            for (device, dtype), params in kinds.items():
+                if device.type in ("cpu", "cuda") and dtype.is_floating_point:
+                    self._step_by_kernel(params, rate)
+                else:
+                    self._step_by_rule(params, rate)
+
+    def _step_by_kernel(self, params: list[Tensor], rate: float) -> None:
+        states = [self._state_of(param) for param in params]
+        counts = [state["step"] for state in states]
+        torch._foreach_add_(counts, 1)
+        torch._fused_adam_(
+            params,
+            [param.grad for param in params if param.grad is not None],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            counts,
+            lr=rate,
+            beta1=BETAS[0],
+            beta2=BETAS[1],
+            weight_decay=0.0,
+            eps=EPS,
+            amsgrad=False,
+            maximize=False,
+        )
+        torch.autograd.graph.increment_version(params)  # the kernel does not
+
+    def _step_by_rule(self, params: list[Tensor], rate: float) -> None:
+        for param in params:
+            state, gradient = self._state_of(param), param.grad
+            assert gradient is not None
+            state["step"] += 1
+            count = torch.tensor(state["step"].item(), dtype=torch.float64, device="cpu")
+            numbers = adam_coefficients(count, rate)
+            averages = state["exp_avg"], state["exp_avg_sq"]
+            *new, change = adam_update(*averages, gradient, numbers)
+            torch._foreach_copy_(averages, new)
+            param.sub_(change)
+
+    def _state_of(self, param: Tensor) -> dict[str, Tensor]:
+        if param not in self.state:
+            self.state[param] = {
+                "step": torch.zeros((), dtype=torch.float32, device=param.device),
+                "exp_avg": torch.zeros_like(param, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(param, memory_format=torch.preserve_format),
+            }
+        return self.state[param]
+
+    def state_dict(self) -> dict[int, dict[str, Tensor]]:
+        """The state for a checkpoint, by the positions of parameters."""
+        params = enumerate(self.params)
+        return {k: self.state[param] for k, param in params if param in self.state}
+
+    def load_state_dict(self, state: dict[int, dict[str, Tensor]]) -> None:
+        """Takes over a :meth:`state_dict`; raises a LookupError if it is of other parameters."""
+        params = self.params
+        self.state = {}
+        for k, saved in state.items():
+            own = self._state_of(params[k])
+            for name, value in own.items():
+                value.copy_(saved[name])
 
 
 class RowAdam:
@@ -115,16 +212,14 @@ class FlatAdam:
     Args:
         params: The parameters, of one dtype and device.
         optimizer: The optimiser, whose state is read here and written by :meth:`store_state`.
-        factors: The factor of the learning rate for each of the optimiser's groups.
+        factors: The factor of the learning rate for each of its groups.
 
     Raises:
         Refused: If the parameters have several dtypes or devices, or different numbers of steps.
     """
 
     @torch.no_grad()
-    def __init__(
-        self, params: Sequence[Tensor], optimizer: torch.optim.Adam, factors: Sequence[float]
-    ) -> None:
+    def __init__(self, params: Sequence[Tensor], optimizer: Adam, factors: Sequence[float]) -> None:
         self.params, self.optimizer = list(params), optimizer
         if len({(param.dtype, param.device) for param in params}) != 1:
             raise Refused(
@@ -134,8 +229,8 @@ class FlatAdam:
         self.sizes = [param.numel() for param in params]
         factor_of = {
             id(param): factor
-            for group, factor in zip(optimizer.param_groups, factors, strict=True)
-            for param in group["params"]
+            for group, factor in zip(optimizer.groups, factors, strict=True)
+            for param in group
         }
         states = [optimizer.state.get(param, {}) for param in params]
         counts = {float(state.get("step", 0)) for state in states}

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from pyro_iaf.training.optimizers import BETAS, EPS, FlatAdam, RowAdam
+from pyro_iaf.training.optimizers import Adam, FlatAdam, RowAdam
 
 RATE, NUM_ROWS = 0.03, 6
 
@@ -12,18 +12,29 @@ class Eager:
 
     def __init__(self, table):
         self.table = table.clone().requires_grad_()
-        self.optimizer = torch.optim.Adam([self.table], lr=RATE, betas=BETAS, eps=EPS, fused=True)
+        self.optimizer = Adam(1)
+        self.optimizer.groups[0].append(self.table)
 
     def take(self, gradient):
         self.table.grad = gradient.clone()
         if gradient.isfinite().all():
-            self.optimizer.step()
+            self.optimizer.step([RATE])
 
     def state(self):
         return self.optimizer.state_dict()
 
     def restore(self, state):
         self.optimizer.load_state_dict(state)
+
+
+class ByRule(Eager):
+    """As they do on devices and dtypes that PyTorch's kernel lacks."""
+
+    def take(self, gradient):
+        self.table.grad = gradient.clone()
+        if gradient.isfinite().all():
+            with torch.no_grad():
+                self.optimizer._step_by_rule([self.table], RATE)
 
 
 class Flat(Eager):
@@ -62,7 +73,7 @@ class Rows:
         self.optimizer.restore(state)
 
 
-OPTIMIZERS = {"eager": Eager, "flat": Flat, "row-sparse": Rows}
+OPTIMIZERS = {"eager": Eager, "by rule": ByRule, "flat": Flat, "row-sparse": Rows}
 
 
 @pytest.fixture(params=OPTIMIZERS.values(), ids=OPTIMIZERS)
@@ -140,8 +151,10 @@ def test_each_row_has_a_count_of_its_own():
 def test_rates_differ_by_group_and_large_gradients_are_clipped():
     params = [torch.randn(3).requires_grad_(), torch.randn(2, 2).requires_grad_()]
     twins = [param.detach().clone().requires_grad_() for param in params]
-    groups = [{"params": [param]} for param in params]
-    adam = FlatAdam(params, torch.optim.Adam(groups, lr=RATE), [1.0, 4.0])
+    optimizer = Adam(2)
+    for group, param in zip(optimizer.groups, params, strict=True):
+        group.append(param)
+    adam = FlatAdam(params, optimizer, [1.0, 4.0])
     usual = torch.optim.Adam(
         [{"params": [t], "lr": f * RATE} for t, f in zip(twins, (1, 4), strict=True)]
     )
