@@ -38,13 +38,14 @@ class Backend:
     Attributes:
         name: Its name in ``backend=`` and ``FitResult.backend``.
         seconds_to_build: What building costs, in all and for each operation of the graph.
-        seconds_saved: What each step saves for each operation of the graph.
+        seconds_saved: What each step saves for each operation of the graph, and for each number
+            that they return.
         fewest_steps: Shorter runs are not worth a recording.
     """
 
     name: str
     seconds_to_build = (0.0, 0.0)
-    seconds_saved = 2.5e-6
+    seconds_saved = (2.5e-6, 0.0)
     fewest_steps = 500
 
     def is_available(self, device: torch.device) -> bool:
@@ -62,15 +63,19 @@ class Backend:
     def warm_up(self) -> None:
         """Starts in the background what building needs first."""
 
-    def gain(self, num_steps: int, num_operations: int) -> float:
+    def gain(self, num_steps: int, num_operations: int, num_numbers: int = 0) -> float:
         """The seconds that this backend saves over a run, after the cost of building.
+
+        They depend on counts alone and not on a clock, so that a run is the same each time.
 
         Example:
             >>> Replay().gain(1000, 400), Inductor().gain(1000, 400)
             (1.0, -4.2)
         """
         start, each = self.seconds_to_build
-        return (self.seconds_saved * num_steps - each) * num_operations - start
+        by_operation, by_number = self.seconds_saved
+        saved = by_operation * num_operations + by_number * num_numbers
+        return saved * num_steps - each * num_operations - start
 
 
 class Replay(Backend):
@@ -104,7 +109,7 @@ class Inductor(Backend):
 
     name = "inductor"
     seconds_to_build = (3.0, 0.008)
-    seconds_saved = 5e-6
+    seconds_saved = (5e-6, 0.4e-9)
 
     def is_available(self, device: torch.device) -> bool:
         return device.type != "cuda" and bool(shutil.which(os.environ.get("CXX", "g++")))
@@ -159,9 +164,12 @@ def has_compiler(device: torch.device) -> bool:
     return available_backends(device)[0].name != Replay.name
 
 
-def worthwhile_backend(device: torch.device, num_steps: int, num_operations: int) -> Backend:
+def worthwhile_backend(
+    device: torch.device, num_steps: int, num_operations: int, num_numbers: int = 0
+) -> Backend:
     """The backend with the largest :meth:`Backend.gain`."""
-    return max(available_backends(device), key=lambda b: b.gain(num_steps, num_operations))
+    size = num_steps, num_operations, num_numbers
+    return max(available_backends(device), key=lambda backend: backend.gain(*size))
 
 
 def choose_backend(name: str, device: torch.device) -> Backend:

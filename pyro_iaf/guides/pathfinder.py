@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ..models.log_joint import LogJoint
+from ..models.particles import threads_for
 from .covariances import Covariance, Dense, LowRank
 
 __all__ = ["Start", "StartNotFound", "pathfinder"]
@@ -96,9 +97,10 @@ def pathfinder(joint: LogJoint, loc: Tensor, dense: bool) -> Start:
     exact = len(loc) <= EXACT_PATHS
     density = _Density(joint, loc.dtype)
     try:
-        best = _best(density, _climb(density, _beginnings(density, loc), exact))
-        if not exact and best is not None:
-            best = _best(density, [best, *_refined(density, best.loc.to(loc).double())])
+        with threads_for(NUM_PATHS * joint.num_numbers):
+            best = _best(density, _climb(density, _beginnings(density, loc), exact))
+            if not exact and best is not None:
+                best = _best(density, [best, *_refined(density, best.loc.to(loc).double())])
     except StartNotFound:
         raise
     except Exception as error:  # a model may raise anything

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pyro
@@ -14,13 +15,31 @@ from .arguments import Program
 from .matching import Mismatch
 from .traces import quietly, samples
 
-__all__ = ["MAX_NUMBERS", "NUM_PROBED", "Particles", "numbers_in"]
+__all__ = ["MAX_NUMBERS", "NUM_PROBED", "Particles", "numbers_in", "threads_for"]
 
 # The most numbers in the sites of one run, and in the graph of a Hessian's rows.
 MAX_NUMBERS = 2**24
 
+# Where operations take fewer numbers, they run in one thread. Others gain nothing there, and each
+# operation waits for them if their cores are busy.
+NUMBERS_OF_THREADS = 2**20
+
 # How many draws are probed at once. Few plates have this size, by which an error could go unseen.
 NUM_PROBED = 7
+
+
+@contextmanager
+def threads_for(num_numbers: float) -> Iterator[None]:
+    """Sets PyTorch's threads for operations on so many numbers, and restores the user's setting."""
+    before = torch.get_num_threads()
+    if num_numbers >= NUMBERS_OF_THREADS or before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Particles:

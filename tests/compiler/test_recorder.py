@@ -14,6 +14,7 @@ from pyro_iaf.compiler.recorder import MAX_BUILDS, MAX_GRAPHS, Recorder, disagre
 from pyro_iaf.elbo.objectives import TraceLoss
 from pyro_iaf.elbo.trace import Call
 from pyro_iaf.training.compiled_step import CompiledSteps, StepCall
+from pyro_iaf.training.optimizers import Adam
 
 
 class Toy(Recorder):
@@ -85,7 +86,8 @@ class OfFit(OfElbo):
     def __init__(self):
         super().__init__()
         params = dict(self.guide.named_parameters())
-        optimizer = torch.optim.Adam(list(params.values()))
+        optimizer = Adam(1)
+        optimizer.groups[0].extend(params.values())
         self.recorder = CompiledSteps(
             TraceLoss(self.model, self.guide, Trace_ELBO()),
             params,
@@ -94,7 +96,7 @@ class OfFit(OfElbo):
             False,
             (),
             compile="graph",
-            num_steps=10_000,
+            num_left=lambda step: 10_000,
             change=True,
             before=None,
         )
