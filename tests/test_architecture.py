@@ -20,8 +20,8 @@ FLOORS = [
     {"solvers"},
     {"flows"},
     {"elbo", "guides"},
-    {"training"},
     {"diagnostics"},
+    {"training"},
     {"_registration"},
     {"__init__", "__main__"},
 ]

@@ -11,18 +11,26 @@ import torch
 from torch import Tensor
 
 from .._validation import check_size
-from ..importance import MAX_KHAT, MAX_ROUNDING, MIN_LOG_WEIGHT, rounding_message
+from ..importance import MAX_KHAT, MAX_ROUNDING, MIN_LOG_WEIGHT, pareto_k, rounding_message
 from ..models.arguments import check_call, check_pair
 from ..models.traces import handler_lock
 from ..models.weighted import WeightedParticles
 
-__all__ = ["Diagnosis", "diagnose"]
+__all__ = ["Diagnosis", "diagnose", "judge"]
 
-# A guide is good up to this k-hat, where weighting changes little.
-GOOD_KHAT = 0.5
+# A guide is good up to this k-hat, this gap between ELBO and log evidence in nats, and this change
+# by weighting: of a mean in standard deviations, of a log standard deviation.
+GOOD_KHAT, SMALL_GAP, SMALL_CHANGE = 0.5, 0.1, 0.1
 
-# The largest such change: of a mean in standard deviations, of a log standard deviation.
-SMALL_CHANGE = 0.15
+# Weights hardly differ from this effective sample size as a share of the draws, and up to this gap.
+# Then k-hat, which is free of scale, says nothing.
+NEARLY_ALL, TINY_GAP = 0.95, 0.02
+
+# From this shape of a tail on, the mean is infinite.
+NO_MEAN = 1.0
+
+# A weight that is smaller than the mean by less, as a share of it, counts as equal to the mean.
+SMALL_EXCESS = 1e-3
 
 # A verdict needs this many finite weights.
 MIN_DRAWS = 25
@@ -33,9 +41,9 @@ class Diagnosis:
     """How good a guide is; ``print(diagnosis)`` says it in words.
 
     Attributes:
-        khat: Shape of the tail of the importance weights. Below 0.5 the weights are reliable, and
-            the guide is good if they also change means and standard deviations little. Up to 0.7
-            the guide is usable with resampled draws; above, it should not be trusted.
+        khat: Shape of the tail of the importance weights. Below 0.5 the weights are reliable. Up to
+            0.7 the guide is usable with resampled draws; above, it should not be trusted, unless
+            the weights hardly differ.
         elbo: The ELBO in nats.
         elbo_se: Its standard error.
         iw_elbo: The importance-weighted ELBO, the logarithm of the mean weight: a tighter lower
@@ -47,6 +55,9 @@ class Diagnosis:
             the guide, and the largest factor by which a standard deviation changes.
         subsampled: Whether the model subsamples data. Then the weights depend on it too.
         is_point: Whether all draws are equal, so that the weights carry no information.
+        spread_khat: Shape of the tail of what draws add to the guide's variances and weighting
+            takes away. From 1 on the guide's tails are too heavy: a few draws far out, which are
+            often not among those here, decide on its standard deviations.
         rounding: The error of a log-weight by floating-point rounding, in nats.
         improper: Latents with an unbounded flat prior that the model's density does not depend on.
 
@@ -68,6 +79,7 @@ class Diagnosis:
     sites: dict[str, tuple[float, float]]
     subsampled: bool = False
     is_point: bool = False
+    spread_khat: float = 0.0
     rounding: float = 0.0
     improper: Sequence[str] = ()
 
@@ -81,10 +93,44 @@ class Diagnosis:
         """The sites, sorted by how much weighting changes them; the largest change comes first."""
         return sorted(self.sites, key=lambda name: -_size_of_change(*self.sites[name]))
 
+    @property
+    def largest_change(self) -> float:
+        """The largest change by weighting, of a mean in standard deviations or of a log one."""
+        return max((_size_of_change(*change) for change in self.sites.values()), default=0.0)
+
+    @property
+    def gap(self) -> float:
+        """What the ELBO lacks to the log evidence, in nats, as far as the draws can tell."""
+        return self.iw_elbo - self.elbo
+
+    @property
+    def hardly_differ(self) -> bool:
+        """Whether all weights are so similar that the shape of their tail says nothing."""
+        return self.ess >= NEARLY_ALL * len(self.log_weights) and self.gap < TINY_GAP
+
+    @property
+    def verdict(self) -> str:
+        """``"good"``, ``"usable"``, ``"not to be trusted"``, or ``"none"``."""
+        if self._no_verdict():
+            return "none"
+        is_close = (
+            self.gap < SMALL_GAP
+            and self.largest_change < SMALL_CHANGE
+            and self.spread_khat < NO_MEAN
+            and bool(self.log_weights.isfinite().all())
+        )
+        if is_close and (self.khat < min(GOOD_KHAT, self.threshold) or self.hardly_differ):
+            return "good"
+        is_usable = self.khat < self.threshold or self.hardly_differ
+        return "usable" if is_usable else "not to be trusted"
+
     def __str__(self) -> str:
+        khat = f"k-hat {self.khat:.2f} (below 0.5 good, below {self.threshold:.2f} usable)"
+        if self.hardly_differ:
+            khat = f"k-hat {self.khat:.2f}, of weights that hardly differ"
         lines = [
-            self._verdict(),
-            f"  k-hat {self.khat:.2f} (below 0.5 good, below {self.threshold:.2f} usable)",
+            self._in_words(),
+            f"  {khat}",
             f"  effective sample size {self.ess:.0f} of {len(self.log_weights)} draws",
             f"  ELBO {self.elbo:.2f} +/- {self.elbo_se:.2f} nats, "
             f"importance-weighted {self.iw_elbo:.2f} +/- {self.iw_elbo_se:.2f}",
@@ -105,41 +151,44 @@ class Diagnosis:
             )
         return "\n".join(lines)
 
-    def _verdict(self) -> str:
+    def _in_words(self) -> str:
+        verdict = self.verdict
+        if verdict == "none":
+            return f"No verdict: {self._no_verdict()}"
+        if verdict == "good":
+            return "Good: the guide is close to the posterior."
+        if verdict == "usable":
+            fault = "the guide misses a part of the posterior"
+            if self.spread_khat >= NO_MEAN:
+                fault = "the guide's tails are heavier than the posterior's"
+            return f"Usable: {fault}. Use sample_posterior(..., resample=True)."
+        return (
+            "Not to be trusted: the guide misses too much of the posterior. Train longer, use more "
+            "or wider flows, or reparameterise the model."
+        )
+
+    def _no_verdict(self) -> str:
+        """Why there is no verdict; empty if there is one."""
         if self.is_point:
-            return "No verdict: the guide is a point, so its weights carry no information."
+            return "the guide is a point, so its weights carry no information."
         if self.improper:
             names = ", ".join(f"'{name}'" for name in self.improper)
             return (
-                f"No verdict: the posterior is improper. The prior of {names} is flat, and the "
-                "model's density does not depend on it. Give it a proper prior."
+                f"the posterior is improper. The prior of {names} is flat, and the model's density "
+                "does not depend on it. Give it a proper prior."
             )
         log_w = self.log_weights
         num_finite = int(log_w.isfinite().sum())
         if num_finite < MIN_DRAWS:
             return (
-                f"No verdict: {num_finite} of {len(log_w)} draws have a finite weight, and at "
-                f"least {MIN_DRAWS} are needed."
+                f"{num_finite} of {len(log_w)} draws have a finite weight, and at least "
+                f"{MIN_DRAWS} are needed."
             )
         if self.rounding > MAX_ROUNDING:
-            return f"No verdict: {rounding_message(self.rounding)}"
+            return rounding_message(self.rounding)
         if math.isinf(self.khat) and int((log_w > log_w.max() + MIN_LOG_WEIGHT).sum()) >= MIN_DRAWS:
-            return "No verdict: too many weights are equal to fit a tail to them."
-        changes_little = all(
-            _size_of_change(*change) < SMALL_CHANGE for change in self.sites.values()
-        )
-        changes_little = changes_little and num_finite == len(log_w)
-        if self.khat < min(GOOD_KHAT, self.threshold) and changes_little:
-            return "Good: the guide is close to the posterior."
-        if self.khat < self.threshold:
-            return (
-                "Usable: the guide misses a part of the posterior. Use "
-                "sample_posterior(..., resample=True)."
-            )
-        return (
-            "Not to be trusted: the guide misses too much of the posterior. Train longer, use more "
-            "or wider flows, or reparameterise the model."
-        )
+            return "too many weights are equal to fit a tail to them."
+        return ""
 
 
 @torch.no_grad()
@@ -193,13 +242,19 @@ def diagnose(
     check_pair("diagnose", model, guide)
     args, kwargs = check_call(args, kwargs, model)
     with handler_lock:
-        particles = WeightedParticles(model, guide, args, kwargs)
-        draws = particles.weighted(num_samples)
+        return judge(WeightedParticles(model, guide, args, kwargs), num_samples)
+
+
+@torch.no_grad()
+def judge(particles: WeightedParticles, num_samples: int) -> Diagnosis:
+    """The diagnosis of a guide by so many new draws."""
+    draws = particles.weighted(num_samples)
     log_w, S = draws.log_weights, num_samples
     largest = log_w.max()
     weights = (log_w - largest).exp() if largest.isfinite() else torch.zeros_like(log_w)
     total, squares = weights.sum(), weights.square().sum()
     ess = (total.square() / squares).item() if squares > 0 else 0.0
+    changes, excess = _changes(draws.weights, draws.sites) if total > 0 else ({}, log_w.exp())
     return Diagnosis(
         khat=draws.khat,
         elbo=log_w.mean().item(),
@@ -208,30 +263,42 @@ def diagnose(
         iw_elbo_se=math.sqrt(max(1 / ess - 1 / S, 0.0)) if ess else math.nan,
         ess=ess,
         log_weights=log_w,
-        sites=_changes(draws.weights, draws.sites) if total > 0 else {},
+        sites=changes,
         subsampled=particles.subsampled,
         is_point=S > 1 and all(bool((d == d[:1]).all()) for d in draws.sites.values()),
+        spread_khat=pareto_k(excess.log()) if (excess > 0).sum() >= MIN_DRAWS else 0.0,
         rounding=draws.rounding,
         improper=particles.improper,
     )
 
 
-def _changes(weights: Tensor, sites: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
-    """For each site the largest shift of a mean and factor of a standard deviation by weighting."""
-    changes = {}
+def _changes(
+    weights: Tensor, sites: Mapping[str, Tensor]
+) -> tuple[dict[str, tuple[float, float]], Tensor]:
+    """What weighting changes.
+
+    For each site the largest shift of a mean and factor of a standard deviation; and for each draw
+    what it adds to a variance, in units of the weighted one, and weighting takes away.
+    """
+    changes, largest = {}, torch.zeros_like(weights)
     for name, draws in sites.items():
         if not draws.is_floating_point():
             continue
         flat = draws.double().reshape(len(draws), -1)
         mean, sd = flat.mean(0), flat.std(0, correction=min(1, len(flat) - 1))
         weighted_mean = weights @ flat
-        weighted_sd = (weights @ (flat - weighted_mean).square()).sqrt()
+        squares = (flat - weighted_mean).square()
+        weighted_sd = (weights @ squares).sqrt()
         constant = sd < 1e-12 * (1 + mean.abs())  # as entries of a Cholesky factor are
         shift = ((weighted_mean - mean).abs() / sd).where(~constant, 0).max().item()
         factors = (weighted_sd / sd).where(~constant, 1)
         furthest = factors[factors.clamp(min=1e-9).log().abs().argmax()].item()
         changes[name] = (shift, furthest)
-    return changes
+        relative = (squares / weighted_sd.square()).where(~constant, 0).amax(-1)
+        largest = largest.maximum(relative.nan_to_num(0.0, math.inf))
+    excess = 1 - len(weights) * weights
+    # Rounding is no excess.
+    return changes, largest * excess.where(excess > SMALL_EXCESS, 0)
 
 
 def _size_of_change(shift: float, factor: float) -> float:

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-
-from ..training.fit import FitResult
 
 __all__ = ["plot_loss", "plot_pairs"]
 
 BLUE, GREY, RED = "#1f5c99", "#9aa5b1", "#c44536"
 
 
-def plot_loss(result: FitResult, ax: Any = None) -> Any:
+class Training(Protocol):
+    """What is plotted of a training: the result of a :func:`~pyro_iaf.fit` has it."""
+
+    losses: Tensor
+
+    @property
+    def settled(self) -> tuple[float, float]:
+        """The loss at the end and its standard error."""
+
+
+def plot_loss(result: Training, ax: Any = None) -> Any:
     """The loss of each step, its running mean, and the level at which it settled.
 
     Args:
@@ -30,7 +38,7 @@ def plot_loss(result: FitResult, ax: Any = None) -> Any:
         ImportError: If Matplotlib is not installed.
 
     Example:
-        >>> result = FitResult(torch.linspace(3.0, 1.0, 200), 200, False, 0, 1.0)
+        >>> result = FitResult(torch.linspace(3.0, 1.0, 200), 200, "all steps were taken", 0, 1.0)
         >>> plot_loss(result).get_xlabel()
         'step'
     """
