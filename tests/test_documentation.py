@@ -4,6 +4,7 @@ import doctest
 import importlib
 import inspect
 import json
+import math
 import pathlib
 import pkgutil
 import re
@@ -229,6 +230,14 @@ def test_the_price_of_an_inverse_with_gradient_is_what_was_measured():
     claim = "in {} and {} at D = 32, {} and {} at D = 1024, in float64".format(
         *(sweeps[D, kind] for D in (32, 1024) for kind in ("gentle", "hard"))
     )
+    assert claim in " ".join((ROOT / "README.md").read_text().split())
+
+
+def test_the_seconds_to_a_verdict_are_those_measured():
+    file = json.loads((ROOT / "benchmarks" / "results" / "certified.json").read_text())
+    found, latents = file["about"]["summary"], len({row["posterior"] for row in file["rows"]})
+    assert (latents, found["good though wrong"]) == (20, 0)
+    claim = f"half took at most {math.ceil(10 * found['median seconds']) / 10} s from the model"
     assert claim in " ".join((ROOT / "README.md").read_text().split())
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Checkpoint", "load", "prepare", "save", "settings_of"]
 
-FORMAT = "pyro_iaf.fit 3"
+FORMAT = "pyro_iaf.fit 4"
 
 # The length of the hash at the end of a file, in bytes.
 LENGTH_OF_HASH = 64
@@ -35,8 +35,8 @@ LENGTH_OF_HASH = 64
 # The entries of every checkpoint, besides the states of modules.
 PARTS = (
     "averages", "backend", "batches", "batches_before", "data", "generators", "generators_before",
-    "relative_ess", "losses", "observed", "optimizer", "params", "progress", "recordings", "rows",
-    "settings", "sites", "weights",
+    "looks", "losses", "observed", "optimizer", "params", "place", "progress", "recordings",
+    "relative_ess", "rows", "settings", "sites", "weights",
 )  # fmt: skip
 
 
@@ -110,7 +110,7 @@ class Checkpoint:
         # Noted before, if the batch of the next step is already drawn.
         if self._place["step"] != run.step:
             self.note_place()
-        progress = run.step, schedule.end, schedule.falls_at, run.skipped, run.skipped_in_a_row
+        progress = run.step, run.skipped, run.skipped_in_a_row
         state = {
             **{name: module.state_dict() for name, module in self._modules().items()},
             **self._digests,
@@ -125,6 +125,8 @@ class Checkpoint:
             "backend": run.backend,
             "recordings": self._place["recordings"],
             "progress": list(progress),
+            "place": schedule.place,
+            "looks": [] if run.certificate is None else [*map(list, run.certificate.elbos)],
             "weights": {k: weight for k, weight in schedule.weights.items() if k < run.step},
             "generators": {**generators(), **self._place["generators"]},
             "batches": self._place["batches"],
@@ -185,8 +187,10 @@ class Checkpoint:
         run.rows.restore(saved["rows"])
         run.averages = {n: v.to(run.params[n]) for n, v in saved["averages"].items()}
         run.losses = saved["losses"].tolist()
-        run.step, end, falls_at, run.skipped, run.skipped_in_a_row = saved["progress"]
-        schedule.end, schedule.falls_at = end, falls_at
+        run.step, run.skipped, run.skipped_in_a_row = saved["progress"]
+        schedule.place = saved["place"]
+        if run.certificate is not None:
+            run.certificate.elbos = saved["looks"]
         run.loss.relative_ess = run.loss.relative_ess.new_tensor(saved["relative_ess"])
         run.backend = saved["backend"]
         schedule.weights = dict(saved["weights"])
@@ -201,7 +205,7 @@ class Checkpoint:
     def _settings(self) -> dict[str, Any]:
         run, schedule = self.run, self.run.schedule
         return {
-            "num_steps": schedule.num_steps,
+            "num_steps": schedule.asked,
             "num_particles": run.num_particles,
             "lr": schedule.lr,
             "clip_norm": run.clip_norm,

@@ -37,7 +37,7 @@ from ..elbo.objectives import Loss
 from ..models.arguments import Args, Kwargs
 from ..models.traces import quietly
 from .digests import digest
-from .optimizers import BETAS, FlatAdam
+from .optimizers import BETAS, Adam, FlatAdam
 
 __all__ = ["Built", "CompiledSteps"]
 
@@ -51,6 +51,12 @@ NUM_SCALARS = 3
 # The largest number of latents for which replayed steps are faster than eager ones: with a C++
 # compiler for the flows' scores, and without.
 MAX_REPLAYED, MAX_REPLAYED_UNCOMPILED = 200, 64
+
+# In place of a backend where steps stay eager.
+EAGER = "eager"
+
+# How many numbers a step of Adam returns for each parameter.
+NUMBERS_OF_ADAM = 12
 
 
 class StepCall(NamedTuple):
@@ -86,7 +92,7 @@ class CompiledSteps(Recorder[StepCall, Built]):
         weighted: Whether the weight of the KL divergence changes.
         settings: Other settings that the steps depend on.
         compile: As for :func:`~pyro_iaf.fit`.
-        num_steps: The number of steps of the run.
+        num_left: From a step to the number of those still to come, as far as one can say.
         change: Whether arguments change from step to step.
         before: The :meth:`state` in the checkpoint from which the run resumes, or None.
     """
@@ -97,19 +103,19 @@ class CompiledSteps(Recorder[StepCall, Built]):
         self,
         loss: Loss,
         params: dict[str, Tensor],
-        optimizer: torch.optim.Adam,
+        optimizer: Adam,
         factors: Sequence[float],
         weighted: bool,
         settings: tuple[Any, ...],
         *,
         compile: bool | str,  # noqa: A002
-        num_steps: int,
+        num_left: Callable[[int], int],
         change: bool,
         before: dict[str, Any] | None,
     ) -> None:
         super().__init__()
         self.loss, self.params, self.optimizer = loss, params, optimizer
-        self.compile, self.num_steps, self.change = compile, num_steps, change
+        self.compile, self.num_left, self.change = compile, num_left, change
         self._factors, self._weighted, self._settings = factors, weighted, settings
         known = _built.setdefault(loss.guide, {}) if isinstance(loss.guide, nn.Module) else {}
         self._known: dict[Any, Built] = known
@@ -122,9 +128,11 @@ class CompiledSteps(Recorder[StepCall, Built]):
         self.wanted = [b.name for b in (lowering.BACKENDS if compile == "auto" else [self.best])]
         # By hashes of kinds of arguments, which a checkpoint can hold. A kind keeps its backend, so
         # that a resumed run gives the same numbers.
-        before = before or {"kinds": {}, "left_out": [], "backends": {}, "is_off": False}
+        before = before or dict(kinds={}, left_out=[], backends={}, counts={}, is_off=False)
         self._times, self._left_out = Counter(before["kinds"]), set(before["left_out"])
         self._backends: dict[str, str] = dict(before["backends"])
+        # The operations and numbers of a step, likewise.
+        self._counts: dict[str, list[int]] = dict(before["counts"])
         # How often a step with such constants was recorded, by hashes.
         self._constants: dict[str, Counter[str]] = {
             name: Counter(seen) for name, seen in before.get("constants", {}).items()
@@ -163,6 +171,18 @@ class CompiledSteps(Recorder[StepCall, Built]):
             self._last = built
         return built
 
+    def expect(self, num_steps: int) -> None:
+        """Has steps compiled that were not worth it before, if these many more make them so."""
+        for name, backend in list(self._backends.items()):
+            slow = backend in (Replay.name, EAGER) and self.compile == "auto"
+            if slow and self._worthwhile(num_steps, name) != Replay.name:
+                del self._backends[name]
+                self._known.clear()
+                self.recordings.clear()
+
+    def _worthwhile(self, num_steps: int, name: str) -> str:
+        return lowering.worthwhile_backend(self.device, num_steps, *self._counts[name]).name
+
     def is_for(self, built: Built, args: Args, kwargs: Kwargs) -> bool:
         """Whether a step takes these arguments."""
         return self.holds(built, StepCall(0, args, kwargs))
@@ -173,6 +193,7 @@ class CompiledSteps(Recorder[StepCall, Built]):
             "kinds": dict(self._times),
             "left_out": sorted(self._left_out),
             "backends": dict(self._backends),
+            "counts": dict(self._counts),
             "constants": {name: dict(seen) for name, seen in self._constants.items()},
             "is_off": self.compile is False,
         }
@@ -203,9 +224,9 @@ class CompiledSteps(Recorder[StepCall, Built]):
 
     def is_due(self, call: StepCall, kind: Hashable) -> bool:
         name = _name(call)
-        if self._backends.get(name) in self.wanted:
-            return True
-        is_short = self.num_steps - call.step < self.best.fewest_steps
+        if (backend := self._backends.get(name)) in self.wanted or backend == EAGER:
+            return backend != EAGER
+        is_short = self.num_left(call.step) < self.best.fewest_steps
         if (is_short and self.compile == "auto") or len(self._times) > MAX_GRAPHS:
             return False
         self._times[name] += 1
@@ -231,13 +252,13 @@ class CompiledSteps(Recorder[StepCall, Built]):
         if live != self._live:  # FlatAdam has the state of one set of parameters
             self._left_out.add(name)
             return None
+        self._counts[name] = _counts_of(graph, self._params_of(live))
         if self.compile == "auto" and is_undecided:
-            size = self.num_steps - call.step, len(graph.module.graph.nodes)
-            backend = lowering.worthwhile_backend(self.device, *size).name
+            backend = self._worthwhile(self.num_left(call.step), name)
             has_one = lowering.has_compiler(torch.device("cpu"))
             largest = MAX_REPLAYED if has_one else MAX_REPLAYED_UNCOMPILED
             if backend == Replay.name and self.loss.flow_dim > largest:
-                self.compile = False
+                self._backends[name] = EAGER
                 return None
         if backend != Replay.name and call.bar is not None:
             call.bar.set_postfix_str("compiling the step, once")
@@ -368,6 +389,14 @@ class CompiledSteps(Recorder[StepCall, Built]):
 
     def _params_of(self, names: list[str]) -> list[Tensor]:
         return [self.params[name] for name in names]
+
+
+def _counts_of(graph: Graph, params: Sequence[Tensor]) -> list[int]:
+    """The operations of a step, and the numbers that they return."""
+    nodes = list(graph.module.graph.nodes)
+    found = [node.meta.get("val") for node in nodes]
+    numbers = sum(value.numel() for value in found if isinstance(value, Tensor))
+    return [len(nodes), numbers + NUMBERS_OF_ADAM * sum(param.numel() for param in params)]
 
 
 def _name(call: StepCall) -> str:

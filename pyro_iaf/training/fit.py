@@ -23,7 +23,7 @@ from . import checkpoints
 from .batches import Batches
 from .result import FitResult
 from .run import Run
-from .schedule import Schedule
+from .schedule import Rounds, Schedule
 
 __all__ = ["FitResult", "fit"]
 
@@ -37,7 +37,7 @@ def fit(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
-    num_steps: int = 3000,
+    num_steps: int | None = None,
     num_particles: int = 16,
     data: Iterable[Any] | None = None,
     simulate: Sequence[str] | Mapping[str, str] | None = None,
@@ -54,10 +54,17 @@ def fit(
 ) -> FitResult:
     r"""Fits a guide to a model by maximising the ELBO.
 
-    By Adam. The learning rate rises over the first hundred steps, stays until the ELBO has settled
-    or four tenths of the steps are over, and then falls to a hundredth. The parameters of the last
-    fifth of the steps are averaged. Gradients are clipped. A step whose loss or gradient is not
-    finite is skipped.
+    By Adam, until the guide is certified: steps come in rounds that end after 100, 200, 400, ...
+    and at most 6,400 steps. At the end of each, new draws of the guide are weighted by the model.
+    The run stops where the weights change no mean by 0.05 standard deviations and no standard
+    deviation by 5 %, and :func:`~pyro_iaf.diagnose` calls the guide good. It also stops where the
+    ELBO no longer rises from round to round, or rises so slowly that all rounds would not be
+    enough. ``result.stopped`` says which, and ``result.diagnosis`` is the verdict of further draws.
+
+    In each round the learning rate rises, stays, falls after four tenths of the steps, and ends at
+    a hundredth; the parameters of the last fifth of the steps are averaged. With ``num_steps``
+    there is one such round, where the fall begins earlier if the ELBO has settled. Gradients are
+    clipped. A step whose loss or gradient is not finite is skipped.
 
     For an :class:`~pyro_iaf.AutoIAF` or :class:`~pyro_iaf.AutoHierarchicalIAF` and without a
     ``loss``, gradients go through the draws alone ("sticking the landing"). They are unbiased, and
@@ -67,9 +74,11 @@ def fit(
 
     Long runs are compiled: model, guide, gradient, clipping and Adam run once in Python and become
     one call, with the same results but for rounding. A step then costs what its arithmetic does,
-    instead of milliseconds. Compiling takes some ten seconds, and nothing for the same guide, model
-    and shapes in the same process. For a loop of your own, :class:`pyro.infer.SVI` works with the
-    guide as usual, and :class:`~pyro_iaf.CompiledTrace_ELBO` compiles its loss.
+    instead of milliseconds. Compiling takes seconds, and nothing for the same guide, model and
+    shapes in the same process. For a loop of your own, :class:`pyro.infer.SVI` works with the guide
+    as usual, and :class:`~pyro_iaf.CompiledTrace_ELBO` compiles its loss.
+
+    Small steps take one thread, since others gain nothing there; your setting is restored.
 
     Threads wait for each other in calls of fit and :func:`~pyro_iaf.diagnose`, since Pyro has one
     stack of handlers for all threads. Processes run in parallel.
@@ -79,7 +88,9 @@ def fit(
         guide: A guide, by hand or any of Pyro's or ours.
         args: The positional arguments of model and guide.
         kwargs: Their keyword arguments.
-        num_steps: The largest number of steps.
+        num_steps: The largest number of steps. None means until the guide is certified; or with
+            minibatches, whose weights would be noise, until the ELBO has settled, in 3,000 steps at
+            most.
         num_particles: The number of draws in each step's gradient.
         data: An iterable or a ``DataLoader`` of minibatches, instead of ``args``: each a tuple of
             the model's arguments, a dict of keyword arguments, or the one argument. It is iterated
@@ -97,11 +108,13 @@ def fit(
         early_stop: Whether the learning rate begins to fall as soon as the ELBO has settled.
         compile: ``True`` compiles the step, or replays it operation by operation if there is no C++
             compiler. ``"graph"`` always replays, which is slower than the code itself for an
-            ``AutoIAF`` of more than 200 latents. ``"auto"`` compiles if ``num_steps`` steps are
-            faster so, and warns if it can't. ``False`` runs model and guide at each step, as needed
-            if they change from step to step, or branch on latents, parameters or random numbers, or
-            on numbers that differ from one minibatch to the next. Numbers that they compute from
-            the same data at each step, as ``int(group.max())``, are constants of the step.
+            ``AutoIAF`` of more than 200 latents. ``"auto"`` replays or compiles if the steps still
+            to come are faster so by the counts of steps, operations and numbers, never by a clock,
+            so that a seed gives the same run; it warns if it can't. ``False`` runs model and guide
+            at each step, as needed if they change from step to step, or branch on latents,
+            parameters or random numbers, or on numbers that differ from one minibatch to the next.
+            Numbers that they compute from the same data at each step, as ``int(group.max())``, are
+            constants of the step.
         seed: The seed of the generators of PyTorch, NumPy and Python, which are left alone if None.
         progress: Whether to show a bar, with the ELBO, its trend and the steps per second.
         checkpoint: A file in which the state of the run is saved regularly. If it exists, the run
@@ -111,9 +124,9 @@ def fit(
         checkpoint_every: The number of steps between two checkpoints.
 
     Returns:
-        The losses, and how the run went. An error that ends the run has this result of the steps
-        taken so far as ``error.result``. They are in the checkpoint too, unless their values are
-        the error.
+        The losses, how the run went, and without ``num_steps`` the verdict. An error that ends the
+        run has this result of the steps taken so far as ``error.result``. They are in the
+        checkpoint too, unless their values are the error.
 
     Raises:
         ValueError: If an argument is out of range, model and guide are swapped or are none, the
@@ -138,11 +151,16 @@ def fit(
         ...     z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
         ...     pyro.sample("y", dist.Normal(z.sum(-1), 0.5), obs=torch.tensor(1.0))
         >>> guide = AutoIAF(model)
-        >>> result = fit(model, guide, num_steps=100, seed=0, progress=False)
-        >>> len(result.losses)
-        100
+        >>> result = fit(model, guide, seed=0, progress=False)
+        >>> result.num_steps, result.stopped
+        (100, 'more of them would change nothing')
+        >>> result.diagnosis.verdict
+        'good'
     """
-    num_steps = check_size("num_steps", num_steps)
+    if num_steps is not None:
+        num_steps = check_size("num_steps", num_steps)
+    elif not early_stop:
+        raise ValueError("early_stop=False takes all steps, so give their number as num_steps.")
     num_particles = check_size("num_particles", num_particles)
     checkpoint_every = check_size("checkpoint_every", checkpoint_every)
     lr = _check_positive("lr", lr, math.inf)
@@ -179,7 +197,11 @@ def fit(
             model=model,
             guide=guide,
             batches=batches,
-            schedule=Schedule(num_steps, lr, annealing, bool(early_stop)),
+            schedule=(
+                Rounds(lr, annealing)
+                if num_steps is None
+                else Schedule(num_steps, lr, annealing, bool(early_stop))
+            ),
             num_particles=num_particles,
             clip_norm=clip_norm,
             elbo=loss,

@@ -4,7 +4,7 @@ r"""One training run, step by step.
     \max_\phi \; \mathbb{E}_{z \sim q_\phi} \bigl[ \log p(x, z) - \log q_\phi(z) \bigr]
 
 by Adam, at a constant learning rate until the ELBO has settled and then at a falling one; the last
-iterates are averaged.
+iterates are averaged. Without a number of steps, in rounds until the guide is certified.
 """
 
 from __future__ import annotations
@@ -39,16 +39,18 @@ from ..models.log_joint import LogJoint
 from ..models.matching import Mismatch
 from ..models.nonfinite import describe_nonfinite, impossible_data
 from ..models.param_store import unconstrained_params
+from ..models.particles import threads_for
 from ..models.traces import quietly
 from ..models.weighted import WeightedParticles, check_latents
 from .batches import Batches, odd_data
+from .certificate import Certificate, particles_or_none
 from .checkpoints import Checkpoint, settings_of
 from .compiled_step import Built, CompiledSteps
 from .interrupts import Interrupts
-from .optimizers import BETAS, EPS, RowAdam
+from .optimizers import Adam, RowAdam
 from .progress import progress_bar
 from .result import AVERAGED, FitResult
-from .schedule import Schedule
+from .schedule import Rounds, Schedule
 
 __all__ = ["Run"]
 
@@ -98,6 +100,8 @@ class Run:
         self.skipped, self.skipped_in_a_row = 0, 0
         self.params: dict[str, Tensor] = {}
         self.averages: dict[str, Tensor] = {}
+        self.particles: WeightedParticles | None = None
+        self.certificate: Certificate | None = None
         self.backend = "eager"
         self.chunk = FIRST_CHUNK
         self.next_shown = 50
@@ -116,11 +120,15 @@ class Run:
 
     def _take_all(self, progress: bool) -> FitResult:
         first, saved = self._begin()
+        with threads_for(self._size_of_step()):
+            return self._take_steps(first, saved, progress)
+
+    def _take_steps(self, first: Batch, saved: dict[str, Any] | None, progress: bool) -> FitResult:
         self.waiting = [first] if saved is None else []  # a resumed run goes on with the next batch
-        bar = progress_bar(self.schedule.num_steps, self.step, progress)
+        bar = progress_bar(self.schedule.end, self.step, progress)
         with bar, Interrupts() as self.interrupts:
             try:
-                while self.step < self.schedule.end:
+                while not self._has_arrived():
                     self._take_some(bar)
                     if self.step % self.checkpoint.every == 0:
                         self.checkpoint.save()
@@ -140,12 +148,47 @@ class Run:
                 raise
             self.steps.stop()
             bar.total = self.step
-        with torch.no_grad():
-            for name, average in self.averages.items():
-                self.params[name].copy_(average)
+        if self.certificate is None:
+            self._set_averages()
+            self._adjust_tails()
+        return self._result()
+
+    def _has_arrived(self) -> bool:
+        """Whether the run is over; otherwise the schedule has another step."""
+        schedule = self.schedule
+        if self.step < schedule.end:
+            return False
+        if self.certificate is None or not isinstance(schedule, Rounds):
+            return True
+        self.checkpoint.save()
+        self.steps.stop()
+        self._set_averages()
+        with self.interrupts.open(), torch.random.fork_rng():  # the same draws if resumed here
+            is_annealed = schedule.weight(self.step - 1) < 1 and not schedule.is_last
+            if not is_annealed and self.certificate.look(self.step, schedule.num_rounds_left):
+                return True
+        self._set_averages()  # without what the look has changed
+        self.averages.clear()
+        schedule.next_round()
+        self.steps.expect(schedule.num_left(self.step))
+        return False
+
+    @torch.no_grad()
+    def _set_averages(self) -> None:
+        """Sets the parameters to the averages of the last steps."""
+        for name, average in self.averages.items():
+            self.params[name].copy_(average)
+
+    def _adjust_tails(self) -> None:
         if isinstance(self.loss, LatentLoss) and not self.batches.change:
             self.loss.adjust_tails(self.batches.next)
-        return self._result()
+
+    def _size_of_step(self) -> float:
+        """The numbers that the largest operations of a step take; infinite if that is unknown."""
+        if self.particles is None:
+            return math.inf
+        drawn = self.num_particles * self.particles.num_numbers
+        return max(drawn, *(param.numel() for param in self.params.values()), 0)
 
     def _begin(self) -> tuple[Batch, dict[str, Any] | None]:
         """Prepares the steps; returns the first batch, and a checkpoint's state if there is one."""
@@ -172,22 +215,25 @@ class Run:
             weighted=self.schedule.annealing is not None,
             settings=(self.num_particles, settings_of(self.elbo)),
             compile=self.compile,
-            num_steps=self.schedule.num_steps,
+            num_left=self.schedule.num_left,
             change=self.batches.change,
             before=None if saved is None else saved["recordings"],
         )
         return first, saved
 
     def _result(self) -> FitResult:
-        end = self.schedule.end
+        schedule, certificate = self.schedule, self.certificate
+        reason = schedule.reason(self.step) if certificate is None else certificate.reason
         return FitResult(
             losses=torch.tensor(self.losses, dtype=torch.float64),
             num_steps=self.step,
-            stopped=self.step >= end and end < self.schedule.num_steps,
+            stopped=reason or "something else ended it",
             skipped=self.skipped,
             seconds=time.perf_counter() - self.began,
             backend=self.backend,
             resumed_at=self.resumed_at,
+            num_averaged=int(AVERAGED * (self.step - schedule.begin)),
+            diagnosis=None if certificate is None else certificate.diagnosis,
         )
 
     # Before the first step
@@ -223,8 +269,12 @@ class Run:
                     raise error from None
         self._make_optimizer(capture.trace)
         if self.elbo is not None:
+            if isinstance(self.schedule, Rounds):
+                self.particles = particles_or_none(self.model, self.guide, args, kwargs)
+            self._make_certificate()
             return TraceLoss(self.model, self.guide, self.elbo)
-        particles = WeightedParticles(self.model, self.guide, args, kwargs)
+        self.particles = particles = WeightedParticles(self.model, self.guide, args, kwargs)
+        self._make_certificate()
         if not particles.at_once and self.num_particles > 1:
             warn(
                 "fit runs its particles one after the other: vectorised over particles, the model "
@@ -243,11 +293,17 @@ class Run:
         )
         return TraceLoss(self.model, self.guide, elbo)
 
+    def _make_certificate(self) -> None:
+        if not isinstance(self.schedule, Rounds):
+            return
+        particles = self.particles
+        if particles is None or particles.subsampled or self.batches.change:
+            self.schedule = self.schedule.all_at_once()
+        else:
+            self.certificate = Certificate(particles, self._adjust_tails)
+
     def _make_optimizer(self, seen: poutine.Trace) -> None:
-        params = unconstrained_params(seen).values()
-        fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in params)
-        groups: list[dict[str, Any]] = [{"params": []} for _ in RATES]
-        self.optimizer = torch.optim.Adam(groups, self.schedule.lr, BETAS, EPS, fused=fused)
+        self.optimizer = Adam(len(RATES))
         self.rows = RowAdam(context_tables_of(self.guide))
         self._add(seen)
 
@@ -259,8 +315,7 @@ class Run:
             is_known = self.params.get(name) is param or id(param) in tables
             if param.requires_grad and not is_known:
                 self.params[name] = param
-                group = self.optimizer.param_groups[id(param) in of_networks]
-                group["params"].append(param)
+                self.optimizer.groups[id(param) in of_networks].append(param)
 
     # Steps
 
@@ -285,8 +340,6 @@ class Run:
         self.backend = "eager"
         self.steps.stop()
         rate, weight, mass_covering, _ = self._numbers(self.step)
-        for group, factor in zip(self.optimizer.param_groups, RATES, strict=True):
-            group["lr"] = rate * factor
         self.optimizer.zero_grad()
         self.loss.mass_covering = bool(mass_covering)
         ess = self.loss.relative_ess
@@ -305,7 +358,7 @@ class Run:
         value, size = torch.stack([loss.detach(), norm.to(loss)]).tolist()
         self.is_consistent = False
         if math.isfinite(value) and math.isfinite(size):
-            self.optimizer.step()
+            self.optimizer.step([rate * factor for factor in RATES])
             self.rows.step(rate * RATE_OF_ROWS)
         self._update_averages(self.step + 1, self.params)
         self._record([(value, size)], args, kwargs)
@@ -388,8 +441,8 @@ class Run:
 
     def _update_averages(self, done: int, params: Mapping[str, Tensor]) -> None:
         """Adds the parameters after ``done`` steps to the averages, if these are among the last."""
-        end = self.schedule.end
-        taken = done - (end - int(AVERAGED * end))
+        begin, end = self.schedule.begin, self.schedule.end
+        taken = done - (end - int(AVERAGED * (end - begin)))
         if taken <= 0:
             return
         for name, param in params.items():
@@ -400,6 +453,7 @@ class Run:
                 self.averages[name] = value.clone()
 
     def _show(self, bar: tqdm[Any]) -> None:
+        bar.total = self.schedule.end
         bar.update(self.step - bar.n)
         if self.step >= self.next_shown and self.losses:
             self.next_shown = self.step + 50

@@ -30,6 +30,7 @@ from pyro_iaf import AutoIAF, TraceSTL_ELBO, fit
 from pyro_iaf.compiler.lowering import Backend, Inductor
 from pyro_iaf.training import checkpoints
 from pyro_iaf.training.digests import digest, digests_of_sites
+from pyro_iaf.training.optimizers import Adam
 
 Y = torch.tensor([1.0, 2.0, 0.5, 1.5])
 
@@ -598,7 +599,7 @@ def test_parts_that_are_missing_are_told(tmp_path):
         checkpoints.save(path, {name: value for name, value in state.items() if name != part})
         with pytest.raises(ValueError, match=f"damaged.*It lacks '{part}'"):
             quick(conjugate, AutoDelta(conjugate), num_steps=2, checkpoint=path)
-    checkpoints.save(path, {**state, "optimizer": {}, "progress": [1, 2, 2, 0, 0]})
+    checkpoints.save(path, {**state, "optimizer": {0: {}}, "progress": [1, 0, 0]})
     with pytest.raises(ValueError, match="is damaged"):
         quick(conjugate, AutoDelta(conjugate), num_steps=2, checkpoint=path)
 
@@ -803,7 +804,7 @@ def test_an_interrupt_anywhere_costs_no_step_that_was_taken(tmp_path, place, mod
         assert part.num_steps == 60
         return
     assert 0 < part.num_steps < 60
-    assert not part.stopped
+    assert part.stopped == "something else ended it"
     assert torch.equal(part.losses, whole[0].losses[: part.num_steps])
     saved = checkpoints.load(tmp_path / "run")
     assert saved["progress"][0] == part.num_steps
@@ -946,7 +947,7 @@ def test_a_signal_within_a_save_waits_for_its_end(tmp_path, monkeypatch):
 
 
 def test_a_signal_within_the_optimizers_step_waits_for_its_end(tmp_path, monkeypatch):
-    step = torch.optim.Adam.step
+    step = Adam.step
     calls = []
 
     def interrupt(*args, **kwargs):
@@ -957,7 +958,7 @@ def test_a_signal_within_the_optimizers_step_waits_for_its_end(tmp_path, monkeyp
 
     settings = {"checkpoint": tmp_path / "run", "num_steps": 30, "compile": False}
     with monkeypatch.context() as patch:
-        patch.setattr(torch.optim.Adam, "step", interrupt)
+        patch.setattr(Adam, "step", interrupt)
         with pytest.raises(KeyboardInterrupt):
             quick(conjugate, AutoNormal(conjugate), **settings)
     assert checkpoints.load(tmp_path / "run")["progress"][0] == 10
@@ -969,7 +970,7 @@ def test_a_signal_within_the_optimizers_step_waits_for_its_end(tmp_path, monkeyp
 
 
 def test_a_step_that_broke_half_way_is_not_saved(tmp_path, monkeypatch):
-    step = torch.optim.Adam.step
+    step = Adam.step
     calls = []
 
     def fail(*args, **kwargs):
@@ -980,7 +981,7 @@ def test_a_step_that_broke_half_way_is_not_saved(tmp_path, monkeypatch):
 
     settings = {"checkpoint": tmp_path / "run", "checkpoint_every": 10, "compile": False}
     with monkeypatch.context() as patch:
-        patch.setattr(torch.optim.Adam, "step", fail)
+        patch.setattr(Adam, "step", fail)
         with pytest.raises(MemoryError) as caught:
             quick(conjugate, AutoNormal(conjugate), **settings)
     assert caught.value.result.num_steps == 24

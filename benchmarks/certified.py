@@ -1,0 +1,134 @@
+"""Fits without a number of steps, each in a fresh process: how long until the printed diagnosis?
+
+Twenty posteriors with known answers: seven with reference draws by Stan, from the folder
+``--data``, and the thirteen of `benchmarks.models`. ``seconds`` is from the model to its printed
+diagnosis, without imports; ``again`` is the same for a second guide in the process.
+"""
+
+import argparse
+import importlib
+import json
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pyro
+import torch
+
+from benchmarks import models
+from benchmarks.common import save
+from pyro_iaf import AutoIAF, fit
+from pyro_iaf.models.weighted import WeightedParticles
+
+NUM_DRAWS = 30_000
+
+# A guide holds up to these errors of a mean and of a standard deviation, and is wrong beyond those.
+HOLDS, WRONG = (0.1, 0.07), (0.15, 0.15)
+
+
+def load(data):
+    """The posteriors by name."""
+    found = {}
+    if data is not None and (data / "posteriors.py").exists():
+        sys.path.insert(0, str(data))
+        found |= importlib.import_module("posteriors").POSTERIORS
+    return found | models.POSTERIORS
+
+
+def errors(model, guide, summary):
+    """The largest error of a mean in standard deviations, and relative one of a deviation."""
+    sites = WeightedParticles(model, guide, (), {}).weighted(NUM_DRAWS).sites
+    of_means, of_sds = [], []
+    for site, reference in summary.items():
+        if site not in sites or "mean" not in reference:  # derived from sites
+            continue
+        mean, sd = (torch.as_tensor(reference[key]).reshape(-1) for key in ("mean", "sd"))
+        draws, varies = sites[site].reshape(NUM_DRAWS, -1), sd > 0
+        of_means += ((draws.mean(0) - mean) / sd)[varies].abs().tolist()
+        of_sds += (draws.std(0) / sd - 1)[varies].abs().tolist()
+    return max(of_means), max(of_sds)
+
+
+def run(posterior, seed):
+    """A row for one posterior and seed, in this process."""
+    posterior.model()  # reads the data
+    seconds = []
+    for k in range(2):
+        pyro.clear_param_store()
+        began = time.perf_counter()
+        guide = AutoIAF(posterior.model)
+        result = fit(posterior.model, guide, progress=False, seed=seed + 100 * k)
+        text = str(result)
+        seconds.append(time.perf_counter() - began)
+        if k == 0:
+            first, words = result, text
+            mean_error, sd_error = errors(posterior.model, guide, posterior.summary)
+    print(words, file=sys.stderr)
+    found = first.diagnosis
+    return {
+        "posterior": posterior.name,
+        "seed": seed,
+        "seconds": round(seconds[0], 2),
+        "again": round(seconds[1], 2),
+        "steps": first.num_steps,
+        "backend": first.backend,
+        "verdict": found.verdict,
+        "khat": round(found.khat, 2),
+        "mean_error": round(mean_error, 3),
+        "sd_error": round(sd_error, 3),
+        "holds": mean_error < HOLDS[0] and sd_error < HOLDS[1],
+        "wrong": mean_error > WRONG[0] or sd_error > WRONG[1],
+        "stopped": first.stopped,
+    }
+
+
+def summary_of(rows):
+    """Medians over posteriors of the medians over seeds, and counts over all fits."""
+    names = dict.fromkeys(row["posterior"] for row in rows)
+    by_name = [[row for row in rows if row["posterior"] == name] for name in names]
+    medians = {
+        key: [statistics.median(row[key] for row in group) for group in by_name]
+        for key in ("seconds", "again")
+    }
+    summary = {f"median {key}": statistics.median(found) for key, found in medians.items()}
+    summary |= {f"largest {key}": max(found) for key, found in medians.items()}
+    summary["good though wrong"] = sum(r["verdict"] == "good" and r["wrong"] for r in rows)
+    summary["good"] = sum(r["verdict"] == "good" for r in rows)
+    summary["hold"] = sum(r["holds"] for r in rows)
+    summary["fits"] = len(rows)
+    return summary
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, default=Path("../shared/posteriors"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--one", nargs=2, metavar=("NAME", "SEED"), help="a row, in this process")
+    options = parser.parse_args()
+    posteriors = load(options.data)
+    if options.one:
+        name, seed = options.one
+        print(json.dumps(run(posteriors[name], int(seed))))
+        return
+    rows = []
+    for seed in range(options.seeds):
+        for name in posteriors:
+            command = [sys.executable, "-m", "benchmarks.certified", "--one", name, str(seed)]
+            command += ["--data", str(options.data)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(done.stderr)
+            rows.append(json.loads(done.stdout.splitlines()[-1]))
+            print(rows[-1], flush=True)
+    summary = summary_of(rows)
+    print(summary)
+    save("certified", "float64; errors in reference sd, and relative to it", rows, summary=summary)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    torch.set_default_dtype(torch.float64)
+    main()

@@ -1,0 +1,115 @@
+r"""When a guide is good enough to stop training it, decided from fresh draws.
+
+With log weights :math:`\log w = \log p(x, z) - \log q(z)` of draws :math:`z \sim q`, more training
+can raise the ELBO by
+
+.. math::
+    \log \mathbb{E}[w] - \mathbb{E}[\log w] = \mathrm{KL}(q \,\|\, p(\cdot \mid x)),
+
+and moves means and standard deviations to where weighting moves them, as far as the draws can tell.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from ..diagnostics.diagnose import GOOD_KHAT, SMALL_GAP, Diagnosis, judge
+from ..models.arguments import Args, Kwargs, Program
+from ..models.weighted import WeightedParticles
+
+__all__ = ["Certificate", "particles_or_none"]
+
+# Training ends where weighting moves no mean by more standard deviations, and no log one by more.
+UNSEEN_CHANGE = 0.05
+
+# The ELBO is known where its standard error is below so many nats, or such a share of the gap.
+KNOWN_TO, KNOWN_TO_SHARE = 0.05, 0.25
+
+# It takes so many looks to say that the ELBO has settled, or where all weights are nearly the same,
+# that more steps hardly change the tails; and so many that the posterior is out of reach.
+FEWEST_LOOKS, FEWEST_LOOKS_AT_PACE = 4, 5
+
+# Draws of the verdict, and of a look for each step that was taken: if they run at once, or not.
+NUM_DRAWS, DRAWS_A_STEP, DRAWS_A_STEP_ALONE = 4000, 10, 2
+
+
+def particles_or_none(
+    model: Program, guide: Program, args: Args, kwargs: Kwargs
+) -> WeightedParticles | None:
+    """Weighted draws of a guide, if its draws have weights: a loss may sum latents out."""
+    try:
+        return WeightedParticles(model, guide, args, kwargs)
+    except Exception:  # whatever the model raises where its loss would hide sites from it
+        return None
+
+
+class Certificate:
+    """Looks at a guide after each round of training, and says when to stop, and why.
+
+    Args:
+        particles: The model and its guide.
+        adjust_tails: Makes the guide's tails heavier if importance weights need it.
+
+    Attributes:
+        elbos: The ELBO at each look and its standard error.
+        reason: Why to stop, in words; empty before.
+        diagnosis: The verdict, from draws that took no part in the decision to stop.
+    """
+
+    def __init__(self, particles: WeightedParticles, adjust_tails: Callable[[], None]) -> None:
+        self.particles, self.adjust_tails = particles, adjust_tails
+        self.elbos: list[Sequence[float]] = []
+        self.reason = ""
+        self.diagnosis: Diagnosis | None = None
+
+    def look(self, step: int, num_rounds_left: int) -> bool:
+        """Whether to stop after so many steps, where so many rounds may follow."""
+        num_draws = self._num_draws(step)
+        found = judge(self.particles, num_draws)
+        gap = found.gap
+        if found.khat >= GOOD_KHAT and found.largest_change < UNSEEN_CHANGE:
+            self.adjust_tails()
+            found = judge(self.particles, num_draws)
+        self.elbos.append((found.elbo, found.elbo_se))
+        is_long = len(self.elbos) >= FEWEST_LOOKS
+        is_good = found.verdict == "good" or (found.hardly_differ and is_long)
+        if is_good and found.largest_change < UNSEEN_CHANGE:
+            self.reason = "more of them would change nothing"
+        elif self._has_settled(gap):
+            self.reason = "the ELBO no longer rises"
+        elif num_rounds_left == 0:
+            self.reason = "fit takes no more by itself, so give num_steps to go further"
+        elif self._is_out_of_reach(gap, num_rounds_left):
+            self.reason = "at this pace it needs many more, so give num_steps to go further"
+        else:
+            return False
+        self.diagnosis = judge(self.particles, max(num_draws, self._num_draws(math.inf)))
+        return True
+
+    def _is_out_of_reach(self, gap: float, num_rounds_left: int) -> bool:
+        """Whether the ELBO will still lack too much after all rounds if each brings the same.
+
+        Rounds grow twofold, and bring less and less each: so this waits too long rather than not
+        long enough.
+        """
+        if len(self.elbos) < FEWEST_LOOKS_AT_PACE:
+            return False
+        (before, _), (after, _) = self.elbos[-2:]
+        return gap - SMALL_GAP > num_rounds_left * max(0.0, after - before)
+
+    def _num_draws(self, step: float) -> int:
+        if self.particles.at_once:
+            return int(min(NUM_DRAWS, DRAWS_A_STEP * step))
+        return int(min(NUM_DRAWS // 4, DRAWS_A_STEP_ALONE * step))
+
+    def _has_settled(self, gap: float) -> bool:
+        """Whether the ELBO rose by less than its standard error from look to look, twice."""
+        if len(self.elbos) < FEWEST_LOOKS:
+            return False
+        pairs = zip(self.elbos[-3:-1], self.elbos[-2:], strict=True)
+        for (before, error_before), (after, error_after) in pairs:
+            error = math.hypot(error_before, error_after)
+            if not (after - before <= error <= max(KNOWN_TO, KNOWN_TO_SHARE * gap)):
+                return False
+        return True
