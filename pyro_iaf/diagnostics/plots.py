@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,17 +14,7 @@ __all__ = ["plot_loss", "plot_pairs"]
 BLUE, GREY, RED = "#1f5c99", "#9aa5b1", "#c44536"
 
 
-class Training(Protocol):
-    """What is plotted of a training: the result of a :func:`~pyro_iaf.fit` has it."""
-
-    losses: Tensor
-
-    @property
-    def settled(self) -> tuple[float, float]:
-        """The loss at the end and its standard error."""
-
-
-def plot_loss(result: Training, ax: Any = None) -> Any:
+def plot_loss(result: Any, ax: Any = None) -> Any:
     """The loss of each step, its running mean, and the level at which it settled.
 
     Args:
