@@ -6,7 +6,6 @@ diagnosis, without imports; ``again`` is the same for a second guide in the proc
 """
 
 import argparse
-import importlib
 import json
 import statistics
 import subprocess
@@ -20,6 +19,7 @@ import torch
 
 from benchmarks import models
 from benchmarks.common import save
+from benchmarks.posteriors import compare, load
 from pyro_iaf import AutoIAF, fit
 from pyro_iaf.models.weighted import WeightedParticles
 
@@ -27,29 +27,6 @@ NUM_DRAWS = 30_000
 
 # A guide holds up to these errors of a mean and of a standard deviation, and is wrong beyond those.
 HOLDS, WRONG = (0.1, 0.07), (0.15, 0.15)
-
-
-def load(data):
-    """The posteriors by name."""
-    found = {}
-    if data is not None and (data / "posteriors.py").exists():
-        sys.path.insert(0, str(data))
-        found |= importlib.import_module("posteriors").POSTERIORS
-    return found | models.POSTERIORS
-
-
-def errors(model, guide, summary):
-    """The largest error of a mean in standard deviations, and relative one of a deviation."""
-    sites = WeightedParticles(model, guide, (), {}).weighted(NUM_DRAWS).sites
-    of_means, of_sds = [], []
-    for site, reference in summary.items():
-        if site not in sites or "mean" not in reference:  # derived from sites
-            continue
-        mean, sd = (torch.as_tensor(reference[key]).reshape(-1) for key in ("mean", "sd"))
-        draws, varies = sites[site].reshape(NUM_DRAWS, -1), sd > 0
-        of_means += ((draws.mean(0) - mean) / sd)[varies].abs().tolist()
-        of_sds += (draws.std(0) / sd - 1)[varies].abs().tolist()
-    return max(of_means), max(of_sds)
 
 
 def run(posterior, seed):
@@ -65,7 +42,9 @@ def run(posterior, seed):
         seconds.append(time.perf_counter() - began)
         if k == 0:
             first, words = result, text
-            mean_error, sd_error = errors(posterior.model, guide, posterior.summary)
+            particles = WeightedParticles(posterior.model, guide, (), {})
+            errors, ratios = compare(particles.weighted(NUM_DRAWS).sites, posterior.summary)
+            mean_error, sd_error = max(errors), max(abs(ratio - 1) for ratio in ratios)
     print(words, file=sys.stderr)
     found = first.diagnosis
     return {
@@ -108,7 +87,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--one", nargs=2, metavar=("NAME", "SEED"), help="a row, in this process")
     options = parser.parse_args()
-    posteriors = load(options.data)
+    posteriors = load(options.data) | models.POSTERIORS
     if options.one:
         name, seed = options.one
         print(json.dumps(run(posteriors[name], int(seed))))

@@ -9,9 +9,7 @@ with local latents, with either loss at equal steps, and with Pyro's for twice a
 """
 
 import argparse
-import importlib
 import math
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -23,7 +21,7 @@ import torch
 from pyro.infer import SVI, Trace_ELBO
 
 from benchmarks.common import RESULTS, race, save
-from benchmarks.posteriors import quality
+from benchmarks.posteriors import load, quality
 from pyro_iaf import AutoHierarchicalIAF, AutoIAF, TraceSTL_ELBO, fit
 
 NUM_STEPS, NUM_PARTICLES = 3000, 16
@@ -209,10 +207,8 @@ WAYS = {
 
 def fits(folder, seeds):
     torch.set_num_threads(1)
-    sys.path.insert(0, str(folder))
     rows = []
-    for name, posterior in importlib.import_module("posteriors").POSTERIORS.items():
-        summary = {k: v for k, v in posterior.summary.items() if "mean" in v}
+    for name, posterior in load(folder).items():
         for seed in range(seeds):
             seconds = {}
             for way, elbo in WAYS.items():
@@ -223,7 +219,7 @@ def fits(folder, seeds):
                     num_steps = min(NUM_STEPS, math.ceil(share * NUM_STEPS))
                 guide, seconds[way] = fitted(AutoIAF, posterior.model, loss, num_steps, seed)
                 row = {"posterior": name, "gradient": way, "seed": seed, "steps": num_steps}
-                found = quality(posterior.model, guide, summary)
+                found = quality(posterior.model, guide, posterior.summary)
                 row |= {key: found[key] for key in found if key != "iw_elbo"}
                 rows.append({**row, "seconds": round(seconds[way], 1)})
                 print(rows[-1], flush=True)

@@ -53,19 +53,34 @@ def train(name, model, seed):
     return guide, time.perf_counter() - start
 
 
+def load(folder):
+    """The posteriors by name; exits if the folder has none."""
+    if not (folder / "posteriors.py").exists():
+        sys.exit(f"There is no posteriors.py in {folder}: give its folder with --data.")
+    sys.path.insert(0, str(folder))
+    return importlib.import_module("posteriors").POSTERIORS
+
+
+def compare(sites, summary):
+    """Errors of means, in standard deviations, and ratios of deviations, of numbers that vary."""
+    errors, ratios = [], []
+    for site, reference in summary.items():
+        if site not in sites or "mean" not in reference:  # a quantity derived from sites
+            continue
+        mean, sd = (torch.as_tensor(reference[key]).reshape(-1) for key in ("mean", "sd"))
+        draws, varies = sites[site].reshape(-1, len(mean)), sd > 0
+        errors += ((draws.mean(0) - mean) / sd)[varies].abs().tolist()
+        ratios += (draws.std(0) / sd)[varies].tolist()
+    return errors, ratios
+
+
 def quality(model, guide, summary):
     """ELBOs, k-hat, and errors of means and standard deviations against the reference draws."""
     particles = WeightedParticles(model, guide, (), {})
     runs = [particles.weighted(NUM_DRAWS) for _ in range(3)]
     log_weights = torch.cat([run.log_weights for run in runs])
-    errors, ratios = [], []
-    for site, reference in summary.items():
-        if site not in runs[0].sites:  # a quantity derived from sites
-            continue
-        mean, sd = (torch.as_tensor(reference[key]).reshape(-1) for key in ("mean", "sd"))
-        draws = torch.cat([run.sites[site] for run in runs]).reshape(-1, len(mean))
-        errors.append(((draws.mean(0) - mean) / sd).abs().max().item())
-        ratios += (draws.std(0) / sd).tolist()
+    sites = {site: torch.cat([run.sites[site] for run in runs]) for site in runs[0].sites}
+    errors, ratios = compare(sites, summary)
     return {
         "elbo": round(log_weights.mean().item(), 2),
         "iw_elbo": round((log_weights.logsumexp(0) - math.log(len(log_weights))).item(), 2),
@@ -87,15 +102,11 @@ def main():
     parser.add_argument("--data", type=Path, default=Path("../shared/posteriors"))
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
-    if not (options.data / "posteriors.py").exists():
-        sys.exit(f"There is no posteriors.py in {options.data}: give its folder with --data.")
-    sys.path.insert(0, str(options.data))
-    posteriors = importlib.import_module("posteriors").POSTERIORS
+    posteriors = load(options.data)
     models = {name: (p.model, p.summary, p.data) for name, p in posteriors.items()}
     models["funnel, D=10"] = funnel, {"v": {"mean": 0.0, "sd": 3.0}}, None
     rows = []
     for name, (model, summary, _) in models.items():
-        summary = {site: value for site, value in summary.items() if "mean" in value}
         for seed in range(options.seeds):
             for guide_name in ["AutoIAF", *PYRO]:
                 row = {"posterior": name, "guide": guide_name, "seed": seed, "failed": False}
