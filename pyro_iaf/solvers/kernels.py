@@ -94,7 +94,10 @@ def _compiled() -> Path:
 
 
 def _cache() -> Path:
-    """The folder in which PyTorch's compiler keeps its results, which takes a second to import."""
+    """The folder for compiled kernels: that of PyTorch's compiler, if the user has named it.
+
+    Its default is not asked for, since importing the compiler takes a second.
+    """
     if given := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
         return Path(given).absolute()
     user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "")

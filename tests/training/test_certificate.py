@@ -229,10 +229,8 @@ class StopError(Exception):
 def interrupted_at(step, **settings):
     """A run of rounds that ends at its 80th step, or with an error in a step before it."""
     pyro.clear_param_store()
-    calls = [0]
 
     def anneal(k):
-        calls[0] = max(calls[0], k)
         if k == step:
             raise StopError
         return 1.0
