@@ -2,7 +2,8 @@
 
 Twenty posteriors with known answers: seven with reference draws by Stan, from the folder
 ``--data``, and the thirteen of `benchmarks.models`. ``seconds`` is from the model to its printed
-diagnosis, without imports; ``again`` is the same for a second guide in the process.
+diagnosis, without imports; ``again`` is the same for a second guide in the process. As machines
+differ, ``operation`` tells the microseconds of a small operation of PyTorch there and then.
 """
 
 import argparse
@@ -29,6 +30,17 @@ NUM_DRAWS = 30_000
 HOLDS, WRONG = (0.1, 0.07), (0.15, 0.15)
 
 
+def microseconds():
+    """The time of a small operation of PyTorch called from Python, in a median of rounds."""
+    x, rounds = torch.ones(16, 16), []
+    for _ in range(9):
+        began = time.perf_counter()
+        for _ in range(1000):
+            x = x * 1.0
+        rounds.append(1e3 * (time.perf_counter() - began))
+    return statistics.median(rounds)
+
+
 def run(posterior, seed):
     """A row for one posterior and seed, in this process."""
     posterior.model()  # reads the data
@@ -52,6 +64,7 @@ def run(posterior, seed):
         "seed": seed,
         "seconds": round(seconds[0], 2),
         "again": round(seconds[1], 2),
+        "operation": round(microseconds(), 2),
         "steps": first.num_steps,
         "backend": first.backend,
         "verdict": found.verdict,
@@ -74,6 +87,7 @@ def summary_of(rows):
     }
     summary = {f"median {key}": statistics.median(found) for key, found in medians.items()}
     summary |= {f"largest {key}": max(found) for key, found in medians.items()}
+    summary["median operation"] = statistics.median(row["operation"] for row in rows)
     summary["good though wrong"] = sum(r["verdict"] == "good" and r["wrong"] for r in rows)
     summary["good"] = sum(r["verdict"] == "good" for r in rows)
     summary["hold"] = sum(r["holds"] for r in rows)

@@ -13,7 +13,13 @@ import sys
 import tempfile
 import time
 
-MODELS = ["eight schools", "logistic 500 x 50", "logistic 5000 x 200", "radon, 400 latents"]
+MODELS = [
+    "eight schools",
+    "logistic 500 x 50",
+    "logistic 500 x 100",
+    "logistic 5000 x 200",
+    "radon, 400 latents",
+]
 CONTENDERS = ["fit, eager", "fit, graph", "fit, compiled", "Pyro", "NumPyro"]
 PARTICLES = [1, 16, 128]
 ROUNDS, SECONDS = 5, 0.4
@@ -76,7 +82,8 @@ def model_of(name, sample, dist, data, zeros, expand):
 
 
 def width_of(name):
-    return {"logistic 5000 x 200": 201, "radon, 400 latents": 400}.get(name, 64)
+    wide = {"logistic 500 x 100": 101, "logistic 5000 x 200": 201, "radon, 400 latents": 400}
+    return wide.get(name, 64)
 
 
 def stepper(contender, name, particles):
@@ -309,7 +316,7 @@ def main():
         for particles in arguments.particles:
             for name in arguments.models:
                 rows += compare(name, particles, cache)
-                note = "a step of SVI, two flows; widths 64, 64, and 201 and 400 in the last two"
+                note = "a step of SVI, two flows; widths 64, 64, 101, 201 and 400"
                 save("svi_step", note, rows)
     plot(rows)
 

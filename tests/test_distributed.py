@@ -12,7 +12,7 @@ import torch
 from torch.testing import assert_close
 
 TUTORIALS = pathlib.Path(__file__).parent.parent / "tutorials"
-SIZE = ["--patients", "1000", "--batch", "500", "--epochs", "500"]
+SIZE = ["--patients", "1000", "--batch", "500", "--epochs", "400"]
 
 
 def run(*command):
@@ -90,9 +90,9 @@ def test_two_processes_find_the_posterior_of_one(folders, posterior):
 
 def test_a_run_whose_rank_is_killed_ends_in_the_same_numbers(folders, tmp_path):
     tutorial = [TUTORIALS / "distributed.py", *SIZE, "--output", tmp_path]
-    printed = run_ranks(*tutorial, "--die-at", 600, restarts=1)
+    printed = run_ranks(*tutorial, "--die-at", 480, restarts=1)
     assert "from epoch 0 on" in printed
-    assert "from epoch 300 on" in printed
+    assert "from epoch 240 on" in printed
     states = [torch.load(f / "distributed.pt") for f in (folders["two"], tmp_path)]
     assert_close(*states, rtol=0, atol=0)
     assert {path.name for path in tmp_path.iterdir()} == {"distributed.pt", "distributed.png"}
@@ -121,4 +121,4 @@ def test_lightning_finds_the_posterior_by_two_processes(tmp_path):
         "--output",
         tmp_path,
     ]
-    assert "2 processes took 1000 steps" in run(sys.executable, *tutorial)
+    assert "2 processes took 800 steps" in run(sys.executable, *tutorial)

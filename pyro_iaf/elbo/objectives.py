@@ -33,7 +33,7 @@ RECORDABLE = (Trace_ELBO, CompiledTrace_ELBO, TraceSTL_ELBO)
 
 # Amounts to add to the tails' log weight, tried in turn; the largest cost in nats; the Pareto k-hat
 # to reach; and the number of draws that it is estimated from.
-TAILS, TAIL_COST, GOOD_K, NUM_TAIL = (0.01, 0.02, 0.04), 0.02, 0.5, 10_000
+TAILS, TAIL_COST, GOOD_K, NUM_TAIL = (0.01, 0.02, 0.04), 0.02, 0.5, 4000
 
 
 class Loss:

@@ -14,24 +14,31 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import torch
+
 from ..diagnostics.diagnose import GOOD_KHAT, SMALL_GAP, Diagnosis, judge
 from ..models.arguments import Args, Kwargs, Program
+from ..models.particles import threads_for
 from ..models.weighted import WeightedParticles
 
-__all__ = ["Certificate", "particles_or_none"]
+__all__ = ["Certificate", "can_judge", "particles_or_none"]
 
-# Training ends where weighting moves no mean by more standard deviations, and no log one by more.
+# Training ends where weighting moves means by less, in standard deviations, and standard deviations
+# by less, in their logarithms.
 UNSEEN_CHANGE = 0.05
 
 # The ELBO is known where its standard error is below so many nats, or such a share of the gap.
 KNOWN_TO, KNOWN_TO_SHARE = 0.05, 0.25
 
-# It takes so many looks to say that the ELBO has settled, or where all weights are nearly the same,
-# that more steps hardly change the tails; and so many that the posterior is out of reach.
+# From this look on the ELBO may have settled, and weights that hardly differ are enough: before it,
+# more steps still change the tails. From the other one on the posterior may be out of reach.
 FEWEST_LOOKS, FEWEST_LOOKS_AT_PACE = 4, 5
 
 # Draws of the verdict, and of a look for each step that was taken: if they run at once, or not.
 NUM_DRAWS, DRAWS_A_STEP, DRAWS_A_STEP_ALONE = 4000, 10, 2
+
+# Draws that show whether a guide can be judged: if they run at once, or not.
+NUM_TRIED, NUM_TRIED_ALONE = 64, 4
 
 
 def particles_or_none(
@@ -42,6 +49,19 @@ def particles_or_none(
         return WeightedParticles(model, guide, args, kwargs)
     except Exception:  # whatever the model raises where its loss would hide sites from it
         return None
+
+
+def can_judge(particles: WeightedParticles) -> bool:
+    """Whether weights of draws say how good a guide is: not of subsamples, or of a point."""
+    if particles.subsampled:
+        return False
+    try:
+        with torch.random.fork_rng():
+            return not judge(
+                particles, NUM_TRIED if particles.at_once else NUM_TRIED_ALONE
+            ).is_point
+    except Exception:  # whatever the model or the guide raises where its loss would not run it
+        return False
 
 
 class Certificate:
@@ -65,6 +85,10 @@ class Certificate:
 
     def look(self, step: int, num_rounds_left: int) -> bool:
         """Whether to stop after so many steps, where so many rounds may follow."""
+        with threads_for(NUM_DRAWS * self.particles.num_numbers):
+            return self._look(step, num_rounds_left)
+
+    def _look(self, step: int, num_rounds_left: int) -> bool:
         num_draws = self._num_draws(step)
         found = judge(self.particles, num_draws)
         gap = found.gap
@@ -84,7 +108,7 @@ class Certificate:
             self.reason = "at this pace it needs many more, so give num_steps to go further"
         else:
             return False
-        self.diagnosis = judge(self.particles, max(num_draws, self._num_draws(math.inf)))
+        self.diagnosis = judge(self.particles, self._num_draws(math.inf))
         return True
 
     def _is_out_of_reach(self, gap: float, num_rounds_left: int) -> bool:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Checkpoint", "load", "prepare", "save", "settings_of"]
 
-FORMAT = "pyro_iaf.fit 4"
+FORMAT = "pyro_iaf.fit 5"
 
 # The length of the hash at the end of a file, in bytes.
 LENGTH_OF_HASH = 64

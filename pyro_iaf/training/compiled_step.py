@@ -75,6 +75,7 @@ class Built(NamedTuple):
     live: list[str]  # the parameters that have gradients
     backend: str
     run: Lowered | None  # None until its constants come again
+    counts: list[int]  # of its operations and numbers
 
 
 # By guide, so that another fit finds the steps of an earlier one.
@@ -128,11 +129,14 @@ class CompiledSteps(Recorder[StepCall, Built]):
         self.wanted = [b.name for b in (lowering.BACKENDS if compile == "auto" else [self.best])]
         # By hashes of kinds of arguments, which a checkpoint can hold. A kind keeps its backend, so
         # that a resumed run gives the same numbers.
-        before = before or dict(kinds={}, left_out=[], backends={}, counts={}, is_off=False)
+        before = before or dict(
+            kinds={}, left_out=[], backends={}, counts={}, failed=[], is_off=False
+        )
         self._times, self._left_out = Counter(before["kinds"]), set(before["left_out"])
         self._backends: dict[str, str] = dict(before["backends"])
         # The operations and numbers of a step, likewise.
         self._counts: dict[str, list[int]] = dict(before["counts"])
+        self._failed = set(before["failed"])  # the compiler, at these
         # How often a step with such constants was recorded, by hashes.
         self._constants: dict[str, Counter[str]] = {
             name: Counter(seen) for name, seen in before.get("constants", {}).items()
@@ -167,17 +171,21 @@ class CompiledSteps(Recorder[StepCall, Built]):
             warn(f"fit takes its steps uncompiled: {why}")
             return None
         if built is not None and built is not self._last:
-            self._backends[_name(call)] = built.backend
+            name = _name(call)
+            self._backends[name], self._counts[name] = built.backend, built.counts
             self._last = built
         return built
 
     def expect(self, num_steps: int) -> None:
         """Has steps compiled that were not worth it before, if these many more make them so."""
         for name, backend in list(self._backends.items()):
-            slow = backend in (Replay.name, EAGER) and self.compile == "auto"
-            if slow and self._worthwhile(num_steps, name) != Replay.name:
+            slow = self.compile == "auto" and backend in (Replay.name, EAGER)
+            if not slow or name in self._failed:
+                continue
+            if self._worthwhile(num_steps, name) != Replay.name:
                 del self._backends[name]
-                self._known.clear()
+                for key in [k for k, built in self._known.items() if built.backend == Replay.name]:
+                    del self._known[key]
                 self.recordings.clear()
 
     def _worthwhile(self, num_steps: int, name: str) -> str:
@@ -194,6 +202,7 @@ class CompiledSteps(Recorder[StepCall, Built]):
             "left_out": sorted(self._left_out),
             "backends": dict(self._backends),
             "counts": dict(self._counts),
+            "failed": sorted(self._failed),
             "constants": {name: dict(seen) for name, seen in self._constants.items()},
             "is_off": self.compile is False,
         }
@@ -246,13 +255,14 @@ class CompiledSteps(Recorder[StepCall, Built]):
         if self.compile != "auto":
             self.best.warm_up()
         graph, live = self._graph_of(call)
+        counts = _counts_of(graph, self._params_of(live))
         if self.change and not graph.fits_all and not self._come_again(name, graph):
-            return Built(graph, live, "", None)
+            return Built(graph, live, "", None, counts)
         self._live = self._live or live
         if live != self._live:  # FlatAdam has the state of one set of parameters
             self._left_out.add(name)
             return None
-        self._counts[name] = _counts_of(graph, self._params_of(live))
+        self._counts[name] = counts
         if self.compile == "auto" and is_undecided:
             backend = self._worthwhile(self.num_left(call.step), name)
             has_one = lowering.has_compiler(torch.device("cpu"))
@@ -268,7 +278,9 @@ class CompiledSteps(Recorder[StepCall, Built]):
             example = _arguments(adam, graph, call)(numbers)
             whole = _whole_step(graph, adam, len(flatten_tensors(call.args, call.kwargs)[0]))
             run, found = lowering.lower(whole, example, backend)
-        built = Built(graph, live, found, run)
+        if found != backend:
+            self._failed.add(name)
+        built = Built(graph, live, found, run, counts)
         self.check(built, call)
         self._known[self.kind(call), backend] = built
         return built

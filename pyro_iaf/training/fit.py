@@ -60,6 +60,11 @@ def fit(
     deviation by 5 %, and :func:`~pyro_iaf.diagnose` calls the guide good. It also stops where the
     ELBO no longer rises from round to round, or rises so slowly that all rounds would not be
     enough. ``result.stopped`` says which, and ``result.diagnosis`` is the verdict of further draws.
+    While ``annealing`` keeps the weight of the KL divergence below one, no round is the last.
+
+    Some weights do not tell how good a guide is: those of minibatches or subsamples, which are
+    noise, of a point, or where the ``loss`` sums latents out. Such a run has one round, ends when
+    the losses have settled, after 3,000 steps at most, and has no verdict.
 
     In each round the learning rate rises, stays, falls after four tenths of the steps, and ends at
     a hundredth; the parameters of the last fifth of the steps are averaged. With ``num_steps``
@@ -78,7 +83,8 @@ def fit(
     shapes in the same process. For a loop of your own, :class:`pyro.infer.SVI` works with the guide
     as usual, and :class:`~pyro_iaf.CompiledTrace_ELBO` compiles its loss.
 
-    Small steps take one thread, since others gain nothing there; your setting is restored.
+    Small steps of this loss take one thread, since others gain nothing there; your setting is
+    restored.
 
     Threads wait for each other in calls of fit and :func:`~pyro_iaf.diagnose`, since Pyro has one
     stack of handlers for all threads. Processes run in parallel.
@@ -88,9 +94,7 @@ def fit(
         guide: A guide, by hand or any of Pyro's or ours.
         args: The positional arguments of model and guide.
         kwargs: Their keyword arguments.
-        num_steps: The largest number of steps. None means until the guide is certified; or with
-            minibatches, whose weights would be noise, until the ELBO has settled, in 3,000 steps at
-            most.
+        num_steps: The largest number of steps. None means until the guide is certified, as above.
         num_particles: The number of draws in each step's gradient.
         data: An iterable or a ``DataLoader`` of minibatches, instead of ``args``: each a tuple of
             the model's arguments, a dict of keyword arguments, or the one argument. It is iterated
@@ -124,7 +128,7 @@ def fit(
         checkpoint_every: The number of steps between two checkpoints.
 
     Returns:
-        The losses, how the run went, and without ``num_steps`` the verdict. An error that ends the
+        The losses, how the run went, and perhaps the verdict. An error that ends the
         run has this result of the steps taken so far as ``error.result``. They are in the
         checkpoint too, unless their values are the error.
 

@@ -117,10 +117,13 @@ class Adam:
             state["step"] += 1
             count = torch.tensor(state["step"].item(), dtype=torch.float64, device="cpu")
             numbers = adam_coefficients(count, rate)
-            averages = state["exp_avg"], state["exp_avg_sq"]
-            *new, change = adam_update(*averages, gradient, numbers)
-            torch._foreach_copy_(averages, new)
-            param.sub_(change)
+            parts = [param, state["exp_avg"], state["exp_avg_sq"], gradient]
+            if param.is_complex():
+                parts = list(map(torch.view_as_real, parts))
+            value, first, second, gradient = parts
+            *new, change = adam_update(first, second, gradient, numbers)
+            torch._foreach_copy_([first, second], new)
+            value.sub_(change)
 
     def _state_of(self, param: Tensor) -> dict[str, Tensor]:
         if param not in self.state:

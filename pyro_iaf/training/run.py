@@ -43,7 +43,7 @@ from ..models.particles import threads_for
 from ..models.traces import quietly
 from ..models.weighted import WeightedParticles, check_latents
 from .batches import Batches, odd_data
-from .certificate import Certificate, particles_or_none
+from .certificate import Certificate, can_judge, particles_or_none
 from .checkpoints import Checkpoint, settings_of
 from .compiled_step import Built, CompiledSteps
 from .interrupts import Interrupts
@@ -112,24 +112,20 @@ class Run:
         handlers = list(runtime._PYRO_STACK)
         try:
             with torch.enable_grad(), row_gradients(self.guide):
-                return self._take_all(progress)
+                return self._take_steps(*self._begin(), progress)
         except BaseException as error:
             runtime._PYRO_STACK[:] = handlers  # Ctrl-C may come while a handler leaves
             error.result = self._result()  # type: ignore[attr-defined]
             raise
 
-    def _take_all(self, progress: bool) -> FitResult:
-        first, saved = self._begin()
-        with threads_for(self._size_of_step()):
-            return self._take_steps(first, saved, progress)
-
     def _take_steps(self, first: Batch, saved: dict[str, Any] | None, progress: bool) -> FitResult:
         self.waiting = [first] if saved is None else []  # a resumed run goes on with the next batch
-        bar = progress_bar(self.schedule.end, self.step, progress)
+        bar, size = progress_bar(self.schedule.end, self.step, progress), self._size_of_step()
         with bar, Interrupts() as self.interrupts:
             try:
                 while not self._has_arrived():
-                    self._take_some(bar)
+                    with threads_for(size):
+                        self._take_some(bar)
                     if self.step % self.checkpoint.every == 0:
                         self.checkpoint.save()
                     self._show(bar)
@@ -149,7 +145,7 @@ class Run:
             self.steps.stop()
             bar.total = self.step
         if self.certificate is None:
-            self._set_averages()
+            self._set_params(self.averages)
             self._adjust_tails()
         return self._result()
 
@@ -162,22 +158,26 @@ class Run:
             return True
         self.checkpoint.save()
         self.steps.stop()
-        self._set_averages()
-        with self.interrupts.open(), torch.random.fork_rng():  # the same draws if resumed here
-            is_annealed = schedule.weight(self.step - 1) < 1 and not schedule.is_last
-            if not is_annealed and self.certificate.look(self.step, schedule.num_rounds_left):
-                return True
-        self._set_averages()  # without what the look has changed
+        last = {name: param.detach().clone() for name, param in self.params.items()}
+        self._set_params(self.averages)
+        try:
+            with self.interrupts.open(), torch.random.fork_rng():  # the same draws if resumed here
+                is_annealed = schedule.weight(self.step - 1) < 1 and not schedule.is_last
+                if not is_annealed and self.certificate.look(self.step, schedule.num_rounds_left):
+                    return True
+        except BaseException:
+            self._set_params(last)
+            raise
+        self._set_params(self.averages)  # without what the look has changed
         self.averages.clear()
         schedule.next_round()
         self.steps.expect(schedule.num_left(self.step))
         return False
 
     @torch.no_grad()
-    def _set_averages(self) -> None:
-        """Sets the parameters to the averages of the last steps."""
-        for name, average in self.averages.items():
-            self.params[name].copy_(average)
+    def _set_params(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            self.params[name].copy_(value)
 
     def _adjust_tails(self) -> None:
         if isinstance(self.loss, LatentLoss) and not self.batches.change:
@@ -187,7 +187,8 @@ class Run:
         """The numbers that the largest operations of a step take; infinite if that is unknown."""
         if self.particles is None:
             return math.inf
-        drawn = self.num_particles * self.particles.num_numbers
+        num_particles = getattr(self.elbo, "num_particles", self.num_particles)
+        drawn = num_particles * self.particles.num_numbers
         return max(drawn, *(param.numel() for param in self.params.values()), 0)
 
     def _begin(self) -> tuple[Batch, dict[str, Any] | None]:
@@ -224,6 +225,7 @@ class Run:
     def _result(self) -> FitResult:
         schedule, certificate = self.schedule, self.certificate
         reason = schedule.reason(self.step) if certificate is None else certificate.reason
+        begin = schedule.begin if self.step == schedule.end else 0  # nothing was averaged before
         return FitResult(
             losses=torch.tensor(self.losses, dtype=torch.float64),
             num_steps=self.step,
@@ -232,7 +234,7 @@ class Run:
             seconds=time.perf_counter() - self.began,
             backend=self.backend,
             resumed_at=self.resumed_at,
-            num_averaged=int(AVERAGED * (self.step - schedule.begin)),
+            num_averaged=int(AVERAGED * (self.step - begin)),
             diagnosis=None if certificate is None else certificate.diagnosis,
         )
 
@@ -294,13 +296,11 @@ class Run:
         return TraceLoss(self.model, self.guide, elbo)
 
     def _make_certificate(self) -> None:
-        if not isinstance(self.schedule, Rounds):
-            return
-        particles = self.particles
-        if particles is None or particles.subsampled or self.batches.change:
-            self.schedule = self.schedule.all_at_once()
-        else:
-            self.certificate = Certificate(particles, self._adjust_tails)
+        if isinstance(self.schedule, Rounds):
+            if self.particles is None or self.batches.change or not can_judge(self.particles):
+                self.schedule = self.schedule.all_at_once()
+            else:
+                self.certificate = Certificate(self.particles, self._adjust_tails)
 
     def _make_optimizer(self, seen: poutine.Trace) -> None:
         self.optimizer = Adam(len(RATES))

@@ -248,7 +248,7 @@ def exact(y):
 def test_it_finds_the_posterior_of_a_hierarchical_gaussian(batch_size):
     y = 1.5 + 2.1 * torch.randn(40)
     guide = AutoHierarchicalIAF(gaussian(40, batch_size, y), hidden_dims=[32])
-    settings = {"num_steps": 1500, "num_particles": 4, "early_stop": False, "progress": False}
+    settings = {"num_steps": 900, "num_particles": 4, "early_stop": False, "progress": False}
     fit(gaussian(40, batch_size, y), guide, **settings)
     draws = guide.sample_posterior(10_000)
     (mean, sd), (effects, sds) = exact(y)
@@ -283,7 +283,7 @@ def test_it_agrees_with_a_guide_over_all_latents():
             with pyro.plate("measured", 5, dim=-1):
                 pyro.sample("y", dist.Normal(effect + slope * x, 0.3), obs=y)
 
-    settings = {"num_steps": 1000, "progress": False, "early_stop": False}
+    settings = {"num_steps": 600, "progress": False, "early_stop": False}
     guide, other = AutoHierarchicalIAF(model), AutoIAF(model)
     fit(model, guide, **settings)
     fit(model, other, **settings)
