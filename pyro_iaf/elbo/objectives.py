@@ -21,6 +21,7 @@ from ..importance import pareto_k
 from ..models.arguments import Args, Batch, Kwargs, Program
 from ..models.log_joint import LogJoint
 from ..models.matching import LatentCheck, check_guide_site
+from ..models.particles import threads_for
 from ..models.traces import is_latent
 from .compiled import CompiledTrace_ELBO
 from .stl import TraceSTL_ELBO
@@ -191,8 +192,10 @@ class LatentLoss(Loss):
         """Log importance weights of new draws."""
         joint = self.joint.with_data(args, kwargs)
         posterior = self.guide.get_posterior(*args, **kwargs)
-        draws = (posterior.sample((size,)) for size in joint.sizes(num_draws))
-        return torch.cat([joint(z) - posterior.log_prob(z) for z in draws])
+        sizes = joint.sizes(num_draws)
+        with threads_for(max(sizes) * joint.num_numbers):
+            draws = (posterior.sample((size,)) for size in sizes)
+            return torch.cat([joint(z) - posterior.log_prob(z) for z in draws])
 
 
 def _relative_ess(log_weights: Tensor) -> Tensor:

@@ -179,11 +179,6 @@ class LogJoint(Particles):
         mean, size = found.mean(0), found.square().mean(0).sqrt()
         return torch.where(mean.abs() > size / 10, mean, -size / 10)
 
-    def unconstrained(self, values: dict[str, Tensor]) -> Tensor:
-        """Values of the sites, with a dimension of draws in front, as vectors ``(K, D)``."""
-        parts = [to_support.inv(values[name]) for name, to_support, *_ in self._layout]
-        return torch.cat([part.reshape(len(part), -1) for part in parts], -1)
-
     def _scored(self, z: Tensor, at_once: bool) -> Tensor:
         values, log_det = self._constrain(z)
         trace, nesting = self._trace(values, at_once), self.nesting if at_once else None

@@ -18,7 +18,7 @@ from .._validation import warn
 from ..importance import MAX_KHAT, MAX_ROUNDING, pareto_k, resampled, rounding_message, smoothed
 from .arguments import Args, Kwargs, Program
 from .matching import FixedLatents, Mismatch, check_guide_site
-from .particles import NUM_PROBED, Particles, numbers_in
+from .particles import NUM_PROBED, Particles, numbers_in, threads_for
 from .traces import (
     bare,
     compute_log_prob,
@@ -123,10 +123,12 @@ class WeightedParticles(Particles):
         """
         parts, errors = [], []
         # With subsampling, each draw has a subsample of its own.
-        for size in [1] * num_draws if self.subsampled else self.sizes(num_draws):
-            part, failures = self._weigh(size)
-            parts.append(part)
-            errors += failures
+        sizes = [1] * num_draws if self.subsampled else self.sizes(num_draws)
+        with threads_for(max(sizes) * self.num_numbers):
+            for size in sizes:
+                part, failures = self._weigh(size)
+                parts.append(part)
+                errors += failures
         if len(errors) == num_draws:
             raise RuntimeError(
                 f"The model should have a density at some draws of the guide, and raises an error "

@@ -18,7 +18,6 @@ import torch
 
 from ..diagnostics.diagnose import GOOD_KHAT, SMALL_GAP, Diagnosis, judge
 from ..models.arguments import Args, Kwargs, Program
-from ..models.particles import threads_for
 from ..models.weighted import WeightedParticles
 
 __all__ = ["Certificate", "can_judge", "particles_or_none"]
@@ -55,11 +54,10 @@ def can_judge(particles: WeightedParticles) -> bool:
     """Whether weights of draws say how good a guide is: not of subsamples, or of a point."""
     if particles.subsampled:
         return False
+    num_draws = NUM_TRIED if particles.at_once else NUM_TRIED_ALONE
     try:
         with torch.random.fork_rng():
-            return not judge(
-                particles, NUM_TRIED if particles.at_once else NUM_TRIED_ALONE
-            ).is_point
+            return not judge(particles, num_draws).is_point
     except Exception:  # whatever the model or the guide raises where its loss would not run it
         return False
 
@@ -85,10 +83,6 @@ class Certificate:
 
     def look(self, step: int, num_rounds_left: int) -> bool:
         """Whether to stop after so many steps, where so many rounds may follow."""
-        with threads_for(NUM_DRAWS * self.particles.num_numbers):
-            return self._look(step, num_rounds_left)
-
-    def _look(self, step: int, num_rounds_left: int) -> bool:
         num_draws = self._num_draws(step)
         found = judge(self.particles, num_draws)
         gap = found.gap

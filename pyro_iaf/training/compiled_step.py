@@ -136,7 +136,8 @@ class CompiledSteps(Recorder[StepCall, Built]):
         self._backends: dict[str, str] = dict(before["backends"])
         # The operations and numbers of a step, likewise.
         self._counts: dict[str, list[int]] = dict(before["counts"])
-        self._failed = set(before["failed"])  # the compiler, at these
+        # Where the compiler failed, likewise.
+        self._failed = set(before["failed"])
         # How often a step with such constants was recorded, by hashes.
         self._constants: dict[str, Counter[str]] = {
             name: Counter(seen) for name, seen in before.get("constants", {}).items()

@@ -83,8 +83,8 @@ def fit(
     shapes in the same process. For a loop of your own, :class:`pyro.infer.SVI` works with the guide
     as usual, and :class:`~pyro_iaf.CompiledTrace_ELBO` compiles its loss.
 
-    Small steps of this loss take one thread, since others gain nothing there; your setting is
-    restored.
+    Without a ``loss``, small steps take one thread, since others gain nothing there; your setting
+    is restored.
 
     Threads wait for each other in calls of fit and :func:`~pyro_iaf.diagnose`, since Pyro has one
     stack of handlers for all threads. Processes run in parallel.
@@ -128,9 +128,9 @@ def fit(
         checkpoint_every: The number of steps between two checkpoints.
 
     Returns:
-        The losses, how the run went, and perhaps the verdict. An error that ends the
-        run has this result of the steps taken so far as ``error.result``. They are in the
-        checkpoint too, unless their values are the error.
+        The losses, how the run went, and the verdict if there is one. An error that ends the run
+        has this result of the steps taken so far as ``error.result``. They are in the checkpoint
+        too, unless their values are the error.
 
     Raises:
         ValueError: If an argument is out of range, model and guide are swapped or are none, the

@@ -244,11 +244,11 @@ def exact(y):
     return (mean, precision**-0.5), (effects, (variance + (variance / 4) ** 2 / precision) ** 0.5)
 
 
-@pytest.mark.parametrize("batch_size", [40, 10])
-def test_it_finds_the_posterior_of_a_hierarchical_gaussian(batch_size):
+@pytest.mark.parametrize(("batch_size", "num_steps"), [(40, 900), (10, 1500)])
+def test_it_finds_the_posterior_of_a_hierarchical_gaussian(batch_size, num_steps):
     y = 1.5 + 2.1 * torch.randn(40)
     guide = AutoHierarchicalIAF(gaussian(40, batch_size, y), hidden_dims=[32])
-    settings = {"num_steps": 900, "num_particles": 4, "early_stop": False, "progress": False}
+    settings = {"num_steps": num_steps, "num_particles": 4, "early_stop": False, "progress": False}
     fit(gaussian(40, batch_size, y), guide, **settings)
     draws = guide.sample_posterior(10_000)
     (mean, sd), (effects, sds) = exact(y)
