@@ -79,19 +79,19 @@ def half_killing(draws):
 # %% [markdown]
 # ## The fit
 #
-# `AutoNormal` is for comparison. `AutoIAF` is fitted twice: once at its defaults, and once from the
-# prior's median for forty steps only, far too few. The next sections show what its draws are still
-# good for.
+# `AutoNormal` is for comparison. `AutoIAF` is fitted twice: once for 2,000 steps, and once for a
+# single step, so it is hardly more than the normal that it starts from. The next sections show what
+# its draws are still good for.
 
 # %%
 num_steps = 20 if args.smoke else 2000
 guides = {
     "AutoNormal": AutoNormal(model),
-    "AutoIAF, stopped": AutoIAF(model, start="init", name="stopped"),
+    "AutoIAF, stopped": AutoIAF(model, name="stopped"),
     "AutoIAF": AutoIAF(model),
 }
 for name, guide in guides.items():
-    steps = min(40, num_steps) if "stopped" in name else num_steps
+    steps = 1 if "stopped" in name else num_steps
     print(f"{name:18}{fit(model, guide, num_steps=steps, progress=False)}")
 
 # %% [markdown]
@@ -129,7 +129,8 @@ print("       AutoIAF" + "".join(f"{q:8.3f}" for q in dead))
 # posterior. Their ratio is the draw's importance weight. `resample=True` chooses draws from a
 # larger number of draws by these weights, after smoothing the largest ones. This corrects a guide
 # whose draws cover the posterior. `diagnose` checks that by k-hat: below 0.7 the weights are
-# reliable.
+# reliable. Here it is above, so `resample=True` warns. The draws are much better than the guide's
+# own, but their tails are too thin.
 
 # %%
 print(diagnose(model, guides["AutoIAF, stopped"], num_samples=200 if args.smoke else 4000))
@@ -197,8 +198,8 @@ print(f"The picture is in {picture}")
 # ## Is it right?
 #
 # Medians should be within a tenth of a posterior standard deviation, and the ends of the middle 95
-# % within a quarter. Means of resampled draws should be within a tenth, although the guide's own
-# means are off by one.
+# % within a quarter. Where the guide stopped early, resampling should take away at least half of
+# what its means are off.
 
 # %%
 for site, true in exact.items():
@@ -207,8 +208,9 @@ for site, true in exact.items():
     if not args.smoke:
         assert off[2].abs() < 0.1
         assert off.abs().max() < 0.25
-        assert abs(errors(draws["resampled"])[site][0]) < 0.1
-        assert abs(errors(draws["AutoIAF, stopped"])[site][0]) > 0.5
+        before = abs(errors(draws["AutoIAF, stopped"])[site][0])
+        assert before > 0.15
+        assert abs(errors(draws["resampled"])[site][0]) < before / 2
 
 # %% [markdown]
 # ## Limitations
