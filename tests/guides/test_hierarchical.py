@@ -244,7 +244,7 @@ def exact(y):
     return (mean, precision**-0.5), (effects, (variance + (variance / 4) ** 2 / precision) ** 0.5)
 
 
-@pytest.mark.parametrize(("batch_size", "num_steps"), [(40, 900), (10, 1500)])
+@pytest.mark.parametrize(("batch_size", "num_steps"), [(40, 300), (10, 1500)])
 def test_it_finds_the_posterior_of_a_hierarchical_gaussian(batch_size, num_steps):
     y = 1.5 + 2.1 * torch.randn(40)
     guide = AutoHierarchicalIAF(gaussian(40, batch_size, y), hidden_dims=[32])
@@ -336,7 +336,7 @@ def test_an_encoder_finds_a_conjugate_posterior_of_new_data_too(model, encoder):
     guide = AutoHierarchicalIAF(model, encoder=encoder(), hidden_dims=[16])
     batches = [(part,) for part in data.split(20)] if model is amortised else None
     args = () if batches else (data,)
-    fit(model, guide, args, data=batches, num_steps=2000, num_particles=2, progress=False)
+    fit(model, guide, args, data=batches, num_steps=1000, num_particles=2, progress=False)
     new = torch.tensor([[1.0, -0.5], [0.3, 2.0], [0.0, 0.0]])
     draws = guide.sample_posterior(4000, new)["w"]
     assert draws.shape == (4000, 3, 2)
