@@ -103,8 +103,12 @@ def test_the_dmm_reads_chorales_from_a_file(tmp_path):
         (json.dumps({"train": [[[60, 20]]], "test": [[[60]]]}), "from 21 to 108"),
     ],
 )
-def test_the_dmm_says_what_is_wrong_with_its_file(tmp_path, text, message):
-    assert message in run_dmm(tmp_path, text).stderr
+def test_the_dmm_says_what_is_wrong_with_its_file(tmp_path, monkeypatch, text, message):
+    (tmp_path / "chorales.json").write_text(text)
+    settings = ["--smoke", "--output", str(tmp_path), "--data", str(tmp_path / "chorales.json")]
+    monkeypatch.setattr(sys, "argv", ["dmm_iaf.py", *settings])
+    with pytest.raises(ValueError, match=message):
+        runpy.run_path(str(FOLDER / "dmm_iaf.py"))
 
 
 @pytest.fixture
