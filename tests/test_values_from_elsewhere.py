@@ -56,8 +56,8 @@ def check_posterior(draws, atol):
 def test_svi_finds_the_posterior():
     guide = AutoIAF(regression)
     elbo = Trace_ELBO(num_particles=16, vectorize_particles=True, max_plate_nesting=0)
-    svi = SVI(regression, guide, pyro.optim.ClippedAdam({"lr": 0.01, "lrd": 0.995}), elbo)
-    for _ in range(600):
+    svi = SVI(regression, guide, pyro.optim.ClippedAdam({"lr": 0.01, "lrd": 0.99}), elbo)
+    for _ in range(300):
         svi.step({"y": outcomes()})
     check_posterior(guide.sample_posterior(20_000)["weights"], atol=0.1)
 
@@ -67,8 +67,8 @@ def test_reweighted_wake_sleep_finds_the_posterior():
     loss = ReweightedWakeSleep(
         num_particles=32, vectorize_particles=True, max_plate_nesting=0, insomnia=1.0
     )
-    svi = SVI(regression, guide, pyro.optim.ClippedAdam({"lr": 0.01, "lrd": 0.995}), loss)
-    for _ in range(600):
+    svi = SVI(regression, guide, pyro.optim.ClippedAdam({"lr": 0.01, "lrd": 0.99}), loss)
+    for _ in range(300):
         svi.step({"y": outcomes()})
     check_posterior(guide.sample_posterior(20_000)["weights"], atol=0.1)
 
