@@ -194,7 +194,7 @@ def test_both_train_to_the_same_end():
         pyro.set_rng_seed(0)
         guide = AutoIAF(plates, start="init")
         svi = SVI(plates, guide, ClippedAdam({"lr": 0.02, "lrd": 0.998}), loss)
-        losses = [svi.step() for _ in range(400)]
+        losses = [svi.step() for _ in range(200)]
         ends.append(sum(losses[-100:]) / 100)
     assert ends[0] == pytest.approx(ends[1], abs=1e-6)
     assert ends[0] < losses[0]
