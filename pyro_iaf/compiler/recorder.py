@@ -30,7 +30,7 @@ NUMPY_SCALARS = ("float64", "float32", "int64", "int32", "bool")
 # How many recordings are kept, and how many kinds of calls without one are remembered.
 MAX_GRAPHS, MAX_KINDS = 8, 64
 
-# How often calls of one kind are recorded, if the recordings become outdated.
+# How often calls of one kind are recorded by default, if the recordings become outdated.
 MAX_BUILDS = 4
 
 # The errors allowed of a graph's loss and of its gradients, which are sums of terms that nearly
@@ -57,16 +57,18 @@ class Recorder(Generic[Call, Recording]):
 
     The caller asks :meth:`find` at each call. It returns a recording to run in place of the code,
     or whether to :meth:`record` the call, before or after the code runs. The ``MAX_GRAPHS``
-    recordings used last are kept, and a kind of call is recorded at most ``MAX_BUILDS`` times.
+    recordings used last are kept, and a kind of call is recorded at most ``most_builds`` times.
 
     A subclass defines :meth:`kind`, :meth:`make`, :meth:`is_current`, :meth:`check` and
     :meth:`leave_to_code`. It may override :meth:`fits`, :meth:`is_due` and :meth:`made_before`.
 
     Attributes:
         check_growth: A recording is checked at uses that are its powers: 1, 2, 4, 8 and so on.
+        most_builds: How often calls of one kind are recorded.
     """
 
     check_growth = 2
+    most_builds = MAX_BUILDS
 
     def __init__(self) -> None:
         self.recordings: OrderedDict[Hashable, Recording | None] = OrderedDict()
@@ -74,6 +76,7 @@ class Recorder(Generic[Call, Recording]):
         self._builds: Counter[Hashable] = Counter()
         # By the id of a recording: how often it ran, and at which use it is checked next.
         self._uses: dict[int, list[int]] = {}
+        self._adopted: set[int] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         fresh: Recorder[Any, Any] = Recorder()  # recordings stay in this process
@@ -138,6 +141,7 @@ class Recorder(Generic[Call, Recording]):
                 found = self.made_before(kind)
                 if found is not None and self.fits(found, call):
                     recording = self._keep(key, found)
+                    self._adopted.add(id(found))
             if recording is None:
                 return None, False
             is_current = recording is not UNKNOWN and self.is_current(recording)
@@ -148,12 +152,18 @@ class Recorder(Generic[Call, Recording]):
             self.recordings.move_to_end(key)
             uses = self._uses[id(recording)]
             uses[0] += 1
-            if uses[0] == uses[1]:
-                uses[1] *= self.check_growth
+            if uses[0] < uses[1]:
+                return recording, False
+            uses[1] *= self.check_growth
+            try:
                 self.check(recording, call)
-            return recording, False
+                return recording, False
+            except Refused:
+                # What another recorder made may depend on something that has changed since.
+                if id(recording) not in self._adopted or uses[0] > 1:
+                    raise
         self.recordings.pop(key, None)
-        if self._builds[kind] >= MAX_BUILDS:
+        if self._builds[kind] >= self.most_builds:
             self.leave_to_code(KEEPS_CHANGING)
             return None, False
         return None, self.is_due(call, kind)
@@ -168,11 +178,14 @@ class Recorder(Generic[Call, Recording]):
 
     def _look_up(self, kind: Hashable, call: Call) -> tuple[Hashable, Any]:
         """The recording that fits a call, or None or UNKNOWN, and its key."""
-        for k in range(MAX_BUILDS):
-            recording: Any = self.recordings.get(key := (kind, k), UNKNOWN)
-            if recording is UNKNOWN or recording is None or self.fits(recording, call):
+        free: Hashable = None
+        for key in ((kind, k) for k in range(MAX_GRAPHS + 1)):  # one more than are kept
+            recording: Any = self.recordings.get(key, UNKNOWN)
+            if recording is UNKNOWN:
+                free = free or key
+            elif recording is None or self.fits(recording, call):
                 return key, recording
-        return (kind, MAX_BUILDS), UNKNOWN
+        return free, UNKNOWN
 
     def record(self, call: Call) -> Recording | None:
         """Makes and keeps the recording of a call; raises Refused if it can't be recorded."""

@@ -24,7 +24,6 @@ from ..compiler.capture import Graph, Refused, record
 from ..compiler.lowering import Lowered, Replay
 from ..compiler.recorder import (
     KEEPS_CHANGING,
-    MAX_BUILDS,
     MAX_GRAPHS,
     Recorder,
     by_hash,
@@ -117,6 +116,8 @@ class CompiledSteps(Recorder[StepCall, Built]):
         super().__init__()
         self.loss, self.params, self.optimizer = loss, params, optimizer
         self.compile, self.num_left, self.change = compile, num_left, change
+        if change:  # each set of constants is recorded twice, see _come_again
+            self.most_builds = 2 * (MAX_GRAPHS + 1)
         self._factors, self._weighted, self._settings = factors, weighted, settings
         known = _built.setdefault(loss.guide, {}) if isinstance(loss.guide, nn.Module) else {}
         self._known: dict[Any, Built] = known
@@ -295,7 +296,7 @@ class CompiledSteps(Recorder[StepCall, Built]):
         constants = digest(graph.constants.values)
         if seen[constants] < 2:  # as a resumed run records anew, further ones don't count
             seen[constants] += 1
-            if seen.total() > MAX_BUILDS:
+            if len(seen) > MAX_GRAPHS:
                 raise Refused(KEEPS_CHANGING)
         return seen[constants] > 1
 

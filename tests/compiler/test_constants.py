@@ -425,12 +425,19 @@ def test_minibatches_with_the_same_numbers_share_a_step(lowered):
     assert_close(found[1], run(cut, data, compile=False)[1])
 
 
-def test_minibatches_that_take_turns_have_a_step_each(lowered):
-    data = batches_of(1.0, -1.0)
+@pytest.mark.parametrize("num_batches", [2, 4, 7])
+def test_minibatches_that_take_turns_have_a_step_each(lowered, num_batches):
+    data = [torch.arange(1.0, 9.0) - 1.5 - k for k in range(num_batches)]  # of 7, 6, ... rows
     found = run(cut, data)
     assert found[0].backend == "graph"
-    assert lowered["lowered"] == 2
+    assert lowered["lowered"] == num_batches
     assert_close(found[1], run(cut, data, compile=False)[1])
+
+
+def test_more_of_them_than_graphs_are_kept_are_not_compiled():
+    data = [torch.arange(1.0, 12.0) - 1.5 - k for k in range(10)]
+    with pytest.raises(ValueError, match="more than 8 kinds of arguments take turns"):
+        run(cut, data)
 
 
 def test_minibatches_with_ever_new_numbers_are_not_compiled(lowered, monkeypatch):
@@ -459,6 +466,26 @@ def test_a_second_fit_takes_other_numbers():
         assert_close(found[0], found[1])
 
 
+def test_a_second_fit_sees_a_tensor_that_was_bound_anew():
+    y = torch.tensor([1.0, 2.0])
+
+    def model():
+        observe(latent(), y)
+
+    guide = AutoNormal(model)
+    guide()
+    settings = {"num_steps": 6, "num_particles": 1, "progress": False, "seed": 0}
+    for y in (y, y + 5.0):  # noqa: B007, B020
+        found = []
+        for how in ("graph", False):
+            for p in guide.parameters():
+                p.data.fill_(0.5)
+            result = fit(model, guide, compile=how, **settings)
+            found.append([p.detach().clone() for p in guide.parameters()])
+            assert result.backend == ("eager" if how is False else how)
+        assert_close(found[0], found[1])
+
+
 @pytest.mark.parametrize("at", [1, 2, 3, 4, 6])
 @pytest.mark.parametrize("ever_new", [False, True], ids=["two", "ever new"])
 def test_a_resumed_run_gives_the_same_numbers(at, ever_new, tmp_path, monkeypatch):
@@ -468,6 +495,7 @@ def test_a_resumed_run_gives_the_same_numbers(at, ever_new, tmp_path, monkeypatc
     monkeypatch.setattr(compiled_step.lowering.Backend, "fewest_steps", 1)
     data = 2 * batches_of(1.0, -1.0)
     if ever_new:  # compiled steps end at the third number of positive ones
+        monkeypatch.setattr(compiled_step, "MAX_GRAPHS", 2)
         data += [torch.tensor([1.0, -1.0, k - 2.0]) for k in range(5)]
 
     def compiled(**more):

@@ -174,11 +174,34 @@ def test_a_change_that_cant_be_seen_is_found_at_a_check(user):
         user.recorder.find(user.call(1))
 
 
+def test_a_recording_from_elsewhere_that_is_wrong_is_made_anew_once():
+    toy = Toy()
+    toy.made_before = lambda kind: [5.0]
+    assert toy.find([1.0]) == (None, True)
+    assert toy.record([1.0]) == [2.0]
+    assert toy.find([1.0]) == ([2.0], False)
+    toy.factor = 3.0
+    with pytest.raises(Refused, match="don't agree"):
+        toy.find([1.0])
+
+
+def test_a_place_that_became_free_hides_no_recording():
+    toy = Toy()
+    toy.fits = lambda recording, call: recording == call
+    toy.make = list
+    toy.check = lambda recording, call: None
+    for k in range(3):
+        toy.record([float(k)])
+    del toy.recordings[1, 1]
+    assert toy.find([2.0]) == ([2.0], False)
+
+
 def test_what_goes_stale_is_recorded_anew_a_few_times(user, monkeypatch):
     monkeypatch.setattr(user.recorder, "is_current", lambda recording: False)
-    for _ in range(MAX_BUILDS + 3):
+    most = user.recorder.most_builds
+    for _ in range(most + 3):
         run(user, 1)
-    assert len(user.made) == MAX_BUILDS
+    assert len(user.made) == most
     assert "keeps changing" in user.left[-1]
 
 
