@@ -19,6 +19,7 @@ __all__ = [
     "MAX_KHAT",
     "MAX_ROUNDING",
     "MIN_LOG_WEIGHT",
+    "error_of_k",
     "pareto_k",
     "resampled",
     "rounding_message",
@@ -57,6 +58,15 @@ def pareto_k(log_weights: Tensor, rounding: float = 0.0) -> float:
     return _Tail(log_weights, rounding).k
 
 
+def error_of_k(khat: float, count: int) -> float:
+    """The standard error of the k-hat of so many weights, that of the maximum likelihood.
+
+    References:
+        Smith (1987), Estimating tails of probability distributions
+    """
+    return (1 + max(khat, 0.0)) / math.sqrt(_tail_size(count))
+
+
 def smoothed(log_weights: Tensor, rounding: float = 0.0) -> Tensor:
     """Normalised weights, the largest of them replaced by quantiles of the fitted Pareto tail."""
     log_weights = log_weights.nan_to_num(-math.inf, posinf=-math.inf, neginf=-math.inf)
@@ -89,6 +99,11 @@ def rounding_message(rounding: float) -> str:
     )
 
 
+def _tail_size(count: int) -> int:
+    """How many of so many weights make up their tail."""
+    return math.ceil(min(0.2 * count, 3 * math.sqrt(count)))
+
+
 class _Tail:
     """A generalised Pareto distribution, fitted to the largest weights.
 
@@ -105,7 +120,7 @@ class _Tail:
         if count < 5 or not (largest := log_weights.max()).isfinite():  # NaN included
             return
         ordered = (log_weights.double() - largest).sort().values.cpu()
-        size = math.ceil(min(0.2 * count, 3 * math.sqrt(count)))
+        size = _tail_size(count)
         self.log_cutoff = max(MIN_LOG_WEIGHT, ordered[-size - 1].item())
         self.log_weights = ordered[ordered > self.log_cutoff]
         rounding = max(rounding, torch.finfo(log_weights.dtype).eps * abs(largest.item()))

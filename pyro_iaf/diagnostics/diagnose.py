@@ -11,12 +11,20 @@ import torch
 from torch import Tensor
 
 from .._validation import check_size
-from ..importance import MAX_KHAT, MAX_ROUNDING, MIN_LOG_WEIGHT, pareto_k, rounding_message
+from ..importance import (
+    MAX_KHAT,
+    MAX_ROUNDING,
+    MIN_LOG_WEIGHT,
+    error_of_k,
+    pareto_k,
+    rounding_message,
+)
 from ..models.arguments import check_call, check_pair
 from ..models.traces import handler_lock
 from ..models.weighted import WeightedParticles
+from .modes import Mode, search_modes
 
-__all__ = ["Diagnosis", "diagnose", "judge"]
+__all__ = ["Diagnosis", "conclude", "diagnose", "judge"]
 
 # A guide is good up to this k-hat, this gap between ELBO and log evidence in nats, and this change
 # by weighting: of a mean in standard deviations, of a log standard deviation.
@@ -26,8 +34,18 @@ GOOD_KHAT, SMALL_GAP, SMALL_CHANGE = 0.5, 0.1, 0.1
 # Then k-hat, which is free of scale, says nothing.
 NEARLY_ALL, TINY_GAP = 0.95, 0.02
 
+# The mass that a guide may miss in modes elsewhere, as a share.
+SMALL_SHARE = 0.05
+
+# By this factor the draws are multiplied where the standard error of k-hat leaves the verdict open.
+MORE = 8
+
 # From this shape of a tail on, the mean is infinite.
 NO_MEAN = 1.0
+
+# The guide is usable whatever k-hat says from this effective sample size on, as a share of the
+# draws, where gap and changes are as small as those of a good guide.
+MOST = 0.8
 
 # A weight that is smaller than the mean by less, as a share of it, counts as equal to the mean.
 SMALL_EXCESS = 1e-3
@@ -60,6 +78,10 @@ class Diagnosis:
             often not among those here, decide on its standard deviations.
         rounding: The error of a log-weight by floating-point rounding, in nats.
         improper: Latents with an unbounded flat prior that the model's density does not depend on.
+        wavers: Whether the verdict would be another within the standard error of k-hat, although
+            more draws were taken. Then it is the worse one.
+        modes: Modes that the guide misses, the largest share of the mass first.
+        searched: How modes were searched, or why not, in words; empty if nobody asked for it.
 
     Example:
         >>> def model():
@@ -82,6 +104,14 @@ class Diagnosis:
     spread_khat: float = 0.0
     rounding: float = 0.0
     improper: Sequence[str] = ()
+    wavers: bool = False
+    modes: Sequence[Mode] = ()
+    searched: str = ""
+
+    @property
+    def share_missed(self) -> float:
+        """The share of the posterior's mass in modes that the guide misses, as far as is known."""
+        return sum(mode.share for mode in self.modes)
 
     @property
     def threshold(self) -> float:
@@ -110,22 +140,43 @@ class Diagnosis:
 
     @property
     def verdict(self) -> str:
-        """``"good"``, ``"usable"``, ``"not to be trusted"``, or ``"none"``."""
+        """``"good"``, ``"usable"``, ``"modes missing"``, ``"not to be trusted"``, or ``"none"``."""
+        return self._verdict_at(self.khat + (self.khat_se if self.wavers else 0.0))
+
+    @property
+    def khat_se(self) -> float:
+        """The standard error of k-hat."""
+        return error_of_k(self.khat, len(self.log_weights))
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether the verdict is the same within the standard error of k-hat."""
+        if not math.isfinite(self.khat):
+            return True
+        ends = self.khat - self.khat_se, self.khat + self.khat_se
+        return len({self._verdict_at(khat) for khat in ends}) == 1
+
+    def _verdict_at(self, khat: float) -> str:
+        """The verdict if k-hat were this."""
         if self._no_verdict():
             return "none"
+        if self.share_missed > SMALL_SHARE:
+            return "modes missing"
         is_close = (
             self.gap < SMALL_GAP
             and self.largest_change < SMALL_CHANGE
             and self.spread_khat < NO_MEAN
             and bool(self.log_weights.isfinite().all())
         )
-        if is_close and (self.khat < min(GOOD_KHAT, self.threshold) or self.hardly_differ):
+        if is_close and (khat < min(GOOD_KHAT, self.threshold) or self.hardly_differ):
             return "good"
-        is_usable = self.khat < self.threshold or self.hardly_differ
+        has_most = is_close and self.ess >= MOST * len(self.log_weights)
+        is_usable = khat < self.threshold or self.hardly_differ or has_most
         return "usable" if is_usable else "not to be trusted"
 
     def __str__(self) -> str:
-        khat = f"k-hat {self.khat:.2f} (below 0.5 good, below {self.threshold:.2f} usable)"
+        error = f" +/- {self.khat_se:.2f}" if self.wavers else ""
+        khat = f"k-hat {self.khat:.2f}{error} (below 0.5 good, below {self.threshold:.2f} usable)"
         if self.hardly_differ:
             khat = f"k-hat {self.khat:.2f}, of weights that hardly differ"
         lines = [
@@ -144,6 +195,9 @@ class Diagnosis:
                 f"  site '{name}': weighting moves a mean by {shift:.2f} sd, and multiplies a "
                 f"standard deviation by {factor:.2f}"
             )
+        lines += [f"  {mode}" for mode in self.modes[:3]]
+        if self.searched:
+            lines.append(f"  {self.searched}")
         if self.subsampled:
             lines.append(
                 "  The model subsamples its data, so the weights also vary with the subsample. "
@@ -155,6 +209,11 @@ class Diagnosis:
         verdict = self.verdict
         if verdict == "none":
             return f"No verdict: {self._no_verdict()}"
+        if verdict == "modes missing":
+            return (
+                f"Modes missing: about {self.share_missed:.0%} of the posterior's mass is "
+                "elsewhere. The draws describe the rest, and resampling can't repair that."
+            )
         if verdict == "good":
             return "Good: the guide is close to the posterior."
         if verdict == "usable":
@@ -199,12 +258,20 @@ def diagnose(
     kwargs: Mapping[str, Any] | None = None,
     *,
     num_samples: int = 4000,
+    search: bool = True,
 ) -> Diagnosis:
     """How close a guide is to the posterior, by importance sampling from the guide.
 
-    A mode without any draws near it is not found, and a guide that is a point gets no verdict.
-    Costs ``num_samples`` runs of guide and model, vectorised if the model can be. Threads take
-    turns: calls of this function and of :func:`fit` run one after the other.
+    Draws of the guide can't tell of a mode that none of them is near. So the log joint density is
+    climbed from up to 132 points further apart, and each end that the guide misses is weighed. This
+    finds no mode at which no climb ends, such as a narrow one far out. A guide that is a point gets
+    no verdict.
+
+    Costs ``num_samples`` runs of guide and model, vectorised if the model can be, and for the
+    search a quarter as many gradients of the model, or some thousands of a small model. Where k-hat
+    is within its standard error of another verdict, eight times as many draws decide, or the
+    verdict is the worse one. Threads take turns: calls of this function and of :func:`fit` run one
+    after the other.
 
     Args:
         model: A Pyro model.
@@ -212,10 +279,12 @@ def diagnose(
         args: Positional arguments of both.
         kwargs: Keyword arguments of both.
         num_samples: The number of draws.
+        search: Whether to search for modes that the guide misses.
 
     Raises:
-        ValueError: If ``num_samples`` is not positive, if model and guide are swapped or not
-            callable, or if the guide's sites or their shapes differ from the model's latents.
+        ValueError: If ``num_samples`` is not positive, if ``search`` is not True or False, if model
+            and guide are swapped or not callable, or if the guide's sites or their shapes differ
+            from the model's latents.
         TypeError: If the model does not take these arguments.
         RuntimeError: If the model raises an error at every draw.
 
@@ -239,10 +308,13 @@ def diagnose(
         Good: the guide is close to the posterior.
     """
     check_size("num_samples", num_samples)
+    if not isinstance(search, bool):
+        raise ValueError(f"search should be True or False; got {search!r}.")
     check_pair("diagnose", model, guide)
     args, kwargs = check_call(args, kwargs, model)
     with handler_lock:
-        return judge(WeightedParticles(model, guide, args, kwargs), num_samples)
+        particles = WeightedParticles(model, guide, args, kwargs)
+        return conclude(particles, num_samples, num_samples / 4 if search else None)
 
 
 @torch.no_grad()
@@ -270,6 +342,27 @@ def judge(particles: WeightedParticles, num_samples: int) -> Diagnosis:
         rounding=draws.rounding,
         improper=particles.improper,
     )
+
+
+@torch.no_grad()
+def conclude(
+    particles: WeightedParticles, num_samples: int, num_evaluations: float | None = None
+) -> Diagnosis:
+    """The diagnosis to show: of more draws where the verdict wavers, and with a search for modes.
+
+    Args:
+        particles: The model and its guide.
+        num_samples: The number of draws.
+        num_evaluations: About how many evaluations of the model's gradient a search for modes may
+            take; None for no search.
+    """
+    found = judge(particles, num_samples)
+    if not found.is_decided and particles.at_once and not particles.subsampled:
+        found = judge(particles, MORE * num_samples)
+    found.wavers = not found.is_decided
+    if num_evaluations is not None and not (found.is_point or found.improper):
+        found.modes, found.searched = search_modes(particles, num_evaluations)
+    return found
 
 
 def _changes(

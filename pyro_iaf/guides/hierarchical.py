@@ -200,7 +200,7 @@ class AutoHierarchicalIAF(GuideWithContexts):
                     parts.append(self._encoded(k, plates, rows, contexts, args, kwargs))
                 transform = self._transform_at(k, parts)
                 latent = pyro.sample(
-                    "_".join(filter(None, (f"_{self._pyro_name}", group.name, "latent"))),
+                    self._latent_name(group),
                     transform.posterior(),
                     infer={"is_auxiliary": True},
                 )
@@ -209,6 +209,26 @@ class AutoHierarchicalIAF(GuideWithContexts):
                 for site, fn, value in self._split(group, latent):
                     drawn[site] = pyro.sample(site, fn), value
         return drawn
+
+    def auxiliary_values(self, unconstrained: Mapping[str, Tensor], nesting: int) -> dict[str, Any]:
+        """The vectors of the groups at latents in unconstrained space, by name of their sites.
+
+        Args:
+            unconstrained: The latents, with a dimension of draws left of ``nesting`` others.
+            nesting: How many dimensions the plates take.
+        """
+        vectors = {}
+        for group in self.groups:
+            parts = []
+            for name, shape in group.shapes.items():
+                lead = unconstrained[name].shape[: unconstrained[name].dim() - len(shape)]
+                ones = (1,) * (nesting + 1 - len(lead))
+                parts.append(unconstrained[name].reshape(*lead, *ones, shape.numel()))
+            vectors[self._latent_name(group)] = torch.cat(parts, -1)
+        return vectors
+
+    def _latent_name(self, group: Group) -> str:
+        return "_".join(filter(None, (f"_{self._pyro_name}", group.name, "latent")))
 
     def _transform_at(self, k: int, contexts: Sequence[Tensor]) -> Any:
         """The flow of a group, conditioned on its contexts."""

@@ -10,7 +10,7 @@ for one after the other if the model does not broadcast.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -72,8 +72,13 @@ class LogJoint(Particles):
             shape = to_support.inv(site["value"]).shape  # its inverse_shape imports sympy
             padded = self.padded_shape(shape, len(shape) - to_support.domain.event_dim)
             self._layout.append((name, to_support, padded, shape.numel()))
-        self.latent_dim = sum(size for *_, size in self._layout)
+        self.latent_dim = sum(self.sizes_of_sites)
         self.weight: float | Tensor = 1.0
+
+    @property
+    def sizes_of_sites(self) -> list[int]:
+        """How many numbers each site has in unconstrained space."""
+        return [size for *_, size in self._layout]
 
     def with_data(self, args: Args, kwargs: Kwargs, weight: float | Tensor = 1.0) -> LogJoint:
         """The same density on other data and fresh subsamples, the latents' densities weighted."""
@@ -116,7 +121,7 @@ class LogJoint(Particles):
         """
 
         def log_probs(indices: Sequence[int], at_once: bool) -> dict[str, Tensor]:
-            trace = self._trace(self._constrain(z[indices])[0], at_once)
+            trace = self._trace(self.constrained(z[indices])[0], at_once)
             return log_probs_of_particles(trace, len(indices), self.nesting if at_once else None)
 
         return self.probe(len(z), log_probs)
@@ -180,7 +185,7 @@ class LogJoint(Particles):
         return torch.where(mean.abs() > size / 10, mean, -size / 10)
 
     def _scored(self, z: Tensor, at_once: bool) -> Tensor:
-        values, log_det = self._constrain(z)
+        values, log_det = self.constrained(z)
         trace, nesting = self._trace(values, at_once), self.nesting if at_once else None
         log_prob = log_prob_of_particles(trace, len(z), nesting, self.weight)
         return log_prob + self.weight * log_det
@@ -195,14 +200,28 @@ class LogJoint(Particles):
             compute_log_prob(trace)
         return trace
 
-    def _constrain(self, z: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    def split(self, z: Tensor) -> dict[str, Tensor]:
+        """The sites in unconstrained space, with the particles left of all plates."""
+        parts = z.split(self.sizes_of_sites, -1)
+        layout = zip(parts, self._layout, strict=True)
+        return {name: part.reshape(len(z), *shape) for part, (name, _, shape, _) in layout}
+
+    def constrained(self, z: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """The sites' values, with the particles left of all plates, and the log-determinants."""
-        values, log_det = {}, z.new_zeros(len(z))
-        parts = z.split([size for *_, size in self._layout], -1)
-        for part, (name, to_support, shape, _) in zip(parts, self._layout, strict=True):
-            part = part.reshape(len(z), *shape)
-            values[name] = value = to_support(part)
+        values, log_det = self.split(z), z.new_zeros(len(z))
+        for name, to_support, *_ in self._layout:
+            part, values[name] = values[name], to_support(values[name])
             if to_support is not identity_transform:
-                own = to_support.log_abs_det_jacobian(part, value)
+                own = to_support.log_abs_det_jacobian(part, values[name])
                 log_det = log_det + own.reshape(len(z), -1).sum(-1)
         return values, log_det
+
+    def sites_at(self, z: Tensor) -> dict[str, Tensor]:
+        """The values of the model's sites at one point of shape ``(D,)``, in their own shapes."""
+        values, _ = self.constrained(z.unsqueeze(0))
+        return {name: value.reshape(self._shapes[name]) for name, value in values.items()}
+
+    def unconstrained(self, sites: Mapping[str, Tensor]) -> Tensor:
+        """The vectors of shape ``(K, D)`` of draws whose sites have ``K`` in front."""
+        parts = [t.inv(sites[name]).reshape(len(sites[name]), -1) for name, t, *_ in self._layout]
+        return torch.cat(parts, -1)

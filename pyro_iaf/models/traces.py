@@ -55,7 +55,7 @@ def samples(trace: poutine.Trace) -> dict[str, Any]:
     return {
         name: site
         for name, site in nodes.items()
-        if site["type"] == "sample" and not site_is_subsample(site)
+        if site.get("type") == "sample" and not site_is_subsample(site)
     }
 
 

@@ -17,6 +17,7 @@ from torch.distributions import AffineTransform, ComposeTransform, IndependentTr
 from .._validation import warn
 from ..importance import MAX_KHAT, MAX_ROUNDING, pareto_k, resampled, rounding_message, smoothed
 from .arguments import Args, Kwargs, Program
+from .log_joint import LogJoint
 from .matching import FixedLatents, Mismatch, check_guide_site
 from .particles import NUM_PROBED, Particles, numbers_in, threads_for
 from .traces import (
@@ -152,7 +153,7 @@ class WeightedParticles(Particles):
         size = min(NUM_NUDGED, self.num_at_once)
         try:
             with torch.random.fork_rng([]), quietly(), poutine.block():
-                guide = self._run_guide(size)
+                guide = self.run_guide(size)
                 drawn, auxiliary = self.values(guide, size), _auxiliary_values(guide)
                 nudged = {
                     name: value.nextafter(value.new_tensor(math.inf))
@@ -173,7 +174,7 @@ class WeightedParticles(Particles):
     def _weigh(self, size: int) -> tuple[Draws, list[Exception]]:
         """Draws of one run, and the errors that the model raises at single draws."""
         with quietly(), poutine.block():
-            guide = self._run_guide(size)
+            guide = self.run_guide(size)
             drawn, auxiliary = self.values(guide, size), _auxiliary_values(guide)
             log_q, rounding_q = self._scored(guide, size)
             errors: list[Exception] = []
@@ -261,7 +262,7 @@ class WeightedParticles(Particles):
     def _first_runs(self) -> tuple[poutine.Trace, poutine.Trace]:
         """A run of the model without an error, and of the guide whose draw it is at."""
         for _ in range(NUM_PROBED):
-            guide = self._run_guide(None)
+            guide = self.run_guide(None)
             values = {name: site["value"] for name, site in latent_sites(guide).items()}
             try:
                 return self.run_model(values, _auxiliary_values(guide)), guide
@@ -271,7 +272,15 @@ class WeightedParticles(Particles):
                 failure = error
         raise failure
 
-    def _run_guide(self, num_draws: int | None) -> poutine.Trace:
+    def log_joint(self) -> LogJoint:
+        """The log joint density of the model; the guide's own, if it has a method for it."""
+        make = getattr(self.guide, "log_joint", LogJoint)
+        joint: LogJoint = make(self.model, self.first_model, self.args, self.kwargs)
+        joint.at_once = self.at_once
+        return joint
+
+    def run_guide(self, num_draws: int | None) -> poutine.Trace:
+        """A run of the guide for so many draws, or for one without a dimension for it."""
         run = poutine.trace(self.in_plate(self.guide, num_draws))
         trace = run.get_trace(*self.args, **self.kwargs)
         runs_the_model = isinstance(poutine.unwrap(self.guide), GuideMessenger)
@@ -296,7 +305,7 @@ class WeightedParticles(Particles):
 
     def _gradients(self, names: list[str]) -> Sequence[Tensor | None]:
         """The gradients of the model's log density in some latents, at a draw of the guide."""
-        guide = self._run_guide(None)
+        guide = self.run_guide(None)
         values = {name: site["value"] for name, site in latent_sites(guide).items()}
         leaves = [values[name].detach().requires_grad_() for name in names]
         values.update(zip(names, leaves, strict=True))
@@ -322,7 +331,7 @@ class WeightedParticles(Particles):
 
         try:
             with torch.no_grad(), quietly(), poutine.block():
-                drawn = self.values(self._run_guide(NUM_PROBED), NUM_PROBED)
+                drawn = self.values(self.run_guide(NUM_PROBED), NUM_PROBED)
                 self.probe(NUM_PROBED, log_probs)
         except Exception:  # any error of a guide that doesn't broadcast
             self.at_once = False

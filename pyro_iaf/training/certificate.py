@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ..diagnostics.diagnose import GOOD_KHAT, SMALL_GAP, Diagnosis, judge
+from ..diagnostics.diagnose import GOOD_KHAT, SMALL_GAP, Diagnosis, conclude, judge
 from ..models.arguments import Args, Kwargs, Program
 from ..models.weighted import WeightedParticles
 
@@ -35,6 +35,14 @@ FEWEST_LOOKS, FEWEST_LOOKS_AT_PACE = 4, 5
 
 # Draws of the verdict, and of a look for each step that was taken: if they run at once, or not.
 NUM_DRAWS, DRAWS_A_STEP, DRAWS_A_STEP_ALONE = 4000, 10, 2
+
+# The search for modes takes this share of the evaluations of the model that training took.
+SHARE_OF_SEARCH = 0.2
+
+# Why to stop where a look finds that weighting changes nothing: if the last draws say so too, or if
+# they still find a tail.
+UNCHANGED = "more of them would change nothing"
+UNMOVED = "more of them would move no mean or spread that you see"
 
 # Draws that show whether a guide can be judged: if they run at once, or not.
 NUM_TRIED, NUM_TRIED_ALONE = 64, 4
@@ -68,6 +76,7 @@ class Certificate:
     Args:
         particles: The model and its guide.
         adjust_tails: Makes the guide's tails heavier if importance weights need it.
+        num_particles: How many evaluations of the model a step takes.
 
     Attributes:
         elbos: The ELBO at each look and its standard error.
@@ -75,8 +84,14 @@ class Certificate:
         diagnosis: The verdict, from draws that took no part in the decision to stop.
     """
 
-    def __init__(self, particles: WeightedParticles, adjust_tails: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        particles: WeightedParticles,
+        adjust_tails: Callable[[], None],
+        num_particles: int,
+    ) -> None:
         self.particles, self.adjust_tails = particles, adjust_tails
+        self.num_particles = num_particles
         self.elbos: list[Sequence[float]] = []
         self.reason = ""
         self.diagnosis: Diagnosis | None = None
@@ -93,7 +108,7 @@ class Certificate:
         is_long = len(self.elbos) >= FEWEST_LOOKS
         is_good = found.verdict == "good" or (found.hardly_differ and is_long)
         if is_good and found.largest_change < UNSEEN_CHANGE:
-            self.reason = "more of them would change nothing"
+            self.reason = UNCHANGED
         elif self._has_settled(gap):
             self.reason = "the ELBO no longer rises"
         elif num_rounds_left == 0:
@@ -102,7 +117,10 @@ class Certificate:
             self.reason = "at this pace it needs many more, so give num_steps to go further"
         else:
             return False
-        self.diagnosis = judge(self.particles, self._num_draws(math.inf))
+        num_evaluations = SHARE_OF_SEARCH * step * self.num_particles
+        self.diagnosis = conclude(self.particles, self._num_draws(math.inf), num_evaluations)
+        if self.reason == UNCHANGED and self.diagnosis.verdict not in ("good", "modes missing"):
+            self.reason = UNMOVED
         return True
 
     def _is_out_of_reach(self, gap: float, num_rounds_left: int) -> bool:

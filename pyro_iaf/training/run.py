@@ -35,7 +35,6 @@ from ..flows.scored_guide import (
     row_gradients,
 )
 from ..models.arguments import Args, Batch, Kwargs, Program
-from ..models.log_joint import LogJoint
 from ..models.matching import Mismatch
 from ..models.nonfinite import describe_nonfinite, impossible_data
 from ..models.param_store import unconstrained_params
@@ -284,9 +283,7 @@ class Run:
                 "with plates, and count dimensions from the right."
             )
         if isinstance(self.guide, ScoredGuide):
-            log_joint = getattr(self.guide, "log_joint", LogJoint)
-            joint = log_joint(self.model, particles.first_model, args, kwargs)
-            joint.at_once = particles.at_once
+            joint = particles.log_joint()
             return LatentLoss(self.model, self.guide, self.num_particles, joint)
         elbo = (TraceSTL_ELBO if goes_through_draws(self.guide) else Trace_ELBO)(
             num_particles=self.num_particles,
@@ -300,7 +297,9 @@ class Run:
             if self.particles is None or self.batches.change or not can_judge(self.particles):
                 self.schedule = self.schedule.all_at_once()
             else:
-                self.certificate = Certificate(self.particles, self._adjust_tails)
+                self.certificate = Certificate(
+                    self.particles, self._adjust_tails, self.num_particles
+                )
 
     def _make_optimizer(self, seen: poutine.Trace) -> None:
         self.optimizer = Adam(len(RATES))

@@ -115,6 +115,32 @@ def test_a_verdict_reads_all_numbers_together(changes, verdict):
     assert str(found).lower().startswith("no verdict" if verdict == "none" else verdict)
 
 
+def test_a_verdict_that_wavers_is_the_worse_one():
+    """At a guide whose k-hat is one half, the error of k-hat decides."""
+    ratio = 1 / math.sqrt(2)  # the variance of the weights is infinite from here on
+    for seed in range(4):
+        pyro.set_rng_seed(seed)
+        found = diagnose(one_latent, normal_guide(scale=ratio * SD), search=False)
+        assert len(found.log_weights) == 32_000 if found.wavers else 4000
+        assert found.wavers == (not found.is_decided)
+    near = dataclasses.replace(found, khat=0.69, wavers=False)
+    assert near.verdict == "usable"
+    assert dataclasses.replace(near, wavers=True).verdict == "not to be trusted"
+    assert "k-hat 0.69 +/- 0." in str(dataclasses.replace(near, wavers=True))
+    sure = diagnose(one_latent, normal_guide(scale=1.1 * SD), search=False)
+    assert sure.is_decided
+    assert not sure.wavers
+    assert len(sure.log_weights) == 4000
+
+
+def test_where_weights_hardly_move_anything_a_tail_is_no_reason_for_distrust():
+    good = diagnose(one_latent, normal_guide(scale=1.02 * SD), search=False)
+    assert dataclasses.replace(good, khat=0.9, ess=3660.0).verdict == "usable"
+    assert dataclasses.replace(good, khat=0.9, ess=2000.0).verdict == "not to be trusted"
+    far = dataclasses.replace(good, khat=0.9, ess=3660.0, sites={"z": (0.2, 1.0)})
+    assert far.verdict == "not to be trusted"
+
+
 def test_few_draws_far_out_make_tails_too_heavy():
     # One draw in fifty is of a distribution without a variance, so the guide has none either.
     far = dist.StudentT(torch.tensor([200.0, 1.0]), MEAN, torch.tensor([SD, 2 * SD]))
@@ -142,7 +168,7 @@ def test_estimates_lie_within_their_standard_errors():
     ratio = 1.2
     divergence = math.log(1 / ratio) + (ratio**2 - 1) / 2
     guide = normal_guide(scale=ratio * SD)
-    runs = [diagnose(one_latent, guide, num_samples=500) for _ in range(200)]
+    runs = [diagnose(one_latent, guide, num_samples=500, search=False) for _ in range(200)]
     for name, truth in (("elbo", EVIDENCE - divergence), ("iw_elbo", EVIDENCE)):
         values = torch.tensor([getattr(run, name) for run in runs])
         errors = torch.tensor([getattr(run, f"{name}_se") for run in runs])
@@ -207,7 +233,7 @@ def test_where_a_matrix_has_no_cholesky_factor_there_is_no_density():
 def test_it_takes_pyros_guides_and_ours(Auto):
     found = diagnose(plates, Auto(plates), num_samples=200)
     assert set(found.sites) == {"mu", "z"}
-    assert len(str(found).splitlines()) == 6
+    assert len(str(found).splitlines()) == 7 - found.is_point  # which is not searched
 
 
 def test_it_takes_arguments_by_position_and_by_keyword():
@@ -479,7 +505,7 @@ def test_no_guide_that_is_wrong_is_good_however_large_the_density(make_large, si
     for loc, scale in [(mean, sd / 5), (mean + 2 * sd, sd), (mean - 2 * sd, sd)]:
         guide = normal_guide(torch.tensor(loc), torch.tensor(scale))
         for num_samples in (100, 1000):
-            found = str(diagnose(model, guide, num_samples=num_samples))
+            found = str(diagnose(model, guide, num_samples=num_samples, search=False))
             assert found.startswith(("Usable: ", "Not to be trusted: ", "No verdict: log dens"))
 
 
@@ -487,7 +513,7 @@ def test_no_guide_that_is_wrong_is_good_however_large_the_density(make_large, si
 def test_a_perfect_guide_is_good_where_densities_are_known(make_large, size, dtype):
     model, mean, sd = make_large(size)
     guide = normal_guide(torch.tensor(mean), torch.tensor(sd))
-    found = diagnose(model, guide, num_samples=1000)
+    found = diagnose(model, guide, num_samples=1000, search=False)
     known = found.rounding < 0.1
     assert known or (dtype == torch.float32 and size >= 1e6)
     told = "Good: " if known else "No verdict: log densities are so large"
@@ -508,7 +534,8 @@ def test_on_many_rows_a_perfect_guide_is_good_in_single_precision(num_rows):
 
         pyro.clear_param_store()
         guide = AutoIAF(model, num_flows=1, hidden_dims=[4])
-        assert str(diagnose(model, guide, num_samples=1000)).startswith("Good: ")
+        found = diagnose(model, guide, num_samples=1000, search=False)
+        assert str(found).startswith("Good: ")
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             guide.sample_posterior(100, resample=True)
@@ -621,13 +648,13 @@ def test_looking_for_rounding_takes_no_random_numbers_and_no_more_memory(monkeyp
     particles = WeightedParticles(one_latent, normal_guide(), (), {})
     monkeypatch.setattr("pyro_iaf.models.particles.MAX_NUMBERS", 3 * particles.num_numbers)
     sizes = []
-    run_guide = WeightedParticles._run_guide
+    run_guide = WeightedParticles.run_guide
 
     def spy(self, size):
         sizes.append(size)
         return run_guide(self, size)
 
-    monkeypatch.setattr(WeightedParticles, "_run_guide", spy)
+    monkeypatch.setattr(WeightedParticles, "run_guide", spy)
     before = torch.get_rng_state()
     particles._measured_rounding()
     assert torch.equal(torch.get_rng_state(), before)
@@ -649,7 +676,10 @@ def test_rounding_that_all_rows_share_is_found(rate, num_rows):
             with pyro.plate("rows", num_rows):
                 pyro.sample("y", dist.Poisson(z.exp()), obs=y)
 
-        return diagnose(model, lambda: pyro.sample("z", dist.Normal(loc, scale)), num_samples=500)
+        def guide():
+            pyro.sample("z", dist.Normal(loc, scale))
+
+        return diagnose(model, guide, num_samples=500, search=False)
 
     assert diagnosed(torch.float64).rounding < 1e-6
     is_told = "rounding error is" in str(diagnosed(torch.float32))

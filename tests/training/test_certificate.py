@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pyro
@@ -15,6 +16,7 @@ from torch.testing import assert_close
 
 from pyro_iaf import AutoIAF, fit
 from pyro_iaf.compiler.lowering import BACKENDS, Backend
+from pyro_iaf.diagnostics import diagnose as diagnosing
 from pyro_iaf.training import certificate, checkpoints, schedule
 from pyro_iaf.training.certificate import Certificate
 
@@ -91,7 +93,7 @@ def test_a_hard_posterior_has_a_bound(short_rounds):
 
 
 def certificate_after(*elbos, error=0.01):
-    made = Certificate(SimpleNamespace(at_once=True), lambda: None)
+    made = Certificate(SimpleNamespace(at_once=True), lambda: None, 16)
     made.elbos = [(elbo, error) for elbo in elbos]
     return made
 
@@ -136,6 +138,7 @@ def test_the_verdict_is_of_draws_that_decided_nothing(monkeypatch):
         return seen[-1]
 
     monkeypatch.setattr(certificate, "judge", watch)
+    monkeypatch.setattr(diagnosing, "judge", watch)
     result = quick(conjugate, AutoIAF(conjugate))
     *decided, last = seen
     assert result.diagnosis is last
@@ -395,6 +398,44 @@ def test_a_small_step_takes_one_thread_and_leaves_the_setting_alone():
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_after_an_error_the_threads_are_as_before(error):
+    calls = []
+
+    def model():
+        calls.append(torch.get_num_threads())
+        if len(calls) > 120:
+            raise error
+        conjugate()
+
+    guide = AutoIAF(model, start="init")
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with suppress(error):  # Ctrl-C between steps ends a fit without an error
+            quick(model, guide, num_steps=200, compile=False)
+        assert len(calls) > 120
+        assert calls[-1] == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_reason_and_the_verdict_agree(monkeypatch):
+    """A tail that the last draws find alone is no reason to call the fit unfinished."""
+    conclude = certificate.conclude
+
+    def find_a_tail(*args):
+        found = conclude(*args)
+        found.khat, found.ess = 0.65, 3500.0
+        return found
+
+    monkeypatch.setattr(certificate, "conclude", find_a_tail)
+    result = quick(conjugate, AutoIAF(conjugate))
+    assert result.diagnosis.verdict == "usable"
+    assert result.stopped == "more of them would move no mean or spread that you see"
 
 
 def test_a_short_fit_imports_no_compiler():

@@ -1,0 +1,264 @@
+"""The search for modes that a guide misses."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer.autoguide import AutoDelta, AutoNormal, AutoStructured
+from torch.testing import assert_close
+
+from pyro_iaf import AutoHierarchicalIAF, AutoIAF, diagnose, fit
+from pyro_iaf.diagnostics import modes
+from pyro_iaf.diagnostics.modes import Mode, search_modes
+from pyro_iaf.models.log_joint import LogJoint
+from pyro_iaf.models.weighted import WeightedParticles
+
+LOCS = torch.tensor([[-3.0, -3.0], [3.0, 3.0]], dtype=torch.float64)
+SCALES = torch.tensor([0.4, 0.8], dtype=torch.float64)
+
+
+def two_modes(weights=(0.3, 0.7)):
+    """A mixture of two normals, written by its density."""
+
+    def model():
+        prior = dist.Normal(0.0, 5.0).expand([2]).to_event(1)
+        x = pyro.sample("x", prior)
+        parts = dist.Normal(LOCS, SCALES.unsqueeze(-1)).to_event(1).log_prob(x.unsqueeze(-2))
+        target = (torch.tensor(weights).log() + parts).logsumexp(-1)
+        pyro.factor("target", target - prior.log_prob(x))
+
+    return model
+
+
+def guide_at(k, scale=None):
+    """A guide that has one of the modes, or an ellipse of another scale there."""
+
+    def guide():
+        own = SCALES[k] if scale is None else scale
+        pyro.sample("x", dist.Normal(LOCS[k], own).to_event(1))
+
+    return guide
+
+
+def searched(model, guide, *args, num_evaluations=2000):
+    return search_modes(WeightedParticles(model, guide, args, {}), num_evaluations)
+
+
+# What is found
+
+
+@pytest.mark.parametrize("k", [0, 1])
+def test_the_share_and_the_place_of_a_mode_are_found(k):
+    weights = (0.3, 0.7)
+    found = diagnose(two_modes(weights), guide_at(k))
+    (mode,) = found.modes
+    assert abs(mode.share - weights[1 - k]) < 3 * mode.share_se < 0.1
+    assert_close(mode.sites["x"], LOCS[1 - k], atol=0.05, rtol=0.0)
+    assert found.khat < 0.5  # by its own draws the guide is perfect
+    assert found.verdict == "modes missing"
+    assert found.share_missed == mode.share
+    first, *rest = str(found).splitlines()
+    assert first.startswith(f"Modes missing: about {mode.share:.0%} of the posterior's mass is")
+    assert f"  {mode}" in rest
+    assert "near x = (" in str(mode)
+
+
+def test_without_a_search_nobody_knows():
+    found = diagnose(two_modes(), guide_at(1), search=False)
+    assert found.verdict == "good"
+    assert not found.modes
+    assert "search" not in str(found)
+
+
+def test_a_mode_of_little_mass_is_no_reason_for_another_verdict():
+    found = diagnose(two_modes((0.02, 0.98)), guide_at(1))
+    (mode,) = found.modes
+    assert abs(mode.share - 0.02) < 0.005
+    assert found.verdict == "good"
+
+
+def test_a_guide_with_both_modes_misses_nothing():
+    def guide():
+        parts = dist.Normal(LOCS, SCALES.unsqueeze(-1)).to_event(1)
+        of_both = dist.MixtureSameFamily(dist.Categorical(torch.tensor([0.3, 0.7])), parts)
+        pyro.sample("x", of_both)
+
+    found = diagnose(two_modes(), guide)
+    assert found.verdict == "good"
+    assert not found.modes
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.5])
+def test_a_guide_that_is_off_in_its_own_mode_misses_no_other(scale):
+    found = diagnose(two_modes((1e-9, 1.0)), guide_at(1, scale))
+    assert found.verdict in ("usable", "not to be trusted")
+    assert not found.modes
+
+
+def test_signs_and_permutations_are_tried():
+    def model():
+        loc = pyro.sample("loc", dist.Normal(0.0, 50.0).expand([2]).to_event(1))
+        a, b = loc.unbind(-1)
+        pyro.factor("apart", -0.5 * ((a - b).abs() - 40.0) ** 2 - 0.5 * (a + b) ** 2)
+
+    guide = AutoIAF(model)
+    fit(model, guide, num_steps=100, progress=False)
+    (mode,) = diagnose(model, guide).modes
+    assert abs(mode.share - 0.5) < 0.1
+
+
+def test_a_constrained_mode_is_told_in_the_units_of_the_model():
+    def model():
+        scale = pyro.sample("scale", dist.Uniform(0.0, 10.0))
+        parts = dist.Normal(torch.tensor([2.0, 7.0]), 0.3).log_prob(scale.unsqueeze(-1))
+        pyro.factor("target", parts.logsumexp(-1))
+
+    def guide():
+        pyro.sample("scale", dist.Normal(2.0, 0.3))
+
+    (mode,) = diagnose(model, guide).modes
+    assert abs(mode.share - 0.5) < 0.05
+    assert mode.sites["scale"].shape == ()
+    assert abs(mode.sites["scale"] - 7.0) < 0.3
+
+
+# Posteriors of one mode
+
+
+def one_normal():
+    z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    pyro.sample("y", dist.Normal(z.sum(-1), 0.1), obs=torch.tensor(1.0))
+
+
+def a_funnel():
+    v = pyro.sample("v", dist.Normal(0.0, 2.0))
+    pyro.sample("x", dist.Normal(torch.zeros(4), (v / 2).exp().unsqueeze(-1)).to_event(1))
+
+
+def a_banana():
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(x**2, 0.3))
+
+
+@pytest.mark.parametrize("model", [one_normal, a_funnel, a_banana])
+@pytest.mark.parametrize("Auto", [AutoNormal, AutoIAF, AutoHierarchicalIAF])
+def test_there_is_no_false_alarm(model, Auto):
+    guide = Auto(model)
+    fit(model, guide, num_steps=100, progress=False, seed=0)
+    found = diagnose(model, guide)
+    assert found.share_missed < 0.02
+    assert found.searched.startswith("searched by ")
+
+
+# What it takes, and what it refuses
+
+
+def test_looking_for_modes_does_not_change_the_draws():
+    texts = []
+    for search in (True, False):
+        pyro.set_rng_seed(0)
+        texts.append(diagnose(one_normal, AutoNormal(one_normal), search=search).log_weights)
+    assert_close(texts[0], texts[1], rtol=0.0, atol=0.0)
+
+
+def test_one_seed_gives_one_answer():
+    found = []
+    for _ in range(2):
+        pyro.set_rng_seed(3)
+        found.append([mode.share for mode in diagnose(two_modes(), guide_at(0)).modes])
+    assert found[0] == found[1]
+
+
+def test_few_evaluations_of_a_large_model_are_enough(monkeypatch):
+    monkeypatch.setattr(modes, "CHEAP", 1)
+    counted = []
+    gradient = LogJoint.gradient
+
+    def count(self, z):
+        counted.append(len(z))
+        return gradient(self, z)
+
+    monkeypatch.setattr(LogJoint, "gradient", count)
+    found = searched(two_modes(), guide_at(0), num_evaluations=500)
+    assert sum(counted) <= 500
+    assert abs(found.modes[0].share - 0.7) < 0.1
+
+
+def test_a_model_that_runs_for_one_draw_at_a_time_is_searched_too():
+    model = two_modes()
+
+    def alone():
+        model()
+        float(torch.zeros(()))
+        assert pyro.sample("one", dist.Normal(0.0, 1.0)).dim() == 0
+
+    def guide():
+        guide_at(1)()
+        pyro.sample("one", dist.Normal(0.0, 1.0))
+
+    particles = WeightedParticles(alone, guide, (), {})
+    assert not particles.at_once
+    found = search_modes(particles, 2000)
+    assert abs(found.modes[0].share - 0.3) < 0.15
+
+
+def test_a_subsample_a_point_and_a_guide_without_a_density_are_told():
+    def rows():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 10, subsample_size=2):
+            pyro.sample("y", dist.Normal(z, 1.0), obs=torch.ones(2))
+
+    def of_rows():
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.plate("rows", 10, subsample_size=2)
+
+    assert "subsamples its data" in str(diagnose(rows, of_rows, num_samples=50))
+    assert diagnose(one_normal, AutoDelta(one_normal)).searched == ""
+    model = two_modes()
+    found = diagnose(model, AutoStructured(model, conditionals="normal"))
+    assert found.searched.startswith("not searched for other modes, as the guide's site '")
+
+
+def test_an_error_of_the_search_is_told_and_loses_nothing(monkeypatch):
+    monkeypatch.setattr(modes, "climb", lambda *_: 1 / 0)
+    found = diagnose(one_normal, AutoIAF(one_normal))
+    assert "as the search ended in ZeroDivisionError: division by zero" in found.searched
+    assert found.verdict == "good"
+
+
+def test_rounding_hides_modes():
+    torch.set_default_dtype(torch.float32)
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("constant", 1e8 + 0 * z)
+
+    found = diagnose(model, lambda: pyro.sample("z", dist.Normal(0.0, 1.0)))
+    assert not found.modes
+
+
+@pytest.mark.parametrize("search", [None, 1, "yes"])
+def test_search_is_true_or_false(search):
+    with pytest.raises(ValueError, match="search should be True or False"):
+        diagnose(one_normal, AutoIAF(one_normal), search=search)
+
+
+def test_long_sites_are_cut_short():
+    mode = Mode(0.256, 0.011, {"a": torch.arange(9.0), "b": torch.tensor(2.5)}, "a draw")
+    assert str(mode) == "26% +/- 1% of the mass near a = (0, 1, 2, 3, ...), b = 2.5"
+
+
+# In a fit
+
+
+def test_fit_tells_of_half_a_posterior():
+    def model():
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(a * b, 0.2), obs=torch.tensor(1.2))
+
+    result = fit(model, AutoIAF(model), progress=False, seed=0)
+    assert result.diagnosis.verdict == "modes missing"
+    assert math.isclose(result.diagnosis.share_missed, 0.5, abs_tol=0.2)
