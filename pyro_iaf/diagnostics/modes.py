@@ -20,16 +20,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from pyro import poutine
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from ..guides.climbs import Climbs, climb
-from ..guides.covariances import Dense
+from ..guides.covariances import Dense, unit_reach
 from ..importance import MAX_ROUNDING, rounding_message
 from ..models.guide_density import Unscorable, guide_log_prob
 from ..models.particles import threads_for
-from ..models.traces import latent_sites, quietly
 from ..models.weighted import WeightedParticles
 
 __all__ = ["Mode", "Search", "search_modes"]
@@ -212,7 +210,7 @@ class _Searcher:
             by = WIDER[k % len(WIDER)]
             point = self.loc + by * (some.pop() - self.loc)
             yield _Start(point, f"a draw of the guide, {by:.0f} times as far out")
-        prior = self._prior_draws()
+        prior = self.joint.prior_draws(NUM_PRIOR if self.joint.at_once else numbers.prior)
         for point in prior[: numbers.prior]:
             yield _Start(point, "a draw of the prior")
         centre = prior.median(0).values if len(prior) else torch.zeros_like(self.loc)
@@ -240,24 +238,6 @@ class _Searcher:
         if len(groups) <= num:
             return list(itertools.islice(itertools.cycle(groups), num))
         return [everything, *(torch.rand(D) < 0.5 for _ in range(num - 1))]
-
-    def _prior_draws(self) -> Tensor:
-        """Draws of the prior, of shape ``(N, D)``; none if it is improper."""
-        particles, draws = self.particles, []
-        size = min(NUM_PRIOR, particles.num_at_once)
-        for _ in range(1 if particles.at_once else self.numbers.prior):
-            run = poutine.trace(particles.in_plate(particles.model, size))
-            try:
-                with quietly(), poutine.block():
-                    trace = run.get_trace(*particles.args, **particles.kwargs)
-                sites = {
-                    name: particles.unpadded(site["value"], self.sites[name].shape[1:], size)
-                    for name, site in latent_sites(trace).items()
-                }
-                draws.append(self.joint.unconstrained(sites))
-            except Exception:  # an improper prior has no draws, and a model may raise anything
-                pass
-        return torch.cat(draws) if draws else self.z[:0]
 
     # What is missed
 
@@ -315,8 +295,7 @@ class _Searcher:
         for k, (end, slope, hessian) in enumerate(
             zip(ends, slopes, self.joint.hessian(ends), strict=True)
         ):
-            # Of unit scale along directions without curvature.
-            root = Dense.of_precision(-hessian, lambda axes: axes.new_ones(len(axes))).root
+            root = Dense.of_precision(-hessian, unit_reach).root
             if (slope @ root).square().sum() / 2 < SMALL_GAIN:
                 found[k] = MultivariateNormal(end, scale_tril=root, validate_args=False)
         return found

@@ -9,10 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Covariance", "Dense", "LowRank"]
+__all__ = ["Covariance", "Dense", "LowRank", "unit_reach"]
 
 # A direction counts as flat if its curvature is below this share of the largest.
 FLAT = 1e-8
+
+
+def unit_reach(axes: Tensor) -> Tensor:
+    """A reach of one along all directions, for :meth:`Dense.of_precision`."""
+    return axes.new_ones(len(axes))
 
 
 class Dense(NamedTuple):

@@ -7,10 +7,13 @@ From several points a path climbs the log joint density :math:`\ell`. At each of
     N(z, \Sigma) \quad\text{and}\quad N(z + \Sigma \nabla \ell(z), \Sigma), \qquad
     \Sigma = |{-\nabla^2 \ell(z)}|^{-1},
 
-and the guide starts at the one with the highest ELBO. If the path leads into the neck of a funnel,
-that Gaussian is on the way and not at the end. Where second derivatives cost too much,
-:math:`\Sigma` comes from the steps of the path itself (L-BFGS), as a diagonal plus a low-rank
-matrix. (Zhang et al. 2022, https://arxiv.org/abs/2108.03782)
+and the guide starts at the one with the highest ELBO. Of several modes that is the one with most
+mass, if a path leads there: so draws of the prior are climbed too, all at once, and paths begin at
+those of their ends where the curvature promises most mass.
+
+If a path leads into the neck of a funnel, the Gaussian is on the way and not at the end. Where
+second derivatives cost too much, :math:`\Sigma` comes from the steps of the path itself (L-BFGS),
+as a diagonal plus a low-rank matrix. (Zhang et al. 2022, https://arxiv.org/abs/2108.03782)
 
 A density may have no curvature: a Laplace density is linear on both sides of its kink. Along such
 a direction the scale is the distance at which the density has fallen.
@@ -27,7 +30,8 @@ from torch import Tensor
 
 from ..models.log_joint import LogJoint
 from ..models.particles import threads_for
-from .covariances import Covariance, Dense, LowRank
+from .climbs import climb
+from .covariances import Covariance, Dense, LowRank, unit_reach
 
 __all__ = ["Start", "StartNotFound", "pathfinder"]
 
@@ -35,6 +39,11 @@ NUM_PATHS = 4
 
 # Up to so many latents every path takes second derivatives, and up to so many the best one does.
 EXACT_PATHS, EXACT_END = 64, 400
+
+# How many draws of the prior are climbed, and at how many of their ends paths begin. Ends are one
+# where the density differs by less, in nats, and each latent by less, in its scales by the prior.
+NUM_CLIMBED, NUM_ENDS = 32, 3
+SAME_VALUE, SAME_PLACE = 0.1, 0.1
 
 # How many steps L-BFGS remembers, and the most steps that L-BFGS and Newton's method take.
 NUM_HISTORY, NUM_STEPS, NUM_STEPS_EXACT = 10, 200, 60
@@ -98,7 +107,8 @@ def pathfinder(joint: LogJoint, loc: Tensor, dense: bool) -> Start:
     density = _Density(joint, loc.dtype)
     try:
         with threads_for(NUM_PATHS * joint.num_numbers):
-            best = _best(density, _climb(density, _beginnings(density, loc), exact))
+            points = torch.cat([_beginnings(density, loc), _ends(density, exact)])
+            best = _best(density, _climb(density, points, exact))
             if not exact and best is not None:
                 best = _best(density, [best, *_refined(density, best.loc.to(loc).double())])
     except StartNotFound:
@@ -167,6 +177,32 @@ def _beginnings(density: _Density, loc: Tensor) -> Tensor:
         if finite.any():
             return points[finite][:num_paths]
     raise StartNotFound("its log density, or the gradient of it, is finite at no point tried")
+
+
+@torch.no_grad()
+def _ends(density: _Density, exact: bool) -> Tensor:
+    """Ends of climbs from draws of the prior, those with most mass by their curvature."""
+    joint = density.joint
+    none = torch.zeros(0, joint.latent_dim, dtype=torch.float64)
+    if not joint.at_once or NUM_CLIMBED * joint.num_numbers > MAX_NUMBERS:
+        return none
+    points = joint.prior_draws(NUM_CLIMBED)
+    points = points[points.isfinite().all(-1)].to(density.dtype)
+    if len(points) < 2:
+        return none
+    scale = points.std(0).clamp(min=torch.finfo(points.dtype).tiny)
+    climbs = climb(joint.gradient, points, scale)
+    ends: list[int] = []
+    for k in climbs.value.argsort(descending=True).tolist():
+        is_near = ((climbs.z[ends] - climbs.z[k]) / scale).abs().amax(-1) < SAME_PLACE
+        is_same = is_near & ((climbs.value[ends] - climbs.value[k]).abs() < SAME_VALUE)
+        if climbs.has_arrived[k] and not is_same.any():
+            ends.append(k)
+    z, mass = climbs.z[ends].double(), climbs.value[ends].double()
+    if exact and len(ends) > NUM_ENDS and (hessians := density.hessian(z)) is not None:
+        of_peak = [Dense.of_precision(-hessian, unit_reach) for hessian in hessians]
+        mass = mass + torch.stack([covariance.log_det_root for covariance in of_peak])
+    return z[mass.argsort(descending=True)[:NUM_ENDS]]
 
 
 # Climbing

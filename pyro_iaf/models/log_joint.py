@@ -221,6 +221,28 @@ class LogJoint(Particles):
         values, _ = self.constrained(z.unsqueeze(0))
         return {name: value.reshape(self._shapes[name]) for name, value in values.items()}
 
+    @torch.no_grad()
+    def prior_draws(self, num_draws: int) -> Tensor:
+        """Draws of the prior, of shape ``(K, D)``: all at once, or fewer of them one by one.
+
+        There are none if the prior is improper, or where the model raises an error.
+        """
+        at_once = self.at_once
+        size, num_runs = (min(num_draws, self.num_at_once), 1) if at_once else (1, num_draws)
+        run, draws = poutine.trace(self.in_plate(self.model, size if at_once else None)), []
+        for _ in range(num_runs):
+            try:
+                with quietly(), poutine.block():
+                    found = latent_sites(run.get_trace(*self.args, **self.kwargs))
+                values = {
+                    name: self.unpadded(found[name]["value"], shape, size)
+                    for name, shape in self._shapes.items()
+                }
+                draws.append(self.unconstrained(values))
+            except Exception:  # an improper prior has no draws, and a model may raise anything
+                pass
+        return torch.cat(draws) if draws else torch.zeros(0, self.latent_dim)
+
     def unconstrained(self, sites: Mapping[str, Tensor]) -> Tensor:
         """The vectors of shape ``(K, D)`` of draws whose sites have ``K`` in front."""
         parts = [t.inv(sites[name]).reshape(len(sites[name]), -1) for name, t, *_ in self._layout]
