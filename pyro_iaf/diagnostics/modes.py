@@ -179,6 +179,8 @@ class _Searcher:
         self.sites, self.log_weights = draws.sites, draws.log_weights
         self.z = self.joint.unconstrained(draws.sites)
         self.loc, self.scale = self.z.mean(0), self.z.std(0)
+        # A latent that a guide keeps constant has no scale of its own.
+        self.scale = self.scale.where(self.scale > 0, 1.0)
 
     def search(self, num_evaluations: float) -> Search:
         starts = [start for start in self._starts() if start.point.isfinite().all()]
@@ -203,7 +205,8 @@ class _Searcher:
 
     def _starts(self) -> Iterator[_Start]:
         """Points further apart than the guide's draws."""
-        numbers, some = self.numbers, list(self.z[torch.randperm(len(self.z))])
+        numbers, device = self.numbers, self.z.device
+        some = list(self.z[torch.randperm(len(self.z), device=device)])
         for _ in range(numbers.own):
             yield _Start(some.pop(), "a draw of the guide", is_own=True)
         for k in range(numbers.widened):
@@ -221,8 +224,8 @@ class _Searcher:
             yield _Start(flipped, "a draw of the guide with signs changed")
         sizes = {n for draws in self.sites.values() for n in draws.shape[1:] if n > 1}
         for size in sizes:
-            for _ in range(numbers.permuted // len(sizes)):
-                order, k = torch.randperm(size), int(torch.randint(len(self.z), ()))
+            for k in range(numbers.permuted // len(sizes)):
+                order = torch.randperm(size, device=device)
                 permuted = {n: _permuted(draws[k], order) for n, draws in self.sites.items()}
                 yield _Start(self._vector(permuted), "a draw of the guide with entries permuted")
 
@@ -233,11 +236,11 @@ class _Searcher:
     def _groups(self) -> Sequence[Tensor]:
         """Latents whose signs are changed together: all, each site, each one; or at random."""
         D, num = len(self.loc), self.numbers.flipped
-        everything = torch.arange(D)
+        everything = torch.arange(D, device=self.z.device)
         groups = [everything, *everything.split(self.joint.sizes_of_sites), *everything.split(1)]
         if len(groups) <= num:
             return list(itertools.islice(itertools.cycle(groups), num))
-        return [everything, *(torch.rand(D) < 0.5 for _ in range(num - 1))]
+        return [everything, *(torch.rand(num - 1, D, device=self.z.device) < 0.5)]
 
     # What is missed
 
@@ -271,6 +274,8 @@ class _Searcher:
     def _are_joined(self, z: Tensor, value: Tensor) -> Tensor:
         """Whether the density hardly falls between two ends, of shape ``(K, K)``, for all pairs."""
         K = len(z)
+        if K < 2:
+            return torch.zeros(K, K, dtype=torch.bool)
         weights = torch.arange(1, NUM_BETWEEN + 1).to(z).view(-1, 1, 1, 1) / (NUM_BETWEEN + 1)
         between = weights * z + (1 - weights) * z.unsqueeze(1)
         upper = torch.ones(K, K, dtype=torch.bool, device=z.device).triu(1)
@@ -333,7 +338,7 @@ def _permuted(value: Tensor, order: Tensor) -> Tensor:
     """A value with its axes of this size permuted."""
     for dim, size in enumerate(value.shape):
         if size == len(order):
-            value = value.index_select(dim, order.to(value.device))
+            value = value.index_select(dim, order)
     return value
 
 
