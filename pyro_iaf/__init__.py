@@ -10,6 +10,7 @@ drew costs no further pass.
 from ._registration import register
 from .diagnostics.arviz import to_arviz
 from .diagnostics.diagnose import Diagnosis, diagnose
+from .diagnostics.modes import Mode
 from .diagnostics.plots import plot_loss, plot_pairs
 from .distributions import DiagonalNormal
 from .elbo.compiled import CompiledTrace_ELBO
@@ -47,6 +48,7 @@ __all__ = [
     "InverseAutoregressiveFlow",
     "InverseAutoregressiveFlowStack",
     "MaskedAutoregressiveNetwork",
+    "Mode",
     "TraceSTL_ELBO",
     "UnivariateMap",
     "conditional_inverse_autoregressive_flow",

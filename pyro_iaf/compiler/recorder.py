@@ -76,7 +76,9 @@ class Recorder(Generic[Call, Recording]):
         self._builds: Counter[Hashable] = Counter()
         # By the id of a recording: how often it ran, and at which use it is checked next.
         self._uses: dict[int, list[int]] = {}
+        # Of recordings that another recorder made: the ids of those in use, and those refused.
         self._adopted: set[int] = set()
+        self._refused: list[Any] = []
 
     def __getstate__(self) -> dict[str, Any]:
         fresh: Recorder[Any, Any] = Recorder()  # recordings stay in this process
@@ -139,7 +141,8 @@ class Recorder(Generic[Call, Recording]):
             key, recording = self._look_up(kind, call)
             if recording is UNKNOWN:
                 found = self.made_before(kind)
-                if found is not None and self.fits(found, call):
+                is_refused = any(found is other for other in self._refused)
+                if found is not None and not is_refused and self.fits(found, call):
                     recording = self._keep(key, found)
                     self._adopted.add(id(found))
             if recording is None:
@@ -162,6 +165,7 @@ class Recorder(Generic[Call, Recording]):
                 # What another recorder made may depend on something that has changed since.
                 if id(recording) not in self._adopted or uses[0] > 1:
                     raise
+                self._refused.append(recording)
         self.recordings.pop(key, None)
         if self._builds[kind] >= self.most_builds:
             self.leave_to_code(KEEPS_CHANGING)

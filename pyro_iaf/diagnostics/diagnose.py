@@ -38,7 +38,8 @@ NEARLY_ALL, TINY_GAP = 0.95, 0.02
 SMALL_SHARE = 0.05
 
 # By this factor the draws are multiplied where the standard error of k-hat leaves the verdict open.
-MORE = 8
+# So many numbers in the sites of all draws are the most for that.
+MORE, MOST_NUMBERS = 8, 2**24
 
 # From this shape of a tail on, the mean is infinite.
 NO_MEAN = 1.0
@@ -68,7 +69,7 @@ class Diagnosis:
             bound on the log evidence.
         iw_elbo_se: Its standard error.
         ess: The effective sample size of the weighted draws.
-        log_weights: The log importance weights, of shape ``(num_samples,)``, in double precision.
+        log_weights: The log importance weights of all draws, in double precision.
         sites: For each site the largest change of a mean by weighting, in standard deviations of
             the guide, and the largest factor by which a standard deviation changes.
         subsampled: Whether the model subsamples data. Then the weights depend on it too.
@@ -357,11 +358,14 @@ def conclude(
             take; None for no search.
     """
     found = judge(particles, num_samples)
-    if not found.is_decided and particles.at_once and not particles.subsampled:
-        found = judge(particles, MORE * num_samples)
-    found.wavers = not found.is_decided
+    modes, searched = found.modes, found.searched
     if num_evaluations is not None and not (found.is_point or found.improper):
-        found.modes, found.searched = search_modes(particles, num_evaluations)
+        found.modes, found.searched = modes, searched = search_modes(particles, num_evaluations)
+    is_cheap = MORE * num_samples * particles.num_numbers <= MOST_NUMBERS
+    if not found.is_decided and is_cheap and particles.at_once and not particles.subsampled:
+        found = judge(particles, MORE * num_samples)
+        found.modes, found.searched = modes, searched
+    found.wavers = not found.is_decided
     return found
 
 

@@ -17,6 +17,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -24,7 +25,8 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from ..guides.climbs import Climbs, climb
-from ..guides.covariances import Dense, unit_reach
+from ..guides.covariances import Dense
+from ..guides.pathfinder import Density, narrowed, reach_of
 from ..importance import MAX_ROUNDING, rounding_message
 from ..models.guide_density import Unscorable, guide_log_prob
 from ..models.particles import threads_for
@@ -75,19 +77,24 @@ WIDER = (2.0, 4.0)
 # The guide misses a point where its density is below this share of the posterior's.
 MISSED = 0.1
 
-# With many latents there are fewer normals: second derivatives cost a gradient for each latent.
-MOST_GRADIENTS = 2000
+# The most latents for which ends are weighed, and the most second derivatives for that.
+MOST_LATENTS, MOST_GRADIENTS = 400, 2000
 
-# Ends are one where the density differs by less, in nats, and each latent by less, in scales; or
-# where the density between them falls by less, in nats, at so many points on a straight line.
-SAME_VALUE, SAME_PLACE = 0.1, 0.5
+# Ends belong to one mode if the density falls by less between them, in nats, at so many points on a
+# straight line. The most ends that are compared, and the most of the guide's own that are weighed.
 SMALL_DIP, NUM_BETWEEN = 0.5, 5
-
-# The most ends between which the density is looked at, and the most that the guide reaches itself.
 MOST_ENDS, MOST_OWN = 24, 2
 
-# A climb has ended at a peak where a step of Newton's method promises less, in nats.
-SMALL_GAIN = 0.5
+# An end is the guide's own if this share of the climbs from its draws lead there. One of them may
+# have jumped.
+OWN_SHARE = 0.5
+
+# An end is a peak if, after so many steps of Newton's method of these sizes, a further one brings
+# less, in nats.
+NUM_NEWTON, SIZES, SMALL_GAIN = 5, (1.0, 0.5, 0.25, 0.1, 0.01), 0.02
+
+# The density of the guide at so many of its draws is compared with that of its sites.
+NUM_COMPARED = 8
 
 # Modes that hold less are not listed.
 SMALLEST = 0.005
@@ -167,6 +174,26 @@ def search_modes(particles: WeightedParticles, num_evaluations: float) -> Search
     return Search([], f"not searched for other modes, as {reason}")
 
 
+class _Peak(NamedTuple):
+    """A peak, with the covariance that its curvature gives.
+
+    Attributes:
+        z: Where it is.
+        covariance: The covariance.
+        climb: The climb that led there.
+        is_own: Whether the guide's own draws lead there.
+    """
+
+    z: Tensor
+    covariance: Dense
+    climb: int
+    is_own: bool
+
+    def normal(self) -> MultivariateNormal:
+        """The normal around it."""
+        return MultivariateNormal(self.z, scale_tril=self.covariance.root, validate_args=False)
+
+
 class _Searcher:
     """A search, from draws of a guide and their weights."""
 
@@ -176,49 +203,57 @@ class _Searcher:
         draws = particles.weighted(numbers.draws)
         if draws.rounding > MAX_ROUNDING:
             raise Unscorable(rounding_message(draws.rounding))
-        self.sites, self.log_weights = draws.sites, draws.log_weights
-        self.z = self.joint.unconstrained(draws.sites)
-        self.loc, self.scale = self.z.mean(0), self.z.std(0)
-        # A latent that a guide keeps constant has no scale of its own.
-        self.scale = self.scale.where(self.scale > 0, 1.0)
+        self.sites, self.z = draws.sites, self.joint.unconstrained(draws.sites)
+        self.density = Density(self.joint, self.z.dtype)
+        self.log_p, self.log_weights = self.joint(self.z), draws.log_weights.to(self.z)
+        # Quantiles, as one draw may be far out. A latent that is constant has no scale.
+        ordered, num = self.z.sort(0).values, len(self.z)
+        low, self.loc, high = (ordered[int(share * num)] for share in (0.16, 0.5, 0.84))
+        scale = (high - low) / 2
+        self.scale = scale.where(scale.isfinite() & (scale > 0), 1.0)
 
     def search(self, num_evaluations: float) -> Search:
         starts = [start for start in self._starts() if start.point.isfinite().all()]
         points = torch.stack([start.point for start in starts])
         climbs = climb(self.joint.gradient, points, self.scale, num_evaluations)
-        own, others = self._distinct(climbs, [start.is_own for start in starts])
-        others = self._missed(climbs, others) if others else []
-        ends = [*own, *others] if others else []  # nothing to weigh
-        normals = self._normals(climbs.z[ends]) if ends else {}
-        shares = self._shares(list(normals.values())) if normals else []
+        num_ended = int(climbs.has_arrived.sum())
+        summary = f"searched by {len(starts)} climbs, of which {num_ended or 'none'} ended"
+        if not num_ended:
+            return Search([], f"{summary}, so nothing is known of other modes")
+        own, others = self._ends(climbs, [start.is_own for start in starts])
+        if len(self.loc) > MOST_LATENTS and others:
+            many = f"{len(others)} elsewhere were not weighed, for more than {MOST_LATENTS} latents"
+            return Search([], f"{summary}; {many}")
+        most = max(1, min(self.numbers.normals, MOST_GRADIENTS // len(self.loc)))
+        peaks = self._peaks(climbs, own[:MOST_OWN], others[:most]) if others else []
+        if all(peak.is_own for peak in peaks):
+            return Search([], summary)
         modes = [
-            Mode(share, error, self.joint.sites_at(normal.loc), starts[ends[k]].reached)
-            for (share, error), (k, normal) in zip(shares, normals.items(), strict=True)
-            if share >= SMALLEST and k >= len(own)
+            Mode(share, error, self.joint.sites_at(peak.z), starts[peak.climb].reached)
+            for (share, error), peak in zip(self._shares(peaks), peaks, strict=True)
+            if share >= SMALLEST and not peak.is_own
         ]
-        return Search(
-            sorted(modes, key=lambda mode: -mode.share),
-            f"searched by {len(starts)} climbs, of which {int(climbs.has_arrived.sum())} ended",
-        )
+        return Search(sorted(modes, key=lambda mode: -mode.share), summary)
 
     # Where to start
 
     def _starts(self) -> Iterator[_Start]:
         """Points further apart than the guide's draws."""
         numbers, device = self.numbers, self.z.device
-        some = list(self.z[torch.randperm(len(self.z), device=device)])
+        some = itertools.cycle(self.z[torch.randperm(len(self.z), device=device)])
         for _ in range(numbers.own):
-            yield _Start(some.pop(), "a draw of the guide", is_own=True)
+            yield _Start(next(some), "a draw of the guide", is_own=True)
         for k in range(numbers.widened):
             by = WIDER[k % len(WIDER)]
-            point = self.loc + by * (some.pop() - self.loc)
+            point = self.loc + by * (next(some) - self.loc)
             yield _Start(point, f"a draw of the guide, {by:.0f} times as far out")
-        prior = self.joint.prior_draws(NUM_PRIOR if self.joint.at_once else numbers.prior)
+        num_prior = NUM_PRIOR if self.joint.at_once else numbers.prior
+        prior = self.joint.prior_draws(num_prior).to(self.z)
         for point in prior[: numbers.prior]:
             yield _Start(point, "a draw of the prior")
         centre = prior.median(0).values if len(prior) else torch.zeros_like(self.loc)
         for group in self._groups():
-            point = some.pop()
+            point = next(some)
             flipped = point.clone()
             flipped[group] = (2 * centre - point)[group]
             yield _Start(flipped, "a draw of the guide with signs changed")
@@ -244,80 +279,88 @@ class _Searcher:
 
     # What is missed
 
-    def _distinct(self, climbs: Climbs, is_own: Sequence[bool]) -> tuple[list[int], list[int]]:
-        """Indices of ends that differ, the highest first: those that the guide reaches, and others.
+    def _ends(self, climbs: Climbs, is_own: Sequence[bool]) -> tuple[list[int], list[int]]:
+        """Climbs to different modes, the highest first: the guide's own, and those that it misses.
 
         Args:
             climbs: The climbs.
             is_own: Whether each began at a draw of the guide.
         """
-        ends: list[int] = []
-        reached: list[bool] = []
-        for k in climbs.value.argsort(descending=True).tolist():
-            if not (climbs.has_arrived[k] and climbs.value[k].isfinite()):
-                continue
-            is_near = ((climbs.z[ends] - climbs.z[k]) / self.scale).abs().amax(-1) < SAME_PLACE
-            is_same = is_near & ((climbs.value[ends] - climbs.value[k]).abs() < SAME_VALUE)
-            if is_same.any():
-                reached[int(is_same.int().argmax())] |= is_own[k]
-            elif len(ends) < MOST_ENDS:
-                ends.append(k)
-                reached.append(is_own[k])
-        label: list[int] = []
-        for j, row in enumerate(self._are_joined(climbs.z[ends], climbs.value[ends]).tolist()):
-            label.append(next((label[i] for i in range(j) if row[i]), j))
-            reached[label[j]] |= reached[j]
-        distinct = [j for j, first in enumerate(label) if first == j]
-        own = [ends[j] for j in distinct if reached[j]]
-        return own[:MOST_OWN], [ends[j] for j in distinct if not reached[j]]
-
-    def _are_joined(self, z: Tensor, value: Tensor) -> Tensor:
-        """Whether the density hardly falls between two ends, of shape ``(K, K)``, for all pairs."""
-        K = len(z)
-        if K < 2:
-            return torch.zeros(K, K, dtype=torch.bool)
-        weights = torch.arange(1, NUM_BETWEEN + 1).to(z).view(-1, 1, 1, 1) / (NUM_BETWEEN + 1)
-        between = weights * z + (1 - weights) * z.unsqueeze(1)
-        upper = torch.ones(K, K, dtype=torch.bool, device=z.device).triu(1)
-        lowest = self.joint(between[:, upper].flatten(0, 1)).view(NUM_BETWEEN, -1).amin(0)
-        joined = torch.zeros_like(upper)
-        joined[upper] = lowest > torch.minimum(value, value.unsqueeze(1))[upper] - SMALL_DIP
-        return joined | joined.mT
-
-    def _missed(self, climbs: Climbs, ends: list[int]) -> list[int]:
-        """The ends at which the guide has too little density."""
+        groups = climbs.distinct(self.scale)
+        ends = list(groups)[:MOST_ENDS]
+        num_own = [sum(is_own[k] for k in groups[end]) for end in ends]
         # The evidence of the part that the guide has, so that no end is left out by mistake.
         log_evidence = self.log_weights.logsumexp(0) - math.log(len(self.z))
-        log_q = guide_log_prob(self.particles, self.joint, climbs.z[ends])
-        is_missed = log_q + log_evidence < climbs.value[ends] + math.log(MISSED)
-        most = max(1, min(self.numbers.normals, MOST_GRADIENTS // len(self.loc)))
-        return [k for k, missed in zip(ends, is_missed.tolist(), strict=True) if missed][:most]
+        self._compare()
+        log_q = self._log_q(climbs.z[ends])
+        is_missed = (log_q + log_evidence < climbs.value[ends] + math.log(MISSED)).tolist()
+        own, others = [], []
+        most = sum(num_own)
+        for j, row in enumerate(self._are_joined(climbs.z[ends]).tolist()):
+            if any(row[:j]):
+                continue
+            own_climbs = sum(num_own[i] for i in range(len(ends)) if i == j or row[i])
+            if is_missed[j] and own_climbs < OWN_SHARE * most:
+                others.append(ends[j])
+            elif own_climbs:
+                own.append(ends[j])
+        return own, others
 
-    def _normals(self, ends: Tensor) -> dict[int, MultivariateNormal]:
-        """The normals that the curvature gives, by the indices of ends that are peaks."""
-        found = {}
-        slopes = self.joint.gradient(ends)[1]
-        for k, (end, slope, hessian) in enumerate(
-            zip(ends, slopes, self.joint.hessian(ends), strict=True)
-        ):
-            root = Dense.of_precision(-hessian, unit_reach).root
-            if (slope @ root).square().sum() / 2 < SMALL_GAIN:
-                found[k] = MultivariateNormal(end, scale_tril=root, validate_args=False)
-        return found
+    def _are_joined(self, z: Tensor) -> Tensor:
+        """Which ends the density joins, some by way of others, of shape ``(K, K)``."""
+        K, value = len(z), self.joint(z)
+        joined = torch.zeros(K, K, dtype=torch.bool, device=z.device)
+        if K < 2:
+            return joined
+        upper = torch.ones_like(joined).triu(1)
+        weights = torch.arange(1, NUM_BETWEEN + 1).to(z).view(-1, 1, 1, 1) / (NUM_BETWEEN + 1)
+        between = weights * z + (1 - weights) * z.unsqueeze(1)
+        lowest = self.joint(between[:, upper].flatten(0, 1)).view(NUM_BETWEEN, -1).amin(0)
+        joined[upper] = lowest > torch.minimum(value, value.unsqueeze(1))[upper] - SMALL_DIP
+        reach = (joined | joined.mT).to(z) + torch.eye(K).to(z)
+        for _ in range(K.bit_length()):
+            reach = (reach @ reach).clamp(max=1.0)
+        return (reach > 0) & ~torch.eye(K, dtype=torch.bool, device=z.device)
 
-    def _shares(self, normals: Sequence[MultivariateNormal]) -> list[tuple[float, float]]:
+    def _peaks(self, climbs: Climbs, own: list[int], others: list[int]) -> list[_Peak]:
+        """The peaks at these ends, less those that turn out to be another one's."""
+        tried = [self._peak(climbs.z[k], k, k in own) for k in [*own, *others]]
+        peaks = [peak for peak in tried if peak is not None]
+        if not peaks:
+            return []
+        joined = self._are_joined(torch.stack([peak.z for peak in peaks])).tolist()
+        return [p for j, p in enumerate(peaks) if p.is_own or not any(joined[j][:j])]
+
+    def _peak(self, z: Tensor, k: int, is_own: bool) -> _Peak | None:
+        """The peak next to the end of a climb, if there is one, by Newton's method."""
+        sizes = torch.tensor(SIZES).to(z).unsqueeze(-1)
+        for _ in range(NUM_NEWTON):
+            value, slope = self.joint.gradient(z.unsqueeze(0))
+            hessian = self.joint.hessian(z.unsqueeze(0))[0]
+            if not (hessian.isfinite().all() and slope.isfinite().all()):
+                return None
+            covariance = Dense.of_precision(-hessian, partial(reach_of, self.density, z))
+            points = z + sizes * covariance.times(slope[0])
+            values = self.joint(points)
+            if not values.max() > value + SMALL_GAIN:
+                root = narrowed(self.density, z, covariance.root)
+                return _Peak(z, Dense(root.to(z)), k, is_own)
+            z = points[values.argmax()]
+        return None
+
+    def _shares(self, peaks: Sequence[_Peak]) -> list[tuple[float, float]]:
         """The shares of the mass that the guide misses around peaks, and their standard errors.
 
-        Each missed draw counts for the peak whose normal has the highest density there, which may
-        be one that the guide reaches.
+        A missed draw counts for the peak whose normal has the highest density there, which may be
+        the guide's own.
         """
-        num = self.numbers.draws_of_normal
+        num, normals = self.numbers.draws_of_normal, [peak.normal() for peak in peaks]
         tried = torch.cat([normal.sample((num,)) for normal in normals])
         z = torch.cat([self.z, tried])
-        log_p = self.joint(z)
-        # Where the model has no density, that of the guide does not matter.
-        known = (log_p[: len(self.z)] - self.log_weights.to(z)).nan_to_num(0.0, 0.0, 0.0)
-        of_guide = torch.cat([known, guide_log_prob(self.particles, self.joint, tried)])
+        log_p = torch.cat([self.log_p, self.joint(tried)])
+        # A draw without a density has no weight, whatever the guide's density is there.
+        known = (self.log_p - self.log_weights).nan_to_num(0.0, 0.0, 0.0)
+        of_guide = torch.cat([known, self._log_q(tried)])
         of_normals = torch.stack([normal.log_prob(z) for normal in normals])
         counts = torch.tensor([len(self.z), *[num] * len(normals)]).to(z)
         parts = torch.cat([of_guide.unsqueeze(0), of_normals])
@@ -325,13 +368,29 @@ class _Searcher:
         log_ratio = (log_p - log_mixture).nan_to_num(-math.inf, -math.inf, -math.inf)
         log_evidence = log_ratio.logsumexp(0) - math.log(len(z))
         is_missed = of_guide + log_evidence < log_p + math.log(MISSED)
-        weights, nearest, found = log_ratio.softmax(0), of_normals.argmax(0), []
+        # The guide's own draws are around here, also where no climb of its own has ended.
+        bulk = MultivariateNormal(self.loc, scale_tril=self.scale.diag(), validate_args=False)
+        is_near = torch.cat([of_normals, bulk.log_prob(z).unsqueeze(0)]).argmax(0)
+        weights, found = log_ratio.softmax(0), []
         for k in range(len(normals)):
-            is_part = (is_missed & (nearest == k)).to(weights)
+            is_part = (is_missed & (is_near == k)).to(weights)
             share = (weights * is_part).sum()
             error = (weights * (is_part - share)).square().sum().sqrt()
             found.append((share.item(), error.item()))
         return found
+
+    def _log_q(self, z: Tensor) -> Tensor:
+        """The guide's log density; nothing where it can't be computed."""
+        found = guide_log_prob(self.particles, self.joint, z).to(z)
+        return found.nan_to_num(-math.inf, math.inf, -math.inf)
+
+    def _compare(self) -> None:
+        """Raises Unscorable if the guide's density is not that by which its draws are weighted."""
+        known = (self.log_p - self.log_weights)[:NUM_COMPARED]
+        usable = known.isfinite()
+        found = self._log_q(self.z[:NUM_COMPARED])
+        if not torch.allclose(found[usable], known[usable], rtol=1e-3, atol=0.05):
+            raise Unscorable("the guide's density can't be found from the model's latents")
 
 
 def _permuted(value: Tensor, order: Tensor) -> Tensor:

@@ -210,7 +210,15 @@ class FlowGuide(AutoGuide):
             with ExitStack() as stack:
                 for frame in self._latent_sites()[name]["cond_indep_stack"]:
                     stack.enter_context(plates[frame.name])
-                pyro.factor(f"_{self._pyro_name}_{name}_masked", -log_prior, has_rsample=True)
+                pyro.factor(self._correction(name), -log_prior, has_rsample=True)
+
+    @property
+    def corrections(self) -> list[str]:
+        """The factors that cancel priors of masked sites; without them the guide's density."""
+        return [self._correction(name) for name in self.lifted]
+
+    def _correction(self, name: str) -> str:
+        return f"_{self._pyro_name}_{name}_masked"
 
     @property
     def _encoder(self) -> Any:

@@ -28,10 +28,14 @@ ARMIJO, SHORTER, MOST_SHORTER = 1e-4, 0.25, 12
 
 # A climb has arrived where a step promises less than this, in nats, or than the rounding error of
 # the density, which is some machine epsilons of it.
-MIN_GAIN, NUM_EPS = 1e-3, 8
+MIN_GAIN, NUM_EPS = 1e-5, 8
 
-# The longest step, in units of the scale and of the root of the number of latents.
-LONGEST = 2.0
+# Two ends are the same if each latent differs by less, in scales, and the density by less, in nats.
+SAME_PLACE, SAME_VALUE = 0.05, 0.05
+
+# The longest step, in units of the scale and of the root of the number of latents; and the longest
+# of a climb that knows nothing of the curvature, in units of the scale.
+LONGEST, LONGEST_FIRST = 2.0, 1.0
 
 
 class Climbs(NamedTuple):
@@ -46,6 +50,21 @@ class Climbs(NamedTuple):
     z: Tensor
     value: Tensor
     has_arrived: Tensor
+
+    def distinct(self, scale: Tensor) -> dict[int, list[int]]:
+        """The climbs that share an end, by the index of one of them; the highest end first."""
+        ends: dict[int, list[int]] = {}
+        for k in self.value.argsort(descending=True).tolist():
+            if not (self.has_arrived[k] and self.value[k].isfinite()):
+                continue
+            others = list(ends)
+            is_near = ((self.z[others] - self.z[k]) / scale).abs().amax(-1) < SAME_PLACE
+            is_same = is_near & ((self.value[others] - self.value[k]).abs() < SAME_VALUE)
+            if is_same.any():
+                ends[others[int(is_same.int().argmax())]].append(k)
+            else:
+                ends[k] = [k]
+        return ends
 
 
 def climb(
@@ -79,8 +98,9 @@ def climb(
         again = live[is_stuck]
         steps[:, again], changes[:, again], size[again], is_anew[again] = 0.0, 0.0, 1.0, True
         step = _two_loops(slope[live], steps[:, live], changes[:, live])
-        length = step.norm(dim=-1, keepdim=True) / (LONGEST * math.sqrt(D))
-        step = step / length.clamp(min=1.0)
+        knows = (changes[-1, live] != 0).any(-1, keepdim=True)
+        longest = torch.where(knows, LONGEST * math.sqrt(D), LONGEST_FIRST).to(u)
+        step = step / (step.norm(dim=-1, keepdim=True) / longest).clamp(min=1.0)
         gain = (slope[live] * step).sum(-1)
         rounding = NUM_EPS * eps * value[live].abs()
         is_over = (gain < MIN_GAIN + rounding) | is_at_end
@@ -100,6 +120,7 @@ def climb(
             before = history[:, moved]
             after = torch.cat([before[1:], latest.unsqueeze(0)])
             history[:, moved] = torch.where(is_convex, after, before)
+        is_anew[moved] = False
         u[moved], value[moved] = ends[is_better], there[is_better]
         slope[moved] = slope_there[is_better]
     return Climbs(u * scale, value, has_arrived)

@@ -33,17 +33,16 @@ from ..models.particles import threads_for
 from .climbs import climb
 from .covariances import Covariance, Dense, LowRank, unit_reach
 
-__all__ = ["Start", "StartNotFound", "pathfinder"]
+__all__ = ["Density", "Start", "StartNotFound", "narrowed", "pathfinder", "reach_of"]
 
 NUM_PATHS = 4
 
 # Up to so many latents every path takes second derivatives, and up to so many the best one does.
 EXACT_PATHS, EXACT_END = 64, 400
 
-# How many draws of the prior are climbed, and at how many of their ends paths begin. Ends are one
-# where the density differs by less, in nats, and each latent by less, in its scales by the prior.
-NUM_CLIMBED, NUM_ENDS = 32, 3
-SAME_VALUE, SAME_PLACE = 0.1, 0.1
+# How many draws of the prior are climbed, by how many evaluations each, and at how many of their
+# ends paths begin.
+NUM_CLIMBED, NUM_A_CLIMB, NUM_ENDS = 32, 40, 3
 
 # How many steps L-BFGS remembers, and the most steps that L-BFGS and Newton's method take.
 NUM_HISTORY, NUM_STEPS, NUM_STEPS_EXACT = 10, 200, 60
@@ -104,10 +103,10 @@ def pathfinder(joint: LogJoint, loc: Tensor, dense: bool) -> Start:
     if reason is not None:
         raise StartNotFound(reason)
     exact = len(loc) <= EXACT_PATHS
-    density = _Density(joint, loc.dtype)
+    density = Density(joint, loc.dtype)
     try:
         with threads_for(NUM_PATHS * joint.num_numbers):
-            points = torch.cat([_beginnings(density, loc), _ends(density, exact)])
+            points = torch.cat([_beginnings(density, loc), _ends(density, loc, exact)])
             best = _best(density, _climb(density, points, exact))
             if not exact and best is not None:
                 best = _best(density, [best, *_refined(density, best.loc.to(loc).double())])
@@ -122,7 +121,7 @@ def pathfinder(joint: LogJoint, loc: Tensor, dense: bool) -> Start:
     return Start(best.loc.to(loc), scale.to(loc))
 
 
-class _Density:
+class Density:
     """A log joint density, evaluated in the model's precision at points in double precision."""
 
     def __init__(self, joint: LogJoint, dtype: torch.dtype) -> None:
@@ -158,7 +157,7 @@ class _Density:
         return (1 / second).where(usable, 1.0) if usable.any() else None
 
 
-def _refined(density: _Density, loc: Tensor) -> list[_Gaussian]:
+def _refined(density: Density, loc: Tensor) -> list[_Gaussian]:
     """Gaussians near the best one on a path of L-BFGS, by second derivatives there."""
     if len(loc) <= EXACT_END:
         return _climb(density, loc.unsqueeze(0), True)
@@ -166,7 +165,7 @@ def _refined(density: _Density, loc: Tensor) -> list[_Gaussian]:
     return [] if variances is None else [_Gaussian(loc, LowRank(variances, []))]
 
 
-def _beginnings(density: _Density, loc: Tensor) -> Tensor:
+def _beginnings(density: Density, loc: Tensor) -> Tensor:
     """Where the paths begin: points of finite density, ``loc`` first if it is one."""
     joint = density.joint
     num_paths = max(1, min(NUM_PATHS if joint.at_once else 2, MAX_NUMBERS // joint.num_numbers))
@@ -180,29 +179,29 @@ def _beginnings(density: _Density, loc: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _ends(density: _Density, exact: bool) -> Tensor:
+def _ends(density: Density, loc: Tensor, exact: bool) -> Tensor:
     """Ends of climbs from draws of the prior, those with most mass by their curvature."""
-    joint = density.joint
-    none = torch.zeros(0, joint.latent_dim, dtype=torch.float64)
+    joint, none = density.joint, loc.new_zeros(0, len(loc)).double()
     if not joint.at_once or NUM_CLIMBED * joint.num_numbers > MAX_NUMBERS:
         return none
-    points = joint.prior_draws(NUM_CLIMBED)
-    points = points[points.isfinite().all(-1)].to(density.dtype)
+    points = joint.prior_draws(NUM_CLIMBED).to(loc)
+    points = points[points.isfinite().all(-1)]
     if len(points) < 2:
         return none
-    scale = points.std(0).clamp(min=torch.finfo(points.dtype).tiny)
-    climbs = climb(joint.gradient, points, scale)
-    ends: list[int] = []
-    for k in climbs.value.argsort(descending=True).tolist():
-        is_near = ((climbs.z[ends] - climbs.z[k]) / scale).abs().amax(-1) < SAME_PLACE
-        is_same = is_near & ((climbs.value[ends] - climbs.value[k]).abs() < SAME_VALUE)
-        if climbs.has_arrived[k] and not is_same.any():
-            ends.append(k)
+    scale = points.std(0)
+    scale = scale.where(scale > 0, 1.0)
+    climbs = climb(joint.gradient, points, scale, NUM_A_CLIMB * NUM_CLIMBED)
+    ends = list(climbs.distinct(scale))
     z, mass = climbs.z[ends].double(), climbs.value[ends].double()
     if exact and len(ends) > NUM_ENDS and (hessians := density.hessian(z)) is not None:
-        of_peak = [Dense.of_precision(-hessian, unit_reach) for hessian in hessians]
-        mass = mass + torch.stack([covariance.log_det_root for covariance in of_peak])
+        for k, hessian in enumerate(hessians):
+            finite = bool(hessian.isfinite().all())
+            mass[k] += _log_det_root(hessian) if finite else -math.inf
     return z[mass.argsort(descending=True)[:NUM_ENDS]]
+
+
+def _log_det_root(hessian: Tensor) -> Tensor:
+    return Dense.of_precision(-hessian, unit_reach).log_det_root
 
 
 # Climbing
@@ -216,7 +215,7 @@ class _Gaussian(NamedTuple):
 class _Path:
     """A path uphill: where it is, and the Gaussians on its way."""
 
-    def __init__(self, density: _Density, z: Tensor, value: Tensor, slope: Tensor) -> None:
+    def __init__(self, density: Density, z: Tensor, value: Tensor, slope: Tensor) -> None:
         self.density, self.z, self.value, self.slope = density, z, value, slope
         self.steps: list[tuple[Tensor, Tensor]] = []
         self.diagonal = torch.ones_like(slope)
@@ -230,7 +229,7 @@ class _Path:
             if not hessian.isfinite().all():
                 self.climbs = False
                 return
-            reach = functools.partial(_reach, self.density, self.z)
+            reach = functools.partial(reach_of, self.density, self.z)
             covariance = Dense.of_precision(-hessian, reach)
             self.gaussians.append(_Gaussian(self.z, covariance))
         self.step = covariance.times(self.slope)
@@ -257,7 +256,7 @@ def _updated(diagonal: Tensor, s: Tensor, y: Tensor) -> Tensor:
     return 1 / (a / (b * diagonal) + y.square() / b - a / (b * c) * (s / diagonal).square())
 
 
-def _climb(density: _Density, points: Tensor, exact: bool) -> list[_Gaussian]:
+def _climb(density: Density, points: Tensor, exact: bool) -> list[_Gaussian]:
     """The Gaussians on the paths from these points uphill."""
     starts = zip(points, *density.gradient(points), strict=True)
     live = paths = [_Path(density, *start) for start in starts]
@@ -297,14 +296,14 @@ def _thinned(gaussians: list[_Gaussian], most: int) -> list[_Gaussian]:
     return gaussians[:: -max(1, math.ceil(len(gaussians) / most))]
 
 
-def _fall(density: _Density, z: Tensor, steps: Tensor) -> Tensor:
+def _fall(density: Density, z: Tensor, steps: Tensor) -> Tensor:
     """How far the log density falls over steps both ways, on average, less rounding."""
     value = density(z.unsqueeze(0))
     values = density(torch.stack([z + steps, z - steps]))
     return value - values.mean(0) - 8 * density.eps * value.abs()
 
 
-def _reach(density: _Density, z: Tensor, axes: Tensor) -> Tensor:
+def reach_of(density: Density, z: Tensor, axes: Tensor) -> Tensor:
     """How far one can go both ways along each of ``(J, D)`` directions before it falls."""
     reaches = REACHES.to(axes)
     is_inside = _fall(density, z, reaches.reshape(-1, 1, 1) * axes) <= FALL
@@ -312,7 +311,7 @@ def _reach(density: _Density, z: Tensor, axes: Tensor) -> Tensor:
     return reaches[(count - 1).clamp(min=0)]
 
 
-def _shorten(density: _Density, paths: list[_Path]) -> None:
+def _shorten(density: Density, paths: list[_Path]) -> None:
     """Moves paths whose full step is too long, by the best of several shorter ones."""
     sizes = torch.tensor(STEP_SIZES, dtype=torch.float64, device=paths[0].z.device)
     tried = torch.stack([path.z + sizes.unsqueeze(-1) * path.step for path in paths])
@@ -330,7 +329,7 @@ def _shorten(density: _Density, paths: list[_Path]) -> None:
 # Comparing
 
 
-def _best(density: _Density, gaussians: list[_Gaussian]) -> _Gaussian | None:
+def _best(density: Density, gaussians: list[_Gaussian]) -> _Gaussian | None:
     """The Gaussian with the highest ELBO, if any has a finite one."""
     gaussians = _thinned(gaussians, max(8, MAX_WORK // density.joint.num_numbers // NUM_DRAWS))
     few, many = (NUM_DRAWS, NUM_DRAWS_BEST) if density.joint.at_once else (4, 40)
@@ -348,21 +347,27 @@ def _best(density: _Density, gaussians: list[_Gaussian]) -> _Gaussian | None:
     return None
 
 
-def _narrowed(density: _Density, gaussian: _Gaussian) -> list[_Gaussian]:
+def _narrowed(density: Density, gaussian: _Gaussian) -> list[_Gaussian]:
     """The same Gaussian, narrower where the density falls faster than its curvature says."""
     loc, covariance = gaussian
     if len(loc) > EXACT_PATHS:
         return []
     root = covariance.root if isinstance(covariance, Dense) else covariance.scale.diag()
+    narrower = narrowed(density, loc, root)
+    return [] if narrower is root else [_Gaussian(loc, Dense(narrower))]
+
+
+def narrowed(density: Density, loc: Tensor, root: Tensor) -> Tensor:
+    """The root of a covariance, with columns shortened along which the density falls faster."""
     is_steep = ~(_fall(density, loc, root.mT) < STEEP)  # or not finite
     if not is_steep.any():
-        return []
+        return root
     size = torch.ones_like(loc)
-    size[is_steep] = _reach(density, loc, root.mT[is_steep]).clamp(max=1)
-    return [_Gaussian(loc, Dense(root * size))]
+    size[is_steep] = reach_of(density, loc, root.mT[is_steep]).clamp(max=1).to(size)
+    return root * size
 
 
-def _elbos(density: _Density, gaussians: list[_Gaussian], num_draws: int) -> list[float]:
+def _elbos(density: Density, gaussians: list[_Gaussian], num_draws: int) -> list[float]:
     """ELBOs up to a constant, from mirrored pairs of draws with the same noise for all."""
     if not gaussians:
         return []

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .log_joint import LogJoint
 from .matching import FixedValues
-from .traces import compute_log_prob, is_latent, is_point, log_prob_of_particles, quietly, samples
+from .traces import compute_log_prob, is_point, log_prob_of_particles, quietly, samples
 from .weighted import WeightedParticles
 
 __all__ = ["Unscorable", "guide_log_prob"]
@@ -43,7 +43,7 @@ def guide_log_prob(particles: WeightedParticles, joint: LogJoint, z: Tensor) -> 
     if isinstance(particles.guide, AutoContinuous):
         with quietly(), poutine.block():
             posterior: Any = particles.guide.get_posterior(*particles.args, **particles.kwargs)
-        found: Tensor = posterior.log_prob(z)
+            found: Tensor = posterior.log_prob(z)  # far out an inverse may be inexact
         return found
     parts = z.split(particles.sizes(len(z)))
     return torch.cat([_of_fixed_sites(particles, joint, part) for part in parts])
@@ -64,9 +64,11 @@ def _of_fixed_sites(particles: WeightedParticles, joint: LogJoint, z: Tensor) ->
     given = FixedValues({name: value for name, value in fixed.items() if name not in points})
     with quietly(), poutine.block(), given:
         trace = particles.run_guide(len(z))
-    for name, site in samples(trace).items():
-        is_given = name in given.values or (name in points and not is_latent(site))
-        if not is_given and name not in points:
+    for name in getattr(particles.guide, "corrections", ()):
+        if name in trace.nodes:
+            trace.remove_node(name)
+    for name in samples(trace):
+        if name not in given.values and name not in points:
             raise Unscorable(f"the guide's site '{name}' is no function of the latents")
     for name in points & sites.keys():
         if not torch.allclose(samples(trace)[name]["value"], sites[name], rtol=1e-3, atol=1e-5):

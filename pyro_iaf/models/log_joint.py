@@ -241,7 +241,10 @@ class LogJoint(Particles):
                 draws.append(self.unconstrained(values))
             except Exception:  # an improper prior has no draws, and a model may raise anything
                 pass
-        return torch.cat(draws) if draws else torch.zeros(0, self.latent_dim)
+        if draws:
+            return torch.cat(draws)
+        value = next(iter(self.latents.values()))["value"]
+        return value.new_zeros(0, self.latent_dim)  # type: ignore[no-any-return]
 
     def unconstrained(self, sites: Mapping[str, Tensor]) -> Tensor:
         """The vectors of shape ``(K, D)`` of draws whose sites have ``K`` in front."""

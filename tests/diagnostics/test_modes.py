@@ -1,6 +1,7 @@
 """The search for modes that a guide misses."""
 
 import math
+import warnings
 
 import pyro
 import pyro.distributions as dist
@@ -124,6 +125,89 @@ def test_a_constrained_mode_is_told_in_the_units_of_the_model():
     assert abs(mode.sites["scale"] - 7.0) < 0.3
 
 
+def mixture_of(*parts):
+    """A model of one site ``x`` with a mixture of these as its posterior, and its components."""
+
+    def model():
+        prior = dist.Normal(0.0, 10.0).expand([2]).to_event(1)
+        x = pyro.sample("x", prior)
+        target = torch.stack([part.log_prob(x) for part in parts], -1).logsumexp(-1)
+        pyro.factor("target", target - math.log(len(parts)) - prior.log_prob(x))
+
+    return model
+
+
+def normal_at(*loc, scale=0.1):
+    return dist.Normal(torch.tensor(loc), scale).to_event(1)
+
+
+def guide_of(*parts):
+    def guide():
+        k = int(torch.randint(len(parts), ()))
+        if len(parts) == 1:
+            pyro.sample("x", parts[0])
+        else:
+            locs = torch.stack([part.mean for part in parts])
+            each = dist.Normal(locs, torch.stack([part.stddev for part in parts])).to_event(1)
+            pyro.sample("x", dist.MixtureSameFamily(dist.Categorical(torch.ones(len(parts))), each))
+        assert k < len(parts)
+
+    return guide
+
+
+def test_a_mode_beside_a_tilted_one_is_found_although_climbs_jump():
+    covariance = torch.tensor([[1.0, 0.95], [0.95, 1.0]])
+    one = dist.MultivariateNormal(torch.zeros(2), covariance)
+    other = dist.MultivariateNormal(torch.tensor([2.0, -2.0]) / 2**0.5, covariance)
+    for seed in range(8):
+        pyro.set_rng_seed(seed)
+        found = diagnose(mixture_of(one, other), guide_of(one))
+        assert abs(found.share_missed - 0.5) < 0.1
+
+
+def test_a_mode_between_those_of_a_wide_guide_is_found():
+    parts = [normal_at(*(2 * [x])) for x in (-5.0, 0.0, 1.5, 5.0)]
+    found = diagnose(mixture_of(*parts), guide_of(parts[0], parts[1], parts[3]))
+    (mode,) = found.modes
+    assert abs(mode.share - 0.25) < 0.05
+
+
+def test_a_draw_far_out_hides_no_mode():
+    def far():
+        x = dist.Normal(LOCS[1], SCALES[1]).to_event(1)
+        wide = dist.Normal(LOCS[1], 1e4).to_event(1)
+        kinds = torch.tensor([0.999, 0.001])
+        pyro.sample("x", dist.MixtureSameFamily(dist.Categorical(kinds), stacked(x, wide)))
+
+    def stacked(*parts):
+        locs, scales = ([getattr(p, n) for p in parts] for n in ("mean", "stddev"))
+        return dist.Normal(torch.stack(locs), torch.stack(scales)).to_event(1)
+
+    (mode,) = diagnose(two_modes(), far).modes
+    assert abs(mode.share - 0.3) < 0.1
+
+
+def test_a_peak_with_a_kink_is_weighed():
+    parts = [dist.Laplace(torch.full((2,), 4.0 * sign), 0.5).to_event(1) for sign in (-1, 1)]
+    (mode,) = diagnose(mixture_of(*parts), guide_of(parts[0])).modes
+    assert abs(mode.share - 0.5) < 0.15
+
+
+def test_what_masks_hide_is_searched_in_a_hierarchical_guide_too():
+    def model():
+        with pyro.plate("rows", 3):
+            z = pyro.sample("z", dist.Normal(0.0, 3.0))
+            mask = torch.tensor([True, False, False])
+            pyro.sample("y", dist.Normal(z**2, 0.5), obs=torch.full((3,), 4.0), obs_mask=mask)
+
+    guide = AutoHierarchicalIAF(model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Site 'y_unobserved' is masked")
+        fit(model, guide, num_steps=300, progress=False)
+        found = diagnose(model, guide)
+    assert found.searched.startswith("searched by ")
+
+
 # Posteriors of one mode
 
 
@@ -219,6 +303,44 @@ def test_a_subsample_a_point_and_a_guide_without_a_density_are_told():
     model = two_modes()
     found = diagnose(model, AutoStructured(model, conditionals="normal"))
     assert found.searched.startswith("not searched for other modes, as the guide's site '")
+
+
+def test_a_density_that_is_another_than_that_of_the_draws_is_told():
+    def model():
+        with pyro.plate("rows", 2):
+            x = pyro.sample("x", dist.Normal(0.0, 5.0))
+            parts = dist.Normal(LOCS, 0.5).log_prob(x.unsqueeze(-2))
+            pyro.factor("target", (parts.logsumexp(-2) / 2))
+
+    def guide():
+        pyro.sample("x", dist.Normal(LOCS[0], 0.5).to_event(1))
+
+    found = diagnose(model, guide)
+    assert found.searched.startswith("not searched") or found.share_missed > 0.4
+
+
+def test_few_draws_are_enough_to_start_from():
+    def alone():
+        two_modes()()
+        assert pyro.sample("one", dist.Normal(0.0, 1.0)).dim() == 0
+
+    def guide():
+        guide_at(1)()
+        pyro.sample("one", dist.Normal(0.0, 1.0))
+
+    assert diagnose(alone, guide, num_samples=25).searched.startswith("searched by ")
+
+
+def test_a_ridge_has_no_modes_on_its_way():
+    def ridge():
+        x = pyro.sample("x", dist.Normal(1.0, 3.0))
+        pyro.sample("y", dist.Normal(x**2, 0.1))
+
+    for seed in range(4):
+        pyro.clear_param_store()
+        guide = AutoIAF(ridge)
+        fit(ridge, guide, num_steps=40, progress=False, seed=seed)
+        assert diagnose(ridge, guide).share_missed < 0.05
 
 
 def test_an_error_of_the_search_is_told_and_loses_nothing(monkeypatch):
