@@ -77,9 +77,9 @@ def test_so_are_those_of_a_loss_of_theirs(loss):
 
 
 def test_many_steps_stay_together():
-    eager = run("plates", num_steps=800)
+    eager = run("plates", num_steps=1200)
     assert eager[0].stopped == "the ELBO had settled"
-    assert_same(eager, run("plates", compile="graph", num_steps=800), rtol=1e-5)
+    assert_same(eager, run("plates", compile="graph", num_steps=1200), rtol=1e-5)
 
 
 def regression(x, y=None):
@@ -176,8 +176,14 @@ def test_a_second_fit_sees_other_data_under_the_same_name():
     settings = {"num_steps": 40, "progress": False, "seed": 0}
     fit(model, guide, compile="graph", **settings)
     held["y"] = torch.tensor(-3.0)
-    with pytest.raises(ValueError, match="don't agree"):
-        fit(model, guide, compile="graph", **settings)
+    for param in guide.parameters():
+        param.data.zero_()
+    fit(model, guide, compile="graph", **settings)
+    found = [param.detach().clone() for param in guide.parameters()]
+    for param in guide.parameters():
+        param.data.zero_()
+    fit(model, guide, compile=False, **settings)
+    assert_close(found, [param.detach() for param in guide.parameters()])
 
 
 def test_checkpoints_change_nothing(tmp_path):
