@@ -112,6 +112,11 @@ class Mode:
         share_se: The standard error of the share.
         sites: The values of the latents at its peak in unconstrained space, in the model's units.
         reached: What the climb began from, in words.
+
+    Example:
+        >>> mode = Mode(0.26, 0.01, {"x": torch.tensor([-3.0, 2.5])}, "a draw of the prior")
+        >>> print(mode)
+        26% +/- 1% of the mass near x = (-3, 2.5)
     """
 
     share: float
