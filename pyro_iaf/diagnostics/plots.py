@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .modes import Mode
+
 __all__ = ["plot_loss", "plot_pairs"]
 
 BLUE, GREY, RED = "#1f5c99", "#9aa5b1", "#c44536"
@@ -57,10 +59,12 @@ def plot_pairs(
     reference: Mapping[str, Any] | None = None,
     sites: Sequence[str] | None = None,
     max_numbers: int = 6,
+    modes: Sequence[Mode] = (),
 ) -> Any:
     """Scatter plots of each pair of latent numbers, and histograms of each, with a reference.
 
     Draws of the guide are blue and below the diagonal, draws of the reference red and above it.
+    Modes that the guide misses are crosses with their share of the posterior's mass.
 
     Args:
         draws: Draws by site, with the draws along the first axis, as
@@ -68,6 +72,7 @@ def plot_pairs(
         reference: The same as tensors or arrays from another method, such as a long run of NUTS.
         sites: The sites to plot, in this order; all by default.
         max_numbers: Plots the first ``max_numbers`` numbers at most.
+        modes: Modes that the guide misses, as :attr:`Diagnosis.modes`.
 
     Returns:
         The Matplotlib figure.
@@ -92,6 +97,10 @@ def plot_pairs(
             )
     columns = _columns(draws, names, max_numbers)
     others = {} if reference is None else _columns(reference, names, max_numbers)
+    places: dict[str, Any] = {}
+    if modes:
+        peaks = {name: torch.stack([mode.sites[name] for mode in modes]) for name in names}
+        places = _columns(peaks, names, max_numbers)
     n = len(columns)
     figure, axes = plt.subplots(
         n, n, figsize=(1.9 * n + 0.6, 1.9 * n), squeeze=False, layout="constrained"
@@ -99,18 +108,24 @@ def plot_pairs(
     for i, row in enumerate(columns):
         for j, column in enumerate(columns):
             ax = axes[i, j]
-            across, up = (_range(columns[k], others.get(k)) for k in (column, row))
+            across, up = (_range(columns[k], others.get(k), places.get(k)) for k in (column, row))
             if i == j:
                 for values, color, label in ((others, RED, "reference"), (columns, BLUE, "guide")):
                     if values:
                         style = {"histtype": "step", "density": True, "bins": 40, "color": color}
                         ax.hist(values[row], range=across, label=label, **style)
                 ax.set_yticks([])
+                for x in places[row] if places else ():
+                    ax.axvline(x, color="black", lw=0.8, ls=":")
             elif i > j or others:
                 # Equally many draws of both, so that neither looks denser than the other.
                 size = min(len(v[row]) for v in (columns, others) if v)
                 values, color = (columns, BLUE) if i > j else (others, RED)
                 ax.scatter(values[column][:size], values[row][:size], s=2, color=color, lw=0)
+                for k, mode in enumerate(modes):
+                    at = places[column][k], places[row][k]
+                    ax.plot(*at, "x", color="black", ms=5)
+                    ax.annotate(f"{mode.share:.0%}", at, (4, 4), textcoords="offset points")
                 ax.set_ylim(up)
             else:
                 ax.axis("off")

@@ -3,7 +3,7 @@ import sys
 import pytest
 import torch
 
-from pyro_iaf import FitResult, plot_loss, plot_pairs
+from pyro_iaf import FitResult, Mode, plot_loss, plot_pairs
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +32,19 @@ def test_pairs_stand_beside_the_reference():
     below, above = figure.axes[4].collections, figure.axes[1].collections
     assert len(below) == len(above) == 1
     assert len(plot_pairs(draws, sites=["b"]).axes[1].collections) == 0  # no reference, no cloud
+
+
+def test_modes_are_crosses_with_their_share():
+    modes = [Mode(0.26, 0.01, {"z": torch.tensor([-9.0, 5.0])}, "a draw of the prior")]
+    draws = {"z": torch.randn(100, 2)}
+    figure = plot_pairs(draws, modes=modes)
+    (below,) = (ax for ax in figure.axes if ax.texts)
+    assert below.texts[0].get_text() == "26%"
+    assert below.texts[0].xy == (-9.0, 5.0)
+    (low, _), (_, high) = below.get_xlim(), below.get_ylim()
+    assert low < -9.0
+    assert high > 5.0
+    assert not any(ax.texts for ax in plot_pairs(draws).axes)
 
 
 def test_sites_that_are_not_there_are_told():
