@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,10 +21,10 @@ from ..importance import (
 )
 from ..models.arguments import check_call, check_pair
 from ..models.traces import handler_lock
-from ..models.weighted import WeightedParticles
+from ..models.weighted import Draws, WeightedParticles
 from .modes import Mode, search_modes
 
-__all__ = ["Diagnosis", "conclude", "diagnose", "judge"]
+__all__ = ["Diagnosis", "conclude", "diagnose", "judge", "judged"]
 
 # A guide is good up to this k-hat, this gap between ELBO and log evidence in nats, and this change
 # by weighting: of a mean in standard deviations, of a log standard deviation.
@@ -321,8 +321,12 @@ def diagnose(
 @torch.no_grad()
 def judge(particles: WeightedParticles, num_samples: int) -> Diagnosis:
     """The diagnosis of a guide by so many new draws."""
-    draws = particles.weighted(num_samples)
-    log_w, S = draws.log_weights, num_samples
+    return judged(particles, particles.weighted(num_samples))
+
+
+def judged(particles: WeightedParticles, draws: Draws) -> Diagnosis:
+    """The diagnosis of a guide by these draws."""
+    log_w, S = draws.log_weights, len(draws.log_weights)
     largest = log_w.max()
     weights = (log_w - largest).exp() if largest.isfinite() else torch.zeros_like(log_w)
     total, squares = weights.sum(), weights.square().sum()
@@ -357,14 +361,14 @@ def conclude(
         num_evaluations: About how many evaluations of the model's gradient a search for modes may
             take; None for no search.
     """
-    found = judge(particles, num_samples)
-    modes, searched = found.modes, found.searched
+    draws = particles.weighted(num_samples)
+    found = judged(particles, draws)
     if num_evaluations is not None and not (found.is_point or found.improper):
-        found.modes, found.searched = modes, searched = search_modes(particles, num_evaluations)
+        found.modes, found.searched = search_modes(particles, draws, num_evaluations)
     is_cheap = MORE * num_samples * particles.num_numbers <= MOST_NUMBERS
     if not found.is_decided and is_cheap and particles.at_once and not particles.subsampled:
-        found = judge(particles, MORE * num_samples)
-        found.modes, found.searched = modes, searched
+        more = judge(particles, MORE * num_samples)
+        found = replace(more, modes=found.modes, searched=found.searched)
     found.wavers = not found.is_decided
     return found
 

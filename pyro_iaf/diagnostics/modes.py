@@ -30,20 +30,19 @@ from ..guides.pathfinder import Density, narrowed, reach_of
 from ..importance import MAX_ROUNDING, rounding_message
 from ..models.guide_density import Unscorable, guide_log_prob
 from ..models.particles import threads_for
-from ..models.weighted import WeightedParticles
+from ..models.weighted import Draws, WeightedParticles
 
 __all__ = ["Mode", "Search", "search_modes"]
 
 
 class _Numbers(NamedTuple):
-    """How many starts there are of each kind, and draws of the guide and of each normal."""
+    """How many starts there are of each kind, draws of each normal, and normals."""
 
     own: int
     widened: int
     prior: int
     flipped: int
     permuted: int
-    draws: int
     draws_of_normal: int
     normals: int
 
@@ -65,8 +64,8 @@ NUM_A_CLIMB = 40
 CHEAP = 2**23
 
 # If the model runs for many draws at once, or for one at a time.
-AT_ONCE = _Numbers(12, 24, 48, 36, 12, draws=2000, draws_of_normal=200, normals=16)
-ALONE = _Numbers(3, 3, 4, 6, 2, draws=400, draws_of_normal=40, normals=4)
+AT_ONCE = _Numbers(12, 24, 48, 36, 12, draws_of_normal=200, normals=16)
+ALONE = _Numbers(3, 3, 4, 6, 2, draws_of_normal=40, normals=4)
 
 # Draws of the prior whose median is the centre about which signs are changed.
 NUM_PRIOR = 256
@@ -148,7 +147,7 @@ class _Start(NamedTuple):
 
 
 @torch.no_grad()
-def search_modes(particles: WeightedParticles, num_evaluations: float) -> Search:
+def search_modes(particles: WeightedParticles, draws: Draws, num_evaluations: float) -> Search:
     """Modes that a guide misses.
 
     The climbs begin at draws of the guide, widened, with signs changed about the prior's median and
@@ -157,6 +156,7 @@ def search_modes(particles: WeightedParticles, num_evaluations: float) -> Search
 
     Args:
         particles: The model and its guide.
+        draws: Draws of the guide with their weights.
         num_evaluations: About how many evaluations of the model's gradient are affordable. A small
             model that runs for many draws at once gets more, some thousands.
     """
@@ -171,7 +171,7 @@ def search_modes(particles: WeightedParticles, num_evaluations: float) -> Search
     numbers = numbers.at_most(num_evaluations)
     try:
         with threads_for(numbers.starts * particles.num_numbers):
-            return _Searcher(particles, numbers).search(num_evaluations)
+            return _Searcher(particles, draws, numbers).search(num_evaluations)
     except Unscorable as why:
         reason = str(why)
     except Exception as error:  # a model may raise anything; the draws are judged all the same
@@ -202,10 +202,9 @@ class _Peak(NamedTuple):
 class _Searcher:
     """A search, from draws of a guide and their weights."""
 
-    def __init__(self, particles: WeightedParticles, numbers: _Numbers) -> None:
+    def __init__(self, particles: WeightedParticles, draws: Draws, numbers: _Numbers) -> None:
         self.particles, self.numbers = particles, numbers
         self.joint = particles.log_joint()
-        draws = particles.weighted(numbers.draws)
         if draws.rounding > MAX_ROUNDING:
             raise Unscorable(rounding_message(draws.rounding))
         self.sites, self.z = draws.sites, self.joint.unconstrained(draws.sites)

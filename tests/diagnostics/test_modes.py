@@ -44,7 +44,8 @@ def guide_at(k, scale=None):
 
 
 def searched(model, guide, *args, num_evaluations=2000):
-    return search_modes(WeightedParticles(model, guide, args, {}), num_evaluations)
+    particles = WeightedParticles(model, guide, args, {})
+    return search_modes(particles, particles.weighted(2000), num_evaluations)
 
 
 # What is found
@@ -284,7 +285,7 @@ def test_a_model_that_runs_for_one_draw_at_a_time_is_searched_too():
 
     particles = WeightedParticles(alone, guide, (), {})
     assert not particles.at_once
-    found = search_modes(particles, 2000)
+    found = search_modes(particles, particles.weighted(400), 2000)
     assert abs(found.modes[0].share - 0.3) < 0.15
 
 

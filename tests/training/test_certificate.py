@@ -132,14 +132,13 @@ def test_when_the_elbo_has_settled(elbos, error, gap, expected):
 
 
 def test_the_verdict_is_of_draws_that_decided_nothing(monkeypatch):
-    judge, seen = certificate.judge, []
+    judged, seen = diagnosing.judged, []
 
-    def watch(particles, num_samples):
-        seen.append(judge(particles, num_samples))
+    def watch(particles, draws):
+        seen.append(judged(particles, draws))
         return seen[-1]
 
-    monkeypatch.setattr(certificate, "judge", watch)
-    monkeypatch.setattr(diagnosing, "judge", watch)
+    monkeypatch.setattr(diagnosing, "judged", watch)
     result = quick(conjugate, AutoIAF(conjugate))
     *decided, last = seen
     assert result.diagnosis is last
