@@ -64,14 +64,17 @@ NUM_A_CLIMB = 40
 CHEAP = 2**23
 
 # If the model runs for many draws at once, or for one at a time.
-AT_ONCE = _Numbers(12, 24, 48, 36, 12, draws_of_normal=200, normals=16)
-ALONE = _Numbers(3, 3, 4, 6, 2, draws_of_normal=40, normals=4)
+AT_ONCE = _Numbers(12, 24, 48, 36, 12, draws_of_normal=100, normals=16)
+ALONE = _Numbers(3, 3, 4, 6, 2, draws_of_normal=20, normals=4)
 
 # Draws of the prior whose median is the centre about which signs are changed.
 NUM_PRIOR = 256
 
 # The factors by which draws of the guide are widened.
 WIDER = (2.0, 4.0)
+
+# The factors of the normals' scales, as a mode may be wider than its peak says.
+SCALES_OF_NORMAL = (1.0, 2.5)
 
 # The guide misses a point where its density is below this share of the posterior's.
 MISSED = 0.1
@@ -194,9 +197,10 @@ class _Peak(NamedTuple):
     climb: int
     is_own: bool
 
-    def normal(self) -> MultivariateNormal:
-        """The normal around it."""
-        return MultivariateNormal(self.z, scale_tril=self.covariance.root, validate_args=False)
+    def normal(self, wider: float) -> MultivariateNormal:
+        """The normal around it, wider by a factor."""
+        root = wider * self.covariance.root
+        return MultivariateNormal(self.z, scale_tril=root, validate_args=False)
 
 
 class _Searcher:
@@ -358,7 +362,8 @@ class _Searcher:
         A missed draw counts for the peak whose normal has the highest density there, which may be
         the guide's own.
         """
-        num, normals = self.numbers.draws_of_normal, [peak.normal() for peak in peaks]
+        num = self.numbers.draws_of_normal
+        normals = [peak.normal(wider) for wider in SCALES_OF_NORMAL for peak in peaks]
         tried = torch.cat([normal.sample((num,)) for normal in normals])
         z = torch.cat([self.z, tried])
         log_p = torch.cat([self.log_p, self.joint(tried)])
@@ -376,8 +381,8 @@ class _Searcher:
         bulk = MultivariateNormal(self.loc, scale_tril=self.scale.diag(), validate_args=False)
         is_near = torch.cat([of_normals, bulk.log_prob(z).unsqueeze(0)]).argmax(0)
         weights, found = log_ratio.softmax(0), []
-        for k in range(len(normals)):
-            is_part = (is_missed & (is_near == k)).to(weights)
+        for k in range(len(peaks)):
+            is_part = (is_missed & (is_near % len(peaks) == k) & (is_near < len(normals))).to(z)
             share = (weights * is_part).sum()
             error = (weights * (is_part - share)).square().sum().sqrt()
             found.append((share.item(), error.item()))

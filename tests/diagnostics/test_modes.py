@@ -190,8 +190,12 @@ def test_a_draw_far_out_hides_no_mode():
 
 def test_a_peak_with_a_kink_is_weighed():
     parts = [dist.Laplace(torch.full((2,), 4.0 * sign), 0.5).to_event(1) for sign in (-1, 1)]
-    (mode,) = diagnose(mixture_of(*parts), guide_of(parts[0])).modes
-    assert abs(mode.share - 0.5) < 0.15
+    shares = []
+    for seed in range(6):
+        pyro.set_rng_seed(seed)
+        (mode,) = diagnose(mixture_of(*parts), guide_of(parts[0])).modes
+        shares.append(mode.share)
+    assert abs(sum(shares) / 6 - 0.5) < 0.1
 
 
 def test_what_masks_hide_is_searched_in_a_hierarchical_guide_too():
