@@ -72,7 +72,7 @@ def plot_pairs(
         reference: The same as tensors or arrays from another method, such as a long run of NUTS.
         sites: The sites to plot, in this order; all by default.
         max_numbers: Plots the first ``max_numbers`` numbers at most.
-        modes: Modes that the guide misses, as :attr:`Diagnosis.modes`.
+        modes: Modes that the guide misses, as ``Diagnosis.modes``.
 
     Returns:
         The Matplotlib figure.
