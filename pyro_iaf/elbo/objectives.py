@@ -144,25 +144,34 @@ class LatentLoss(Loss):
         self.flow_dim = joint.latent_dim
 
     def __call__(self, args: Args, kwargs: Kwargs, weight: float | Tensor) -> Tensor:
-        z, log_q, score = self.guide.sample_with_score(self.num_particles, *args, **kwargs)
-        log_q, score = log_q.detach(), score.detach()
+        draws = self.guide.sample_with_score(self.num_particles, *args, **kwargs)
+        z, log_q, score = draws.value, draws.log_prob.detach(), draws.score.detach()
+        shares = 1 / len(z) if draws.weights is None else draws.weights.detach().unsqueeze(-1)
         latent = z.detach().requires_grad_()
         log_p = self.joint.with_data(args, kwargs, weight).density(latent)
-        slope = weight * score / len(z)
+        slope = weight * shares * score
         if log_p.requires_grad:  # not so with flat priors and no data
-            (-log_p.mean()).backward()
+            (-draws.mean(log_p)).backward()
             assert latent.grad is not None
             slope = latent.grad + slope
         log_w = log_p.detach() - weight * log_q
+        loss: Tensor = -draws.mean(log_w)
         if len(z) > 1:
+            log_w = draws.importance(log_w)
             change = _relative_ess(log_w) - self.relative_ess
             self.relative_ess = self.relative_ess + 0.01 * change
             if self.mass_covering is not False and not self.joint.subsampled:
                 extra = self.mass_covering * _extra_weights(log_w, self.relative_ess)
                 slope = slope * (1 + extra).unsqueeze(-1)
-        (z * slope).sum().backward()  # not z.backward(slope), which imports sympy
-        loss: Tensor = -log_w.mean()
-        return loss
+        surrogate = (z * slope).sum()  # not z.backward(slope), which imports sympy
+        (surrogate + loss if loss.requires_grad else surrogate).backward()
+        return loss.detach()
+
+    def fit_weights(self, next_batch: Callable[[], Batch]) -> None:
+        """Sets the weights of a guide with components to their shares of the posterior."""
+        fit = getattr(self.guide, "fit_weights", None)
+        if fit is not None and not self.joint.subsampled:
+            fit(self.joint.with_data(*next_batch()))
 
     @torch.no_grad()
     def adjust_tails(self, next_batch: Callable[[], Batch]) -> None:

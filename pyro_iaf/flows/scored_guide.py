@@ -29,11 +29,24 @@ class ScoredDraws(NamedTuple):
         log_prob: The guide's log density there, of shape ``(num,)``. Its graph is not used.
         score: The gradient of that density in the value, of shape ``(num, D)``. Its graph is not
             used.
+        weights: The weights of the draws in a mean over the guide, of shape ``(num,)``, with their
+            graph; None if all are the same.
     """
 
     value: Tensor
     log_prob: Tensor
     score: Tensor
+    weights: Tensor | None = None
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over the guide of a value for each draw, with the graph of the weights."""
+        return values.mean() if self.weights is None else (self.weights * values).sum()
+
+    def importance(self, log_weights: Tensor) -> Tensor:
+        """Log importance weights with those of the draws, so that all count alike."""
+        if self.weights is None:
+            return log_weights
+        return log_weights + (len(log_weights) * self.weights.detach()).log()
 
 
 @runtime_checkable

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import pyro.distributions as dist
+import pyro
 import torch
 from pyro import poutine
 from pyro.distributions.util import broadcast_shape
@@ -20,6 +20,7 @@ from torch.distributions import biject_to
 
 from .._validation import check_callable, check_context, check_size, warn
 from ..distributions import DiagonalNormal
+from ..flows.mixture import GivenComponent
 from ..flows.posterior import Posterior
 from ..flows.scored_guide import ScoredDraws
 from ..models import param_store
@@ -28,11 +29,11 @@ from ..models.matching import FixedLatents
 from ..models.traces import full_size
 from ..nn.univariate import UnivariateMap
 from ..solvers.path_score import draw_scored
-from .base import FlowGuide
 from .latents import joined
-from .pathfinder import Start, StartNotFound, pathfinder
+from .mixture import Mixture, MixtureGuide
+from .pathfinder import Start, StartNotFound, further_starts, pathfinder
 from .site_delta import SiteDeltas
-from .transform import GuideTransform, Transform, entries_below
+from .transform import GuideTransform, entries_below
 
 __all__ = ["AutoIAF"]
 
@@ -40,7 +41,7 @@ __all__ = ["AutoIAF"]
 NUM_MIRRORED = 5000
 
 
-class AutoIAF(FlowGuide, AutoContinuous):
+class AutoIAF(MixtureGuide, AutoContinuous):
     r"""A guide over all the continuous latents of a model, by inverse autoregressive flows.
 
     Noise from a :class:`~pyro_iaf.DiagonalNormal` passes through ``num_flows`` flows, a learned
@@ -65,6 +66,12 @@ class AutoIAF(FlowGuide, AutoContinuous):
             layers of ``max(64, D)``.
         univariate: How a flow maps each coordinate: ``"affine"``, ``"gated"`` or a
             :class:`~pyro_iaf.UnivariateMap`.
+        num_components: How many flows share the posterior, each with a weight, for a posterior
+            with several modes. With ``"auto"`` the guide begins with one, and :func:`fit` without
+            ``num_steps`` adds others, up to 8, where a search finds modes that the guide misses.
+            With an int, components start at the modes that Pathfinder finds. The gradient of the
+            ELBO is unbiased for the weights too: Pyro's ELBOs draw the component and take the score
+            function; ``fit`` draws as often from each.
         start: Where a fresh guide starts: ``"pathfinder"``, at the Gaussian with the highest ELBO
             on a few short paths up the log joint density; or ``"init"``, at the values of
             ``init_loc_fn``. By default ``"pathfinder"``, but ``"init"`` if ``init_scale`` or
@@ -108,7 +115,7 @@ class AutoIAF(FlowGuide, AutoContinuous):
         torch.Size([100, 3])
     """
 
-    _own_names = ("transform", "encoder")
+    _own_names = ("transform", "mixture", "encoder")
 
     def __init__(
         self,
@@ -117,6 +124,7 @@ class AutoIAF(FlowGuide, AutoContinuous):
         num_flows: int = 2,
         hidden_dims: int | Sequence[int] | None = None,
         univariate: str | UnivariateMap = "affine",
+        num_components: int | str = "auto",
         start: str | None = None,
         init_loc_fn: Callable[..., Any] | None = None,
         init_scale: float | None = None,
@@ -151,9 +159,17 @@ class AutoIAF(FlowGuide, AutoContinuous):
         check_callable("encoder", encoder, optional=True)
         if context_dim is not None and encoder is None:
             raise ValueError("context_dim is the size of an encoder's output; give an encoder.")
+        if num_components != "auto":
+            num_components = check_size("num_components", num_components)
+            if encoder is not None and num_components > 1:
+                raise ValueError(
+                    "A guide with an encoder has one component, whose flows depend on the data; "
+                    f"got num_components={num_components}. Leave out one of the two."
+                )
+        self.num_components = num_components
         self.encoder = encoder
         self.context_dim = None if context_dim is None else check_size("context_dim", context_dim)
-        self.transform: Transform | None = None
+        self.transform = self.mixture = None
 
     # Building
 
@@ -164,16 +180,23 @@ class AutoIAF(FlowGuide, AutoContinuous):
         if self._encoder is not None:
             self.context_dim = self._context(args, kwargs).shape[-1]
         if transform is None:
-            start, log_scale = self._find_start(model, loc, args, kwargs)
-            transform = self._fresh_transform(start, log_scale, self.context_dim or 0)
-            self.transform = transform
+            starts, log_scale = self._find_starts(model, loc, args, kwargs)
+            context_dim = self.context_dim or 0
+            self.transform, *others = (
+                self._fresh_transform(start, log_scale, context_dim) for start in starts
+            )
+            if others:
+                self.mixture = Mixture(others, loc.new_zeros(len(starts)))
         elif self.latent_dim != (loaded := transform.latent_dim):
             raise ValueError(
                 f"The state that was loaded is of a guide over {loaded} numbers in "
                 f"unconstrained space; the latents of this model have {self.latent_dim}. "
                 "Load one that fits."
             )
-        transform.to(loc)  # a state may come from another device
+        for module in (self._transform, self._mixture):
+            if module is not None:
+                module.to(loc)  # a state may come from another device
+        param_store.forget(f"{self._pyro_name}.mixture", self._adopt_parameters())
 
     def _refuse_subsamples(self) -> None:
         for name, site in self._latent_sites().items():
@@ -191,26 +214,30 @@ class AutoIAF(FlowGuide, AutoContinuous):
         values = [biject_to(site["fn"].support).inv(site["value"].detach()) for site in sites]
         return joined([value.reshape(-1) for value in values])
 
-    def _find_start(
+    def _find_starts(
         self, model: Program, loc: Tensor, args: Args, kwargs: Kwargs
-    ) -> tuple[Start, float]:
-        """The frame of a fresh guide, and the logarithm of its scale in that frame."""
-        at_loc = Start(loc.detach().clone(), torch.ones_like(loc)), math.log(self._init_scale)
+    ) -> tuple[list[Start], float]:
+        """The frame of each fresh component, and the logarithm of its scale in that frame."""
+        num = self._num_at_first()
+        at_loc = Start(loc.detach().clone(), torch.ones_like(loc))
+        around = [at_loc.beside(self._init_scale) for _ in range(num - 1)]
+        by_init = [at_loc, *around], math.log(self._init_scale)
         if self._start == "init" or param_store.has_from_file(f"{self._pyro_name}.transform"):
-            return at_loc
+            return by_init
         values = {name: site["value"] for name, site in self._latent_sites().items()}
         with FixedLatents(values, {}):
             trace = poutine.trace(model).get_trace(*args, **kwargs)  # with data and subsamples
-        joint = self.log_joint(model, trace, args, kwargs)
+        joint, dense = self.log_joint(model, trace, args, kwargs), self._is_dense(len(loc))
         try:
-            return pathfinder(joint, loc.detach(), self._is_dense(len(loc))), 0.0
+            first = pathfinder(joint, loc.detach(), dense)
+            return [first, *further_starts(joint, first, dense, num - 1)], 0.0
         except StartNotFound as why:
             warn(
                 f"AutoIAF looked for a start by Pathfinder and found none: {why}. It starts at the "
                 f"values of init_loc_fn, with standard deviation {self._init_scale}. Give "
                 'start="init" to choose that without this warning.'
             )
-            return at_loc
+            return by_init
 
     # Drawing
 
@@ -221,6 +248,12 @@ class AutoIAF(FlowGuide, AutoContinuous):
     def get_transform(self, *args: Any, **kwargs: Any) -> GuideTransform:
         """The transform from the noise to all latents in unconstrained space."""
         transform = self._built(*args, **kwargs)
+        if len(self._transforms()) > 1:
+            raise ValueError(
+                f"This guide has {len(self._transforms())} components, so no one transform carries "
+                "noise to its draws. Give AutoIAF(model, num_components=1) where one is needed, as "
+                "for NeuTraReparam."
+            )
         if isinstance(transform, GuideTransform):
             return transform
         return transform.condition(self._context(args, kwargs))
@@ -238,13 +271,29 @@ class AutoIAF(FlowGuide, AutoContinuous):
         check_context(context, self.context_dim)
         return context
 
-    def get_posterior(self, *args: Any, **kwargs: Any) -> dist.TransformedDistribution:
+    def get_posterior(self, *args: Any, **kwargs: Any) -> Any:
         """The guide's distribution over all latents, as one vector in unconstrained space."""
+        self._built(*args, **kwargs)
+        if len(self._transforms()) > 1:
+            return self._mixed()
         transform = self.get_transform(*args, **kwargs)
         return Posterior(self.get_base_dist(), [transform], validate_args=False)
 
+    def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Draws the vector of latents, after the number of its component if there are several."""
+        posterior = self.get_posterior(*args, **kwargs)
+        infer: Any = {"is_auxiliary": True}
+        if len(self._transforms()) > 1:
+            name = f"_{self._pyro_name}_component"
+            component = pyro.sample(name, posterior.component(), infer=infer)
+            posterior = GivenComponent(posterior, component)
+        return pyro.sample(f"_{self._pyro_name}_latent", posterior, infer=infer)
+
     def sample_with_score(self, num: int, *args: Any, **kwargs: Any) -> ScoredDraws:
         """Draws ``num`` vectors in unconstrained space, with log density and its gradient."""
+        self._built(*args, **kwargs)
+        if len(self._transforms()) > 1:
+            return self._mixed().stratified(num)
         transform = self.get_transform(*args, **kwargs)
         origin = transform.origin
         noise = torch.randn(num, len(origin), dtype=origin.dtype, device=origin.device)
@@ -252,22 +301,13 @@ class AutoIAF(FlowGuide, AutoContinuous):
 
     def widen_tails(self, by: float) -> Callable[[], None]:
         """Makes the tails of all latents heavier; returns a function that undoes it."""
-        return self._built().widen_tails(by)
+        undone = [transform.widen_tails(by) for transform in self._transforms()]
 
-    def _transforms(self) -> list[Transform]:
-        return [] if self._transform is None else [self._transform]
+        def undo() -> None:
+            for one in undone:
+                one()
 
-    def _built(self, *args: Any, **kwargs: Any) -> Transform:
-        """The transform; builds it first if necessary."""
-        if self._transform is None:
-            self._setup_on_demand(*args, **kwargs)
-        assert self._transform is not None
-        return self._transform
-
-    @property
-    def _transform(self) -> Transform | None:
-        """The transform, read without ``pyro.param`` statements for all its parameters."""
-        return self._modules.get("transform")  # type: ignore[return-value]
+        return undo
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draws every site of the model; returns them by name."""
@@ -318,7 +358,7 @@ class AutoIAF(FlowGuide, AutoContinuous):
             return self._resampled(num_samples, args, kwargs)
         return self._constrained(self._split(posterior.sample((num_samples,))))
 
-    def _ready_posterior(self, *args: Any, **kwargs: Any) -> dist.TransformedDistribution:
+    def _ready_posterior(self, *args: Any, **kwargs: Any) -> Any:
         self._setup_on_demand(*args, **kwargs)
         self._adopt_parameters()
         return self.get_posterior(*args, **kwargs)
@@ -328,14 +368,18 @@ class AutoIAF(FlowGuide, AutoContinuous):
 
         So the median of a symmetric guide is exact, and the median commutes with monotone maps.
         """
-        posterior = self._ready_posterior(*args, **kwargs)
-        loc = posterior.base_dist.loc
+        self._ready_posterior(*args, **kwargs)
+        several = len(self._transforms()) > 1
+        transforms = self._transforms() if several else [self.get_transform(*args, **kwargs)]
+        loc, weights = transforms[0].origin, self.component_weights
         generator = torch.Generator(loc.device).manual_seed(0)
         shape = (NUM_MIRRORED, *loc.shape)
         noise = torch.randn(shape, generator=generator, dtype=loc.dtype, device=loc.device)
-        noise = torch.cat([noise, -noise, torch.zeros_like(noise[:1])])
-        (transform,) = posterior.transforms
-        return self._split(transform(noise))
+        parts = noise.tensor_split((NUM_MIRRORED * weights.cumsum(0)[:-1]).round().long().cpu())
+        pairs = zip(transforms, parts, strict=True)
+        draws = [transform(torch.cat([part, -part])) for transform, part in pairs]
+        draws.append(transforms[int(weights.argmax())](torch.zeros_like(noise[:1])))
+        return self._split(torch.cat(draws))
 
     def _split(self, latent: Tensor) -> dict[str, Tensor]:
         """Unconstrained values of the sites, of shape ``batch_shape + shape``."""
@@ -357,6 +401,7 @@ class AutoIAF(FlowGuide, AutoContinuous):
                 self.hidden_dims = transform.networks[0].hidden_dims
                 self.scale = "dense" if transform.is_dense else "diagonal"
         self._state_was_loaded = self._state_was_loaded or self._fits(given)
+        self._take_components(state_dict, prefix, args[4])
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _fits(self, state: dict[str, Tensor]) -> bool:

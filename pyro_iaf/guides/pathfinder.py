@@ -33,7 +33,16 @@ from ..models.particles import threads_for
 from .climbs import climb
 from .covariances import Covariance, Dense, LowRank, unit_reach
 
-__all__ = ["Density", "Start", "StartNotFound", "narrowed", "pathfinder", "reach_of"]
+__all__ = [
+    "Density",
+    "Start",
+    "StartNotFound",
+    "further_starts",
+    "narrowed",
+    "pathfinder",
+    "reach_of",
+    "start_near",
+]
 
 NUM_PATHS = 4
 
@@ -82,6 +91,21 @@ class Start(NamedTuple):
     loc: Tensor
     scale: Tensor
 
+    def is_near(self, point: Tensor) -> bool:
+        """Whether a point is within a standard deviation in each direction."""
+        away = point - self.loc
+        if self.scale.dim() == 1:
+            units = away / self.scale
+        else:
+            units = torch.linalg.solve_triangular(self.scale, away.unsqueeze(-1), upper=False)
+        return bool(units.abs().max() < 1)
+
+    def beside(self, size: float = 1.0) -> Start:
+        """The same at a draw of the Gaussian, narrower by ``size``."""
+        noise = size * torch.randn_like(self.loc)
+        away = self.scale * noise if self.scale.dim() == 1 else self.scale @ noise
+        return Start(self.loc + away, self.scale)
+
 
 class StartNotFound(Exception):  # noqa: N818
     """No path found a start, for the reason in the message."""
@@ -116,9 +140,36 @@ def pathfinder(joint: LogJoint, loc: Tensor, dense: bool) -> Start:
         raise StartNotFound(f"a path ended in {type(error).__name__}: {error}") from error
     if best is None:
         raise StartNotFound("no Gaussian on the way uphill has a finite ELBO")
-    covariance = best.covariance
-    scale = covariance.root if dense and isinstance(covariance, Dense) else covariance.scale
-    return Start(best.loc.to(loc), scale.to(loc))
+    return best.start(loc, dense)
+
+
+def start_near(joint: LogJoint, point: Tensor, dense: bool) -> Start | None:
+    """The Gaussian with the highest ELBO on a path that begins at this point, if there is one."""
+    density, exact = Density(joint, point.dtype), len(point) <= EXACT_END
+    with threads_for(joint.num_numbers):
+        best = _best(density, _climb(density, point.double().unsqueeze(0), exact))
+    return None if best is None else best.start(point, dense)
+
+
+def further_starts(joint: LogJoint, first: Start, dense: bool, num: int) -> list[Start]:
+    """So many starts besides the first: in other modes, the one with most mass first.
+
+    If climbs from draws of the prior find fewer modes, the rest begin at draws of the Gaussians
+    that were found.
+    """
+    density, exact = Density(joint, first.loc.dtype), len(first.loc) <= EXACT_PATHS
+    with threads_for(NUM_PATHS * joint.num_numbers):
+        ends = _ends(density, first.loc, exact, 4 * num)
+        tried = [_best(density, _climb(density, end.unsqueeze(0), exact)) for end in ends]
+        found = [gaussian for gaussian in tried if gaussian is not None]
+        elbos = _elbos(density, found, NUM_DRAWS_BEST)
+    starts = [first]
+    for k in sorted(range(len(found)), key=lambda k: -elbos[k]):
+        start = found[k].start(first.loc, dense)
+        if not any(other.is_near(start.loc) for other in starts):
+            starts.append(start)
+    starts += [starts[k].beside() for k in range(num + 1 - len(starts))]
+    return starts[1 : num + 1]
 
 
 class Density:
@@ -179,7 +230,7 @@ def _beginnings(density: Density, loc: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _ends(density: Density, loc: Tensor, exact: bool) -> Tensor:
+def _ends(density: Density, loc: Tensor, exact: bool, most: int = NUM_ENDS) -> Tensor:
     """Ends of climbs from draws of the prior, those with most mass by their curvature."""
     joint, none = density.joint, loc.new_zeros(0, len(loc)).double()
     if not joint.at_once or NUM_CLIMBED * joint.num_numbers > MAX_NUMBERS:
@@ -193,11 +244,11 @@ def _ends(density: Density, loc: Tensor, exact: bool) -> Tensor:
     climbs = climb(joint.gradient, points, scale, NUM_A_CLIMB * NUM_CLIMBED)
     ends = list(climbs.distinct(scale))
     z, mass = climbs.z[ends].double(), climbs.value[ends].double()
-    if exact and len(ends) > NUM_ENDS and (hessians := density.hessian(z)) is not None:
+    if exact and len(ends) > most and (hessians := density.hessian(z)) is not None:
         for k, hessian in enumerate(hessians):
             finite = bool(hessian.isfinite().all())
             mass[k] += _log_det_root(hessian) if finite else -math.inf
-    return z[mass.argsort(descending=True)[:NUM_ENDS]]
+    return z[mass.argsort(descending=True)[:most]]
 
 
 def _log_det_root(hessian: Tensor) -> Tensor:
@@ -210,6 +261,12 @@ def _log_det_root(hessian: Tensor) -> Tensor:
 class _Gaussian(NamedTuple):
     loc: Tensor
     covariance: Covariance
+
+    def start(self, like: Tensor, dense: bool) -> Start:
+        """The same in the precision of a tensor, with a matrix if the scale may be one."""
+        covariance = self.covariance
+        scale = covariance.root if dense and isinstance(covariance, Dense) else covariance.scale
+        return Start(self.loc.to(like), scale.to(like))
 
 
 class _Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import pyro
@@ -26,6 +27,8 @@ __all__ = [
     "adopt",
     "declare",
     "declare_local",
+    "forget",
+    "from_file",
     "has_from_file",
     "parameters_of",
     "unconstrained_params",
@@ -59,6 +62,21 @@ def has_from_file(name: str) -> bool:
     return not pyro.settings.get("module_local_params") and any(
         key.startswith(f"{name}$$$") and value not in _owners for key, value in entries.items()
     )
+
+
+def from_file(name: str) -> Tensor | None:
+    """The store's entry of this name, if it comes from a file."""
+    value = pyro.get_param_store()._params.get(name)
+    is_local = pyro.settings.get("module_local_params")
+    return None if is_local or value is None or value in _owners else value
+
+
+def forget(name: str, own: Mapping[str, Tensor]) -> None:
+    """Removes entries of this module that no file brought and its guide lacks."""
+    store = pyro.get_param_store()
+    for key, value in list(store._params.items()):
+        if key.startswith(f"{name}$$$") and key not in own and value in _owners:
+            del store[key]
 
 
 def adopt(guide: PyroModule, own: dict[str, Tensor]) -> None:

@@ -77,6 +77,7 @@ class Certificate:
         particles: The model and its guide.
         adjust_tails: Makes the guide's tails heavier if importance weights need it.
         num_particles: How many evaluations of the model a step takes.
+        concludes: Whether to make a diagnosis in the end.
 
     Attributes:
         elbos: The ELBO at each look and its standard error.
@@ -89,9 +90,10 @@ class Certificate:
         particles: WeightedParticles,
         adjust_tails: Callable[[], None],
         num_particles: int,
+        concludes: bool = True,
     ) -> None:
         self.particles, self.adjust_tails = particles, adjust_tails
-        self.num_particles = num_particles
+        self.num_particles, self.concludes = num_particles, concludes
         self.elbos: list[Sequence[float]] = []
         self.reason = ""
         self.diagnosis: Diagnosis | None = None
@@ -117,11 +119,16 @@ class Certificate:
             self.reason = "at this pace it needs many more, so give num_steps to go further"
         else:
             return False
-        num_evaluations = SHARE_OF_SEARCH * step * self.num_particles
-        self.diagnosis = conclude(self.particles, self._num_draws(math.inf), num_evaluations)
-        if self.reason == UNCHANGED and self.diagnosis.verdict not in ("good", "modes missing"):
-            self.reason = UNMOVED
+        if self.concludes:
+            self.diagnosis = self.conclude(step)
+            if self.reason == UNCHANGED and self.diagnosis.verdict not in ("good", "modes missing"):
+                self.reason = UNMOVED
         return True
+
+    def conclude(self, step: int) -> Diagnosis:
+        """The verdict after so many steps, with a search for modes."""
+        num_evaluations = SHARE_OF_SEARCH * step * self.num_particles
+        return conclude(self.particles, self._num_draws(math.inf), num_evaluations)
 
     def _is_out_of_reach(self, gap: float, num_rounds_left: int) -> bool:
         """Whether the ELBO will still lack too much after all rounds if each brings the same.

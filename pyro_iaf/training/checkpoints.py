@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Checkpoint", "load", "prepare", "save", "settings_of"]
 
-FORMAT = "pyro_iaf.fit 5"
+FORMAT = "pyro_iaf.fit 6"
 
 # The length of the hash at the end of a file, in bytes.
 LENGTH_OF_HASH = 64
@@ -36,7 +36,7 @@ LENGTH_OF_HASH = 64
 PARTS = (
     "averages", "backend", "batches", "batches_before", "data", "generators", "generators_before",
     "looks", "losses", "observed", "optimizer", "params", "place", "progress", "recordings",
-    "relative_ess", "rows", "settings", "sites", "weights",
+    "relative_ess", "rows", "settings", "sites", "stage", "weights",
 )  # fmt: skip
 
 
@@ -58,9 +58,12 @@ class Checkpoint:
         """
         if self.path is None:
             return None
-        batches, saved = self.run.batches, load(self.path)
+        run, batches, saved = self.run, self.run.batches, load(self.path)
         if saved is not None:
             self._check_settings(saved)
+            if saved["stage"]["number"] < run.stage.number:
+                saved = None
+        if saved is not None:
             # So that the first batch is the same.
             set_generators(saved["generators_before"])
             batches.set_generators(saved["batches_before"])
@@ -116,6 +119,7 @@ class Checkpoint:
             **self._digests,
             **self._before,
             "settings": self._settings,
+            "stage": run.stage.state(),
             "params": {name: param.detach() for name, param in run.params.items()},
             "optimizer": run.optimizer.state_dict(),
             "rows": run.rows.state(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
@@ -24,6 +25,7 @@ from .batches import Batches
 from .result import FitResult
 from .run import Run
 from .schedule import Rounds, Schedule
+from .stages import Stage, Stages
 
 __all__ = ["FitResult", "fit"]
 
@@ -197,15 +199,11 @@ def fit(
         _check_surroundings()
         if seed is not None:
             pyro.set_rng_seed(seed)
-        run = Run(
+        make = functools.partial(
+            Run,
             model=model,
             guide=guide,
             batches=batches,
-            schedule=(
-                Rounds(lr, annealing)
-                if num_steps is None
-                else Schedule(num_steps, lr, annealing, bool(early_stop))
-            ),
             num_particles=num_particles,
             clip_norm=clip_norm,
             elbo=loss,
@@ -214,7 +212,14 @@ def fit(
             checkpoint=path,
             checkpoint_every=checkpoint_every,
         )
-        return run.to_the_end(bool(progress))
+
+        def run_of(stage: Stage) -> Run:
+            if num_steps is None:
+                return make(schedule=Rounds(lr, annealing), stage=stage)
+            schedule = Schedule(num_steps, lr, annealing, bool(early_stop))
+            return make(schedule=schedule, stage=stage)
+
+        return Stages(run_of, guide, path).to_the_end(bool(progress))
 
 
 def _check_surroundings() -> None:

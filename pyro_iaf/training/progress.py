@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 from tqdm.auto import tqdm
 
-__all__ = ["progress_bar"]
+__all__ = ["progress_bar", "show"]
+
+# How many steps there are between two updates of the ELBO that is shown.
+STEPS_BETWEEN = 50
 
 
 class _Stream:
@@ -42,7 +47,7 @@ class _Bar(tqdm):  # type: ignore[misc]
             super().refresh(nolock=True)
 
 
-def progress_bar(num_steps: int, first: int, shown: bool) -> tqdm[Any]:
+def progress_bar(num_steps: int, first: int, shown: bool, name: str = "") -> tqdm[Any]:
     """A bar over a run's steps on stderr."""
     stream = _Stream(sys.stderr)
     return _Bar(
@@ -50,6 +55,24 @@ def progress_bar(num_steps: int, first: int, shown: bool) -> tqdm[Any]:
         initial=first,
         disable=not shown,
         unit="step",
+        desc=name or None,
         file=stream,
         dynamic_ncols=True,
     )
+
+
+def show(bar: tqdm[Any], step: int, end: int, losses: Sequence[float], skipped: int) -> None:
+    """Moves a bar to a step, and shows the ELBO and its trend now and then."""
+    if bar.disable:
+        return
+    is_due = losses and step // STEPS_BETWEEN > bar.n // STEPS_BETWEEN
+    bar.total = end
+    bar.update(step - bar.n)
+    if is_due:
+        last, before = losses[-100:], losses[-200:-100]
+        shown = {"ELBO": f"{-fmean(last):.2f}"}
+        if before:
+            shown["trend"] = f"{fmean(before) - fmean(last):+.2f}/100 steps"
+        if skipped:
+            shown["skipped"] = str(skipped)
+        bar.set_postfix(shown, refresh=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -50,7 +51,12 @@ class FitResult:
 
     @property
     def settled(self) -> tuple[float, float]:
-        """The mean loss while parameters were averaged, and its standard error."""
+        """The negative ELBO and its standard error.
+
+        By the draws of the diagnosis, or the mean loss while parameters were averaged.
+        """
+        if self.diagnosis is not None and math.isfinite(self.diagnosis.elbo):
+            return -self.diagnosis.elbo, self.diagnosis.elbo_se
         averaged = self.num_averaged
         if averaged is None:
             averaged = int(AVERAGED * self.num_steps)

@@ -13,8 +13,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pyro import poutine
@@ -47,9 +46,12 @@ from .checkpoints import Checkpoint, settings_of
 from .compiled_step import Built, CompiledSteps
 from .interrupts import Interrupts
 from .optimizers import Adam, RowAdam
-from .progress import progress_bar
+from .progress import progress_bar, show
 from .result import AVERAGED, FitResult
 from .schedule import Rounds, Schedule
+
+if TYPE_CHECKING:
+    from .stages import Stage
 
 __all__ = ["Run"]
 
@@ -88,7 +90,9 @@ class Run:
         seed: int | None,
         checkpoint: Path | None,
         checkpoint_every: int,
+        stage: Stage,
     ) -> None:
+        self.stage = stage
         self.model, self.guide, self.batches = model, guide, batches
         self.num_particles, self.clip_norm, self.elbo = num_particles, clip_norm, elbo
         self.schedule, self.compile, self.seed = schedule, compile, seed
@@ -103,7 +107,6 @@ class Run:
         self.certificate: Certificate | None = None
         self.backend = "eager"
         self.chunk = FIRST_CHUNK
-        self.next_shown = 50
 
     def to_the_end(self, progress: bool) -> FitResult:
         """Runs all steps; an error gets the result so far as its attribute ``result``."""
@@ -119,7 +122,9 @@ class Run:
 
     def _take_steps(self, first: Batch, saved: dict[str, Any] | None, progress: bool) -> FitResult:
         self.waiting = [first] if saved is None else []  # a resumed run goes on with the next batch
-        bar, size = progress_bar(self.schedule.end, self.step, progress), self._size_of_step()
+        name = f"component {self.stage.component + 1}" if self.stage.component is not None else ""
+        bar = progress_bar(self.schedule.end, self.step, progress, name)
+        size = self._size_of_step()
         with bar, Interrupts() as self.interrupts:
             try:
                 while not self._has_arrived():
@@ -127,7 +132,7 @@ class Run:
                         self._take_some(bar)
                     if self.step % self.checkpoint.every == 0:
                         self.checkpoint.save()
-                    self._show(bar)
+                    show(bar, self.step, self.schedule.end, self.losses, self.skipped)
                 if self.skipped > max(MAX_SHARE_SKIPPED * self.step, 1):
                     self._give_up(*first)
                 if self.backend != "eager":  # a recording does not notice new or missing sites
@@ -145,6 +150,7 @@ class Run:
             bar.total = self.step
         if self.certificate is None:
             self._set_params(self.averages)
+            self._fit_weights()
             self._adjust_tails()
         return self._result()
 
@@ -161,6 +167,7 @@ class Run:
         self._set_params(self.averages)
         try:
             with self.interrupts.open(), torch.random.fork_rng():  # the same draws if resumed here
+                self._fit_weights()
                 is_annealed = schedule.weight(self.step - 1) < 1 and not schedule.is_last
                 if not is_annealed and self.certificate.look(self.step, schedule.num_rounds_left):
                     return True
@@ -177,6 +184,10 @@ class Run:
     def _set_params(self, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
             self.params[name].copy_(value)
+
+    def _fit_weights(self) -> None:
+        if isinstance(self.loss, LatentLoss) and not self.batches.change:
+            self.loss.fit_weights(self.batches.next)
 
     def _adjust_tails(self) -> None:
         if isinstance(self.loss, LatentLoss) and not self.batches.change:
@@ -298,7 +309,10 @@ class Run:
                 self.schedule = self.schedule.all_at_once()
             else:
                 self.certificate = Certificate(
-                    self.particles, self._adjust_tails, self.num_particles
+                    self.particles,
+                    self._adjust_tails,
+                    self.num_particles,
+                    concludes=not self.stage.is_alone,
                 )
 
     def _make_optimizer(self, seen: poutine.Trace) -> None:
@@ -450,19 +464,6 @@ class Run:
                 self.averages[name].lerp_(value, 1 / taken)
             else:
                 self.averages[name] = value.clone()
-
-    def _show(self, bar: tqdm[Any]) -> None:
-        bar.total = self.schedule.end
-        bar.update(self.step - bar.n)
-        if self.step >= self.next_shown and self.losses:
-            self.next_shown = self.step + 50
-            last, before = self.losses[-100:], self.losses[-200:-100]
-            shown = {"ELBO": f"{-fmean(last):.2f}"}
-            if before:
-                shown["trend"] = f"{fmean(before) - fmean(last):+.2f}/100 steps"
-            if self.skipped:
-                shown["skipped"] = str(self.skipped)
-            bar.set_postfix(shown, refresh=False)
 
 
 def _next_multiple(step: int, size: int) -> int:

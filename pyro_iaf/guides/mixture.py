@@ -1,0 +1,168 @@
+"""Guides over one vector of latents: one transform, or several as components.
+
+A guide with several components has a weight for each. Its first component is ``transform``, also
+where it is the only one; the others and the weights are in ``mixture``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..flows.mixture import MixedPosterior
+from ..models import param_store
+from ..models.log_joint import LogJoint
+from .base import FlowGuide
+from .pathfinder import Start, start_near
+from .transform import Transform
+
+__all__ = ["MOST_COMPONENTS", "Mixture", "MixtureGuide"]
+
+# The most components that are added to a guide.
+MOST_COMPONENTS = 8
+
+
+class Mixture(nn.Module):
+    """The components of a guide after its first, and the weights of all.
+
+    Attributes:
+        others: The transforms after the first.
+        logits: The logarithms of the weights, up to a constant, of shape ``(K,)``.
+    """
+
+    def __init__(self, others: Sequence[nn.Module], logits: Tensor) -> None:
+        super().__init__()
+        self.others = nn.ModuleList(others)
+        self.logits = nn.Parameter(logits)
+
+    def append(self, transform: nn.Module, share: float) -> None:
+        """Adds a component that takes this share, between 0 and 1, from the others."""
+        before = self.logits.detach().log_softmax(0) + torch.log1p(self.logits.new_tensor(-share))
+        log_share = self.logits.new_tensor([share]).log()
+        self.others.append(transform)
+        self.logits = nn.Parameter(torch.cat([before, log_share]))
+
+
+class MixtureGuide(FlowGuide):
+    """A guide over one vector, with one component or several.
+
+    Attributes:
+        num_components: The number that it is made with, or ``"auto"``.
+    """
+
+    num_components: int | str
+    transform: Any
+    mixture: Any
+    _alone: int | None = None  # the component that is the whole guide for a while
+
+    def _num_at_first(self) -> int:
+        """The number of components of a fresh guide, which "auto" may find in the store."""
+        logits = param_store.from_file(f"{self._pyro_name}.mixture$$$logits")
+        stored = 1 if logits is None else len(logits)
+        if isinstance(self.num_components, str):
+            return stored
+        return self.num_components
+
+    @property
+    def component_weights(self) -> Tensor:
+        """The weights of the components, of shape ``(K,)``; they add up to one."""
+        if self._mixture is None:
+            return self._built().origin.new_ones(1)
+        return self._mixture.logits.detach().softmax(0)
+
+    @property
+    def can_grow(self) -> bool:
+        """Whether :func:`~pyro_iaf.fit` may add components."""
+        is_free = self.num_components == "auto" and self._encoder is None
+        return is_free and len(self.component_weights) < MOST_COMPONENTS
+
+    def add_component(self, joint: LogJoint, point: Tensor, share: float) -> None:
+        """Adds a component near a point in unconstrained space, with a share of the draws.
+
+        Args:
+            joint: The model's log density.
+            point: Where Pathfinder begins, of shape ``(D,)``.
+            share: The weight of the component, between 0 and 1.
+        """
+        start = start_near(joint, point, self._is_dense(len(point)))
+        if start is None:
+            start = Start(point, torch.full_like(point, self._init_scale))
+        transform = self._fresh_transform(start, 0.0)
+        if self._mixture is None:
+            self.mixture = Mixture([], point.new_zeros(1))
+        assert self._mixture is not None
+        self._mixture.append(transform, share)
+
+    @contextmanager
+    def alone(self, component: int | None) -> Iterator[None]:
+        """Within it the guide is this component, counted from zero; with None the whole."""
+        self._alone = component
+        try:
+            yield
+        finally:
+            self._alone = None
+
+    @torch.no_grad()
+    def fit_weights(self, joint: LogJoint) -> None:
+        """Sets the components' weights to their shares of the posterior, by importance sampling."""
+        if self._mixture is not None and self._alone is None:
+            self._mixture.logits.copy_(self._mixed().fitted_logits(joint))
+
+    def _mixed(self) -> MixedPosterior:
+        """The distribution of a guide with several components."""
+        assert self._mixture is not None
+        return MixedPosterior([t.posterior() for t in self._transforms()], self._mixture.logits)
+
+    def _transforms(self) -> list[Any]:
+        """Those of all components, or of the one that is alone; none before the setup."""
+        first, mixture = self._transform, self._mixture
+        found: list[Any] = [] if first is None else [first]
+        found += [] if mixture is None else mixture.others
+        return found if self._alone is None else [found[self._alone]]
+
+    def _built(self, *args: Any, **kwargs: Any) -> Transform:
+        """The first transform; builds the guide first if necessary."""
+        if not self._transforms():
+            self._setup_on_demand(*args, **kwargs)
+        return self._transforms()[0]  # type: ignore[no-any-return]
+
+    @property
+    def _transform(self) -> Transform | None:
+        """The first transform, read without ``pyro.param`` statements for all its parameters."""
+        return self._modules.get("transform")  # type: ignore[return-value]
+
+    @property
+    def _mixture(self) -> Mixture | None:
+        """The further components and the weights, read likewise."""
+        return self._modules.get("mixture")  # type: ignore[return-value]
+
+    def _adopt_parameters(self) -> dict[str, Tensor]:
+        own = super()._adopt_parameters()
+        if self._alone is None:
+            return own
+        k = self._alone
+        path = f"mixture$$$others.{k - 1}." if k else "transform$$$"
+        return {name: value for name, value in own.items() if f".{path}" in name}
+
+    def _take_components(
+        self, state_dict: dict[str, Any], prefix: str, error_messages: list[str]
+    ) -> None:
+        """Builds as many components as a state has."""
+        logits = state_dict.get(f"{prefix}mixture.logits")
+        num = 1 if logits is None else len(logits)
+        if self.num_components not in ("auto", num):
+            error_messages.append(
+                f"The state is of a guide with {num} components; this one has "
+                f"num_components={self.num_components}."
+            )
+        elif self._transform is not None and num != len(self._transforms()):
+            names = [f"mixture.others.{k}" for k in range(num - 1)]
+            others = [self._rebuilt(state_dict, prefix, name) for name in names]
+            if logits is None or None in others:
+                self.mixture = None
+            else:
+                self.mixture = Mixture(others, logits.clone()).to(self._transform.origin)  # type: ignore[arg-type]
