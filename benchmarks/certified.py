@@ -53,7 +53,7 @@ def run(posterior, seed):
         text = str(result)
         seconds.append(time.perf_counter() - began)
         if k == 0:
-            first, words = result, text
+            first, words, num = result, text, len(guide.component_weights)
             particles = WeightedParticles(posterior.model, guide, (), {})
             errors, ratios = compare(particles.weighted(NUM_DRAWS).sites, posterior.summary)
             mean_error, sd_error = max(errors), max(abs(ratio - 1) for ratio in ratios)
@@ -67,6 +67,7 @@ def run(posterior, seed):
         "operation": round(microseconds(), 2),
         "steps": first.num_steps,
         "backend": first.backend,
+        "components": num,
         "verdict": found.verdict,
         "khat": round(found.khat, 2),
         "mean_error": round(mean_error, 3),
@@ -90,6 +91,7 @@ def summary_of(rows):
     summary["median operation"] = statistics.median(row["operation"] for row in rows)
     summary["good though wrong"] = sum(r["verdict"] == "good" and r["wrong"] for r in rows)
     summary["good"] = sum(r["verdict"] == "good" for r in rows)
+    summary["more components"] = sum(r["components"] > 1 for r in rows)
     summary["hold"] = sum(r["holds"] for r in rows)
     summary["fits"] = len(rows)
     return summary

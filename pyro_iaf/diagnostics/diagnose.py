@@ -83,6 +83,8 @@ class Diagnosis:
             more draws were taken. Then it is the worse one.
         modes: Modes that the guide misses, the largest share of the mass first.
         searched: How modes were searched, or why not, in words; empty if nobody asked for it.
+        peaks: Peaks that the guide's draws lead to and between which the density falls, the highest
+            first: points in unconstrained space, of shape ``(J, D)``; None if there was no search.
 
     Example:
         >>> def model():
@@ -108,6 +110,7 @@ class Diagnosis:
     wavers: bool = False
     modes: Sequence[Mode] = ()
     searched: str = ""
+    peaks: Tensor | None = field(default=None, repr=False)
 
     @property
     def share_missed(self) -> float:
@@ -364,11 +367,11 @@ def conclude(
     draws = particles.weighted(num_samples)
     found = judged(particles, draws)
     if num_evaluations is not None and not (found.is_point or found.improper):
-        found.modes, found.searched = search_modes(particles, draws, num_evaluations)
+        found.modes, found.searched, found.peaks = search_modes(particles, draws, num_evaluations)
     is_cheap = MORE * num_samples * particles.num_numbers <= MOST_NUMBERS
     if not found.is_decided and is_cheap and particles.at_once and not particles.subsampled:
         more = judge(particles, MORE * num_samples)
-        found = replace(more, modes=found.modes, searched=found.searched)
+        found = replace(more, modes=found.modes, searched=found.searched, peaks=found.peaks)
     found.wavers = not found.is_decided
     return found
 

@@ -137,10 +137,13 @@ class Search(NamedTuple):
     Attributes:
         modes: Those that the guide misses, the largest share first.
         summary: How it went, or why there was none, in words.
+        peaks: Where climbs from the guide's own draws ended, the highest first: points in
+            unconstrained space, of shape ``(J, D)``, between which the density falls; or None.
     """
 
     modes: list[Mode]
     summary: str
+    peaks: Tensor | None = None
 
 
 class _Start(NamedTuple):
@@ -229,19 +232,20 @@ class _Searcher:
         if not num_ended:
             return Search([], f"{summary}, so nothing is known of other modes")
         own, others = self._ends(climbs, [start.is_own for start in starts])
+        reached = climbs.z[own]
         if len(self.loc) > MOST_LATENTS and others:
             many = f"{len(others)} elsewhere were not weighed, for more than {MOST_LATENTS} latents"
-            return Search([], f"{summary}; {many}")
+            return Search([], f"{summary}; {many}", reached)
         most = max(1, min(self.numbers.normals, MOST_GRADIENTS // len(self.loc)))
         peaks = self._peaks(climbs, own[:MOST_OWN], others[:most]) if others else []
         if all(peak.is_own for peak in peaks):
-            return Search([], summary)
+            return Search([], summary, reached)
         modes = [
             Mode(share, error, self.joint.sites_at(peak.z), starts[peak.climb].reached)
             for (share, error), peak in zip(self._shares(peaks), peaks, strict=True)
             if share >= SMALLEST and not peak.is_own
         ]
-        return Search(sorted(modes, key=lambda mode: -mode.share), summary)
+        return Search(sorted(modes, key=lambda mode: -mode.share), summary, reached)
 
     # Where to start
 

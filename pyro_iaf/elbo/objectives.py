@@ -157,15 +157,17 @@ class LatentLoss(Loss):
         log_w = log_p.detach() - weight * log_q
         loss: Tensor = -draws.mean(log_w)
         if len(z) > 1:
-            log_w = draws.importance(log_w)
-            change = _relative_ess(log_w) - self.relative_ess
+            alike = draws.importance(log_w)
+            change = _relative_ess(alike) - self.relative_ess
             self.relative_ess = self.relative_ess + 0.01 * change
             if self.mass_covering is not False and not self.joint.subsampled:
-                extra = self.mass_covering * _extra_weights(log_w, self.relative_ess)
+                extra = self.mass_covering * _extra_weights(alike, self.relative_ess)
                 slope = slope * (1 + extra).unsqueeze(-1)
         surrogate = (z * slope).sum()  # not z.backward(slope), which imports sympy
-        (surrogate + loss if loss.requires_grad else surrogate).backward()
-        return loss.detach()
+        if draws.weights is not None:
+            surrogate = surrogate - draws.weights @ log_w
+        surrogate.backward()
+        return loss
 
     def fit_weights(self, next_batch: Callable[[], Batch]) -> None:
         """Sets the weights of a guide with components to their shares of the posterior."""

@@ -39,8 +39,8 @@ class ScoredDraws(NamedTuple):
     weights: Tensor | None = None
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean over the guide of a value for each draw, with the graph of the weights."""
-        return values.mean() if self.weights is None else (self.weights * values).sum()
+        """The mean over the guide of a value for each draw."""
+        return values.mean() if self.weights is None else self.weights.detach() @ values
 
     def importance(self, log_weights: Tensor) -> Tensor:
         """Log importance weights with those of the draws, so that all count alike."""

@@ -97,6 +97,14 @@ class MixtureGuide(FlowGuide):
         assert self._mixture is not None
         self._mixture.append(transform, share)
 
+    @torch.no_grad()
+    def without_component(self, peaks: Tensor) -> list[Tensor]:
+        """Those of some peaks, of shape ``(J, D)``, that share a component with an earlier one."""
+        if self._mixture is None:
+            return list(peaks[1:])
+        nearest = self._mixed().log_probs(peaks).argmax(-1).tolist()
+        return [peak for j, peak in enumerate(peaks) if nearest[j] in nearest[:j]]
+
     @contextmanager
     def alone(self, component: int | None) -> Iterator[None]:
         """Within it the guide is this component, counted from zero; with None the whole."""

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..diagnostics.diagnose import Diagnosis
 from ..elbo.objectives import LatentLoss
+from ..models.log_joint import LogJoint
 from ..models.traces import quietly
 from ..models.weighted import WeightedParticles
 from . import checkpoints
@@ -131,20 +132,41 @@ class Stages:
         joint = run.particles.log_joint()
         if stage.is_alone and not stage.starts:
             result.diagnosis, result.stopped = self._judged(run), UNCHANGED
+        found = result.diagnosis
         starts = list(stage.starts)
-        if not starts and result.diagnosis is not None and self.guide.can_grow:
-            for mode in result.diagnosis.modes:
-                if mode.share > SMALLEST_SHARE:
-                    sites = {name: value.unsqueeze(0) for name, value in mode.sites.items()}
-                    starts.append([mode.share, *joint.unconstrained(sites)[0].tolist()])
+        if not starts and found is not None:
+            starts = self._starts(found, joint)
         if starts and self.guide.can_grow:
-            (share, *point), *rest = starts
-            with quietly():
-                self.guide.add_component(joint, like(joint, point), share)
+            self._add(joint, starts.pop(0))
             number = len(self.guide.component_weights) - 1
-            return replace(following, component=number, starts=rest)
-        is_good = result.diagnosis is not None and result.diagnosis.verdict == "good"
-        return replace(following, starts=()) if stage.is_alone and not is_good else None
+            return replace(following, component=number, starts=starts)
+        is_good = found is not None and found.verdict == "good"
+        peaks: Sequence[Tensor] = ()
+        if not is_good and found is not None and found.peaks is not None:
+            peaks = self.guide.without_component(found.peaks)
+        for peak in peaks:
+            if self.guide.can_grow:
+                share = 1 / (1 + len(self.guide.component_weights))
+                self._add(joint, [share, *peak.tolist()])
+        has_changed = stage.is_alone or len(peaks) > 0
+        return replace(following, starts=()) if has_changed and not is_good else None
+
+    @staticmethod
+    def _starts(found: Diagnosis, joint: LogJoint) -> list[Sequence[float]]:
+        """Where components are to begin, each with its share: in modes that the guide misses."""
+        starts: list[Sequence[float]] = []
+        for mode in found.modes:
+            if mode.share > SMALLEST_SHARE:
+                sites = {name: value.unsqueeze(0) for name, value in mode.sites.items()}
+                starts.append([mode.share, *joint.unconstrained(sites)[0].tolist()])
+        return starts
+
+    def _add(self, joint: LogJoint, start: Sequence[float]) -> None:
+        share, *point = start
+        like = next(iter(joint.latents.values()))["value"]
+        with quietly():
+            place = torch.tensor(point, dtype=like.dtype, device=like.device)
+            self.guide.add_component(joint, place, share)
 
     def _judged(self, run: Run) -> Diagnosis:
         """The diagnosis of the whole guide, after its weights are fitted."""
@@ -155,9 +177,3 @@ class Stages:
             with quietly():
                 self.guide.fit_weights(particles.log_joint())
             return Certificate(particles, lambda: None, run.num_particles).conclude(run.step)
-
-
-def like(joint: Any, point: Sequence[float]) -> Tensor:
-    """A point in the precision of a model's latents."""
-    value = next(iter(joint.latents.values()))["value"]
-    return torch.tensor(point, dtype=value.dtype, device=value.device)
