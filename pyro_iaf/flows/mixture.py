@@ -16,12 +16,13 @@ from torch.distributions import constraints
 
 from ..importance import smoothed
 from ..models.log_joint import LogJoint
+from ..models.traces import quietly
 from ..solvers.fused import ScoredPass
 from ..solvers.path_score import draw_scored
 from .posterior import Posterior
 from .scored_guide import ScoredDraws
 
-__all__ = ["GivenComponent", "MixedPosterior"]
+__all__ = ["Component", "GivenComponent", "MixedPosterior"]
 
 # Draws of each component from which the weights are found, and the steps of the algorithm. Where
 # the model runs for one draw at a time, there are fewer.
@@ -57,9 +58,9 @@ class MixedPosterior(dist.TorchDistribution):
         """The logarithms of the weights."""
         return self.logits.log_softmax(0)
 
-    def component(self) -> dist.Categorical:
+    def component(self) -> Component:
         """The distribution of the number of a draw's component."""
-        return dist.Categorical(logits=self.logits, validate_args=False)
+        return Component(logits=self.logits, validate_args=False)
 
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         """Draws, each of a component that is drawn first."""
@@ -72,7 +73,9 @@ class MixedPosterior(dist.TorchDistribution):
 
     def log_probs(self, value: Tensor) -> Tensor:
         """The log densities of the components, in a new last dimension."""
-        return torch.stack([component.log_prob(value) for component in self.components], -1)
+        with quietly():  # far from a component its inverse may be inexact, and hardly matters
+            found = [component.log_prob(value) for component in self.components]
+        return torch.stack(found, -1)
 
     def stratified(self, num: int) -> ScoredDraws:
         """About ``num`` draws, as many of each component, at least one."""
@@ -110,12 +113,27 @@ class MixedPosterior(dist.TorchDistribution):
         return (weights / weights.sum()).log().to(self.logits)
 
 
-class GivenComponent(dist.TorchDistribution):
-    r"""Draws of the given components of a mixture.
+class Component(dist.Categorical):
+    """The number of a draw's component; its log density is zero, with the usual gradient.
 
-    Their log density is :math:`\log q(z) - \log \pi_k`. With that of the component, which a guide
-    draws first, it adds up to :math:`\log q(z)`: as if the number of the component were drawn anew
-    from its distribution given the draw, which leaves the ELBO as it is without that number.
+    So its score function is that of the weights, and its density is stated where the draw's is.
+    """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        found: Tensor = super().log_prob(value)
+        return found - found.detach()
+
+
+class GivenComponent(dist.TorchDistribution):
+    """Draws of the given components of a mixture; their log density is zero.
+
+    Pyro's ELBOs weight a score function by the densities of the model's sites, and leave out those
+    of auxiliary sites as this one. So a guide states :attr:`log_density`, that of the mixture, at a
+    site of the model.
+
+    Args:
+        mixture: The mixture.
+        component: Numbers of components.
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
@@ -138,8 +156,12 @@ class GivenComponent(dist.TorchDistribution):
         return values.gather(-2, index.expand(*shape[:-1], 1, shape[-1])).squeeze(-2)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """The log density of the mixture, less the logarithm of the component's weight."""
-        return self.mixture.log_prob(value) - self.mixture.log_weights[self.component]
+        """Zero."""
+        return value.new_zeros(value.shape[:-1])
+
+    def log_density(self, value: Tensor) -> Tensor:
+        """The log density of the mixture."""
+        return self.mixture.log_prob(value)
 
 
 def _scored_at(flow: Any, value: Tensor) -> ScoredPass:

@@ -96,7 +96,7 @@ class FlowGuide(AutoGuide):
         self._loaded_sites: dict[str, list[int]] = {}  # of a state loaded before the setup
 
     def __repr__(self) -> str:
-        words = [f"num_flows={self.num_flows}"]
+        words = [f"num_flows={self.num_flows}", *self._further_words()]
         widths = {tuple(network.hidden_dims) for network in self.networks()}
         if self.hidden_dims is not None or len(widths) == 1:
             words.append(f"hidden_dims={self.hidden_dims or list(*widths)}")
@@ -117,6 +117,10 @@ class FlowGuide(AutoGuide):
         if len(lines) > MOST_LINES:
             lines[MOST_LINES - 1 :] = [f"  and {len(lines) - MOST_LINES + 1} sites more"]
         return "\n".join(lines)
+
+    def _further_words(self) -> list[str]:
+        """What the repr says besides flows, widths, map and encoder."""
+        return []
 
     # Building
 

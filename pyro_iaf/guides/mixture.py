@@ -67,6 +67,9 @@ class MixtureGuide(FlowGuide):
             return stored
         return self.num_components
 
+    def _further_words(self) -> list[str]:
+        return [f"num_components={len(self._transforms())}"] if self._mixture is not None else []
+
     @property
     def component_weights(self) -> Tensor:
         """The weights of the components, of shape ``(K,)``; they add up to one."""

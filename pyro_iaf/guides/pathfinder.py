@@ -22,6 +22,7 @@ a direction the scale is the distance at which the density has fallen.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from typing import NamedTuple
 
@@ -168,8 +169,9 @@ def further_starts(joint: LogJoint, first: Start, dense: bool, num: int) -> list
         start = found[k].start(first.loc, dense)
         if not any(other.is_near(start.loc) for other in starts):
             starts.append(start)
-    starts += [starts[k].beside() for k in range(num + 1 - len(starts))]
-    return starts[1 : num + 1]
+    starts = starts[: num + 1]
+    missing = itertools.islice(itertools.cycle(starts), num + 1 - len(starts))
+    return [*starts[1:], *(start.beside() for start in missing)]
 
 
 class Density:

@@ -11,6 +11,8 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from ..flows.mixture import GivenComponent
+
 __all__ = ["KL_DIVERGENCES", "MaskedSiteDelta", "SiteDelta", "SiteDeltas"]
 
 
@@ -37,12 +39,25 @@ KL_DIVERGENCES = {(SiteDelta, Distribution): _kl_site, (MaskedSiteDelta, Distrib
 
 
 class SiteDeltas(Messenger):
-    """Turns the Deltas of Pyro's :class:`AutoContinuous` into these; masked ones by name."""
+    """Turns the Deltas of Pyro's :class:`AutoContinuous` into these; masked ones by name.
+
+    The first one has the log density of a vector whose own site leaves it out, too.
+    """
 
     def __init__(self, masked: Collection[str]) -> None:
         super().__init__()
         self.masked = masked
+        self._to_state: Tensor | None = None
 
     def _pyro_sample(self, msg: Any) -> None:
-        if type(msg["fn"]) is dist.Delta:
-            msg["fn"].__class__ = MaskedSiteDelta if msg["name"] in self.masked else SiteDelta
+        fn = msg["fn"]
+        if type(fn) is dist.Delta:
+            fn.__class__ = MaskedSiteDelta if msg["name"] in self.masked else SiteDelta
+            if self._to_state is not None:
+                per_row = self._to_state * (self._to_state.numel() / fn.log_density.numel())
+                fn.log_density = fn.log_density + per_row
+                self._to_state = None
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if isinstance(msg["fn"], GivenComponent):
+            self._to_state = msg["fn"].log_density(msg["value"])

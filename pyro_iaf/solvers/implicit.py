@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from pyro.ops.provenance import detach_provenance, get_provenance, track_provenance
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -30,6 +31,9 @@ def walk_back(flow: Autoregressive, y: Tensor, method: str = "auto") -> tuple[Te
 
     Where gradients are on, both are differentiable as :func:`attach_gradient` says.
     """
+    if provenance := get_provenance(y):  # of Pyro's TraceGraph_ELBO, under which sizes are tuples
+        known: tuple[Tensor, Tensor] = walk_back(flow, detach_provenance(y), method)
+        return track_provenance(known, provenance)  # type: ignore[no-any-return]
     if not runs_eagerly():
         x, params = _solve(flow, y, "incremental")
         log_slope = flow.univariate.forward(x, *params)[1]
