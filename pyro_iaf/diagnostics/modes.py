@@ -228,7 +228,10 @@ class _Searcher:
         points = torch.stack([start.point for start in starts])
         climbs = climb(self.joint.gradient, points, self.scale, num_evaluations)
         num_ended = int(climbs.has_arrived.sum())
-        summary = f"searched by {len(starts)} climbs, of which {num_ended or 'none'} ended"
+        summary = (
+            f"searched by {len(starts)} climbs of all {len(self.loc)} latents, of which "
+            f"{num_ended or 'none'} ended"
+        )
         if not num_ended:
             return Search([], f"{summary}, so nothing is known of other modes")
         own, others = self._ends(climbs, [start.is_own for start in starts])

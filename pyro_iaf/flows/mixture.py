@@ -28,6 +28,9 @@ __all__ = ["Component", "GivenComponent", "MixedPosterior"]
 # the model runs for one draw at a time, there are fewer.
 NUM_DRAWS, NUM_DRAWS_ALONE, NUM_STEPS = 1000, 100, 300
 
+# The fewest draws of each component in a gradient.
+FEWEST = 4
+
 # No weight falls below this, so that its logarithm stays finite.
 SMALLEST_WEIGHT = 1e-6
 
@@ -78,8 +81,8 @@ class MixedPosterior(dist.TorchDistribution):
         return torch.stack(found, -1)
 
     def stratified(self, num: int) -> ScoredDraws:
-        """About ``num`` draws, as many of each component, at least one."""
-        size = max(1, round(num / len(self.flows)))
+        """About ``num`` draws, as many of each component, and at least four."""
+        size = max(FEWEST, round(num / len(self.flows)))
         pairs = zip(self.flows, self.noise(len(self.flows), size), strict=True)
         value = torch.cat([draw_scored(flow.parts, noise).value for flow, noise in pairs])
         with torch.no_grad():
@@ -166,6 +169,8 @@ class GivenComponent(dist.TorchDistribution):
 
 def _scored_at(flow: Any, value: Tensor) -> ScoredPass:
     """The log density of a component and its gradient at draws of any component."""
-    noise, _ = flow.noise_and_log_det(value)
+    noise = value
+    for part in reversed(flow.parts):
+        noise, _ = part._undo(noise)
     found = draw_scored(flow.parts, noise)
     return found._replace(log_prob=found.log_prob.nan_to_num(-torch.inf, -torch.inf, -torch.inf))

@@ -6,8 +6,7 @@ where it is the only one; the others and the weights are in ``mixture``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -57,7 +56,6 @@ class MixtureGuide(FlowGuide):
     num_components: int | str
     transform: Any
     mixture: Any
-    _alone: int | None = None  # the component that is the whole guide for a while
 
     def _num_at_first(self) -> int:
         """The number of components of a fresh guide, which "auto" may find in the store."""
@@ -68,7 +66,12 @@ class MixtureGuide(FlowGuide):
         return self.num_components
 
     def _further_words(self) -> list[str]:
-        return [f"num_components={len(self._transforms())}"] if self._mixture is not None else []
+        return [f"num_components={self._num_built}"] if self._num_built > 1 else []
+
+    @property
+    def _num_built(self) -> int:
+        """The number of components."""
+        return 1 if self._mixture is None else len(self._mixture.logits)
 
     @property
     def component_weights(self) -> Tensor:
@@ -81,7 +84,7 @@ class MixtureGuide(FlowGuide):
     def can_grow(self) -> bool:
         """Whether :func:`~pyro_iaf.fit` may add components."""
         is_free = self.num_components == "auto" and self._encoder is None
-        return is_free and len(self.component_weights) < MOST_COMPONENTS
+        return is_free and self._num_built < MOST_COMPONENTS
 
     def add_component(self, joint: LogJoint, point: Tensor, share: float) -> None:
         """Adds a component near a point in unconstrained space, with a share of the draws.
@@ -108,19 +111,10 @@ class MixtureGuide(FlowGuide):
         nearest = self._mixed().log_probs(peaks).argmax(-1).tolist()
         return [peak for j, peak in enumerate(peaks) if nearest[j] in nearest[:j]]
 
-    @contextmanager
-    def alone(self, component: int | None) -> Iterator[None]:
-        """Within it the guide is this component, counted from zero; with None the whole."""
-        self._alone = component
-        try:
-            yield
-        finally:
-            self._alone = None
-
     @torch.no_grad()
     def fit_weights(self, joint: LogJoint) -> None:
         """Sets the components' weights to their shares of the posterior, by importance sampling."""
-        if self._mixture is not None and self._alone is None:
+        if self._mixture is not None:
             self._mixture.logits.copy_(self._mixed().fitted_logits(joint))
 
     def _mixed(self) -> MixedPosterior:
@@ -129,11 +123,11 @@ class MixtureGuide(FlowGuide):
         return MixedPosterior([t.posterior() for t in self._transforms()], self._mixture.logits)
 
     def _transforms(self) -> list[Any]:
-        """Those of all components, or of the one that is alone; none before the setup."""
+        """Those of all components; none before the setup."""
         first, mixture = self._transform, self._mixture
         found: list[Any] = [] if first is None else [first]
         found += [] if mixture is None else mixture.others
-        return found if self._alone is None else [found[self._alone]]
+        return found
 
     def _built(self, *args: Any, **kwargs: Any) -> Transform:
         """The first transform; builds the guide first if necessary."""
@@ -151,14 +145,6 @@ class MixtureGuide(FlowGuide):
         """The further components and the weights, read likewise."""
         return self._modules.get("mixture")  # type: ignore[return-value]
 
-    def _adopt_parameters(self) -> dict[str, Tensor]:
-        own = super()._adopt_parameters()
-        if self._alone is None:
-            return own
-        k = self._alone
-        path = f"mixture$$$others.{k - 1}." if k else "transform$$$"
-        return {name: value for name, value in own.items() if f".{path}" in name}
-
     def _take_components(
         self, state_dict: dict[str, Any], prefix: str, error_messages: list[str]
     ) -> None:
@@ -170,7 +156,7 @@ class MixtureGuide(FlowGuide):
                 f"The state is of a guide with {num} components; this one has "
                 f"num_components={self.num_components}."
             )
-        elif self._transform is not None and num != len(self._transforms()):
+        elif self._transform is not None and num != self._num_built:
             names = [f"mixture.others.{k}" for k in range(num - 1)]
             others = [self._rebuilt(state_dict, prefix, name) for name in names]
             if logits is None or None in others:

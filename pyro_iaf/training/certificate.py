@@ -13,14 +13,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..diagnostics.diagnose import GOOD_KHAT, SMALL_GAP, Diagnosis, conclude, judge
+from ..diagnostics.modes import Mode
 from ..models.arguments import Args, Kwargs, Program
 from ..models.weighted import WeightedParticles
 
-__all__ = ["Certificate", "can_judge", "particles_or_none"]
+__all__ = ["Certificate", "can_judge", "missing_modes", "particles_or_none", "shared_peaks"]
 
 # Training ends where weighting moves means by less, in standard deviations, and standard deviations
 # by less, in their logarithms.
@@ -38,6 +41,14 @@ NUM_DRAWS, DRAWS_A_STEP, DRAWS_A_STEP_ALONE = 4000, 10, 2
 
 # The search for modes takes this share of the evaluations of the model that training took.
 SHARE_OF_SEARCH = 0.2
+
+# At this look a guide that can grow is searched before it is certified: to train one component to
+# cover two modes takes long.
+EARLY_LOOK = 2
+
+# A mode gets a component if it holds more of the mass than this, and a peak that shares one if the
+# ELBO lacks more than this, in nats.
+SMALLEST_SHARE, LARGEST_GAP = 0.02, 0.05
 
 # Why to stop where a look finds that weighting changes nothing: if the last draws say so too, or if
 # they still find a tail.
@@ -70,6 +81,19 @@ def can_judge(particles: WeightedParticles) -> bool:
         return False
 
 
+def missing_modes(found: Diagnosis) -> list[Mode]:
+    """The modes that are large enough for components."""
+    return [mode for mode in found.modes if mode.share > SMALLEST_SHARE]
+
+
+def shared_peaks(guide: Any, found: Diagnosis) -> list[Tensor]:
+    """Peaks for which a guide that is not close yet may get components: those that share one."""
+    if (found.verdict == "good" and found.gap < LARGEST_GAP) or found.peaks is None:
+        return []
+    peaks: list[Tensor] = guide.without_component(found.peaks)
+    return peaks
+
+
 class Certificate:
     """Looks at a guide after each round of training, and says when to stop, and why.
 
@@ -77,7 +101,6 @@ class Certificate:
         particles: The model and its guide.
         adjust_tails: Makes the guide's tails heavier if importance weights need it.
         num_particles: How many evaluations of the model a step takes.
-        concludes: Whether to make a diagnosis in the end.
 
     Attributes:
         elbos: The ELBO at each look and its standard error.
@@ -90,10 +113,9 @@ class Certificate:
         particles: WeightedParticles,
         adjust_tails: Callable[[], None],
         num_particles: int,
-        concludes: bool = True,
     ) -> None:
         self.particles, self.adjust_tails = particles, adjust_tails
-        self.num_particles, self.concludes = num_particles, concludes
+        self.num_particles = num_particles
         self.elbos: list[Sequence[float]] = []
         self.reason = ""
         self.diagnosis: Diagnosis | None = None
@@ -118,14 +140,25 @@ class Certificate:
         elif self._is_out_of_reach(gap, num_rounds_left):
             self.reason = "at this pace it needs many more, so give num_steps to go further"
         else:
-            return False
-        if self.concludes:
-            self.diagnosis = self.conclude(step)
-            if self.reason == UNCHANGED and self.diagnosis.verdict not in ("good", "modes missing"):
-                self.reason = UNMOVED
+            return len(self.elbos) == EARLY_LOOK and self._finds_more(step)
+        self.diagnosis = self._conclude(step)
+        if self.reason == UNCHANGED and self.diagnosis.verdict not in ("good", "modes missing"):
+            self.reason = UNMOVED
+            return self.diagnosis.verdict == "usable" or num_rounds_left == 0
         return True
 
-    def conclude(self, step: int) -> Diagnosis:
+    def _finds_more(self, step: int) -> bool:
+        """Whether a guide that can grow should get components now."""
+        guide = self.particles.guide
+        if not getattr(guide, "can_grow", False):
+            return False
+        found = self._conclude(step)
+        if not (missing_modes(found) or shared_peaks(guide, found)):
+            return False
+        self.diagnosis, self.reason = found, "other modes were found"
+        return True
+
+    def _conclude(self, step: int) -> Diagnosis:
         """The verdict after so many steps, with a search for modes."""
         num_evaluations = SHARE_OF_SEARCH * step * self.num_particles
         return conclude(self.particles, self._num_draws(math.inf), num_evaluations)

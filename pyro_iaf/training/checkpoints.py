@@ -119,7 +119,7 @@ class Checkpoint:
             **self._digests,
             **self._before,
             "settings": self._settings,
-            "stage": run.stage.state(),
+            "stage": vars(run.stage),
             "params": {name: param.detach() for name, param in run.params.items()},
             "optimizer": run.optimizer.state_dict(),
             "rows": run.rows.state(),

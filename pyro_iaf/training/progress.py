@@ -47,7 +47,7 @@ class _Bar(tqdm):  # type: ignore[misc]
             super().refresh(nolock=True)
 
 
-def progress_bar(num_steps: int, first: int, shown: bool, name: str = "") -> tqdm[Any]:
+def progress_bar(num_steps: int, first: int, shown: bool) -> tqdm[Any]:
     """A bar over a run's steps on stderr."""
     stream = _Stream(sys.stderr)
     return _Bar(
@@ -55,7 +55,6 @@ def progress_bar(num_steps: int, first: int, shown: bool, name: str = "") -> tqd
         initial=first,
         disable=not shown,
         unit="step",
-        desc=name or None,
         file=stream,
         dynamic_ncols=True,
     )

@@ -122,9 +122,7 @@ class Run:
 
     def _take_steps(self, first: Batch, saved: dict[str, Any] | None, progress: bool) -> FitResult:
         self.waiting = [first] if saved is None else []  # a resumed run goes on with the next batch
-        name = f"component {self.stage.component + 1}" if self.stage.component is not None else ""
-        bar = progress_bar(self.schedule.end, self.step, progress, name)
-        size = self._size_of_step()
+        bar, size = progress_bar(self.schedule.end, self.step, progress), self._size_of_step()
         with bar, Interrupts() as self.interrupts:
             try:
                 while not self._has_arrived():
@@ -309,10 +307,7 @@ class Run:
                 self.schedule = self.schedule.all_at_once()
             else:
                 self.certificate = Certificate(
-                    self.particles,
-                    self._adjust_tails,
-                    self.num_particles,
-                    concludes=not self.stage.is_alone,
+                    self.particles, self._adjust_tails, self.num_particles
                 )
 
     def _make_optimizer(self, seen: poutine.Trace) -> None:

@@ -1,15 +1,14 @@
-"""The stages of a fit: the guide as it was made, each component that a search adds, and all.
+"""The stages of a fit: the guide as it was made, and with each set of components that it gains.
 
 A guide that can grow is trained until it is certified, and searched. Where modes are missing, it
-gets a component at each, which is trained alone from there. The weights of the components are their
-shares of the posterior by importance sampling. If that is not good, all are trained together.
+gets a component at each; or if it is not good, at peaks that share a component. Their weights are
+found by importance sampling, and then all components are trained together.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,48 +16,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..diagnostics.diagnose import Diagnosis
 from ..elbo.objectives import LatentLoss
 from ..models.log_joint import LogJoint
 from ..models.traces import quietly
-from ..models.weighted import WeightedParticles
 from . import checkpoints
-from .certificate import UNCHANGED, Certificate
+from .certificate import missing_modes, shared_peaks
 from .result import FitResult
 from .run import Run
 
 __all__ = ["Stage", "Stages"]
 
-# A mode gets a component if it holds more of the posterior than this.
-SMALLEST_SHARE = 0.02
-
 
 @dataclass
 class Stage:
-    """What a run trains, and what comes after it.
+    """What came before a run.
 
     Attributes:
-        number: How many stages came before.
-        component: The component that it trains alone; None for the whole guide.
-        starts: Where further components begin: a share and a point in unconstrained space each.
-        losses: The losses of the stages before.
+        number: The number of earlier stages.
+        losses: The losses of their steps.
         skipped: The number of their steps that were skipped.
     """
 
     number: int = 0
-    component: int | None = None
-    starts: Sequence[Sequence[float]] = ()
     losses: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
     skipped: int = 0
-
-    @property
-    def is_alone(self) -> bool:
-        """Whether one of several components is trained alone."""
-        return self.component is not None
-
-    def state(self) -> dict[str, Any]:
-        """The state for a checkpoint."""
-        return {**vars(self), "starts": [list(start) for start in self.starts]}
 
     def total(self, result: FitResult) -> FitResult:
         """The result of this stage and of those before."""
@@ -70,6 +51,10 @@ class Stage:
             skipped=self.skipped + result.skipped,
             resumed_at=before + result.resumed_at if result.resumed_at else 0,
         )
+
+    def following(self, result: FitResult) -> Stage:
+        """The next stage, after this total."""
+        return Stage(self.number + 1, result.losses, result.skipped)
 
 
 class Stages:
@@ -86,21 +71,19 @@ class Stages:
 
     def to_the_end(self, progress: bool) -> FitResult:
         """Runs all stages; an error gets the result so far as its attribute ``result``."""
-        began = time.perf_counter()
-        stage: Stage | None = self._saved()
-        while stage is not None:
-            alone = self.guide.alone(stage.component) if stage.is_alone else nullcontext()
-            with alone:
-                run = self.make(stage)
-                try:
-                    result = stage.total(run.to_the_end(progress))
-                except BaseException as error:
-                    if hasattr(error, "result"):
-                        error.result = stage.total(error.result)
-                    raise
-            stage = self._after(stage, run, result)
-        result.seconds = time.perf_counter() - began
-        return result
+        began, resumed_at = time.perf_counter(), 0
+        stage, has_more = self._saved(), True
+        while has_more:
+            run = self.make(stage)
+            try:
+                result = stage.total(run.to_the_end(progress))
+            except BaseException as error:
+                if hasattr(error, "result"):
+                    error.result = stage.total(error.result)
+                raise
+            resumed_at = resumed_at or result.resumed_at
+            stage, has_more = stage.following(result), self._has_grown(run)
+        return replace(result, resumed_at=resumed_at, seconds=time.perf_counter() - began)
 
     def _saved(self) -> Stage:
         """The stage of the checkpoint, whose components the guide gets; else the first."""
@@ -116,64 +99,29 @@ class Stages:
             ) from error
         return Stage(**saved["stage"])
 
-    def _after(self, stage: Stage, run: Run, result: FitResult) -> Stage | None:
-        """The stage that comes next, if one does; judges a guide whose components are trained."""
-        can_grow = run.certificate is not None and isinstance(run.loss, LatentLoss)
-        if not (can_grow and hasattr(self.guide, "add_component")):
-            return None
+    def _has_grown(self, run: Run) -> bool:
+        """Adds components after a run; whether there is something to add."""
+        guide = self.guide
+        found = None if run.certificate is None else run.certificate.diagnosis
+        if found is None or not isinstance(run.loss, LatentLoss) or not _can_grow(guide):
+            return False
         assert run.particles is not None
-        following = replace(
-            stage,
-            number=stage.number + 1,
-            component=None,
-            losses=result.losses,
-            skipped=result.skipped,
-        )
-        joint = run.particles.log_joint()
-        if stage.is_alone and not stage.starts:
-            result.diagnosis, result.stopped = self._judged(run), UNCHANGED
-        found = result.diagnosis
-        starts = list(stage.starts)
-        if not starts and found is not None:
-            starts = self._starts(found, joint)
-        if starts and self.guide.can_grow:
-            self._add(joint, starts.pop(0))
-            number = len(self.guide.component_weights) - 1
-            return replace(following, component=number, starts=starts)
-        is_good = found is not None and found.verdict == "good"
-        peaks: Sequence[Tensor] = ()
-        if not is_good and found is not None and found.peaks is not None:
-            peaks = self.guide.without_component(found.peaks)
-        for peak in peaks:
-            if self.guide.can_grow:
-                share = 1 / (1 + len(self.guide.component_weights))
-                self._add(joint, [share, *peak.tolist()])
-        has_changed = stage.is_alone or len(peaks) > 0
-        return replace(following, starts=()) if has_changed and not is_good else None
-
-    @staticmethod
-    def _starts(found: Diagnosis, joint: LogJoint) -> list[Sequence[float]]:
-        """Where components are to begin, each with its share: in modes that the guide misses."""
-        starts: list[Sequence[float]] = []
-        for mode in found.modes:
-            if mode.share > SMALLEST_SHARE:
-                sites = {name: value.unsqueeze(0) for name, value in mode.sites.items()}
-                starts.append([mode.share, *joint.unconstrained(sites)[0].tolist()])
-        return starts
-
-    def _add(self, joint: LogJoint, start: Sequence[float]) -> None:
-        share, *point = start
-        like = next(iter(joint.latents.values()))["value"]
+        joint, modes = run.particles.log_joint(), missing_modes(found)
+        peaks = [] if modes else shared_peaks(guide, found)
         with quietly():
-            place = torch.tensor(point, dtype=like.dtype, device=like.device)
-            self.guide.add_component(joint, place, share)
+            for mode in modes:
+                sites = {name: value.unsqueeze(0) for name, value in mode.sites.items()}
+                self._add(joint, joint.unconstrained(sites)[0], mode.share)
+            if modes:
+                guide.fit_weights(joint)
+            for peak in peaks:  # with a share to be trained with, as the component there has all
+                self._add(joint, peak, 1 / (1 + len(guide.component_weights)))
+        return bool(modes or peaks)
 
-    def _judged(self, run: Run) -> Diagnosis:
-        """The diagnosis of the whole guide, after its weights are fitted."""
-        assert run.particles is not None
-        args, kwargs = run.particles.args, run.particles.kwargs
-        with torch.random.fork_rng():  # the same draws if resumed here
-            particles = WeightedParticles(run.model, self.guide, args, kwargs)
-            with quietly():
-                self.guide.fit_weights(particles.log_joint())
-            return Certificate(particles, lambda: None, run.num_particles).conclude(run.step)
+    def _add(self, joint: LogJoint, point: Tensor, share: float) -> None:
+        if _can_grow(self.guide):
+            self.guide.add_component(joint, point, share)
+
+
+def _can_grow(guide: Any) -> bool:
+    return bool(getattr(guide, "can_grow", False))
