@@ -1,4 +1,9 @@
-"""Twelve posteriors with several modes, whose shares are known by closed form, symmetry or a grid.
+"""Fits of posteriors with several modes, each in a fresh process: are all modes there?
+
+Twelve posteriors whose shares are known by closed form, symmetry or a grid, and those of the folder
+``--cases``. A fit holds if the share of each mode is within 0.05, means are within 0.1 standard
+deviations, these within 7 %, and k-hat is below 0.7. ``good though missing`` counts fits that are
+called good though a share is off by more than 0.05.
 
 ``POSTERIORS[name]`` has
 
@@ -11,15 +16,30 @@
 Where a target is a mixture written down by its density, the prior is cancelled by a factor.
 """
 
+import argparse
 import functools
 import itertools
+import json
 import math
+import subprocess
+import sys
+import time
+import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
+
+from benchmarks.common import save
+from pyro_iaf import AutoIAF, fit
+
+NUM_DRAWS = 40_000
+
+# The largest errors of a share, a mean and a standard deviation, and k-hat, with which a fit holds.
+HOLDS = {"share_error": 0.05, "mean_error": 0.1, "sd_error": 0.07, "khat": 0.7}
 
 POSTERIORS: dict[str, Any] = {}
 DOUBLE = torch.float64
@@ -340,3 +360,76 @@ def from_cases(folder):
             path.stem, model, case.MODES, case.mode_of, case.quantities, case.MEANS, case.SDS
         )
     return found
+
+
+def run(posterior, seed):
+    """A row for one posterior and seed, in this process."""
+    began = time.perf_counter()
+    guide = AutoIAF(posterior.model)
+    result = fit(posterior.model, guide, progress=False, seed=seed)
+    text = str(result)
+    seconds = time.perf_counter() - began
+    print(text, file=sys.stderr)
+    sites = guide.sample_posterior(NUM_DRAWS)
+    number = posterior.mode_of(sites)
+    expected = torch.tensor(posterior.shares, dtype=DOUBLE)
+    shares = number.bincount(minlength=len(expected)) / NUM_DRAWS
+    drawn = {name: value.double() for name, value in posterior.quantities(sites).items()}
+    means, sds = posterior.means, posterior.sds
+    errors = [abs(drawn[n].mean().item() - means[n]) / sds[n] for n in means]
+    ratios = [abs(drawn[n].std().item() / sds[n] - 1) for n in means]
+    found = {
+        "share_error": (shares - expected).abs().max().item(),
+        "mean_error": max(errors, default=0.0),
+        "sd_error": max(ratios, default=0.0),
+        "khat": result.diagnosis.khat,
+    }
+    return {
+        "posterior": posterior.name,
+        "seed": seed,
+        "seconds": round(seconds, 2),
+        "steps": result.num_steps,
+        "components": len(guide.component_weights),
+        "verdict": result.diagnosis.verdict,
+        **{name: round(value, 3) for name, value in found.items()},
+        "holds": all(found[name] < bound for name, bound in HOLDS.items()),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", type=Path, default=Path("../shared/cases"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--one", nargs=2, metavar=("NAME", "SEED"), help="a row, in this process")
+    options = parser.parse_args()
+    posteriors = POSTERIORS | from_cases(options.cases)
+    if options.one:
+        name, seed = options.one
+        print(json.dumps(run(posteriors[name], int(seed))))
+        return
+    rows = []
+    for seed, name in itertools.product(range(options.seeds), posteriors):
+        command = [sys.executable, "-m", "benchmarks.multimodal", "--one", name, str(seed)]
+        command += ["--cases", str(options.cases)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(done.stderr)
+        rows.append(json.loads(done.stdout.splitlines()[-1]))
+        print(rows[-1], flush=True)
+    by_name = {name: [row for row in rows if row["posterior"] == name] for name in posteriors}
+    missing = [r["verdict"] == "good" and r["share_error"] > HOLDS["share_error"] for r in rows]
+    summary = {
+        "fits": len(rows),
+        "hold": sum(row["holds"] for row in rows),
+        "posteriors": len(posteriors),
+        "hold with all seeds": sum(all(r["holds"] for r in group) for group in by_name.values()),
+        "good though missing": sum(missing),
+    }
+    print(summary)
+    save("multimodal", "float64; errors in posterior sd, and relative to it", rows, summary=summary)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    torch.set_default_dtype(DOUBLE)
+    main()

@@ -23,7 +23,7 @@ from .._validation import check_order, check_size, check_tensors, module_repr
 from ..nn.made import MaskedAutoregressiveNetwork, check_network, order_of
 from ..nn.univariate import Affine, UnivariateMap, univariate_map
 from ..solvers.fixed_point import runs_eagerly
-from ..solvers.fused import ScoredPass, flow_pass, takes_flow
+from ..solvers.fused import ScoredPass, flow_inverse, flow_pass, takes_flow
 from ..solvers.implicit import attach_gradient, check_round_trip, transposed_solution, walk_back
 from ..solvers.path_score import Step, has_explicit_jacobian, pass_with_carrier
 from . import pass_cache
@@ -146,6 +146,11 @@ class InverseAutoregressiveFlow(NetworkMixin, SinglePass):
 
     def pass_at_once(self, x: Tensor, log_prob: Tensor, score: Tensor) -> ScoredPass | None:
         return flow_pass(self, x, log_prob, score) if takes_flow(self, x) else None
+
+    def undo_at_once(self, y: Tensor, by_kernel: bool) -> Tensor:
+        if by_kernel and takes_flow(self, y):
+            return flow_inverse(self, y)
+        return super().undo_at_once(y, by_kernel)
 
     def params_at(self, x: Tensor) -> Sequence[Tensor]:
         """The map's parameters at ``x``, in one pass of the network."""

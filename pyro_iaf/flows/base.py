@@ -166,6 +166,10 @@ class SinglePass(Flow):
         """The pass by one operation, with density and score; None if there is no such operation."""
         return None
 
+    def undo_at_once(self, y: Tensor, by_kernel: bool) -> Tensor:
+        """The noise of ``y`` without a graph, by one operation if there is one."""
+        return self._undo(y)[0]
+
     def remember(self, x: Tensor, y: Tensor, log_slope: Tensor) -> None:
         """Keeps a pass for as long as ``y`` is alive."""
         pass_cache.keep(self._sources, x, y, log_slope, x)

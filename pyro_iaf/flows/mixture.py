@@ -18,7 +18,7 @@ from ..importance import smoothed
 from ..models.log_joint import LogJoint
 from ..models.traces import quietly
 from ..solvers.fused import ScoredPass
-from ..solvers.path_score import draw_scored
+from ..solvers.path_score import draw_scored, goes_by_kernel
 from .posterior import Posterior
 from .scored_guide import ScoredDraws
 
@@ -171,6 +171,6 @@ def _scored_at(flow: Any, value: Tensor) -> ScoredPass:
     """The log density of a component and its gradient at draws of any component."""
     noise = value
     for part in reversed(flow.parts):
-        noise, _ = part._undo(noise)
+        noise = part.undo_at_once(noise, goes_by_kernel(value))
     found = draw_scored(flow.parts, noise)
     return found._replace(log_prob=found.log_prob.nan_to_num(-torch.inf, -torch.inf, -torch.inf))

@@ -27,8 +27,8 @@ from .blockwise import Autoregressive, can_be_cut
 from .kernels import define
 from .score_kernel import num_threads_for
 
-__all__ = ["NetworkPass", "ScoredPass", "flow_pass", "last_step_pass", "network_pass"]
-__all__ += ["takes_flow", "takes_network"]
+__all__ = ["NetworkPass", "ScoredPass", "flow_inverse", "flow_pass", "last_step_pass"]
+__all__ += ["network_pass", "takes_flow", "takes_network"]
 
 # The maps that the kernel knows, with their numbers in cpp/maps.h.
 MAPS: dict[type[UnivariateMap], int] = {Affine: 0, Gated: 1}
@@ -94,12 +94,26 @@ def network_pass(network: MaskedAutoregressiveNetwork, x: Tensor) -> NetworkPass
 
 def flow_pass(flow: Autoregressive, x: Tensor, log_prob: Tensor, score: Tensor) -> ScoredPass:
     """The pass of a flow from ``x`` of shape ``(K, D)``."""
-    network, univariate = flow.network, flow.univariate
-    weights = network.weights[0]
-    bias = struct.unpack("q", struct.pack("d", getattr(univariate, "bias", 0.0)))[0]
-    numbers = MAPS[type(univariate)], bias, num_threads_for(x, weights.numel())
+    network, weights = flow.network, flow.network.weights[0]
+    threads = num_threads_for(x, weights.numel())
+    numbers = MAPS[type(flow.univariate)], _bias_of(flow), threads
     given = x, log_prob, score, weights, network.mask, network.order, network.starts
     return ScoredPass(*_Flow.apply(*given, *numbers, *network.hidden_dims))
+
+
+def _bias_of(flow: Autoregressive) -> int:
+    """The bits of the bias of a flow's map, as operations take it."""
+    found: int = struct.unpack("q", struct.pack("d", getattr(flow.univariate, "bias", 0.0)))[0]
+    return found
+
+
+def flow_inverse(flow: Autoregressive, y: Tensor) -> Tensor:
+    """The noise of ``y`` of shape ``(K, D)``, without a graph, in the arithmetic of a pass."""
+    network = flow.network
+    given = y, network.weights[0], network.mask, network.order, network.starts
+    run = _operation("inverse", len(network.hidden_dims))
+    x: Tensor = run(*given, MAPS[type(flow.univariate)], _bias_of(flow), *network.hidden_dims)
+    return x
 
 
 def last_step_pass(
@@ -188,7 +202,8 @@ def _operation(kind: str, num_layers: int = 0) -> Any:
     names += [f"int {name}" for name in numbers.split()]
     if not kind.endswith("_backward"):
         names += [f"int width{k}" for k in range(num_layers)]
-    num_results += 0 if kind.endswith("_backward") else 2 * num_layers
+    has_layers = kind in ("network", "flow")
+    num_results += 2 * num_layers if has_layers else 0
     return define(kind, f"{kind}_{num_layers}", names, num_results, empty)
 
 
@@ -210,6 +225,10 @@ def _empty_flow(x: Tensor, log_prob: Tensor, score: Tensor, weights: Tensor, *ot
     by = x.new_empty(3 * len(x), x.shape[1])
     alike = [x.new_empty(x.shape), log_prob.new_empty(len(x)), x.new_empty(x.shape)]
     return *alike, weights.new_empty(weights.shape), by, *_layers(x, others[6:])
+
+
+def _empty_inverse(y: Tensor, *_: Any) -> Any:
+    return y.new_empty(y.shape)
 
 
 def _empty_flow_backward(slope: Tensor, x: Tensor, mask: Tensor, *_: Tensor) -> Any:
@@ -244,6 +263,7 @@ OPERATIONS: dict[str, tuple[str, str, int, Any]] = {
         _empty_flow,
     ),
     "flow_backward": ("slope x mask masked by", "", 2, _empty_flow_backward),
+    "inverse": ("y weights mask order starts", "map bias", 1, _empty_inverse),
     "last_step": ("x log_prob score coefficients frame", "", 4, _empty_last_step),
     "last_step_backward": ("slope x bent coefficients frame", "", 2, _empty_last_step_backward),
 }

@@ -37,6 +37,7 @@ __all__ = [
     "Solver",
     "draw_scored",
     "draw_with_score",
+    "goes_by_kernel",
     "has_explicit_jacobian",
     "noise_of_draw",
     "pass_with_carrier",
@@ -141,7 +142,7 @@ def draw_with_score(
     """
     if log_q is None or score is None:
         log_q, score = _standard_normal(x)
-    noise, parts, by_kernel = x, list(parts), _goes_by_kernel(x)
+    noise, parts, by_kernel = x, list(parts), goes_by_kernel(x)
     steps: list[Step] = []
     for part in parts:
         shape = part.forward_shape(x.shape)
@@ -161,7 +162,7 @@ def draw_scored(parts: Iterable[Scored], x: Tensor) -> ScoredPass:
 
     The same as :func:`draw_with_score` in fewer operations: only the value has a graph.
     """
-    found, by_kernel = ScoredPass(x, *_standard_normal(x)), _goes_by_kernel(x)
+    found, by_kernel = ScoredPass(x, *_standard_normal(x)), goes_by_kernel(x)
     for part in parts:
         known = part.pass_at_once(*found) if by_kernel else None
         if known is None:
@@ -177,7 +178,7 @@ def _standard_normal(x: Tensor) -> tuple[Tensor, Tensor]:
     return -0.5 * (x.square() + math.log(2 * math.pi)).sum(-1), -x
 
 
-def _goes_by_kernel(x: Tensor) -> bool:
+def goes_by_kernel(x: Tensor) -> bool:
     """Whether operations of ours are used."""
     is_traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     is_known = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)

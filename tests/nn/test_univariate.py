@@ -253,7 +253,7 @@ def test_the_log_determinant_of_an_inverse_has_its_gradient(flow):
 
 @pytest.mark.parametrize("by_kernel", [False, True])
 def test_path_scores_are_autograds(flow, by_kernel, monkeypatch):
-    monkeypatch.setattr(path_score, "_goes_by_kernel", lambda *_: by_kernel)
+    monkeypatch.setattr(path_score, "goes_by_kernel", lambda *_: by_kernel)
     x = noise(flow)
     drawn = draw_with_score(parts_of(flow), x)
     y = drawn.value.detach().requires_grad_()

@@ -28,7 +28,7 @@ def test_a_carried_score_is_the_gradient_of_the_log_density(
     D, settings = FLOWS[name]
     flow = rough(inverse_autoregressive_flow(D, num_flows=num_flows, **settings), 0.3)
     x = torch.randn(3, D)
-    monkeypatch.setattr(path_score, "_goes_by_kernel", lambda _: by_kernel)
+    monkeypatch.setattr(path_score, "goes_by_kernel", lambda _: by_kernel)
     parts = flow.parts if num_flows > 1 else [flow]
     y, log_q, score, *_ = draw_with_score(parts, x)
     y = y.detach().requires_grad_()
@@ -44,9 +44,9 @@ def test_a_carried_score_is_the_gradient_of_the_log_density(
 def test_it_takes_batches_of_any_shape(kernels, monkeypatch, batch_shape):
     flow = rough(inverse_autoregressive_flow(4, [8], num_flows=2), 0.3)
     x = torch.randn(*batch_shape, 4)
-    monkeypatch.setattr(path_score, "_goes_by_kernel", lambda _: False)
+    monkeypatch.setattr(path_score, "goes_by_kernel", lambda _: False)
     plain = draw_with_score(flow.parts, x).score
-    monkeypatch.setattr(path_score, "_goes_by_kernel", lambda _: True)
+    monkeypatch.setattr(path_score, "goes_by_kernel", lambda _: True)
     assert_close(draw_with_score(flow.parts, x).score, plain)
 
 
@@ -57,19 +57,19 @@ def test_it_takes_more_tensors_than_an_operation_has_arguments(
     flow = rough(inverse_autoregressive_flow(3, num_layers * [4], num_flows=num_flows), 0.3)
     x = torch.randn(2, 3)
     parts = flow.parts if num_flows > 1 else [flow]
-    monkeypatch.setattr(path_score, "_goes_by_kernel", lambda _: False)
+    monkeypatch.setattr(path_score, "goes_by_kernel", lambda _: False)
     plain = draw_with_score(parts, x).score
-    monkeypatch.setattr(path_score, "_goes_by_kernel", lambda _: True)
+    monkeypatch.setattr(path_score, "goes_by_kernel", lambda _: True)
     assert_close(draw_with_score(parts, x).score, plain)
 
 
 def test_single_precision_and_several_threads(kernels, monkeypatch):
     flow = rough(inverse_autoregressive_flow(40, [64], num_flows=2).float(), 0.2)
     x = torch.randn(33, 40, dtype=torch.float32)
-    monkeypatch.setattr(path_score, "_goes_by_kernel", lambda _: False)
+    monkeypatch.setattr(path_score, "goes_by_kernel", lambda _: False)
     plain = draw_with_score(flow.parts, x).score
     monkeypatch.setattr(score_kernel, "WORK_PER_THREAD", 1)
-    monkeypatch.setattr(path_score, "_goes_by_kernel", lambda _: True)
+    monkeypatch.setattr(path_score, "goes_by_kernel", lambda _: True)
     assert_close(draw_with_score(flow.parts, x).score, plain, rtol=1e-3, atol=1e-3)
 
 

@@ -7,6 +7,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "inverse.h"
 #include "last_step.h"
 #include "maps.h"
 #include "network.h"
@@ -192,6 +193,26 @@ static void flow_backward(uint64_t* stack, uint64_t num_arguments, uint64_t) {
   give(results, stack);
 }
 
+// From y, weights, mask, order and starts, the map, the bits of its bias as a double, and the widths
+// of the hidden layers: x.
+static void inverse(uint64_t* stack, uint64_t num_arguments, uint64_t) {
+  const Tensors given = take(stack, 5);
+  const Map map = static_cast<Map>(stack[5]);
+  double bias;
+  std::memcpy(&bias, &stack[6], sizeof bias);
+  const Rows rows(given[0]);
+  const Layers net(rows.D, 2, {stack + 7, stack + num_arguments});
+  Tensors results = new_tensors(rows.dtype, {{rows.K, rows.D}});
+  by_dtype(rows.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const Owned masked = new_tensor({numel_of(given[2].tensor)}, rows.dtype);
+    mask_weights<T>(given[1], given[2], masked);
+    invert_all<T>(net, map, bias, rows.K, given[0].data<T>(), masked.data<T>(),
+                  given[3].data<int64_t>(), given[4].data<int64_t>(), results[0].data<T>());
+  });
+  give(results, stack);
+}
+
 template <typename T>
 static LastStep<T> last_step_of(const Rows& rows, const Owned& coefficients, const Owned& frame) {
   return {rows.K, rows.D, sizes_of(coefficients.tensor)[0] > 4, sizes_of(frame.tensor)[0] > 2,
@@ -263,7 +284,8 @@ extern "C" int32_t register_operation(const char* kind, const char* name) {
     void (*run)(uint64_t*, uint64_t, uint64_t);
   } operations[] = {
       {"carry", carry_scores},           {"flow", flow},
-      {"flow_backward", flow_backward},  {"last_step", last_step},
+      {"flow_backward", flow_backward},  {"inverse", inverse},
+      {"last_step", last_step},
       {"last_step_backward", last_step_backward},
       {"network", network},              {"network_backward", network_backward},
   };
