@@ -133,7 +133,8 @@ def test_another_fit_trains_all_together():
     quick(two_modes, guide)
     before = {name: param.clone() for name, param in guide.named_parameters()}
     again = quick(two_modes, guide)
-    assert again.diagnosis.verdict == "good"
+    assert again.diagnosis.gap < 0.01
+    assert not again.diagnosis.modes
     assert again.num_steps == 100
     changed = {n.split(".parts")[0] for n, p in guide.named_parameters() if not p.equal(before[n])}
     assert changed == {"transform", "mixture.others.0", "mixture.logits"}
