@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -200,6 +201,12 @@ class Diagnosis:
                 f"standard deviation by {factor:.2f}"
             )
         lines += [f"  {mode}" for mode in self.modes[:3]]
+        if any(a.is_permuted(b) for a, b in itertools.combinations(self.modes, 2)):
+            num_peaks = len(self.modes) + (0 if self.peaks is None else len(self.peaks))
+            lines.append(
+                f"  There are {num_peaks} modes at least, which differ by the order of entries. "
+                "Order them in the model, as by pyro.distributions.transforms.OrderedTransform."
+            )
         if self.searched:
             lines.append(f"  {self.searched}")
         if self.subsampled:

@@ -76,6 +76,9 @@ WIDER = (2.0, 4.0)
 # The factors of the normals' scales, as a mode may be wider than its peak says.
 SCALES_OF_NORMAL = (1.0, 2.5)
 
+# Values at two peaks are the same if they differ by less, absolutely or relatively.
+SAME_VALUE_TO = 0.02
+
 # The guide misses a point where its density is below this share of the posterior's.
 MISSED = 0.1
 
@@ -125,6 +128,12 @@ class Mode:
     share_se: float
     sites: dict[str, Tensor]
     reached: str
+
+    def is_permuted(self, other: Mode) -> bool:
+        """Whether two modes are the same but for the order of entries, as of labels."""
+        pairs = [(value, other.sites[name]) for name, value in self.sites.items()]
+        alike = (_are_close(a.flatten().sort().values, b.flatten().sort().values) for a, b in pairs)
+        return all(alike) and not all(_are_close(a, b) for a, b in pairs)
 
     def __str__(self) -> str:
         places = ", ".join(f"{name} = {_in_words(value)}" for name, value in self.sites.items())
@@ -407,6 +416,11 @@ class _Searcher:
         found = self._log_q(self.z[:NUM_COMPARED])
         if not torch.allclose(found[usable], known[usable], rtol=1e-3, atol=0.05):
             raise Unscorable("the guide's density can't be found from the model's latents")
+
+
+def _are_close(a: Tensor, b: Tensor) -> bool:
+    """Whether two values are the same up to the accuracy of climbs."""
+    return torch.allclose(a, b, rtol=SAME_VALUE_TO, atol=SAME_VALUE_TO)
 
 
 def _permuted(value: Tensor, order: Tensor) -> Tensor:

@@ -386,6 +386,30 @@ def test_fit_tells_of_half_a_posterior():
         b = pyro.sample("b", dist.Normal(0.0, 1.0))
         pyro.sample("y", dist.Normal(a * b, 0.2), obs=torch.tensor(1.2))
 
-    result = fit(model, AutoIAF(model), progress=False, seed=0)
+    result = fit(model, AutoIAF(model, num_components=1), progress=False, seed=0)
     assert result.diagnosis.verdict == "modes missing"
     assert math.isclose(result.diagnosis.share_missed, 0.5, abs_tol=0.2)
+
+
+def test_modes_that_differ_by_the_order_of_entries_are_told():
+    y = torch.tensor([-3.1, -2.9, -3.0, 0.1, -0.1, 0.0, 3.9, 4.1, 4.0])
+
+    def labels():
+        loc = pyro.sample("loc", dist.Normal(torch.zeros(3), 5.0).to_event(1))
+        parts = dist.Normal(loc.unsqueeze(-2), 0.5).log_prob(y.unsqueeze(-1))
+        pyro.factor("rows", parts.logsumexp(-1).sum(-1))
+
+    guide = AutoIAF(labels, num_components=1)
+    guide.setup()
+    found = diagnose(labels, guide)
+    assert found.verdict == "modes missing"
+    assert "There are 6 modes at least, which differ by the order of entries" in str(found)
+
+
+def test_permuted_modes_are_the_same_but_for_the_order_within_a_site():
+    one = Mode(0.1, 0.0, {"x": torch.tensor([1.0, 2.0]), "y": torch.tensor(3.0)}, "")
+    two = Mode(0.1, 0.0, {"x": torch.tensor([2.0, 1.0]), "y": torch.tensor(3.0)}, "")
+    other = Mode(0.1, 0.0, {"x": torch.tensor([2.0, 1.0]), "y": torch.tensor(4.0)}, "")
+    assert one.is_permuted(two)
+    assert not one.is_permuted(one)
+    assert not one.is_permuted(other)
