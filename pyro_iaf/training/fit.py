@@ -64,6 +64,11 @@ def fit(
     enough. ``result.stopped`` says which, and ``result.diagnosis`` is the verdict of further draws.
     While ``annealing`` keeps the weight of the KL divergence below one, no round is the last.
 
+    An :class:`~pyro_iaf.AutoIAF` with ``num_components="auto"`` is also searched for modes that it
+    misses, at the second look and at the end. Where one holds more than 2 % of the mass, the guide
+    gets a component there, up to eight, and the rounds begin again with all of them. So do they
+    where the guide is not close and climbs from its own draws end at several peaks.
+
     Some weights do not tell how good a guide is: those of minibatches or subsamples, which are
     noise, of a point, or where the ``loss`` sums latents out. Such a run has one round, ends when
     the losses have settled, after 3,000 steps at most, and has no verdict.
@@ -97,7 +102,8 @@ def fit(
         args: The positional arguments of model and guide.
         kwargs: Their keyword arguments.
         num_steps: The largest number of steps. None means until the guide is certified, as above.
-        num_particles: The number of draws in each step's gradient.
+        num_particles: The number of draws in each step's gradient. A guide with components draws
+            as often from each, and at least four times.
         data: An iterable or a ``DataLoader`` of minibatches, instead of ``args``: each a tuple of
             the model's arguments, a dict of keyword arguments, or the one argument. It is iterated
             over as often as needed. The model has to scale its likelihood, by a plate's ``size``
