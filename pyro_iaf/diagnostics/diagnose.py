@@ -165,7 +165,7 @@ class Diagnosis:
         """The verdict if k-hat were this."""
         if self._no_verdict():
             return "none"
-        if self.share_missed > SMALL_SHARE:
+        if self.share_missed > SMALL_SHARE or any(m.moves(SMALL_CHANGE) for m in self.modes):
             return "modes missing"
         is_close = (
             self.gap < SMALL_GAP

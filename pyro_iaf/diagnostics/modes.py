@@ -101,8 +101,9 @@ NUM_NEWTON, SIZES, SMALL_GAIN = 5, (1.0, 0.5, 0.25, 0.1, 0.01), 0.02
 # The density of the guide at so many of its draws is compared with that of its sites.
 NUM_COMPARED = 8
 
-# Modes that hold less are not listed.
-SMALLEST = 0.005
+# Modes that hold less are not listed. What a mode changes counts if its share is so many standard
+# errors.
+SMALLEST, NUM_ERRORS = 0.005, 3
 
 # How many numbers of a site are printed.
 NUM_SHOWN = 4
@@ -117,6 +118,8 @@ class Mode:
         share_se: The standard error of the share.
         sites: The values of the latents at its peak in unconstrained space, in the model's units.
         reached: What the climb began from, in words.
+        change: The most that it moves a mean, in standard deviations of the guide, or the logarithm
+            of a standard deviation, over the latents in unconstrained space.
 
     Example:
         >>> mode = Mode(0.26, 0.01, {"x": torch.tensor([-3.0, 2.5])}, "a draw of the prior")
@@ -128,6 +131,11 @@ class Mode:
     share_se: float
     sites: dict[str, Tensor]
     reached: str
+    change: float = 0.0
+
+    def moves(self, change: float) -> bool:
+        """Whether it changes a mean or spread by more than this, as far as its error allows."""
+        return self.change > change and self.share > NUM_ERRORS * self.share_se
 
     def is_permuted(self, other: Mode) -> bool:
         """Whether two modes are the same but for the order of entries, as of labels."""
@@ -252,11 +260,11 @@ class _Searcher:
         peaks = self._peaks(climbs, own[:MOST_OWN], others[:most]) if others else []
         if all(peak.is_own for peak in peaks):
             return Search([], summary, reached)
-        modes = [
-            Mode(share, error, self.joint.sites_at(peak.z), starts[peak.climb].reached)
-            for (share, error), peak in zip(self._shares(peaks), peaks, strict=True)
-            if share >= SMALLEST and not peak.is_own
-        ]
+        modes = []
+        for (share, error), peak in zip(self._shares(peaks), peaks, strict=True):
+            if share >= SMALLEST and not peak.is_own:
+                sites, reached_from = self.joint.sites_at(peak.z), starts[peak.climb].reached
+                modes.append(Mode(share, error, sites, reached_from, self._change(share, peak.z)))
         return Search(sorted(modes, key=lambda mode: -mode.share), summary, reached)
 
     # Where to start
@@ -403,6 +411,12 @@ class _Searcher:
             error = (weights * (is_part - share)).square().sum().sqrt()
             found.append((share.item(), error.item()))
         return found
+
+    def _change(self, share: float, z: Tensor) -> float:
+        """The most that a point with a share changes means and spreads of the guide."""
+        away = (z - self.loc).abs() / self.scale
+        of_spread = (1 - share + share * (1 - share) * away.square()).log() / 2
+        return torch.maximum(share * away, of_spread.abs()).max().item()
 
     def _log_q(self, z: Tensor) -> Tensor:
         """The guide's log density; nothing where it can't be computed."""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..diagnostics.diagnose import GOOD_KHAT, SMALL_GAP, Diagnosis, conclude, judge
 from ..diagnostics.modes import Mode
+from ..importance import MAX_KHAT
 from ..models.arguments import Args, Kwargs, Program
 from ..models.weighted import WeightedParticles
 
@@ -82,8 +83,8 @@ def can_judge(particles: WeightedParticles) -> bool:
 
 
 def missing_modes(found: Diagnosis) -> list[Mode]:
-    """The modes that are large enough for components."""
-    return [mode for mode in found.modes if mode.share > SMALLEST_SHARE]
+    """The modes that get components: those that are large, or move a mean or spread visibly."""
+    return [m for m in found.modes if m.share > SMALLEST_SHARE or m.moves(UNSEEN_CHANGE)]
 
 
 def shared_peaks(guide: Any, found: Diagnosis) -> list[Tensor]:
@@ -144,7 +145,8 @@ class Certificate:
         self.diagnosis = self._conclude(step)
         if self.reason == UNCHANGED and self.diagnosis.verdict not in ("good", "modes missing"):
             self.reason = UNMOVED
-            return self.diagnosis.verdict == "usable" or num_rounds_left == 0
+            is_usable = self.diagnosis.verdict == "usable" and self.diagnosis.khat < MAX_KHAT
+            return is_usable or len(self.elbos) >= FEWEST_LOOKS_AT_PACE or num_rounds_left == 0
         return True
 
     def _finds_more(self, step: int) -> bool:
