@@ -165,7 +165,7 @@ class Diagnosis:
         """The verdict if k-hat were this."""
         if self._no_verdict():
             return "none"
-        if self.share_missed > SMALL_SHARE or any(m.moves(SMALL_CHANGE) for m in self.modes):
+        if self.share_missed > SMALL_SHARE:
             return "modes missing"
         is_close = (
             self.gap < SMALL_GAP
@@ -173,11 +173,17 @@ class Diagnosis:
             and self.spread_khat < NO_MEAN
             and bool(self.log_weights.isfinite().all())
         )
-        if is_close and (khat < min(GOOD_KHAT, self.threshold) or self.hardly_differ):
+        is_tight = khat < min(GOOD_KHAT, self.threshold) or self.hardly_differ
+        if is_close and is_tight and not self._misses_a_small_mode:
             return "good"
         has_most = is_close and self.ess >= MOST * len(self.log_weights)
         is_usable = khat < self.threshold or self.hardly_differ or has_most
         return "usable" if is_usable else "not to be trusted"
+
+    @property
+    def _misses_a_small_mode(self) -> bool:
+        """Whether modes that hold little change a mean or spread visibly."""
+        return any(mode.moves(SMALL_CHANGE) for mode in self.modes)
 
     def __str__(self) -> str:
         error = f" +/- {self.khat_se:.2f}" if self.wavers else ""
@@ -204,8 +210,8 @@ class Diagnosis:
         if any(a.is_permuted(b) for a, b in itertools.combinations(self.modes, 2)):
             num_peaks = len(self.modes) + (0 if self.peaks is None else len(self.peaks))
             lines.append(
-                f"  There are {num_peaks} modes at least, which differ by the order of entries. "
-                "Order them in the model, as by pyro.distributions.transforms.OrderedTransform."
+                f"  There are {num_peaks} modes at least, some of which differ by the order of "
+                "entries. Order them in the model, as by pyro.distributions.transforms.OrderedTransform."
             )
         if self.searched:
             lines.append(f"  {self.searched}")
@@ -227,6 +233,11 @@ class Diagnosis:
             )
         if verdict == "good":
             return "Good: the guide is close to the posterior."
+        if verdict == "usable" and self._misses_a_small_mode:
+            return (
+                f"Usable: about {self.share_missed:.0%} of the posterior's mass is elsewhere, which "
+                "changes a mean or spread, and which resampling can't repair."
+            )
         if verdict == "usable":
             fault = "the guide misses a part of the posterior"
             if self.spread_khat >= NO_MEAN:

@@ -22,7 +22,7 @@ from ..solvers.path_score import draw_scored, goes_by_kernel
 from .posterior import Posterior
 from .scored_guide import ScoredDraws
 
-__all__ = ["Component", "GivenComponent", "MixedPosterior"]
+__all__ = ["SMALLEST_WEIGHT", "Component", "GivenComponent", "MixedPosterior"]
 
 # Draws of each component from which the weights are found, and the steps of the algorithm. Where
 # the model runs for one draw at a time, there are fewer.
@@ -78,7 +78,8 @@ class MixedPosterior(dist.TorchDistribution):
         """The log densities of the components, in a new last dimension."""
         with quietly():  # far from a component its inverse may be inexact, and hardly matters
             found = [component.log_prob(value) for component in self.components]
-        return torch.stack(found, -1)
+        stacked = torch.stack(found, -1)
+        return stacked.where(~stacked.isnan(), -torch.inf)  # so far out that numbers overflow
 
     def stratified(self, num: int) -> ScoredDraws:
         """About ``num`` draws, as many of each component, and at least four."""
@@ -103,7 +104,7 @@ class MixedPosterior(dist.TorchDistribution):
         """
         num = NUM_DRAWS if joint.at_once else NUM_DRAWS_ALONE
         z = torch.cat([component.sample((num,)) for component in self.components])
-        log_probs = self.log_probs(z).double().nan_to_num(-torch.inf)
+        log_probs = self.log_probs(z).double()
         log_ratio = joint(z).double() - log_probs.logsumexp(-1)
         log_ratio = log_ratio.nan_to_num(-torch.inf, -torch.inf, -torch.inf)
         if not log_ratio.max().isfinite():
@@ -121,6 +122,8 @@ class Component(dist.Categorical):
 
     So its score function is that of the weights, and its density is stated where the draw's is.
     """
+
+    has_enumerate_support = False  # without a density it can't be summed out
 
     def log_prob(self, value: Tensor) -> Tensor:
         found: Tensor = super().log_prob(value)
@@ -163,8 +166,12 @@ class GivenComponent(dist.TorchDistribution):
         return value.new_zeros(value.shape[:-1])
 
     def log_density(self, value: Tensor) -> Tensor:
-        """The log density of the mixture."""
-        return self.mixture.log_prob(value)
+        """The log density of the mixture, less that of the component, which is zero.
+
+        The gradients of both sites together are those of the mixture.
+        """
+        of_component = self.mixture.component().log_prob(self.component)
+        return self.mixture.log_prob(value) - of_component
 
 
 def _scored_at(flow: Any, value: Tensor) -> ScoredPass:

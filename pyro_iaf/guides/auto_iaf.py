@@ -15,6 +15,7 @@ import torch
 from pyro import poutine
 from pyro.distributions.util import broadcast_shape
 from pyro.infer.autoguide.guides import AutoContinuous
+from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor
 from torch.distributions import biject_to
 
@@ -71,7 +72,8 @@ class AutoIAF(MixtureGuide, AutoContinuous):
             ``num_steps`` adds others, up to 8, where a search finds modes that the guide misses.
             With an int, components start at the modes that Pathfinder finds. The gradient of the
             ELBO is unbiased for the weights too: Pyro's ELBOs draw the component and take the score
-            function; ``fit`` draws as often from each.
+            function; ``fit`` draws as often from each. ``TraceMeanField_ELBO`` takes one component
+            only, and of several :class:`~pyro_iaf.TraceSTL_ELBO` takes the ordinary gradient.
         start: Where a fresh guide starts: ``"pathfinder"``, at the Gaussian with the highest ELBO
             on a few short paths up the log joint density; or ``"init"``, at the values of
             ``init_loc_fn``. By default ``"pathfinder"``, but ``"init"`` if ``init_scale`` or
@@ -313,7 +315,7 @@ class AutoIAF(MixtureGuide, AutoContinuous):
         """Draws every site of the model; returns them by name."""
         self.setup(*args, **kwargs)
         self._state_parameters()
-        with SiteDeltas(self.lifted):
+        with SiteDeltas(self.lifted, is_scored=am_i_wrapped()):
             sites: dict[str, Tensor] = super().forward(*args, **kwargs)
         self._cancel_priors(sites, self.plates, args, kwargs)
         return sites

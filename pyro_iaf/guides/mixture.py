@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..flows.mixture import MixedPosterior
+from ..flows.mixture import SMALLEST_WEIGHT, MixedPosterior
 from ..models import param_store
 from ..models.log_joint import LogJoint
 from .base import FlowGuide
 from .pathfinder import Start, start_near
-from .transform import Transform
+from .transform import Transform, entries_below
 
 __all__ = ["MOST_COMPONENTS", "Mixture", "MixtureGuide"]
 
@@ -40,6 +40,7 @@ class Mixture(nn.Module):
 
     def append(self, transform: nn.Module, share: float) -> None:
         """Adds a component that takes this share, between 0 and 1, from the others."""
+        share = min(max(share, SMALLEST_WEIGHT), 1 - SMALLEST_WEIGHT)
         before = self.logits.detach().log_softmax(0) + torch.log1p(self.logits.new_tensor(-share))
         log_share = self.logits.new_tensor([share]).log()
         self.others.append(transform)
@@ -59,11 +60,10 @@ class MixtureGuide(FlowGuide):
 
     def _num_at_first(self) -> int:
         """The number of components of a fresh guide, which "auto" may find in the store."""
+        if not isinstance(self.num_components, str):
+            return self.num_components
         logits = param_store.from_file(f"{self._pyro_name}.mixture$$$logits")
-        stored = 1 if logits is None else len(logits)
-        if isinstance(self.num_components, str):
-            return stored
-        return self.num_components
+        return 1 if logits is None else len(logits)
 
     def _further_words(self) -> list[str]:
         return [f"num_components={self._num_built}"] if self._num_built > 1 else []
@@ -145,10 +145,23 @@ class MixtureGuide(FlowGuide):
         """The further components and the weights, read likewise."""
         return self._modules.get("mixture")  # type: ignore[return-value]
 
+    def _adopt_parameters(self) -> dict[str, Tensor]:
+        stored = param_store.from_file(f"{self._pyro_name}.mixture$$$logits")
+        is_other = stored is not None and len(stored) != self._num_built
+        if is_other and self._is_set_up and not self._state_was_loaded:
+            raise ValueError(
+                f"The parameter store has entries of a guide named '{self._pyro_name}' with "
+                f"{len(stored)} components; this one has {self._num_built}. Clear it with "  # type: ignore[arg-type]
+                "pyro.clear_param_store(), or make a new guide, whose number they tell."
+            )
+        return super()._adopt_parameters()
+
     def _take_components(
         self, state_dict: dict[str, Any], prefix: str, error_messages: list[str]
     ) -> None:
         """Builds as many components as a state has."""
+        if not entries_below(state_dict, f"{prefix}transform."):
+            return
         logits = state_dict.get(f"{prefix}mixture.logits")
         num = 1 if logits is None else len(logits)
         if self.num_components not in ("auto", num):
@@ -157,6 +170,7 @@ class MixtureGuide(FlowGuide):
                 f"num_components={self.num_components}."
             )
         elif self._transform is not None and num != self._num_built:
+            param_store.forget(f"{self._pyro_name}.mixture", {})
             names = [f"mixture.others.{k}" for k in range(num - 1)]
             others = [self._rebuilt(state_dict, prefix, name) for name in names]
             if logits is None or None in others:

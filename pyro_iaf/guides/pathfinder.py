@@ -158,6 +158,8 @@ def further_starts(joint: LogJoint, first: Start, dense: bool, num: int) -> list
     If climbs from draws of the prior find fewer modes, the rest begin at draws of the Gaussians
     that were found.
     """
+    if not num:
+        return []
     density, exact = Density(joint, first.loc.dtype), len(first.loc) <= EXACT_PATHS
     with threads_for(NUM_PATHS * joint.num_numbers):
         ends = _ends(density, first.loc, exact, 4 * num)

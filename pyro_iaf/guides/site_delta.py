@@ -41,23 +41,24 @@ KL_DIVERGENCES = {(SiteDelta, Distribution): _kl_site, (MaskedSiteDelta, Distrib
 class SiteDeltas(Messenger):
     """Turns the Deltas of Pyro's :class:`AutoContinuous` into these; masked ones by name.
 
-    The first one has the log density of a vector whose own site leaves it out, too.
+    The first one has the log density of a vector whose own site leaves it out, too, unless nobody
+    asks for densities.
     """
 
-    def __init__(self, masked: Collection[str]) -> None:
+    def __init__(self, masked: Collection[str], is_scored: bool = True) -> None:
         super().__init__()
-        self.masked = masked
+        self.masked, self.is_scored = masked, is_scored
         self._to_state: Tensor | None = None
 
     def _pyro_sample(self, msg: Any) -> None:
         fn = msg["fn"]
         if type(fn) is dist.Delta:
             fn.__class__ = MaskedSiteDelta if msg["name"] in self.masked else SiteDelta
-            if self._to_state is not None:
+            if self._to_state is not None and fn.log_density.numel():
                 per_row = self._to_state * (self._to_state.numel() / fn.log_density.numel())
                 fn.log_density = fn.log_density + per_row
                 self._to_state = None
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if isinstance(msg["fn"], GivenComponent):
+        if self.is_scored and isinstance(msg["fn"], GivenComponent):
             self._to_state = msg["fn"].log_density(msg["value"])

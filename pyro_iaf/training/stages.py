@@ -7,6 +7,7 @@ found by importance sampling, and then all components are trained together.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -68,10 +69,12 @@ class Stages:
 
     def __init__(self, make: Callable[[Stage], Run], guide: Any, path: Path | None) -> None:
         self.make, self.guide, self.path = make, guide, path
+        self.has_loaded = False
 
     def to_the_end(self, progress: bool) -> FitResult:
         """Runs all stages; an error gets the result so far as its attribute ``result``."""
         began, resumed_at = time.perf_counter(), 0
+        before = self._state()
         stage, has_more = self._saved(), True
         while has_more:
             run = self.make(stage)
@@ -80,23 +83,39 @@ class Stages:
             except BaseException as error:
                 if hasattr(error, "result"):
                     error.result = stage.total(error.result)
+                if self.has_loaded and not hasattr(run, "steps"):  # the checkpoint was refused
+                    self.guide.load_state_dict(before, strict=False)
                 raise
             resumed_at = resumed_at or result.resumed_at
-            stage, has_more = stage.following(result), self._has_grown(run)
+            try:
+                stage, has_more = stage.following(result), self._has_grown(run)
+            except BaseException as error:
+                error.result = result  # type: ignore[attr-defined]
+                raise
         return replace(result, resumed_at=resumed_at, seconds=time.perf_counter() - began)
+
+    def _state(self) -> dict[str, Any]:
+        """A copy of the state of a guide that can get components."""
+        can_get = hasattr(self.guide, "add_component")
+        return copy.deepcopy(self.guide.state_dict()) if can_get else {}
 
     def _saved(self) -> Stage:
         """The stage of the checkpoint, whose components the guide gets; else the first."""
         saved = None if self.path is None else checkpoints.load(self.path)
-        if saved is None or not saved["stage"]["number"]:
+        if saved is None:
             return Stage()
-        try:
-            self.guide.load_state_dict(saved["guide"])
-        except (AttributeError, LookupError, RuntimeError) as error:
-            raise ValueError(
-                f"{self.path} is of another guide or model, or is damaged: {error}. Give another "
-                "path to begin anew."
-            ) from error
+        number = saved["stage"]["number"]
+        theirs, ours = saved.get("guide", {}), self._state()
+        is_other = "mixture.logits" in ours and ours.keys() != theirs.keys()
+        if number or is_other:
+            try:
+                self.has_loaded = True
+                self.guide.load_state_dict(theirs)
+            except (AttributeError, LookupError, RuntimeError) as error:
+                raise ValueError(
+                    f"{self.path} is of another guide or model, or is damaged: {error}. Give "
+                    "another path to begin anew."
+                ) from error
         return Stage(**saved["stage"])
 
     def _has_grown(self, run: Run) -> bool:

@@ -506,12 +506,12 @@ def test_a_resumed_run_gives_the_same_numbers(at, ever_new, tmp_path, monkeypatc
     whole = compiled()
     settings = {"checkpoint": tmp_path / "run.pt", "checkpoint_every": 1}
 
-    def stop(self, bar):
-        if self.step >= at:
+    def stop(bar, step, *_):
+        if step >= at:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(running.Run, "_show", stop)
+        patch.setattr(running, "show", stop)
         with pytest.raises(KeyboardInterrupt):
             compiled(**settings)
     resumed = compiled(**settings)

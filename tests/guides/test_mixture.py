@@ -10,12 +10,20 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import SVI, Predictive, Trace_ELBO, TraceGraph_ELBO
+from pyro.infer import (
+    SVI,
+    Predictive,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+)
 from pyro.infer.reparam import NeuTraReparam
 from torch.testing import assert_close
 
 from pyro_iaf import AutoIAF, CompiledTrace_ELBO, TraceSTL_ELBO, diagnose, fit, to_arviz
 from pyro_iaf.elbo.objectives import LatentLoss
+from pyro_iaf.flows.mixture import MixedPosterior
+from pyro_iaf.guides import auto_iaf
 from pyro_iaf.models.weighted import WeightedParticles
 
 PEAKS = torch.tensor([[-3.0, 0.0], [3.0, 1.0]], dtype=torch.float64)
@@ -169,11 +177,13 @@ def by_fit(guide):
         lambda guide: by_elbo(Trace_ELBO(300, vectorize_particles=True, max_plate_nesting=0)),
         lambda guide: by_elbo(TraceGraph_ELBO(300, vectorize_particles=True, max_plate_nesting=0)),
         lambda guide: by_elbo(TraceSTL_ELBO(300, vectorize_particles=True, max_plate_nesting=0)),
+        lambda guide: by_elbo(TraceEnum_ELBO(300, vectorize_particles=True, max_plate_nesting=0)),
         by_fit,
     ],
-    ids=["Trace_ELBO", "TraceGraph_ELBO", "TraceSTL_ELBO", "fit"],
+    ids=["Trace_ELBO", "TraceGraph_ELBO", "TraceSTL_ELBO", "TraceEnum_ELBO", "fit"],
 )
 @pytest.mark.filterwarnings("ignore:.*keeps the ordinary gradient")
+@pytest.mark.filterwarnings("ignore:TraceEnum_ELBO found no sample sites")
 def test_gradients_are_unbiased_for_every_parameter(make):
     torch.manual_seed(0)
     guide = shaken(AutoIAF(two_modes, num_components=2, hidden_dims=4, num_flows=1), by=0.1)
@@ -338,6 +348,77 @@ def test_the_store_brings_the_number(guide):
     fresh = AutoIAF(two_modes, hidden_dims=8)
     fresh()
     assert same(guide, fresh)
+
+
+def stored(guide):
+    """A parameter store as it would come from a file."""
+    guide()
+    state = copy.deepcopy(pyro.get_param_store().get_state())
+    pyro.clear_param_store()
+    return state
+
+
+@pytest.mark.parametrize("settings", [{"num_components": 1}, {}])
+def test_a_store_with_other_components_is_refused(guide, settings):
+    state = stored(guide)
+    other = AutoIAF(two_modes, hidden_dims=8, **settings)
+    if not settings:
+        other.setup()
+    pyro.get_param_store().set_state(state)
+    with pytest.raises(ValueError, match="with 3 components; this one has 1"):
+        other()
+
+
+def test_a_state_of_one_component_empties_the_store_of_the_others(guide):
+    one = AutoIAF(two_modes, hidden_dims=8, name="one")
+    one.setup()
+    grown = AutoIAF(two_modes, hidden_dims=8)
+    grown.load_state_dict(guide.state_dict())
+    grown()
+    grown.load_state_dict(one.state_dict())
+    grown()
+    assert not any("mixture" in name for name in pyro.get_param_store())
+
+
+def test_a_state_without_transforms_leaves_the_components(guide):
+    guide.load_state_dict({}, strict=False)
+    assert len(guide.component_weights) == 3
+
+
+def test_a_guide_without_densities_asks_for_none(guide, monkeypatch):
+    def refuse(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(MixedPosterior, "log_prob", refuse)
+    assert guide()["x"].shape == (2,)
+
+
+def test_a_draw_that_has_no_density_counts_for_nothing():
+    torch.manual_seed(0)
+    guide = AutoIAF(two_modes, num_components=2, hidden_dims=8)
+    guide.setup()
+    posterior = guide.get_posterior()
+    far = torch.tensor([[1e200, -1e200]], dtype=torch.float64)
+    assert not posterior.log_prob(torch.cat([far, PEAKS])).isnan().any()
+
+
+def test_no_component_gets_all_or_nothing():
+    guide = AutoIAF(two_modes, num_components=2, hidden_dims=8)
+    guide.setup()
+    for share in (0.0, 1.0, 1.5):
+        guide.mixture.append(copy.deepcopy(guide.transform), share)
+    assert guide.component_weights.isfinite().all()
+    assert (guide.component_weights > 0).all()
+
+
+def test_one_component_takes_no_further_starts(monkeypatch):
+    torch.manual_seed(0)
+    AutoIAF(two_modes).setup()
+    state = torch.get_rng_state()
+    monkeypatch.setattr(auto_iaf, "further_starts", lambda *_: [])
+    torch.manual_seed(0)
+    AutoIAF(two_modes).setup()
+    assert torch.equal(state, torch.get_rng_state())
 
 
 def test_a_new_guide_leaves_no_components_of_another_in_the_store():

@@ -5,6 +5,7 @@ from torch.testing import assert_close
 from univariate_maps import TOYS
 
 from pyro_iaf import Gated, inverse_autoregressive_flow
+from pyro_iaf.flows import autoregressive
 from pyro_iaf.flows.sinh_arcsinh import LocScale
 from pyro_iaf.nn.made import MaskedAutoregressiveNetwork
 from pyro_iaf.solvers import fused, kernels, path_score
@@ -42,8 +43,10 @@ def results(parts, x):
 @pytest.mark.parametrize("name", FLOWS)
 @pytest.mark.parametrize("num_rows", [1, 16, 37])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_kernel_of_the_inverse_finds_the_noise(name, num_rows, dtype):
+def test_the_kernel_of_the_inverse_finds_the_noise(monkeypatch, name, num_rows, dtype):
     D, settings = FLOWS[name]
+    if name not in ("bent", "many layers", "other activation"):
+        monkeypatch.setattr(autoregressive, "walk_back", None)  # so that it is the kernel
     flow = rough(inverse_autoregressive_flow(D, **settings), 0.2).to(dtype)
     with torch.no_grad():
         x = torch.randn(num_rows, D, dtype=dtype)

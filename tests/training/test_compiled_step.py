@@ -118,13 +118,13 @@ def test_a_run_can_be_resumed_in_any_mode(tmp_path, monkeypatch, before, after):
     whole = run("plates", num_steps=60)
     path = tmp_path / "run.pt"
 
-    def stop(self, bar):
-        if self.step >= 30:
+    def stop(bar, step, *_):
+        if step >= 30:
             raise KeyboardInterrupt
 
     settings = {"num_steps": 60, "checkpoint": path, "checkpoint_every": 10}
     with monkeypatch.context() as patch:
-        patch.setattr(running.Run, "_show", stop)
+        patch.setattr(running, "show", stop)
         with pytest.raises(KeyboardInterrupt):
             run("plates", compile=before, **settings)
     assert path.exists()
@@ -134,13 +134,13 @@ def test_a_run_can_be_resumed_in_any_mode(tmp_path, monkeypatch, before, after):
 
 
 def test_an_interrupted_run_keeps_what_it_reached(monkeypatch):
-    def stop(self, bar):
+    def stop(*_):
         raise KeyboardInterrupt
 
     guide = AutoIAF(plates, hidden_dims=[8])
     guide.setup()
     before = copy.deepcopy(guide.state_dict())
-    monkeypatch.setattr(running.Run, "_show", stop)
+    monkeypatch.setattr(running, "show", stop)
     with pytest.raises(KeyboardInterrupt):
         fit(plates, guide, num_steps=100, compile="graph", progress=False)
     moved = [not torch.equal(v, guide.state_dict()[k]) for k, v in before.items()]

@@ -221,6 +221,46 @@ def test_a_checkpoint_of_components_is_refused_by_another_guide(tmp_path):
         quick(two_modes, AutoIAF(two_modes, hidden_dims=8, num_components=1), checkpoint=path)
 
 
+def test_a_refused_checkpoint_leaves_the_guide_as_it_was(tmp_path):
+    path = tmp_path / "run.pt"
+    quick(two_modes, AutoIAF(two_modes, name="a"), checkpoint=path)
+    other = modes((0.4, 0.6))
+    guide = AutoIAF(other, num_components="auto", name="a")
+    guide.setup()
+    before = {name: value.clone() for name, value in guide.state_dict().items()}
+    with pytest.raises(ValueError, match=r"another guide or model|a run on other data"):
+        quick(other, guide, checkpoint=path, lr=5e-3)
+    assert len(guide.component_weights) == 1
+    assert all(torch.equal(value, before[n]) for n, value in guide.state_dict().items())
+
+
+def test_a_guide_that_had_grown_goes_back_to_the_checkpoint(monkeypatch, tmp_path):
+    path, guide = tmp_path / "run.pt", AutoIAF(two_modes)
+    real = AutoIAF.fit_weights
+
+    def interrupt(self, joint):
+        real(self, joint)
+        if len(self.component_weights) > 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(AutoIAF, "fit_weights", interrupt)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        quick(two_modes, guide, checkpoint=path)
+    assert caught.value.result.num_steps == 100
+    assert len(guide.component_weights) == 2
+    monkeypatch.setattr(AutoIAF, "fit_weights", real)
+    result = quick(two_modes, guide, checkpoint=path)
+    assert (result.num_steps, result.resumed_at) == (200, 100)
+    assert len(guide.component_weights) == 2
+
+
+def test_a_guide_in_double_precision_grows_in_it():
+    guide = AutoIAF(two_modes).double()
+    quick(two_modes, guide)
+    assert len(guide.component_weights) == 2
+    assert {param.dtype for param in guide.parameters()} == {torch.float64}
+
+
 # Guides without components
 
 
