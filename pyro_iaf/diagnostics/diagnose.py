@@ -211,7 +211,8 @@ class Diagnosis:
             num_peaks = len(self.modes) + (0 if self.peaks is None else len(self.peaks))
             lines.append(
                 f"  There are {num_peaks} modes at least, some of which differ by the order of "
-                "entries. Order them in the model, as by pyro.distributions.transforms.OrderedTransform."
+                "entries. Order them in the model, as by "
+                "pyro.distributions.transforms.OrderedTransform."
             )
         if self.searched:
             lines.append(f"  {self.searched}")
@@ -235,8 +236,8 @@ class Diagnosis:
             return "Good: the guide is close to the posterior."
         if verdict == "usable" and self._misses_a_small_mode:
             return (
-                f"Usable: about {self.share_missed:.0%} of the posterior's mass is elsewhere, which "
-                "changes a mean or spread, and which resampling can't repair."
+                f"Usable: about {self.share_missed:.0%} of the posterior's mass is elsewhere. It "
+                "changes a mean or spread, and resampling can't repair that."
             )
         if verdict == "usable":
             fault = "the guide misses a part of the posterior"
