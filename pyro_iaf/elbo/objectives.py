@@ -145,27 +145,29 @@ class LatentLoss(Loss):
 
     def __call__(self, args: Args, kwargs: Kwargs, weight: float | Tensor) -> Tensor:
         draws = self.guide.sample_with_score(self.num_particles, *args, **kwargs)
-        z, log_q, score = draws.value, draws.log_prob.detach(), draws.score.detach()
-        shares = 1 / len(z) if draws.weights is None else draws.weights.detach().unsqueeze(-1)
+        weights: Tensor | None = getattr(draws, "weights", None)
+        held = None if weights is None else weights.detach()
+        z, log_q, score = draws[0], draws[1].detach(), draws[2].detach()
+        share = 1 / len(z) if held is None else held.unsqueeze(-1)
         latent = z.detach().requires_grad_()
         log_p = self.joint.with_data(args, kwargs, weight).density(latent)
-        slope = weight * shares * score
+        slope = weight * share * score
         if log_p.requires_grad:  # not so with flat priors and no data
-            (-draws.mean(log_p)).backward()
+            (-_mean(log_p, held)).backward()
             assert latent.grad is not None
             slope = latent.grad + slope
         log_w = log_p.detach() - weight * log_q
-        loss: Tensor = -draws.mean(log_w)
+        loss = -_mean(log_w, held)
         if len(z) > 1:
-            alike = draws.importance(log_w)
+            alike = log_w if held is None else log_w + (len(z) * held).log()
             change = _relative_ess(alike) - self.relative_ess
             self.relative_ess = self.relative_ess + 0.01 * change
             if self.mass_covering is not False and not self.joint.subsampled:
                 extra = self.mass_covering * _extra_weights(alike, self.relative_ess)
                 slope = slope * (1 + extra).unsqueeze(-1)
         surrogate = (z * slope).sum()  # not z.backward(slope), which imports sympy
-        if draws.weights is not None:
-            surrogate = surrogate - draws.weights @ log_w
+        if weights is not None:
+            surrogate = surrogate - weights @ log_w
         surrogate.backward()
         return loss
 
@@ -207,6 +209,11 @@ class LatentLoss(Loss):
         with threads_for(max(sizes) * joint.num_numbers):
             draws = (posterior.sample((size,)) for size in sizes)
             return torch.cat([joint(z) - posterior.log_prob(z) for z in draws])
+
+
+def _mean(values: Tensor, weights: Tensor | None) -> Tensor:
+    """The mean over a guide of a value for each of its draws."""
+    return values.mean() if weights is None else weights @ values
 
 
 def _relative_ess(log_weights: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from ..models.traces import quietly
 from ..solvers.fused import ScoredPass
 from ..solvers.path_score import draw_scored, goes_by_kernel
 from .posterior import Posterior
-from .scored_guide import ScoredDraws
+from .scored_guide import WeightedDraws
 
 __all__ = ["SMALLEST_WEIGHT", "Component", "GivenComponent", "MixedPosterior"]
 
@@ -81,7 +81,7 @@ class MixedPosterior(dist.TorchDistribution):
         stacked = torch.stack(found, -1)
         return stacked.where(~stacked.isnan(), -torch.inf)  # so far out that numbers overflow
 
-    def stratified(self, num: int) -> ScoredDraws:
+    def stratified(self, num: int) -> WeightedDraws:
         """About ``num`` draws, as many of each component, and at least four."""
         size = max(FEWEST, round(num / len(self.flows)))
         pairs = zip(self.flows, self.noise(len(self.flows), size), strict=True)
@@ -93,7 +93,7 @@ class MixedPosterior(dist.TorchDistribution):
             scores = torch.stack([known.score for known in found], -2)
             score = (shares * scores).where(shares > 0, 0.0).sum(-2)
         weights = self.log_weights.exp().repeat_interleave(size) / size
-        return ScoredDraws(value, parts.logsumexp(-1), score, weights)
+        return WeightedDraws(value, parts.logsumexp(-1), score, weights)
 
     @torch.no_grad()
     def fitted_logits(self, joint: LogJoint) -> Tensor:

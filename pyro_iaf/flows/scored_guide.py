@@ -13,6 +13,7 @@ from ..nn.made import MaskedAutoregressiveNetwork
 __all__ = [
     "ScoredDraws",
     "ScoredGuide",
+    "WeightedDraws",
     "context_tables_of",
     "goes_through_draws",
     "networks_of",
@@ -29,24 +30,28 @@ class ScoredDraws(NamedTuple):
         log_prob: The guide's log density there, of shape ``(num,)``. Its graph is not used.
         score: The gradient of that density in the value, of shape ``(num, D)``. Its graph is not
             used.
-        weights: The weights of the draws in a mean over the guide, of shape ``(num,)``, with their
-            graph; None if all are the same.
     """
 
     value: Tensor
     log_prob: Tensor
     score: Tensor
-    weights: Tensor | None = None
 
-    def mean(self, values: Tensor) -> Tensor:
-        """The mean over the guide of a value for each draw."""
-        return values.mean() if self.weights is None else self.weights.detach() @ values
 
-    def importance(self, log_weights: Tensor) -> Tensor:
-        """Log importance weights with those of the draws, so that all count alike."""
-        if self.weights is None:
-            return log_weights
-        return log_weights + (len(log_weights) * self.weights.detach()).log()
+class WeightedDraws(ScoredDraws):
+    """Draws that count differently in a mean over the guide, as draws of each component do.
+
+    Attributes:
+        weights: Their weights, of shape ``(num,)``, which add up to one, with their graph.
+    """
+
+    weights: Tensor
+
+    def __new__(
+        cls, value: Tensor, log_prob: Tensor, score: Tensor, weights: Tensor
+    ) -> WeightedDraws:
+        self = super().__new__(cls, value, log_prob, score)
+        self.weights = weights
+        return self
 
 
 @runtime_checkable
