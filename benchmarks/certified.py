@@ -9,7 +9,6 @@ differ, ``operation`` tells the microseconds of a small operation of PyTorch the
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import time
 import warnings
@@ -19,7 +18,7 @@ import pyro
 import torch
 
 from benchmarks import models
-from benchmarks.common import save
+from benchmarks.common import rows_of_fresh_processes, save
 from benchmarks.posteriors import compare, load
 from pyro_iaf import AutoIAF, fit
 from pyro_iaf.models.weighted import WeightedParticles
@@ -108,16 +107,8 @@ def main():
         name, seed = options.one
         print(json.dumps(run(posteriors[name], int(seed))))
         return
-    rows = []
-    for seed in range(options.seeds):
-        for name in posteriors:
-            command = [sys.executable, "-m", "benchmarks.certified", "--one", name, str(seed)]
-            command += ["--data", str(options.data)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                sys.exit(done.stderr)
-            rows.append(json.loads(done.stdout.splitlines()[-1]))
-            print(rows[-1], flush=True)
+    more = "--data", str(options.data)
+    rows = rows_of_fresh_processes("benchmarks.certified", posteriors, options.seeds, *more)
     summary = summary_of(rows)
     print(summary)
     save("certified", "float64; errors in reference sd, and relative to it", rows, summary=summary)

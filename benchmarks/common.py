@@ -4,6 +4,7 @@ import json
 import pathlib
 import platform
 import statistics
+import subprocess
 import sys
 import time
 
@@ -40,6 +41,20 @@ def race(contenders, *, rounds=15, seconds=0.02):
         }
         for name, taken in times.items()
     }
+
+
+def rows_of_fresh_processes(module, names, seeds, *options):
+    """The rows that ``python -m module --one NAME SEED`` prints as JSON, each in a new process."""
+    rows = []
+    for seed in range(seeds):
+        for name in names:
+            command = [sys.executable, "-m", module, "--one", name, str(seed), *options]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(done.stderr)
+            rows.append(json.loads(done.stdout.splitlines()[-1]))
+            print(rows[-1], flush=True)
+    return rows
 
 
 def describe(note, **more):

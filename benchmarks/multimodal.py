@@ -21,7 +21,6 @@ import functools
 import itertools
 import json
 import math
-import subprocess
 import sys
 import time
 import warnings
@@ -33,7 +32,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 
-from benchmarks.common import save
+from benchmarks.common import rows_of_fresh_processes, save
 from pyro_iaf import AutoIAF, fit
 
 NUM_DRAWS = 40_000
@@ -407,15 +406,8 @@ def main():
         name, seed = options.one
         print(json.dumps(run(posteriors[name], int(seed))))
         return
-    rows = []
-    for seed, name in itertools.product(range(options.seeds), posteriors):
-        command = [sys.executable, "-m", "benchmarks.multimodal", "--one", name, str(seed)]
-        command += ["--cases", str(options.cases)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(done.stderr)
-        rows.append(json.loads(done.stdout.splitlines()[-1]))
-        print(rows[-1], flush=True)
+    more = "--cases", str(options.cases)
+    rows = rows_of_fresh_processes("benchmarks.multimodal", posteriors, options.seeds, *more)
     by_name = {name: [row for row in rows if row["posterior"] == name] for name in posteriors}
     missing = [r["verdict"] == "good" and r["share_error"] > HOLDS["share_error"] for r in rows]
     summary = {
