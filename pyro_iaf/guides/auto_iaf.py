@@ -250,9 +250,9 @@ class AutoIAF(MixtureGuide, AutoContinuous):
     def get_transform(self, *args: Any, **kwargs: Any) -> GuideTransform:
         """The transform from the noise to all latents in unconstrained space."""
         transform = self._built(*args, **kwargs)
-        if len(self._transforms()) > 1:
+        if self._num_built > 1:
             raise ValueError(
-                f"This guide has {len(self._transforms())} components, so no one transform carries "
+                f"This guide has {self._num_built} components, so no one transform carries "
                 "noise to its draws. Give AutoIAF(model, num_components=1) where one is needed, as "
                 "for NeuTraReparam."
             )
@@ -276,7 +276,7 @@ class AutoIAF(MixtureGuide, AutoContinuous):
     def get_posterior(self, *args: Any, **kwargs: Any) -> Any:
         """The guide's distribution over all latents, as one vector in unconstrained space."""
         self._built(*args, **kwargs)
-        if len(self._transforms()) > 1:
+        if self._num_built > 1:
             return self._mixed()
         transform = self.get_transform(*args, **kwargs)
         return Posterior(self.get_base_dist(), [transform], validate_args=False)
@@ -285,7 +285,7 @@ class AutoIAF(MixtureGuide, AutoContinuous):
         """Draws the vector of latents, after the number of its component if there are several."""
         posterior = self.get_posterior(*args, **kwargs)
         infer: Any = {"is_auxiliary": True}
-        if len(self._transforms()) > 1:
+        if self._num_built > 1:
             name = f"_{self._pyro_name}_component"
             component = pyro.sample(name, posterior.component(), infer=infer)
             posterior = GivenComponent(posterior, component)
@@ -294,7 +294,7 @@ class AutoIAF(MixtureGuide, AutoContinuous):
     def sample_with_score(self, num: int, *args: Any, **kwargs: Any) -> ScoredDraws:
         """Draws ``num`` vectors in unconstrained space, with log density and its gradient."""
         self._built(*args, **kwargs)
-        if len(self._transforms()) > 1:
+        if self._num_built > 1:
             return self._mixed().stratified(num)
         transform = self.get_transform(*args, **kwargs)
         origin = transform.origin
@@ -371,7 +371,7 @@ class AutoIAF(MixtureGuide, AutoContinuous):
         So the median of a symmetric guide is exact, and the median commutes with monotone maps.
         """
         self._ready_posterior(*args, **kwargs)
-        several = len(self._transforms()) > 1
+        several = self._num_built > 1
         transforms = self._transforms() if several else [self.get_transform(*args, **kwargs)]
         loc, weights = transforms[0].origin, self.component_weights
         generator = torch.Generator(loc.device).manual_seed(0)

@@ -102,6 +102,7 @@ class Certificate:
         particles: The model and its guide.
         adjust_tails: Makes the guide's tails heavier if importance weights need it.
         num_particles: How many evaluations of the model a step takes.
+        has_own_loss: Whether the guide is trained by a loss of the user's, without components.
 
     Attributes:
         elbos: The ELBO at each look and its standard error.
@@ -114,9 +115,10 @@ class Certificate:
         particles: WeightedParticles,
         adjust_tails: Callable[[], None],
         num_particles: int,
+        has_own_loss: bool = False,
     ) -> None:
         self.particles, self.adjust_tails = particles, adjust_tails
-        self.num_particles = num_particles
+        self.num_particles, self.has_own_loss = num_particles, has_own_loss
         self.elbos: list[Sequence[float]] = []
         self.reason = ""
         self.diagnosis: Diagnosis | None = None
@@ -149,13 +151,18 @@ class Certificate:
             return is_usable or len(self.elbos) >= FEWEST_LOOKS_AT_PACE or num_rounds_left == 0
         return True
 
+    @property
+    def may_grow(self) -> bool:
+        """Whether the guide may get components."""
+        can_grow = getattr(self.particles.guide, "can_grow", False)
+        return bool(can_grow) and not self.has_own_loss
+
     def _finds_more(self, step: int) -> bool:
         """Whether a guide that can grow should get components now."""
-        guide = self.particles.guide
-        if not getattr(guide, "can_grow", False):
+        if not self.may_grow:
             return False
         found = self._conclude(step)
-        if not (missing_modes(found) or shared_peaks(guide, found)):
+        if not (missing_modes(found) or shared_peaks(self.particles.guide, found)):
             return False
         self.diagnosis, self.reason = found, "other modes were found"
         return True

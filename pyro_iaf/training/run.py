@@ -306,8 +306,9 @@ class Run:
             if self.particles is None or self.batches.change or not can_judge(self.particles):
                 self.schedule = self.schedule.all_at_once()
             else:
+                has_own_loss = self.elbo is not None or not isinstance(self.guide, ScoredGuide)
                 self.certificate = Certificate(
-                    self.particles, self._adjust_tails, self.num_particles
+                    self.particles, self._adjust_tails, self.num_particles, has_own_loss
                 )
 
     def _make_optimizer(self, seen: poutine.Trace) -> None:

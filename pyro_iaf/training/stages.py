@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..elbo.objectives import LatentLoss
 from ..models.log_joint import LogJoint
 from ..models.traces import quietly
 from . import checkpoints
@@ -69,12 +68,11 @@ class Stages:
 
     def __init__(self, make: Callable[[Stage], Run], guide: Any, path: Path | None) -> None:
         self.make, self.guide, self.path = make, guide, path
-        self.has_loaded = False
+        self.before: dict[str, Any] = {}  # the guide's state before that of a checkpoint
 
     def to_the_end(self, progress: bool) -> FitResult:
         """Runs all stages; an error gets the result so far as its attribute ``result``."""
         began, resumed_at = time.perf_counter(), 0
-        before = self._state()
         stage, has_more = self._saved(), True
         while has_more:
             run = self.make(stage)
@@ -83,8 +81,8 @@ class Stages:
             except BaseException as error:
                 if hasattr(error, "result"):
                     error.result = stage.total(error.result)
-                if self.has_loaded and not hasattr(run, "steps"):  # the checkpoint was refused
-                    self.guide.load_state_dict(before, strict=False)
+                if self.before and not hasattr(run, "steps"):  # the checkpoint was refused
+                    self.guide.load_state_dict(self.before, strict=False)
                 raise
             resumed_at = resumed_at or result.resumed_at
             try:
@@ -94,22 +92,17 @@ class Stages:
                 raise
         return replace(result, resumed_at=resumed_at, seconds=time.perf_counter() - began)
 
-    def _state(self) -> dict[str, Any]:
-        """A copy of the state of a guide that can get components."""
-        can_get = hasattr(self.guide, "add_component")
-        return copy.deepcopy(self.guide.state_dict()) if can_get else {}
-
     def _saved(self) -> Stage:
         """The stage of the checkpoint, whose components the guide gets; else the first."""
         saved = None if self.path is None else checkpoints.load(self.path)
         if saved is None:
             return Stage()
-        number = saved["stage"]["number"]
-        theirs, ours = saved.get("guide", {}), self._state()
+        theirs, has_components = saved.get("guide", {}), hasattr(self.guide, "add_component")
+        ours = self.guide.state_dict() if has_components else {}
         is_other = "mixture.logits" in ours and ours.keys() != theirs.keys()
-        if number or is_other:
+        if saved["stage"]["number"] or is_other:
             try:
-                self.has_loaded = True
+                self.before = copy.deepcopy(ours)
                 self.guide.load_state_dict(theirs)
             except (AttributeError, LookupError, RuntimeError) as error:
                 raise ValueError(
@@ -121,11 +114,11 @@ class Stages:
     def _has_grown(self, run: Run) -> bool:
         """Adds components after a run; whether there is something to add."""
         guide = self.guide
-        found = None if run.certificate is None else run.certificate.diagnosis
-        if found is None or not isinstance(run.loss, LatentLoss) or not _can_grow(guide):
+        certificate = run.certificate
+        if certificate is None or certificate.diagnosis is None or not certificate.may_grow:
             return False
-        assert run.particles is not None
-        joint, modes = run.particles.log_joint(), missing_modes(found)
+        found, joint = certificate.diagnosis, certificate.particles.log_joint()
+        modes = missing_modes(found)
         peaks = [] if modes else shared_peaks(guide, found)
         with quietly():
             for mode in modes:
@@ -138,9 +131,5 @@ class Stages:
         return bool(modes or peaks)
 
     def _add(self, joint: LogJoint, point: Tensor, share: float) -> None:
-        if _can_grow(self.guide):
+        if self.guide.can_grow:
             self.guide.add_component(joint, point, share)
-
-
-def _can_grow(guide: Any) -> bool:
-    return bool(getattr(guide, "can_grow", False))

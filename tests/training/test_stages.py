@@ -11,7 +11,9 @@ from torch.testing import assert_close
 
 from pyro_iaf import AutoHierarchicalIAF, AutoIAF, diagnose, fit
 from pyro_iaf.guides import mixture
+from pyro_iaf.models.weighted import WeightedParticles
 from pyro_iaf.training import checkpoints, schedule
+from pyro_iaf.training.certificate import Certificate
 from pyro_iaf.training.run import Run
 
 PEAKS = torch.tensor([[-3.0, 0.0], [3.0, 1.0], [0.0, -4.0]])
@@ -158,6 +160,15 @@ def test_all_compiled_is_the_same_as_uncompiled():
         assert result.backend == ("graph" if engine else "eager")
         results.append(result.losses)
     assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+def test_a_loss_of_ones_own_is_not_cut_short_by_a_search():
+    guide = AutoIAF(two_modes)
+    guide.setup()
+    particles = WeightedParticles(two_modes, guide, (), {})
+    for has_own_loss in (False, True):
+        found = Certificate(particles, lambda: None, 16, has_own_loss)
+        assert found._finds_more(200) != has_own_loss
 
 
 # Interrupted
