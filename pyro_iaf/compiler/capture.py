@@ -126,6 +126,7 @@ def record(
     graph_passes.replace_failures_by_nan(module)
     graph_passes.refuse_writes(module)
     draw = graph_passes.draw_ahead(module)
+    graph_passes.remove_identities(module)
     module.recompile()
     return Graph(
         module,

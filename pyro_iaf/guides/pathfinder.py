@@ -55,7 +55,7 @@ EXACT_PATHS, EXACT_END = 64, 400
 NUM_CLIMBED, NUM_A_CLIMB, NUM_ENDS = 32, 40, 3
 
 # How many steps L-BFGS remembers, and the most steps that L-BFGS and Newton's method take.
-NUM_HISTORY, NUM_STEPS, NUM_STEPS_EXACT = 10, 200, 60
+NUM_HISTORY, NUM_STEPS, NUM_STEPS_EXACT = 10, 200, 30
 
 # Step sizes that are tried together, and the share of the promised gain that a step has to bring.
 STEP_SIZES = (0.5, 0.25, 2.0**-3, 2.0**-4, 2.0**-6, 2.0**-9, 2.0**-13, 2.0**-18)

@@ -230,6 +230,7 @@ class FlatAdam:
                 "compile=False, or convert the guide and the model to one."
             )
         self.sizes = [param.numel() for param in params]
+        self.shapes = [param.shape for param in params]
         factor_of = {
             id(param): factor
             for group, factor in zip(optimizer.groups, factors, strict=True)
@@ -308,4 +309,4 @@ class FlatAdam:
     def in_shape(self, flat: Tensor) -> list[Tensor]:
         """The parts of a flat tensor in the shapes of the parameters."""
         parts = flat.split_with_sizes(self.sizes)
-        return [part.view(param.shape) for part, param in zip(parts, self.params, strict=True)]
+        return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]

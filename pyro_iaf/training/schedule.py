@@ -172,8 +172,8 @@ class Rounds(Schedule):
         return round(math.log2(LAST_END / self.end))
 
     def num_left(self, step: int) -> int:
-        # Nobody knows how many rounds will follow; half a round is a cautious guess.
-        return self.end - step + (0 if self.is_last else self.end // 2)
+        # Nobody knows how many rounds will follow; most fits that go on do so for one at least.
+        return self.end - step + (0 if self.is_last else self.end)
 
     @property
     def _num_rising(self) -> int:
