@@ -89,7 +89,8 @@ class Replay(Backend):
         replayed = _replayed(fn, example)
 
         def run(tensors: list[Tensor]) -> Sequence[Tensor]:
-            with torch.jit.optimized_execution(False):  # otherwise the first runs are slow
+            # Unless it is told not to optimise, the first runs are slow.
+            with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
                 found: Sequence[Tensor] = replayed(*tensors)
             return found
 
