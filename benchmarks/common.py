@@ -52,8 +52,9 @@ def rows_of_fresh_processes(module, names, seeds, *options):
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 sys.exit(done.stderr)
-            rows.append(json.loads(done.stdout.splitlines()[-1]))
-            print(rows[-1], flush=True)
+            found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+            print(*found, sep="\n", flush=True)
+            rows += found
     return rows
 
 

@@ -68,7 +68,7 @@ class Backend:
 
         Example:
             >>> Replay().gain(1000, 400), Inductor().gain(1000, 400)
-            (2.8, -2.6)
+            (2.8, -2.2)
         """
         start, each = self.seconds_to_build
         by_operation, by_number = self.seconds_saved
@@ -115,7 +115,7 @@ class Inductor(Backend):
 
     name = "inductor"
     seconds_to_build = (3.0, 0.008)
-    seconds_saved = (9e-6, 0.4e-9)
+    seconds_saved = (10e-6, 0.4e-9)
 
     def is_available(self, device: torch.device) -> bool:
         return device.type != "cuda" and bool(shutil.which(os.environ.get("CXX", "g++")))
