@@ -86,6 +86,7 @@ class Diagnosis:
         searched: How modes were searched, or why not, in words; empty if nobody asked for it.
         peaks: Peaks that the guide's draws lead to and between which the density falls, the highest
             first: points in unconstrained space, of shape ``(J, D)``; None if there was no search.
+        is_sure: Whether a search, where one was asked for, could tell of modes.
 
     Example:
         >>> def model():
@@ -112,6 +113,7 @@ class Diagnosis:
     modes: Sequence[Mode] = ()
     searched: str = ""
     peaks: Tensor | None = field(default=None, repr=False)
+    is_sure: bool = True
 
     @property
     def share_missed(self) -> float:
@@ -174,7 +176,7 @@ class Diagnosis:
             and bool(self.log_weights.isfinite().all())
         )
         is_tight = khat < min(GOOD_KHAT, self.threshold) or self.hardly_differ
-        if is_close and is_tight and not self._misses_a_small_mode:
+        if is_close and is_tight and self.is_sure and not self._misses_a_small_mode:
             return "good"
         has_most = is_close and self.ess >= MOST * len(self.log_weights)
         is_usable = khat < self.threshold or self.hardly_differ or has_most
@@ -238,6 +240,11 @@ class Diagnosis:
             return (
                 f"Usable: about {self.share_missed:.0%} of the posterior's mass is elsewhere. It "
                 "changes a mean or spread, and resampling can't repair that."
+            )
+        if verdict == "usable" and replace(self, is_sure=True).verdict == "good":
+            return (
+                "Usable: the guide is close to the posterior around its draws. Whether there are "
+                "other modes is not known."
             )
         if verdict == "usable":
             fault = "the guide misses a part of the posterior"
@@ -386,11 +393,13 @@ def conclude(
     draws = particles.weighted(num_samples)
     found = judged(particles, draws)
     if num_evaluations is not None and not (found.is_point or found.improper):
-        found.modes, found.searched, found.peaks = search_modes(particles, draws, num_evaluations)
+        search = search_modes(particles, draws, num_evaluations)
+        found.modes, found.searched, found.peaks, found.is_sure = search
     is_cheap = MORE * num_samples * particles.num_numbers <= MOST_NUMBERS
     if not found.is_decided and is_cheap and particles.at_once and not particles.subsampled:
         more = judge(particles, MORE * num_samples)
-        found = replace(more, modes=found.modes, searched=found.searched, peaks=found.peaks)
+        kept = {key: getattr(found, key) for key in ("modes", "searched", "peaks", "is_sure")}
+        found = replace(more, **kept)
     found.wavers = not found.is_decided
     return found
 

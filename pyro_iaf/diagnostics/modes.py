@@ -1,14 +1,7 @@
-r"""A search for modes that a guide misses.
+"""A search for modes that a guide misses.
 
-From many points at once the log joint density is climbed. Around each end where the guide
-:math:`q_0` has too little mass, the curvature gives a normal. Draws of the guide and of these
-normals :math:`q_1, \ldots, q_K` are weighted together by the balance heuristic,
-
-.. math::
-    w(z) = \frac{p(x, z)}{\sum_k \alpha_k q_k(z)}, \qquad
-    \text{share missed} = \frac{\sum w(z) \, [q_0(z) < p(z \mid x) / 10]}{\sum w(z)} .
-
-(Veach and Guibas 1995; Owen and Zhou 2000)
+From many points at once the log joint density is climbed. Around each end where the guide has too
+little mass, the curvature gives a normal, by which :mod:`~pyro_iaf.diagnostics.shares` weighs it.
 """
 
 from __future__ import annotations
@@ -31,12 +24,13 @@ from ..importance import MAX_ROUNDING, rounding_message
 from ..models.guide_density import Unscorable, guide_log_prob
 from ..models.particles import threads_for
 from ..models.weighted import Draws, WeightedParticles
+from .shares import MISSED, Carried, Peak, Share, Shares
 
 __all__ = ["Mode", "Search", "search_modes"]
 
 
 class _Numbers(NamedTuple):
-    """How many starts there are of each kind, draws of each normal, and normals."""
+    """How many starts there are of each kind, draws of each normal, normals, and carried draws."""
 
     own: int
     widened: int
@@ -45,6 +39,7 @@ class _Numbers(NamedTuple):
     permuted: int
     draws_of_normal: int
     normals: int
+    carried: int
 
     @property
     def starts(self) -> int:
@@ -64,8 +59,8 @@ NUM_A_CLIMB = 40
 CHEAP = 2**23
 
 # If the model runs for many draws at once, or for one at a time.
-AT_ONCE = _Numbers(12, 24, 48, 36, 12, draws_of_normal=100, normals=16)
-ALONE = _Numbers(3, 3, 4, 6, 2, draws_of_normal=20, normals=4)
+AT_ONCE = _Numbers(12, 24, 48, 36, 12, draws_of_normal=100, normals=16, carried=4)
+ALONE = _Numbers(3, 3, 4, 6, 2, draws_of_normal=20, normals=4, carried=1)
 
 # Draws of the prior whose median is the centre about which signs are changed.
 NUM_PRIOR = 256
@@ -73,14 +68,8 @@ NUM_PRIOR = 256
 # The factors by which draws of the guide are widened.
 WIDER = (2.0, 4.0)
 
-# The factors of the normals' scales, as a mode may be wider than its peak says.
-SCALES_OF_NORMAL = (1.0, 2.5)
-
 # Values at two peaks are the same if they differ by less, absolutely or relatively.
 SAME_VALUE_TO = 0.02
-
-# The guide misses a point where its density is below this share of the posterior's.
-MISSED = 0.1
 
 # The most latents for which ends are weighed, and the most second derivatives for that.
 MOST_LATENTS, MOST_GRADIENTS = 400, 2000
@@ -97,6 +86,9 @@ OWN_SHARE = 0.5
 # An end is a peak if, after so many steps of Newton's method of these sizes, a further one brings
 # less, in nats.
 NUM_NEWTON, SIZES, SMALL_GAIN = 5, (1.0, 0.5, 0.25, 0.1, 0.01), 0.02
+
+# The steps of differences of gradients, in scales of the guide.
+DIFFERENCE = 1e-2
 
 # The density of the guide at so many of its draws is compared with that of its sites.
 NUM_COMPARED = 8
@@ -156,11 +148,13 @@ class Search(NamedTuple):
         summary: How it went, or why there was none, in words.
         peaks: Where climbs from the guide's own draws ended, the highest first: points in
             unconstrained space, of shape ``(J, D)``, between which the density falls; or None.
+        is_sure: Whether it could tell of modes: climbs ended, and all that matters was weighed.
     """
 
     modes: list[Mode]
     summary: str
     peaks: Tensor | None = None
+    is_sure: bool = False
 
 
 class _Start(NamedTuple):
@@ -202,27 +196,6 @@ def search_modes(particles: WeightedParticles, draws: Draws, num_evaluations: fl
     return Search([], f"not searched for other modes, as {reason}")
 
 
-class _Peak(NamedTuple):
-    """A peak, with the covariance that its curvature gives.
-
-    Attributes:
-        z: Where it is.
-        covariance: The covariance.
-        climb: The climb that led there.
-        is_own: Whether the guide's own draws lead there.
-    """
-
-    z: Tensor
-    covariance: Dense
-    climb: int
-    is_own: bool
-
-    def normal(self, wider: float) -> MultivariateNormal:
-        """The normal around it, wider by a factor."""
-        root = wider * self.covariance.root
-        return MultivariateNormal(self.z, scale_tril=root, validate_args=False)
-
-
 class _Searcher:
     """A search, from draws of a guide and their weights."""
 
@@ -239,6 +212,7 @@ class _Searcher:
         low, self.loc, high = (ordered[int(share * num)] for share in (0.16, 0.5, 0.84))
         scale = (high - low) / 2
         self.scale = scale.where(scale.isfinite() & (scale > 0), 1.0)
+        self.centre = torch.zeros_like(self.loc)
 
     def search(self, num_evaluations: float) -> Search:
         starts = [start for start in self._starts() if start.point.isfinite().all()]
@@ -259,13 +233,19 @@ class _Searcher:
         most = max(1, min(self.numbers.normals, MOST_GRADIENTS // len(self.loc)))
         peaks = self._peaks(climbs, own[:MOST_OWN], others[:most]) if others else []
         if all(peak.is_own for peak in peaks):
-            return Search([], summary, reached)
-        modes = []
-        for (share, error), peak in zip(self._shares(peaks), peaks, strict=True):
-            if share >= SMALLEST and not peak.is_own:
+            return Search([], summary, reached, is_sure=True)
+        modes, num_unsure = [], 0
+        for (share, error, is_sure), peak in zip(self._shares(peaks), peaks, strict=True):
+            if peak.is_own:
+                continue
+            num_unsure += not is_sure
+            if share >= SMALLEST:
                 sites, reached_from = self.joint.sites_at(peak.z), starts[peak.climb].reached
                 modes.append(Mode(share, error, sites, reached_from, self._change(share, peak.z)))
-        return Search(sorted(modes, key=lambda mode: -mode.share), summary, reached)
+        if num_unsure:
+            summary += f"; how much mass {num_unsure} elsewhere hold is not known"
+        modes.sort(key=lambda mode: -mode.share)
+        return Search(modes, summary, reached, is_sure=not num_unsure)
 
     # Where to start
 
@@ -283,11 +263,12 @@ class _Searcher:
         prior = self.joint.prior_draws(num_prior).to(self.z)
         for point in prior[: numbers.prior]:
             yield _Start(point, "a draw of the prior")
-        centre = prior.median(0).values if len(prior) else torch.zeros_like(self.loc)
+        if len(prior):
+            self.centre = prior.median(0).values
         for group in self._groups():
             point = next(some)
             flipped = point.clone()
-            flipped[group] = (2 * centre - point)[group]
+            flipped[group] = (2 * self.centre - point)[group]
             yield _Start(flipped, "a draw of the guide with signs changed")
         sizes = {n for draws in self.sites.values() for n in draws.shape[1:] if n > 1}
         for size in sizes:
@@ -301,13 +282,15 @@ class _Searcher:
         return self.joint.unconstrained({n: value.unsqueeze(0) for n, value in sites.items()})[0]
 
     def _groups(self) -> Sequence[Tensor]:
-        """Latents whose signs are changed together: all, each site, each one; or at random."""
+        """Latents whose signs are changed together: all, each site; each one, or at random."""
         D, num = len(self.loc), self.numbers.flipped
         everything = torch.arange(D, device=self.z.device)
-        groups = [everything, *everything.split(self.joint.sizes_of_sites), *everything.split(1)]
+        sites = [everything, *everything.split(self.joint.sizes_of_sites)]
+        groups = [*sites, *everything.split(1)]
         if len(groups) <= num:
             return list(itertools.islice(itertools.cycle(groups), num))
-        return [everything, *(torch.rand(num - 1, D, device=self.z.device) < 0.5)]
+        sites = sites[: num // 2]
+        return [*sites, *(torch.rand(num - len(sites), D, device=self.z.device) < 0.5)]
 
     # What is missed
 
@@ -354,7 +337,7 @@ class _Searcher:
             reach = (reach @ reach).clamp(max=1.0)
         return (reach > 0) & ~torch.eye(K, dtype=torch.bool, device=z.device)
 
-    def _peaks(self, climbs: Climbs, own: list[int], others: list[int]) -> list[_Peak]:
+    def _peaks(self, climbs: Climbs, own: list[int], others: list[int]) -> list[Peak]:
         """The peaks at these ends, less those that turn out to be another one's."""
         tried = [self._peak(climbs.z[k], k, k in own) for k in [*own, *others]]
         peaks = [peak for peak in tried if peak is not None]
@@ -363,12 +346,12 @@ class _Searcher:
         joined = self._are_joined(torch.stack([peak.z for peak in peaks])).tolist()
         return [p for j, p in enumerate(peaks) if p.is_own or not any(joined[j][:j])]
 
-    def _peak(self, z: Tensor, k: int, is_own: bool) -> _Peak | None:
+    def _peak(self, z: Tensor, k: int, is_own: bool) -> Peak | None:
         """The peak next to the end of a climb, if there is one, by Newton's method."""
         sizes = torch.tensor(SIZES).to(z).unsqueeze(-1)
         for _ in range(NUM_NEWTON):
             value, slope = self.joint.gradient(z.unsqueeze(0))
-            hessian = self.joint.hessian(z.unsqueeze(0))[0]
+            hessian = self._hessian(z)
             if not (hessian.isfinite().all() and slope.isfinite().all()):
                 return None
             covariance = Dense.of_precision(-hessian, partial(reach_of, self.density, z))
@@ -376,41 +359,32 @@ class _Searcher:
             values = self.joint(points)
             if not values.max() > value + SMALL_GAIN:
                 root = narrowed(self.density, z, covariance.root)
-                return _Peak(z, Dense(root.to(z)), k, is_own)
+                return Peak(z, Dense(root.to(z)), k, is_own)
             z = points[values.argmax()]
         return None
 
-    def _shares(self, peaks: Sequence[_Peak]) -> list[tuple[float, float]]:
-        """The shares of the mass that the guide misses around peaks, and their standard errors.
+    def _hessian(self, z: Tensor) -> Tensor:
+        """Second derivatives, by differences if the model can be differentiated only once."""
+        try:
+            return self.joint.hessian(z.unsqueeze(0))[0]
+        except (NotImplementedError, RuntimeError):
+            steps = (DIFFERENCE * self.scale).diag()
+            above, below = (self.joint.gradient(z + step)[1] for step in (steps, -steps))
+            hessian = (above - below) / (2 * DIFFERENCE * self.scale).unsqueeze(-1)
+            return (hessian + hessian.mT) / 2
 
-        A missed draw counts for the peak whose normal has the highest density there, which may be
-        the guide's own.
-        """
-        num = self.numbers.draws_of_normal
-        normals = [peak.normal(wider) for wider in SCALES_OF_NORMAL for peak in peaks]
-        tried = torch.cat([normal.sample((num,)) for normal in normals])
-        z = torch.cat([self.z, tried])
-        log_p = torch.cat([self.log_p, self.joint(tried)])
+    def _shares(self, peaks: Sequence[Peak]) -> list[Share]:
+        """The shares of the mass that the guide misses around peaks."""
         # A draw without a density has no weight, whatever the guide's density is there.
         known = (self.log_p - self.log_weights).nan_to_num(0.0, 0.0, 0.0)
-        of_guide = torch.cat([known, self._log_q(tried)])
-        of_normals = torch.stack([normal.log_prob(z) for normal in normals])
-        counts = torch.tensor([len(self.z), *[num] * len(normals)]).to(z)
-        parts = torch.cat([of_guide.unsqueeze(0), of_normals])
-        log_mixture = (parts + (counts / counts.sum()).log().unsqueeze(-1)).logsumexp(0)
-        log_ratio = (log_p - log_mixture).nan_to_num(-math.inf, -math.inf, -math.inf)
-        log_evidence = log_ratio.logsumexp(0) - math.log(len(z))
-        is_missed = of_guide + log_evidence < log_p + math.log(MISSED)
-        # The guide's own draws are around here, also where no climb of its own has ended.
         bulk = MultivariateNormal(self.loc, scale_tril=self.scale.diag(), validate_args=False)
-        is_near = torch.cat([of_normals, bulk.log_prob(z).unsqueeze(0)]).argmax(0)
-        weights, found = log_ratio.softmax(0), []
-        for k in range(len(peaks)):
-            is_part = (is_missed & (is_near % len(peaks) == k) & (is_near < len(normals))).to(z)
-            share = (weights * is_part).sum()
-            error = (weights * (is_part - share)).square().sum().sqrt()
-            found.append((share.item(), error.item()))
-        return found
+        shares = Shares(self.joint, self._log_q, self.z, self.log_p, known, bulk)
+        own = [peak.z for peak in peaks if peak.is_own] or [self.loc]
+        missed = [k for k, peak in enumerate(peaks) if not peak.is_own][: self.numbers.carried]
+        more = self.centre, self.scale, self.joint.sizes_of_sites
+        maps = {k: [m for z in own for m in Carried.between(z, peaks[k].z, *more)] for k in missed}
+        carried = {k: shares.best(found) for k, found in maps.items()}
+        return shares.of(peaks, carried, self.numbers.draws_of_normal)
 
     def _change(self, share: float, z: Tensor) -> float:
         """The most that a point with a share changes means and spreads of the guide."""

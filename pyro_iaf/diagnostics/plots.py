@@ -79,7 +79,7 @@ def plot_pairs(
 
     Raises:
         ImportError: If Matplotlib is not installed.
-        ValueError: If ``draws`` or ``reference`` lacks a site.
+        ValueError: If ``draws``, ``reference`` or ``modes`` lack a site.
 
     Example:
         >>> figure = plot_pairs({"z": torch.randn(100, 2)}, {"z": torch.randn(50, 2)})
@@ -88,7 +88,8 @@ def plot_pairs(
     """
     plt = _pyplot()
     names = list(draws) if sites is None else list(sites)
-    for given, what in ((draws, "draws"), (reference, "reference")):
+    of_modes = modes[0].sites if modes else None
+    for given, what in ((draws, "draws"), (reference, "reference"), (of_modes, "modes")):
         missing = [] if given is None else [name for name in names if name not in given]
         if missing:
             raise ValueError(

@@ -12,7 +12,7 @@ from pyro.infer.autoguide import AutoDelta, AutoNormal, AutoStructured
 from torch.testing import assert_close
 
 from pyro_iaf import AutoHierarchicalIAF, AutoIAF, diagnose, fit
-from pyro_iaf.diagnostics import modes
+from pyro_iaf.diagnostics import modes, shares
 from pyro_iaf.diagnostics.modes import Mode, search_modes
 from pyro_iaf.models.log_joint import LogJoint
 from pyro_iaf.models.weighted import WeightedParticles
@@ -50,6 +50,65 @@ def searched(model, guide, *args, num_evaluations=2000):
 
 
 # What is found
+
+
+def factors(scale=0.2):
+    """Data that are a product of a loading and factors: either sign of both is as likely."""
+    torch.manual_seed(0)
+    w, f = torch.tensor([1.0, -1.5]), torch.randn(24)
+    y = w.unsqueeze(-1) * f + scale * torch.randn(2, 24)
+
+    def model():
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(2), 2.0).to_event(1))
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 2.0).to_event(1))
+        f = pyro.sample("f", dist.Normal(torch.zeros(24), 1.0).to_event(1))
+        mean = mu.unsqueeze(-1) + w.unsqueeze(-1) * f.unsqueeze(-2)
+        pyro.sample("y", dist.Normal(mean, scale).to_event(2), obs=y)
+
+    return model
+
+
+def test_a_mode_that_differs_by_signs_is_weighed_in_many_skewed_dimensions():
+    model = factors()
+    guide = AutoIAF(model, num_components=1)
+    fit(model, guide, num_steps=300, progress=False, seed=0)
+    found = diagnose(model, guide)
+    assert found.share_missed == pytest.approx(0.5, abs=0.05)
+    assert found.verdict == "modes missing"
+    assert "signs" in found.modes[0].reached or "prior" in found.modes[0].reached
+
+
+def test_a_peak_whose_mass_is_not_known_forbids_good(monkeypatch):
+    monkeypatch.setattr(shares, "UNSURE", 0.0)
+    found = searched(two_modes((0.5, 0.5)), guide_at(0))
+    assert not found.is_sure
+    assert "how much mass 1 elsewhere hold is not known" in found.summary
+
+
+def test_a_model_that_can_be_differentiated_once_is_searched():
+    def model():
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 2.0).to_event(1))
+        away = torch.cdist(z.unsqueeze(-2), torch.tensor([[2.0, 2.0], [-2.0, -2.0]])).squeeze(-2)
+        pyro.factor("target", (-8 * away.square()).logsumexp(-1))
+
+    found = searched(
+        model, lambda: pyro.sample("z", dist.Normal(torch.ones(2) * 1.94, 0.25).to_event(1))
+    )
+    assert sum(mode.share for mode in found.modes) == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize("num_sites", [2, 12])
+def test_all_sites_have_their_signs_changed_however_many_latents_there_are(num_sites):
+    def model():
+        for k in range(num_sites):
+            pyro.sample(f"x_{k}", dist.Normal(torch.zeros(10), 1.0).to_event(1))
+
+    particles = WeightedParticles(model, AutoNormal(model), (), {})
+    searcher = modes._Searcher(particles, particles.weighted(100), modes.AT_ONCE)
+    groups = [group.tolist() for group in searcher._groups()]
+    assert len(groups) == modes.AT_ONCE.flipped
+    for k in range(num_sites):
+        assert list(range(10 * k, 10 * k + 10)) in groups
 
 
 @pytest.mark.parametrize("k", [0, 1])
@@ -358,7 +417,9 @@ def test_an_error_of_the_search_is_told_and_loses_nothing(monkeypatch):
     monkeypatch.setattr(modes, "climb", lambda *_: 1 / 0)
     found = diagnose(one_normal, AutoIAF(one_normal))
     assert "as the search ended in ZeroDivisionError: division by zero" in found.searched
-    assert found.verdict == "good"
+    assert found.verdict == "usable"
+    assert "Whether there are other modes is not known." in str(found)
+    assert diagnose(one_normal, AutoIAF(one_normal), search=False).verdict == "good"
 
 
 def test_rounding_hides_modes():

@@ -63,3 +63,10 @@ def test_without_matplotlib_the_way_to_get_it_is_told(plot, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     with pytest.raises(ImportError, match=r"pip install 'pyro_iaf\[plot\]'"):
         plot()
+
+
+def test_a_site_that_modes_lack_is_named():
+    mode = Mode(0.3, 0.01, {"z": torch.zeros(2)}, "a draw of the prior")
+    draws = {"z": torch.randn(50, 2), "twice": torch.randn(50, 2)}
+    with pytest.raises(ValueError, match="modes should have all sites to plot; site 'twice'"):
+        plot_pairs(draws, modes=[mode])
