@@ -243,6 +243,7 @@ def test_the_seconds_to_a_verdict_are_those_measured():
     seconds = math.ceil(10 * found["median seconds"]) / 10
     assert f"half took at most {seconds} s from the model" in told
     assert f"a small operation of PyTorch takes {found['median operation']:.1f} µs" in told
+    assert f"Of {found['fits']} fits none was called good" in told
 
 
 GUIDES = ["AutoIAF", "AutoIAFNormal", "AutoMultivariateNormal", "AutoNormal"]
