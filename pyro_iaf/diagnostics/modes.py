@@ -111,7 +111,7 @@ class Mode:
         sites: The values of the latents at its peak in unconstrained space, in the model's units.
         reached: What the climb began from, in words.
         change: The most that it moves a mean, in standard deviations of the guide, or the logarithm
-            of a standard deviation, over the latents in unconstrained space.
+            of a standard deviation, over the latents in their own units and in unconstrained space.
 
     Example:
         >>> mode = Mode(0.26, 0.01, {"x": torch.tensor([-3.0, 2.5])}, "a draw of the prior")
@@ -207,11 +207,7 @@ class _Searcher:
         self.sites, self.z = draws.sites, self.joint.unconstrained(draws.sites)
         self.density = Density(self.joint, self.z.dtype)
         self.log_p, self.log_weights = self.joint(self.z), draws.log_weights.to(self.z)
-        # Quantiles, as one draw may be far out. A latent that is constant has no scale.
-        ordered, num = self.z.sort(0).values, len(self.z)
-        low, self.loc, high = (ordered[int(share * num)] for share in (0.16, 0.5, 0.84))
-        scale = (high - low) / 2
-        self.scale = scale.where(scale.isfinite() & (scale > 0), 1.0)
+        self.loc, self.scale = _place(self.z)
         self.centre = torch.zeros_like(self.loc)
 
     def search(self, num_evaluations: float) -> Search:
@@ -241,7 +237,9 @@ class _Searcher:
             num_unsure += not is_sure
             if share >= SMALLEST:
                 sites, reached_from = self.joint.sites_at(peak.z), starts[peak.climb].reached
-                modes.append(Mode(share, error, sites, reached_from, self._change(share, peak.z)))
+                modes.append(
+                    Mode(share, error, sites, reached_from, self._change(share, peak.z, sites))
+                )
         if num_unsure:
             summary += f"; how much mass {num_unsure} elsewhere hold is not known"
         modes.sort(key=lambda mode: -mode.share)
@@ -386,11 +384,16 @@ class _Searcher:
         carried = {k: shares.best(found) for k, found in maps.items()}
         return shares.of(peaks, carried, self.numbers.draws_of_normal)
 
-    def _change(self, share: float, z: Tensor) -> float:
+    def _change(self, share: float, z: Tensor, sites: Mapping[str, Tensor]) -> float:
         """The most that a point with a share changes means and spreads of the guide."""
-        away = (z - self.loc).abs() / self.scale
-        of_spread = (1 - share + share * (1 - share) * away.square()).log() / 2
-        return torch.maximum(share * away, of_spread.abs()).max().item()
+        pairs = [(z, self.z), *((value, self.sites[name]) for name, value in sites.items())]
+        changes = []
+        for value, draws in pairs:
+            loc, scale = _place(draws)
+            away = (value.flatten() - loc).abs() / scale
+            of_spread = (1 - share + share * (1 - share) * away.square()).log() / 2
+            changes.append(torch.maximum(share * away, of_spread.abs()).max().item())
+        return max(changes)
 
     def _log_q(self, z: Tensor) -> Tensor:
         """The guide's log density; nothing where it can't be computed."""
@@ -404,6 +407,14 @@ class _Searcher:
         found = self._log_q(self.z[:NUM_COMPARED])
         if not torch.allclose(found[usable], known[usable], rtol=1e-3, atol=0.05):
             raise Unscorable("the guide's density can't be found from the model's latents")
+
+
+def _place(draws: Tensor) -> tuple[Tensor, Tensor]:
+    """Medians and scales of the columns, by quantiles, as one draw may be far out."""
+    ordered, num = draws.reshape(len(draws), -1).sort(0).values, len(draws)
+    low, loc, high = (ordered[int(share * num)] for share in (0.16, 0.5, 0.84))
+    scale = (high - low) / 2  # a latent that is constant has none
+    return loc, scale.where(scale.isfinite() & (scale > 0), 1.0)
 
 
 def _are_close(a: Tensor, b: Tensor) -> bool:

@@ -144,7 +144,7 @@ class Shares:
     def of(self, peaks: Sequence[Peak], carried: Mapping[int, Carried], num: int) -> list[Share]:
         """The shares around peaks, by so many draws of each proposal.
 
-        A missed draw counts for the peak whose proposal has the highest density there, which may be
+        A missed draw counts for the peak whose normal has the highest density there, which may be
         the guide's own.
 
         Args:
@@ -172,11 +172,14 @@ class Shares:
         log_ratio = (log_p - log_mixture).nan_to_num(-math.inf, -math.inf, -math.inf)
         log_evidence = log_ratio.logsumexp(0) - math.log(len(z))
         is_missed = of_guide + log_evidence < log_p + math.log(MISSED)
-        # The guide's own draws are around here, also where no climb of its own has ended.
+        # The guide's own draws are around here, also where no climb of its own has ended. What it
+        # misses here belongs to where its draws are carried.
         of_bulk = self.bulk.log_prob(z).unsqueeze(0)
-        nearest = torch.cat([of_normals, *of_carried, of_bulk]).argmax(0)
-        owners = [*(k for _ in SCALES_OF_NORMAL for k in range(len(peaks))), *carried, -1]
-        owner = torch.tensor(owners, device=z.device)[nearest]
+        nearest = torch.cat([of_normals, of_bulk]).argmax(0)
+        owner = torch.where(nearest < len(normals), nearest % len(peaks), -1)
+        if carried:
+            ends = torch.tensor(list(carried), device=z.device)[torch.cat(of_carried).argmax(0)]
+            owner = torch.where(owner < 0, ends, owner)
         weights, found = log_ratio.softmax(0), []
         for k, by_peak in enumerate(_masses(self.joint, peaks)):
             is_part = (is_missed & (owner == k)).to(z)
