@@ -10,18 +10,15 @@ and then.
 import argparse
 import json
 import statistics
-import sys
 import time
 import warnings
 from pathlib import Path
 
-import pyro
 import torch
 
 from benchmarks import models
-from benchmarks.common import rows_of_fresh_processes, save
+from benchmarks.common import rows_of_fresh_processes, save, timed_fit
 from benchmarks.posteriors import compare, load
-from pyro_iaf import AutoIAF, fit
 from pyro_iaf.models.weighted import WeightedParticles
 
 NUM_DRAWS = 30_000
@@ -43,13 +40,7 @@ def microseconds():
 
 def run(posterior, seed, is_again):
     """A row for one fit of a posterior, in this process."""
-    pyro.clear_param_store()
-    began = time.perf_counter()
-    guide = AutoIAF(posterior.model)
-    result = fit(posterior.model, guide, progress=False, seed=seed)
-    text = str(result)
-    seconds = time.perf_counter() - began
-    print(text, file=sys.stderr)
+    guide, result, seconds = timed_fit(posterior.model, seed)
     particles = WeightedParticles(posterior.model, guide, (), {})
     errors, ratios = compare(particles.weighted(NUM_DRAWS).sites, posterior.summary)
     mean_error, sd_error = max(errors), max(abs(ratio - 1) for ratio in ratios)

@@ -11,6 +11,8 @@ import time
 import pyro
 import torch
 
+from pyro_iaf import AutoIAF, fit
+
 RESULTS = pathlib.Path(__file__).parent / "results"
 
 
@@ -56,6 +58,18 @@ def rows_of_fresh_processes(module, names, seeds, *options):
             print(*found, sep="\n", flush=True)
             rows += found
     return rows
+
+
+def timed_fit(model, seed):
+    """A fit at the defaults: its guide, its result, and the seconds from model to printed words."""
+    pyro.clear_param_store()
+    began = time.perf_counter()
+    guide = AutoIAF(model)
+    result = fit(model, guide, progress=False, seed=seed)
+    text = str(result)
+    seconds = time.perf_counter() - began
+    print(text, file=sys.stderr)
+    return guide, result, seconds
 
 
 def describe(note, **more):

@@ -21,8 +21,6 @@ import functools
 import itertools
 import json
 import math
-import sys
-import time
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,8 +30,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 
-from benchmarks.common import rows_of_fresh_processes, save
-from pyro_iaf import AutoIAF, fit
+from benchmarks.common import rows_of_fresh_processes, save, timed_fit
 
 NUM_DRAWS = 40_000
 
@@ -363,12 +360,7 @@ def from_cases(folder):
 
 def run(posterior, seed):
     """A row for one posterior and seed, in this process."""
-    began = time.perf_counter()
-    guide = AutoIAF(posterior.model)
-    result = fit(posterior.model, guide, progress=False, seed=seed)
-    text = str(result)
-    seconds = time.perf_counter() - began
-    print(text, file=sys.stderr)
+    guide, result, seconds = timed_fit(posterior.model, seed)
     sites = guide.sample_posterior(NUM_DRAWS)
     number = posterior.mode_of(sites)
     expected = torch.tensor(posterior.shares, dtype=DOUBLE)

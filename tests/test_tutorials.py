@@ -17,7 +17,7 @@ from torch.testing import assert_close
 FOLDER = pathlib.Path(__file__).parent.parent / "tutorials"
 TUTORIALS = sorted(FOLDER.glob("*.py"))
 # Half a minute each, so CI has them come to their known answers.
-IN_EARNEST = {"03_quantiles_and_arviz", "05_many_data_sets"}
+IN_EARNEST = {"02_autoiaf", "03_quantiles_and_arviz", "05_many_data_sets"}
 
 
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)

@@ -43,7 +43,7 @@ class Backend:
 
     name: str
     seconds_to_build = (0.0, 0.0)
-    seconds_saved = (0.0, 0.0)
+    seconds_saved = (7e-6, 0.0)
     fewest_steps = 500
 
     def is_available(self, device: torch.device) -> bool:
@@ -80,7 +80,6 @@ class Replay(Backend):
     """Calls the operations one after the other, by PyTorch's interpreter of traced functions."""
 
     name = "graph"
-    seconds_saved = (7e-6, 0.0)
 
     def is_available(self, device: torch.device) -> bool:
         return True

@@ -30,7 +30,7 @@ __all__ = ["Mode", "Search", "search_modes"]
 
 
 class _Numbers(NamedTuple):
-    """How many starts there are of each kind, draws of each normal, normals, and carried draws."""
+    """How many starts there are of each kind, draws of a normal, normals, and carried copies."""
 
     own: int
     widened: int
@@ -386,10 +386,9 @@ class _Searcher:
 
     def _change(self, share: float, z: Tensor, sites: Mapping[str, Tensor]) -> float:
         """The most that a point with a share changes means and spreads of the guide."""
-        pairs = [(z, self.z), *((value, self.sites[name]) for name, value in sites.items())]
+        in_units = ((value, *_place(self.sites[name])) for name, value in sites.items())
         changes = []
-        for value, draws in pairs:
-            loc, scale = _place(draws)
+        for value, loc, scale in ((z, self.loc, self.scale), *in_units):
             away = (value.flatten() - loc).abs() / scale
             of_spread = (1 - share + share * (1 - share) * away.square()).log() / 2
             changes.append(torch.maximum(share * away, of_spread.abs()).max().item())
