@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -35,7 +34,8 @@ GOOD_KHAT, SMALL_GAP, SMALL_CHANGE = 0.5, 0.1, 0.1
 # Then k-hat, which is free of scale, says nothing.
 NEARLY_ALL, TINY_GAP = 0.95, 0.02
 
-# The mass that a guide may miss in modes elsewhere, as a share.
+# The mass that a guide may miss in modes elsewhere, or that it may have at other values than the
+# posterior, as a share.
 SMALL_SHARE = 0.05
 
 # By this factor the draws are multiplied where the standard error of k-hat leaves the verdict open.
@@ -73,6 +73,8 @@ class Diagnosis:
         log_weights: The log importance weights of all draws, in double precision.
         sites: For each site the largest change of a mean by weighting, in standard deviations of
             the guide, and the largest factor by which a standard deviation changes.
+        moved: For each site the largest share of the draws that weighting moves from one side of
+            some value to the other: the largest change of a latent's distribution function.
         subsampled: Whether the model subsamples data. Then the weights depend on it too.
         is_point: Whether all draws are equal, so that the weights carry no information.
         spread_khat: Shape of the tail of what draws add to the guide's variances and weighting
@@ -104,6 +106,7 @@ class Diagnosis:
     ess: float
     log_weights: Tensor = field(repr=False)
     sites: dict[str, tuple[float, float]]
+    moved: Mapping[str, float] = field(default_factory=dict)
     subsampled: bool = False
     is_point: bool = False
     spread_khat: float = 0.0
@@ -128,12 +131,21 @@ class Diagnosis:
     @property
     def worst_sites(self) -> list[str]:
         """The sites, sorted by how much weighting changes them; the largest change comes first."""
-        return sorted(self.sites, key=lambda name: -_size_of_change(*self.sites[name]))
+
+        def change(name: str) -> float:
+            return max(_size_of_change(*self.sites[name]), 2 * self.moved.get(name, 0.0))
+
+        return sorted(self.sites, key=change, reverse=True)
 
     @property
     def largest_change(self) -> float:
         """The largest change by weighting, of a mean in standard deviations or of a log one."""
         return max((_size_of_change(*change) for change in self.sites.values()), default=0.0)
+
+    @property
+    def share_moved(self) -> float:
+        """The largest share of the draws that weighting moves to other values of a latent."""
+        return max(self.moved.values(), default=0.0)
 
     @property
     def gap(self) -> float:
@@ -172,6 +184,7 @@ class Diagnosis:
         is_close = (
             self.gap < SMALL_GAP
             and self.largest_change < SMALL_CHANGE
+            and self.share_moved < SMALL_SHARE
             and self.spread_khat < NO_MEAN
             and bool(self.log_weights.isfinite().all())
         )
@@ -204,12 +217,14 @@ class Diagnosis:
             lines.append(f"  {lost} draws where the model has no finite density")
         for name in self.worst_sites[:3]:
             shift, factor = self.sites[name]
+            moved = self.moved.get(name, 0.0)
+            more = f", and moves {moved:.0%} of the draws" if moved >= SMALL_SHARE else ""
             lines.append(
                 f"  site '{name}': weighting moves a mean by {shift:.2f} sd, and multiplies a "
-                f"standard deviation by {factor:.2f}"
+                f"standard deviation by {factor:.2f}{more}"
             )
         lines += [f"  {mode}" for mode in self.modes[:3]]
-        if any(a.is_permuted(b) for a, b in itertools.combinations(self.modes, 2)):
+        if any(mode.is_relabelled for mode in self.modes):
             num_peaks = len(self.modes) + (0 if self.peaks is None else len(self.peaks))
             lines.append(
                 f"  There are {num_peaks} modes at least, some of which differ by the order of "
@@ -360,7 +375,8 @@ def judged(particles: WeightedParticles, draws: Draws) -> Diagnosis:
     weights = (log_w - largest).exp() if largest.isfinite() else torch.zeros_like(log_w)
     total, squares = weights.sum(), weights.square().sum()
     ess = (total.square() / squares).item() if squares > 0 else 0.0
-    changes, excess = _changes(draws.weights, draws.sites) if total > 0 else ({}, log_w.exp())
+    nothing: _Changes = ({}, {}, log_w.exp())
+    changes, moved, excess = _changes(draws.weights, draws.sites) if total > 0 else nothing
     return Diagnosis(
         khat=draws.khat,
         elbo=log_w.mean().item(),
@@ -370,6 +386,7 @@ def judged(particles: WeightedParticles, draws: Draws) -> Diagnosis:
         ess=ess,
         log_weights=log_w,
         sites=changes,
+        moved=moved,
         subsampled=particles.subsampled,
         is_point=S > 1 and all(bool((d == d[:1]).all()) for d in draws.sites.values()),
         spread_khat=pareto_k(excess.log()) if (excess > 0).sum() >= MIN_DRAWS else 0.0,
@@ -395,8 +412,11 @@ def conclude(
     if num_evaluations is not None and not (found.is_point or found.improper):
         search = search_modes(particles, draws, num_evaluations)
         found.modes, found.searched, found.peaks, found.is_sure = search
-    is_cheap = MORE * num_samples * particles.num_numbers <= MOST_NUMBERS
-    if not found.is_decided and is_cheap and particles.at_once and not particles.subsampled:
+    is_small = MORE * num_samples * particles.num_numbers <= MOST_NUMBERS
+    can_be_more = is_small and particles.at_once and not particles.subsampled
+    # Of weights that hardly differ, few draws show a longer tail than there is.
+    has_odd_tail = found.hardly_differ and found.khat >= GOOD_KHAT and found.verdict != "none"
+    if can_be_more and (has_odd_tail or not found.is_decided):
         more = judge(particles, MORE * num_samples)
         kept = {key: getattr(found, key) for key in ("modes", "searched", "peaks", "is_sure")}
         found = replace(more, **kept)
@@ -404,15 +424,18 @@ def conclude(
     return found
 
 
-def _changes(
-    weights: Tensor, sites: Mapping[str, Tensor]
-) -> tuple[dict[str, tuple[float, float]], Tensor]:
+_Changes = tuple[dict[str, tuple[float, float]], dict[str, float], Tensor]
+
+
+def _changes(weights: Tensor, sites: Mapping[str, Tensor]) -> _Changes:
     """What weighting changes.
 
-    For each site the largest shift of a mean and factor of a standard deviation; and for each draw
-    what it adds to a variance, in units of the weighted one, and weighting takes away.
+    For each site the largest shift of a mean and factor of a standard deviation; the largest change
+    of a distribution function; and for each draw what it adds to a variance, in units of the
+    weighted one, and weighting takes away.
     """
-    changes, largest = {}, torch.zeros_like(weights)
+    changes, moved, largest = {}, {}, torch.zeros_like(weights)
+    more = weights - 1 / len(weights)
     for name, draws in sites.items():
         if not draws.is_floating_point():
             continue
@@ -426,11 +449,13 @@ def _changes(
         factors = (weighted_sd / sd).where(~constant, 1)
         furthest = factors[factors.clamp(min=1e-9).log().abs().argmax()].item()
         changes[name] = (shift, furthest)
+        rises = more[flat.mT.argsort(-1)].cumsum(-1).abs().amax(-1)
+        moved[name] = rises.where(~constant, 0).max().item()
         relative = (squares / weighted_sd.square()).where(~constant, 0).amax(-1)
         largest = largest.maximum(relative.nan_to_num(0.0, math.inf))
     excess = 1 - len(weights) * weights
     # Rounding is no excess.
-    return changes, largest * excess.where(excess > SMALL_EXCESS, 0)
+    return changes, moved, largest * excess.where(excess > SMALL_EXCESS, 0)
 
 
 def _size_of_change(shift: float, factor: float) -> float:

@@ -68,7 +68,7 @@ NUM_PRIOR = 256
 # The factors by which draws of the guide are widened.
 WIDER = (2.0, 4.0)
 
-# Values at two peaks are the same if they differ by less, absolutely or relatively.
+# Values at two peaks are the same if they differ by less, as a share of them and of the spread.
 SAME_VALUE_TO = 0.02
 
 # The most latents for which ends are weighed, and the most second derivatives for that.
@@ -112,11 +112,13 @@ class Mode:
         reached: What the climb began from, in words.
         change: The most that it moves a mean, in standard deviations of the guide, or the logarithm
             of a standard deviation, over the latents in their own units and in unconstrained space.
+        is_relabelled: Whether it is another mode, or a peak of the guide, but for the order of
+            entries, as of labels.
 
     Example:
         >>> mode = Mode(0.26, 0.01, {"x": torch.tensor([-3.0, 2.5])}, "a draw of the prior")
         >>> print(mode)
-        26% +/- 1% of the mass near x = (-3, 2.5)
+        26% +/- 1% of the mass near x = (-3, 2.5), reached from a draw of the prior
     """
 
     share: float
@@ -124,20 +126,16 @@ class Mode:
     sites: dict[str, Tensor]
     reached: str
     change: float = 0.0
+    is_relabelled: bool = False
 
     def moves(self, change: float) -> bool:
         """Whether it changes a mean or spread by more than this, as far as its error allows."""
         return self.change > change and self.share > NUM_ERRORS * self.share_se
 
-    def is_permuted(self, other: Mode) -> bool:
-        """Whether two modes are the same but for the order of entries, as of labels."""
-        pairs = [(value, other.sites[name]) for name, value in self.sites.items()]
-        alike = (_are_close(a.flatten().sort().values, b.flatten().sort().values) for a, b in pairs)
-        return all(alike) and not all(_are_close(a, b) for a, b in pairs)
-
     def __str__(self) -> str:
         places = ", ".join(f"{name} = {_in_words(value)}" for name, value in self.sites.items())
-        return f"{self.share:.0%} +/- {self.share_se:.0%} of the mass near {places}"
+        share = f"{self.share:.0%} +/- {self.share_se:.0%}"
+        return f"{share} of the mass near {places}, reached from {self.reached}"
 
 
 class Search(NamedTuple):
@@ -243,6 +241,9 @@ class _Searcher:
         if num_unsure:
             summary += f"; how much mass {num_unsure} elsewhere hold is not known"
         modes.sort(key=lambda mode: -mode.share)
+        places = [mode.sites for mode in modes] + [self.joint.sites_at(z) for z in reached]
+        for mode in modes:
+            mode.is_relabelled = any(self._are_permuted(mode.sites, other) for other in places)
         return Search(modes, summary, reached, is_sure=not num_unsure)
 
     # Where to start
@@ -394,6 +395,18 @@ class _Searcher:
             changes.append(torch.maximum(share * away, of_spread.abs()).max().item())
         return max(changes)
 
+    def _are_permuted(self, some: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+        """Whether two points are the same but for the order of entries within sites."""
+        is_moved = False
+        for name, value in some.items():
+            pair = torch.stack([value.flatten(), other[name].flatten()])
+            tolerance = SAME_VALUE_TO * (self.sites[name].std() + pair.abs().amax())
+            first, second = pair.sort(-1).values
+            if ((first - second).abs() > tolerance).any():
+                return False
+            is_moved |= bool(((pair[0] - pair[1]).abs() > tolerance).any())
+        return is_moved
+
     def _log_q(self, z: Tensor) -> Tensor:
         """The guide's log density; nothing where it can't be computed."""
         found = guide_log_prob(self.particles, self.joint, z).to(z)
@@ -414,11 +427,6 @@ def _place(draws: Tensor) -> tuple[Tensor, Tensor]:
     low, loc, high = (ordered[int(share * num)] for share in (0.16, 0.5, 0.84))
     scale = (high - low) / 2  # a latent that is constant has none
     return loc, scale.where(scale.isfinite() & (scale > 0), 1.0)
-
-
-def _are_close(a: Tensor, b: Tensor) -> bool:
-    """Whether two values are the same up to the accuracy of climbs."""
-    return torch.allclose(a, b, rtol=SAME_VALUE_TO, atol=SAME_VALUE_TO)
 
 
 def _permuted(value: Tensor, order: Tensor) -> Tensor:

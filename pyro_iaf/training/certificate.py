@@ -27,8 +27,8 @@ from ..models.weighted import WeightedParticles
 __all__ = ["Certificate", "can_judge", "missing_modes", "particles_or_none", "shared_peaks"]
 
 # Training ends where weighting moves means by less, in standard deviations, and standard deviations
-# by less, in their logarithms.
-UNSEEN_CHANGE = 0.05
+# by less, in their logarithms; and moves less of the draws from one side of a value to the other.
+UNSEEN_CHANGE, UNSEEN_SHARE = 0.05, 0.03
 
 # The ELBO is known where its standard error is below so many nats, or such a share of the gap.
 KNOWN_TO, KNOWN_TO_SHARE = 0.05, 0.25
@@ -95,6 +95,11 @@ def shared_peaks(guide: Any, found: Diagnosis) -> list[Tensor]:
     return peaks
 
 
+def _changes_nothing(found: Diagnosis) -> bool:
+    """Whether weighting changes nothing that a user sees."""
+    return found.largest_change < UNSEEN_CHANGE and found.share_moved < UNSEEN_SHARE
+
+
 class Certificate:
     """Looks at a guide after each round of training, and says when to stop, and why.
 
@@ -128,13 +133,13 @@ class Certificate:
         num_draws = self._num_draws(step)
         found = judge(self.particles, num_draws)
         gap = found.gap
-        if found.khat >= GOOD_KHAT and found.largest_change < UNSEEN_CHANGE:
+        if found.khat >= GOOD_KHAT and _changes_nothing(found):
             self.adjust_tails()
             found = judge(self.particles, num_draws)
         self.elbos.append((found.elbo, found.elbo_se))
         is_long = len(self.elbos) >= FEWEST_LOOKS
         is_good = found.verdict == "good" or (found.hardly_differ and is_long)
-        if is_good and found.largest_change < UNSEEN_CHANGE:
+        if is_good and _changes_nothing(found):
             self.reason = UNCHANGED
         elif self._has_settled(gap):
             self.reason = "the ELBO no longer rises"

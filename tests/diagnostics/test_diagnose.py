@@ -141,6 +141,42 @@ def test_where_weights_hardly_move_anything_a_tail_is_no_reason_for_distrust():
     assert far.verdict == "not to be trusted"
 
 
+def three_normals(shares):
+    normals = dist.Normal(torch.tensor([-4.0, 0.0, 4.0]), 1.0)
+    return dist.MixtureSameFamily(dist.Categorical(torch.tensor(shares)), normals)
+
+
+def test_shares_that_are_off_are_not_good_although_means_and_spreads_are_right():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 5.0))
+        prior = dist.Normal(0.0, 5.0).log_prob(z)
+        pyro.factor("target", three_normals([0.25, 0.5, 0.25]).log_prob(z) - prior)
+
+    found = diagnose(model, lambda: pyro.sample("z", three_normals([0.31, 0.38, 0.31])))
+    assert found.khat < 0.5
+    assert found.largest_change < 0.1
+    assert found.moved["z"] == pytest.approx(0.06, abs=0.02)
+    assert found.verdict == "usable"
+    assert "and moves 6% of the draws" in str(found) or "and moves 5% of the draws" in str(found)
+    right = diagnose(model, lambda: pyro.sample("z", three_normals([0.25, 0.5, 0.25])))
+    assert right.share_moved < 0.01
+
+
+def test_more_draws_tell_the_tail_of_weights_that_hardly_differ():
+    def model():
+        pyro.sample("u", dist.Normal(0.0, 1.0))
+        standard()
+
+    def guide():
+        u = pyro.sample("u", dist.Normal(0.0, 1.0))
+        pyro.sample("z", dist.Normal(0.0, torch.where(u > 2.3, 0.8, 1.0 - 0.001 * u.tanh())))
+
+    found = diagnose(model, guide)
+    assert found.hardly_differ
+    assert len(found.log_weights) == 32_000
+    assert len(diagnose(one_latent, normal_guide(scale=1.02 * SD)).log_weights) == 4000
+
+
 def test_few_draws_far_out_make_tails_too_heavy():
     # One draw in fifty is of a distribution without a variance, so the guide has none either.
     far = dist.StudentT(torch.tensor([200.0, 1.0]), MEAN, torch.tensor([SD, 2 * SD]))
