@@ -225,11 +225,13 @@ class _Searcher:
             many = f"{len(others)} elsewhere were not weighed, for more than {MOST_LATENTS} latents"
             return Search([], f"{summary}; {many}", reached)
         most = max(1, min(self.numbers.normals, MOST_GRADIENTS // len(self.loc)))
-        peaks = self._peaks(climbs, own[:MOST_OWN], others[:most]) if others else []
-        if all(peak.is_own for peak in peaks):
+        if not others:
             return Search([], summary, reached, is_sure=True)
-        modes, num_unsure = [], 0
-        for (share, error, is_sure), peak in zip(self._shares(peaks), peaks, strict=True):
+        peaks, num_failed = self._peaks(climbs, own[:MOST_OWN], others[:most])
+        modes: list[Mode] = []
+        num_unsure = num_failed + len(others[most:])
+        shares = self._shares(peaks) if peaks else []
+        for (share, error, is_sure), peak in zip(shares, peaks, strict=True):
             if peak.is_own:
                 continue
             num_unsure += not is_sure
@@ -336,14 +338,18 @@ class _Searcher:
             reach = (reach @ reach).clamp(max=1.0)
         return (reach > 0) & ~torch.eye(K, dtype=torch.bool, device=z.device)
 
-    def _peaks(self, climbs: Climbs, own: list[int], others: list[int]) -> list[Peak]:
-        """The peaks at these ends, less those that turn out to be another one's."""
-        tried = [self._peak(climbs.z[k], k, k in own) for k in [*own, *others]]
-        peaks = [peak for peak in tried if peak is not None]
-        if not peaks:
-            return []
+    def _peaks(self, climbs: Climbs, own: list[int], others: list[int]) -> tuple[list[Peak], int]:
+        """The peaks at these ends, if there is one that the guide misses.
+
+        Also the number of ends elsewhere next to which Newton's method finds none.
+        """
+        tried = {k: self._peak(climbs.z[k], k, k in own) for k in [*own, *others]}
+        num_failed = sum(tried[k] is None for k in others)
+        if num_failed == len(others):
+            return [], num_failed
+        peaks = [peak for peak in tried.values() if peak is not None]
         joined = self._are_joined(torch.stack([peak.z for peak in peaks])).tolist()
-        return [p for j, p in enumerate(peaks) if p.is_own or not any(joined[j][:j])]
+        return [p for j, p in enumerate(peaks) if p.is_own or not any(joined[j][:j])], num_failed
 
     def _peak(self, z: Tensor, k: int, is_own: bool) -> Peak | None:
         """The peak next to the end of a climb, if there is one, by Newton's method."""

@@ -85,6 +85,16 @@ def test_a_peak_whose_mass_is_not_known_forbids_good(monkeypatch):
     assert "how much mass 1 elsewhere hold is not known" in found.summary
 
 
+def test_where_no_climb_ends_nothing_is_known():
+    def uphill():
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.factor("up", 2 * z.square().sum(-1))
+
+    found = searched(uphill, lambda: pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1)))
+    assert not found.is_sure
+    assert "none ended, so nothing is known of other modes" in found.summary
+
+
 def test_a_model_that_can_be_differentiated_once_is_searched():
     def model():
         z = pyro.sample("z", dist.Normal(torch.zeros(2), 2.0).to_event(1))
@@ -479,6 +489,22 @@ def test_modes_that_differ_by_the_order_of_entries_are_told(locs, num):
     assert found.verdict == "modes missing"
     said = f"There are {num} modes at least, some of which differ by the order of entries"
     assert said in str(found)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("NUM_NEWTON", 0, "elsewhere hold is not known"),
+        ("MOST_GRADIENTS", 6, "elsewhere hold is not known"),
+        ("MOST_LATENTS", 2, "elsewhere were not weighed, for more than 2 latents"),
+    ],
+)
+def test_ends_that_are_not_weighed_forbid_good(monkeypatch, name, value, said):
+    monkeypatch.setattr(modes, name, value)
+    found = found_for_labels([-3.0, 0.0, 4.0])
+    assert not found.is_sure
+    assert found.verdict != "good"
+    assert said in found.searched
 
 
 def test_others_are_not():
