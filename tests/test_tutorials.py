@@ -6,7 +6,6 @@ import math
 import os
 import pathlib
 import runpy
-import subprocess
 import sys
 
 import pytest
@@ -14,21 +13,37 @@ import torch
 from pyro import poutine
 from torch.testing import assert_close
 
+# What libraries that draw pictures say of each other is not the tutorials' doing.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
 FOLDER = pathlib.Path(__file__).parent.parent / "tutorials"
-TUTORIALS = sorted(FOLDER.glob("*.py"))
+TUTORIALS = sorted(path.stem for path in FOLDER.glob("*.py"))
 # Half a minute each, so CI has them come to their known answers.
 IN_EARNEST = {"02_autoiaf", "03_quantiles_and_arviz", "05_many_data_sets"}
 
 
-@pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
-def test_tutorials_run(path, tmp_path):
-    if path.stem == "distributed_lightning":
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """Runs a tutorial in this process: importing PyTorch anew would take longer than most."""
+
+    def run(name, *settings):
+        path = FOLDER / f"{name}.py"
+        monkeypatch.setattr(sys, "argv", [str(path), *settings, "--output", str(tmp_path)])
+        torch.set_default_dtype(torch.float32)  # as the reader has it
+        return runpy.run_path(str(path), run_name="__main__")
+
+    return run
+
+
+@pytest.mark.parametrize("name", TUTORIALS)
+def test_tutorials_run(name, run, tmp_path):
+    if name == "distributed_lightning":
         pytest.importorskip("pytorch_lightning", reason="it takes pip install '.[lightning]'")
-    smoke = [] if path.stem in IN_EARNEST and os.environ.get("CI") else ["--smoke"]
-    command = [sys.executable, str(path), *smoke, "--output", str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    pictures = list(tmp_path.glob(f"{path.stem}*.png"))
+    run(name, *([] if name in IN_EARNEST and os.environ.get("CI") else ["--smoke"]))
+    pictures = list(tmp_path.glob(f"{name}*.png"))
     assert pictures
     assert all(picture.stat().st_size > 5000 for picture in pictures)
 
@@ -39,27 +54,18 @@ def idx(*shape, content=None):
     return head + (bytes(math.prod(shape)) if content is None else content)
 
 
-def run_vae(folder, tmp_path):
-    path = FOLDER / "vae_iaf.py"
-    command = [sys.executable, str(path), "--smoke", "--output", str(tmp_path), "--mnist"]
-    return subprocess.run([*command, str(folder)], capture_output=True, text=True, check=False)
-
-
-def test_the_vae_reads_mnist_packed_or_not(tmp_path):
+def test_the_vae_reads_mnist_packed_or_not(run, tmp_path, capsys):
     pixels = bytes(range(0, 256, 4)) * 120
     (tmp_path / "train-images-idx3-ubyte").write_bytes(idx(120, 8, 8, content=pixels))
     packed = gzip.compress(idx(30, 8, 8, content=pixels[: 30 * 64]))
     (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(packed)
-    done = run_vae(tmp_path, tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "The pictures are in" in done.stdout
+    run("vae_iaf", "--smoke", "--mnist", str(tmp_path))
+    assert "The pictures are in" in capsys.readouterr().out
 
 
-def test_the_vae_says_what_is_wrong_with_its_files(tmp_path, monkeypatch):
+def test_the_vae_says_what_is_wrong_with_its_files(run, tmp_path):
     def read():
-        settings = ["--smoke", "--output", str(tmp_path), "--mnist", str(tmp_path)]
-        monkeypatch.setattr(sys, "argv", ["vae_iaf.py", *settings])
-        runpy.run_path(str(FOLDER / "vae_iaf.py"))
+        run("vae_iaf", "--smoke", "--mnist", str(tmp_path))
 
     with pytest.raises(FileNotFoundError, match="no train-images-idx3-ubyte"):
         read()
@@ -79,17 +85,21 @@ def test_the_vae_says_what_is_wrong_with_its_files(tmp_path, monkeypatch):
 CHORALES = {"train": 6 * [[[60, 64], [], [59]], [[60]]], "test": 2 * [[[48], [60, 67]], [[72]]]}
 
 
-def run_dmm(tmp_path, text):
-    (tmp_path / "chorales.json").write_text(text)
-    command = [sys.executable, str(FOLDER / "dmm_iaf.py"), "--smoke", "--output"]
-    command += [str(tmp_path), "--data", str(tmp_path / "chorales.json")]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+@pytest.fixture
+def run_dmm(run, tmp_path):
+    """Runs the tutorial on chorales of this text."""
+
+    def run_dmm(text):
+        chorales = tmp_path / "chorales.json"
+        chorales.write_text(text)
+        run("dmm_iaf", "--smoke", "--data", str(chorales))
+
+    return run_dmm
 
 
-def test_the_dmm_reads_chorales_from_a_file(tmp_path):
-    done = run_dmm(tmp_path, json.dumps(CHORALES))
-    assert done.returncode == 0, done.stderr
-    assert "2 chords, 2 calls of the flow's network" in done.stdout
+def test_the_dmm_reads_chorales_from_a_file(run_dmm, capsys):
+    run_dmm(json.dumps(CHORALES))
+    assert "2 chords, 2 calls of the flow's network" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -103,12 +113,9 @@ def test_the_dmm_reads_chorales_from_a_file(tmp_path):
         (json.dumps({"train": [[[60, 20]]], "test": [[[60]]]}), "from 21 to 108"),
     ],
 )
-def test_the_dmm_says_what_is_wrong_with_its_file(tmp_path, monkeypatch, text, message):
-    (tmp_path / "chorales.json").write_text(text)
-    settings = ["--smoke", "--output", str(tmp_path), "--data", str(tmp_path / "chorales.json")]
-    monkeypatch.setattr(sys, "argv", ["dmm_iaf.py", *settings])
+def test_the_dmm_says_what_is_wrong_with_its_file(run_dmm, text, message):
     with pytest.raises(ValueError, match=message):
-        runpy.run_path(str(FOLDER / "dmm_iaf.py"))
+        run_dmm(text)
 
 
 @pytest.fixture
