@@ -18,7 +18,8 @@ from torch.autograd.function import once_differentiable
 
 from .._validation import check_size
 from ..compiler.lowering import BACKENDS
-from ..models.arguments import Program
+from ..models.arguments import Args, Kwargs, Program
+from ..models.enumeration import marginal_of
 from .trace import Call, Step, TraceRecorder, run_particles
 
 __all__ = ["CompiledTrace_ELBO"]
@@ -134,6 +135,11 @@ class CompiledTrace_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
             return torch.as_tensor(eager)  # a number, if there are no sites
         leaves = [*step.leaves, *step.differentiable(call)]
         return _WithGradient.apply(*found, *leaves)  # type: ignore[no-any-return]
+
+    def _get_traces(self, model: Program, guide: Program, args: Args, kwargs: Kwargs) -> Any:
+        return super()._get_traces(
+            marginal_of(self, model, guide, args, kwargs), guide, args, kwargs
+        )
 
     def _run(self, step: Step, call: Call) -> tuple[Tensor, Sequence[Tensor]] | None:
         """Loss and gradients by a graph; None if not finite, since the code names the cause."""

@@ -32,6 +32,7 @@ from ..distributions import DiagonalNormal
 from ..flows import pass_cache
 from ..flows.posterior import Posterior
 from ..models.arguments import Args, Kwargs, Program
+from ..models.enumeration import marginal_of
 from ..models.traces import is_point
 from ..solvers.fixed_point import runs_eagerly
 from ..solvers.implicit import leaves_of
@@ -145,6 +146,11 @@ class TraceSTL_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
         surrogate = _surrogate(live, frozen, _detached_draws(guide_trace))
         loss: Tensor = (live + frozen).detach()
         return loss + surrogate - surrogate.detach()
+
+    def _get_traces(self, model: Program, guide: Program, args: Args, kwargs: Kwargs) -> Any:
+        return super()._get_traces(
+            marginal_of(self, model, guide, args, kwargs), guide, args, kwargs
+        )
 
     def _get_trace(self, model: Program, guide: Program, args: Args, kwargs: Kwargs) -> Any:
         if isinstance(poutine.unwrap(guide), Messenger):

@@ -335,14 +335,22 @@ class AutoIAF(MixtureGuide, AutoContinuous):
 
     @torch.no_grad()
     def sample_posterior(
-        self, num_samples: int, *args: Any, resample: bool = False, **kwargs: Any
+        self,
+        num_samples: int,
+        *args: Any,
+        resample: bool = False,
+        discrete: bool | str = False,
+        **kwargs: Any,
     ) -> dict[str, Tensor]:
         """Draws from the guide, all at once, in the units of the model.
 
         Args:
             num_samples: How many draws.
             args: What the model takes; needed only if the guide was never called or set up, if it
-                has an encoder, and to resample.
+                has an encoder, to resample, and for discrete latents.
+            discrete: Whether to draw the model's discrete latents too, each given the other latents
+                of its draw and the data; ``"map"`` gives their most probable values together. It
+                runs the model.
             resample: Whether to resample the draws, from four times as many, by their importance
                 weights. That brings them nearer to the posterior if the guide is good enough: see
                 :func:`~pyro_iaf.diagnose`. It runs the model.
@@ -357,8 +365,10 @@ class AutoIAF(MixtureGuide, AutoContinuous):
         check_size("num_samples", num_samples)
         posterior = self._ready_posterior(*args, **kwargs)
         if resample:
-            return self._resampled(num_samples, args, kwargs)
-        return self._constrained(self._split(posterior.sample((num_samples,))))
+            sites = self._resampled(num_samples, args, kwargs)
+        else:
+            sites = self._constrained(self._split(posterior.sample((num_samples,))))
+        return self._with_discrete(sites, discrete, args, kwargs)
 
     def _ready_posterior(self, *args: Any, **kwargs: Any) -> Any:
         self._setup_on_demand(*args, **kwargs)

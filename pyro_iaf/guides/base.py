@@ -23,6 +23,7 @@ from .._validation import check_callable, check_levels, check_size, check_widths
 from ..models import param_store
 from ..models.arguments import Args, Kwargs, Program, signature_error
 from ..models.constraints import map_tensors, without_graph
+from ..models.enumeration import Discrete, DiscreteWatch, discrete_draws, summed_out
 from ..models.log_joint import LogJoint
 from ..models.masks import Unmasked, masked_log_probs, sites_to_unmask
 from ..models.traces import full_size, handler_lock, is_latent
@@ -55,6 +56,9 @@ class FlowGuide(AutoGuide):
 
     # Set at the end of the setup, since another thread may find the guide half built.
     _is_set_up = False
+
+    # The model's discrete latents, which are summed out; known after the setup.
+    discrete: Discrete | None = None
 
     def __init__(
         self,
@@ -153,29 +157,22 @@ class FlowGuide(AutoGuide):
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         model = self._model
-        self._given = GivenSubsamples()
-        watched: Program = self._given(InitMessenger(self._init_loc_fn)(self.model))
-        if self._loaded_sites and not torch.is_grad_enabled():
-            # Predictive runs the model without the data, and the model draws them.
-            watched = poutine.block(
-                watched, hide_fn=lambda s: is_latent(s) and s["name"] not in self._loaded_sites
-            )
-        self._model = (watched,)
+        self._given, self.discrete = GivenSubsamples(), None
+        program = summed_out(self.model, self)
         try:
-            try:
-                super()._setup_prototype(*args, **kwargs)
-            except NotImplementedError:  # of Pyro, without the site's name
-                if self.prototype_trace is not None:
-                    check_latents(self._latent_sites(), type(self).__name__, self._pyro_name)
-                raise
+            watch = DiscreteWatch()
+            self._trace_prototype(watch(self.model), args, kwargs)
+            if watch.found is not None:
+                self.discrete = watch.found
+                self._trace_prototype(program, args, kwargs)
             latents = self._latent_sites()
             check_latents(latents, type(self).__name__, self._pyro_name)
             if self._loaded_sites:
                 check_loaded(latents, self._loaded_sites)
-            self.lifted = frozenset(sites_to_unmask(model[0], latents, args, kwargs))
+            self.lifted = frozenset(sites_to_unmask(program, latents, args, kwargs))
             warn_of_masks(latents, self.lifted)
             self.prototype_trace = without_graph(latents)
-            self._build(model[0], args, kwargs)
+            self._build(program, args, kwargs)
         except BaseException:
             self.prototype_trace = None  # so that the next call tries again
             raise
@@ -184,6 +181,22 @@ class FlowGuide(AutoGuide):
         conversions, self._conversions = self._conversions, []
         for convert in conversions:
             self._apply(convert)
+
+    def _trace_prototype(self, program: Program, args: Args, kwargs: Kwargs) -> None:
+        """Finds the latents of a run that begins at the values of ``init_loc_fn``."""
+        watched: Program = self._given(InitMessenger(self._init_loc_fn)(program))
+        if self._loaded_sites and not torch.is_grad_enabled():
+            # Predictive runs the model without the data, and the model draws them.
+            watched = poutine.block(
+                watched, hide_fn=lambda s: is_latent(s) and s["name"] not in self._loaded_sites
+            )
+        self._model = (watched,)
+        try:
+            super()._setup_prototype(*args, **kwargs)
+        except NotImplementedError:  # of Pyro, without the site's name
+            if self.prototype_trace is not None:
+                check_latents(self._latent_sites(), type(self).__name__, self._pyro_name)
+            raise
 
     def _build(self, model: Program, args: Args, kwargs: Kwargs) -> None:
         """Builds the modules with parameters; the model's first run is in ``prototype_trace``."""
@@ -209,7 +222,8 @@ class FlowGuide(AutoGuide):
         if self._model is None:  # after pickling the guide can draw, but can't be trained
             found = dict.fromkeys(self.lifted, torch.tensor(-math.inf))
         else:
-            found = masked_log_probs(self.model, self.lifted, {**values, **rows}, args, kwargs)
+            program = summed_out(self.model, self)
+            found = masked_log_probs(program, self.lifted, {**values, **rows}, args, kwargs)
         for name, log_prior in found.items():
             with ExitStack() as stack:
                 for frame in self._latent_sites()[name]["cond_indep_stack"]:
@@ -384,6 +398,22 @@ class FlowGuide(AutoGuide):
             particles = WeightedParticles(self.model, self, args, kwargs)
             draws = particles.weighted(max(4 * num_samples, 1000))
         return draws.resampled(num_samples)
+
+    def _with_discrete(
+        self, sites: dict[str, Tensor], discrete: bool | str, args: Args, kwargs: Kwargs
+    ) -> dict[str, Tensor]:
+        """These draws with the discrete latents, if they are wanted and there are any."""
+        if discrete not in (True, False, "map"):
+            raise ValueError(f'discrete should be True, False or "map"; got {discrete!r}.')
+        if not discrete or self.discrete is None:
+            return sites
+        with handler_lock:
+            particles = WeightedParticles(self.model, self, args, kwargs)
+            how = discrete == "map"
+            drawn = discrete_draws(
+                particles, self.model, self.discrete, sites, args, kwargs, most_probable=how
+            )
+        return sites | drawn
 
     # State and copies
 

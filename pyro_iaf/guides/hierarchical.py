@@ -262,6 +262,7 @@ class AutoHierarchicalIAF(GuideWithContexts):
         *args: Any,
         rows: Mapping[str, Sequence[int] | Tensor] | None = None,
         resample: bool = False,
+        discrete: bool | str = False,
         **kwargs: Any,
     ) -> dict[str, Tensor]:
         """Draws from the guide, all at once, in the units of the model.
@@ -272,6 +273,7 @@ class AutoHierarchicalIAF(GuideWithContexts):
                 has an encoder, and to resample. The data may be new to the encoder.
             rows: Indices of the rows to draw, by name of the plate; by default all.
             resample: As for :class:`~pyro_iaf.AutoIAF`; only for models that don't subsample.
+            discrete: Likewise.
             kwargs: As ``args``.
 
         Returns:
@@ -279,22 +281,26 @@ class AutoHierarchicalIAF(GuideWithContexts):
             with all rows of its plates or those chosen.
 
         Raises:
-            ValueError: If there is no such plate or row, or if ``resample`` is given with ``rows``
-                or for a model that subsamples.
+            ValueError: If there is no such plate or row, or if ``resample`` or ``discrete`` is
+                given with ``rows`` or for a model that subsamples.
 
         Warns:
             UserWarning: If the importance weights are too unreliable to resample by.
         """
         check_size("num_samples", num_samples)
-        if resample:
+        if resample or discrete:
             self._setup_on_demand(*args, **kwargs)
             if rows is not None or not all(map(self._is_whole, self._prototype_frames)):
                 raise ValueError(
-                    "Importance weights are of all latents together, so all rows have to be there: "
-                    "leave out rows, and give a model that does not subsample."
+                    "Importance weights and discrete latents are of all latents together, so all "
+                    "rows have to be there: leave out rows, and give a model that does not "
+                    "subsample."
                 )
-            return self._resampled(num_samples, args, kwargs)
-        return self._constrained(self._draws(num_samples, args, kwargs, rows))
+        if resample:
+            sites = self._resampled(num_samples, args, kwargs)
+        else:
+            sites = self._constrained(self._draws(num_samples, args, kwargs, rows))
+        return self._with_discrete(sites, discrete, args, kwargs)
 
     def _fixed_draws(
         self, *args: Any, rows: Mapping[str, Any] | None = None, **kwargs: Any

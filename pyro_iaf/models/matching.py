@@ -24,6 +24,7 @@ __all__ = [
     "Mismatch",
     "Unchecked",
     "check_guide_site",
+    "unchecked",
 ]
 
 
@@ -31,16 +32,17 @@ class Unchecked(Messenger):
     """Turns off the validation of all distributions, also of those made before the run."""
 
     def _pyro_sample(self, msg: Any) -> None:
-        msg["fn"] = _unchecked(msg["fn"])
+        msg["fn"] = unchecked(msg["fn"])
 
 
-def _unchecked(fn: Any) -> Any:
+def unchecked(fn: Any) -> Any:
+    """A distribution that does not validate its values; a copy, if it does."""
     parts = {name: part for name, part in vars(fn).items() if isinstance(part, Distribution)}
-    unchecked = {name: _unchecked(part) for name, part in parts.items()}
-    if not vars(fn).get("_validate_args") and all(unchecked[n] is parts[n] for n in parts):
+    own = {name: unchecked(part) for name, part in parts.items()}
+    if not vars(fn).get("_validate_args") and all(own[n] is parts[n] for n in parts):
         return fn
     twin = copy.copy(fn)
-    vars(twin).update(unchecked, _validate_args=False)
+    vars(twin).update(own, _validate_args=False)
     return twin
 
 
@@ -161,7 +163,7 @@ class FixedLatents(LatentCheck):
         self.shapes = shapes or {}
 
     def _pyro_sample(self, msg: Any) -> None:
-        msg["fn"] = _unchecked(msg["fn"])
+        msg["fn"] = unchecked(msg["fn"])
         super()._pyro_sample(msg)
         if msg["name"] in self.values and not msg["is_observed"]:
             msg["value"] = self.values[msg["name"]]

@@ -150,5 +150,9 @@ def _same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 def numbers_in(trace: poutine.Trace) -> int:
     """How many numbers the sample sites of a run hold."""
-    shapes = [torch.Size(site["fn"].shape()) for site in samples(trace).values()]
-    return sum(max(1, shape.numel()) for shape in shapes)
+    sites = samples(trace).values()
+    # A factor tells how many numbers were summed out for it.
+    shapes = [
+        (torch.Size(site["fn"].shape()), site["infer"].get("num_numbers", 1)) for site in sites
+    ]
+    return sum(max(inside, shape.numel()) for shape, inside in shapes)

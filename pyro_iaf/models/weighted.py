@@ -17,6 +17,7 @@ from torch.distributions import AffineTransform, ComposeTransform, IndependentTr
 from .._validation import warn
 from ..importance import MAX_KHAT, MAX_ROUNDING, pareto_k, resampled, rounding_message, smoothed
 from .arguments import Args, Kwargs, Program
+from .enumeration import summed_out
 from .log_joint import LogJoint
 from .matching import FixedLatents, Mismatch, check_guide_site
 from .particles import NUM_PROBED, Particles, numbers_in, threads_for
@@ -96,7 +97,12 @@ class WeightedParticles(Particles):
     """
 
     def __init__(self, model: Program, guide: Program, args: Args, kwargs: Kwargs) -> None:
-        self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
+        self.model, self.guide, self.args, self.kwargs = (
+            summed_out(model, guide),
+            guide,
+            args,
+            kwargs,
+        )
         with torch.no_grad(), quietly(), poutine.block():
             self.at_once = False
             self.first_model, self.first_guide = first = self._first_runs()

@@ -1,0 +1,385 @@
+"""Discrete latents are summed out: densities are those of sums written out by hand."""
+
+import itertools
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI, TraceEnum_ELBO, config_enumerate
+from pyro.optim import Adam
+from torch.testing import assert_close
+
+from pyro_iaf import AutoIAF, CompiledTrace_ELBO, TraceSTL_ELBO
+from pyro_iaf.models.enumeration import summed_out
+from pyro_iaf.models.weighted import WeightedParticles
+
+Y = torch.tensor([-1.3, 0.4, 2.2, 0.9, -0.2], dtype=torch.float64)
+TABLE = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3], [0.25, 0.25, 0.5]], dtype=torch.float64)
+PARALLEL = {"enumerate": "parallel"}
+
+
+def normal(y, loc, scale=0.8):
+    return dist.Normal(loc, scale).log_prob(torch.as_tensor(y))
+
+
+def of_two(theta):
+    """The densities that all models here share: of a share and a level."""
+    return dist.Beta(2.0, 3.0).log_prob(theta["p"]) + dist.Normal(1.0, 1.0).log_prob(theta["a"])
+
+
+def two():
+    return pyro.sample("p", dist.Beta(2.0, 3.0)), pyro.sample("a", dist.Normal(1.0, 1.0))
+
+
+def mixture(y):
+    p, a = two()
+    with pyro.plate("rows", len(y)):
+        z = pyro.sample("z", dist.Bernoulli(p), infer=PARALLEL)
+        pyro.sample("y", dist.Normal(a * z, 0.8), obs=y)
+
+
+def mixture_by_hand(theta, y):
+    p, a = theta["p"], theta["a"]
+    return sum(torch.logaddexp((1 - p).log() + normal(v, 0.0), p.log() + normal(v, a)) for v in y)
+
+
+def nested(y):
+    p, a = two()
+    with pyro.plate("groups", 5, dim=-2):
+        z = pyro.sample("z", dist.Bernoulli(p))
+        with pyro.plate("rows", 3, dim=-1):
+            w = pyro.sample("w", dist.Bernoulli(0.3 + 0.5 * z))
+            pyro.sample("y", dist.Normal(a * w + z, 0.8), obs=y[:, None] + torch.arange(3.0))
+
+
+def nested_by_hand(theta, y):
+    p, a = theta["p"], theta["a"]
+    total = 0.0
+    for v in y:
+        of_z = []
+        for z, log_pz in ((0, (1 - p).log()), (1, p.log())):
+            q = 0.3 + 0.5 * z
+            for k in range(3):
+                parts = [math.log(1 - q) + normal(v + k, z), math.log(q) + normal(v + k, a + z)]
+                log_pz = log_pz + torch.logaddexp(*parts)
+            of_z.append(log_pz)
+        total = total + torch.logaddexp(*of_z)
+    return total
+
+
+def pair(y):
+    p, a = two()
+    with pyro.plate("rows", len(y)):
+        z = pyro.sample("z", dist.Categorical(TABLE[0]), infer=PARALLEL)
+        w = pyro.sample("w", dist.Categorical(TABLE[z]), infer=PARALLEL)
+        pyro.sample("y", dist.Normal(a * z + p * w, 0.8), obs=y)
+
+
+def pair_by_hand(theta, y):
+    def row(v):
+        terms = [
+            TABLE[0, z].log() + TABLE[z, w].log() + normal(v, theta["a"] * z + theta["p"] * w)
+            for z, w in itertools.product(range(3), repeat=2)
+        ]
+        return torch.stack(terms).logsumexp(0)
+
+    return sum(map(row, y))
+
+
+def chain(y, history=1):
+    p, a = two()
+    before = (0, 0)
+    for t in pyro.markov(range(len(y)), history=history):
+        up = p * (0.9 if t == 0 else 1 - 0.4 * before[-1])
+        if history == 2:
+            up = up * (1 - 0.3 * before[-2])
+        z = pyro.sample(f"z_{t}", dist.Bernoulli(up), infer=PARALLEL)
+        pyro.sample(f"y_{t}", dist.Normal(a * z, 0.8), obs=y[t])
+        before = (before[-1], z)
+
+
+def second_order(y):
+    chain(y, history=2)
+
+
+def chain_by_hand(theta, y, history=1):
+    p, terms = theta["p"], []
+    for path in itertools.product((0, 1), repeat=len(y)):
+        term, before = torch.zeros_like(p), (0, 0)
+        for t, z in enumerate(path):
+            up = p * (0.9 if t == 0 else 1 - 0.4 * before[-1])
+            if history == 2:
+                up = up * (1 - 0.3 * before[-2])
+            term = term + (up if z else 1 - up).log() + normal(y[t], theta["a"] * z)
+            before = (before[-1], z)
+        terms.append(term)
+    return torch.stack(terms).logsumexp(0)
+
+
+def second_order_by_hand(theta, y):
+    return chain_by_hand(theta, y, history=2)
+
+
+MASK = torch.tensor([True, False, True, True, False])
+
+
+def masked(y):
+    p, a = two()
+    with pyro.plate("rows", len(y)), pyro.poutine.mask(mask=MASK):
+        z = pyro.sample("z", dist.Bernoulli(p))
+        pyro.sample("y", dist.Normal(a * z, 0.8), obs=y)
+
+
+def masked_by_hand(theta, y):
+    return mixture_by_hand(theta, y[MASK])
+
+
+@pyro.poutine.scale(scale=2.5)
+def scaled_likelihood(y, p, a):
+    with pyro.plate("rows", len(y)):
+        z = pyro.sample("z", dist.Bernoulli(p))
+        pyro.sample("y", dist.Normal(a * z, 0.8), obs=y)
+
+
+def scaled(y):
+    scaled_likelihood(y, *two())
+
+
+def scaled_by_hand(theta, y):
+    return 2.5 * mixture_by_hand(theta, y)
+
+
+CLASS = torch.tensor([0, 2, 1, 1, 0])
+
+
+def observed(y):
+    p, a = two()
+    with pyro.plate("rows", len(y)):
+        z = pyro.sample("z", dist.Categorical(TABLE[0]))
+        pyro.sample("class", dist.Categorical(TABLE[z]), obs=CLASS)
+        pyro.sample("y", dist.Normal(a * z + p, 0.8), obs=y)
+
+
+def observed_by_hand(theta, y):
+    def row(v, c):
+        terms = [
+            TABLE[0, z].log() + TABLE[z, c].log() + normal(v, theta["a"] * z + theta["p"])
+            for z in range(3)
+        ]
+        return torch.stack(terms).logsumexp(0)
+
+    return sum(map(row, y, CLASS))
+
+
+ROWS = torch.tensor([0, 3, 4])
+
+
+def subsampled(y):
+    p, a = two()
+    with pyro.plate("rows", len(y), subsample=ROWS) as rows:
+        z = pyro.sample("z", dist.Bernoulli(p))
+        pyro.sample("y", dist.Normal(a * z, 0.8), obs=y[rows])
+
+
+def subsampled_by_hand(theta, y):
+    return 5 / 3 * mixture_by_hand(theta, y[ROWS])
+
+
+def spike_and_slab(y):
+    p, a = two()
+    z = pyro.sample("z", dist.Bernoulli(p))
+    slope = pyro.sample("slope", dist.Normal(0.0, 0.1 + 2 * z))
+    with pyro.plate("rows", len(y)):
+        w = pyro.sample("w", dist.Bernoulli(0.2 + 0.6 * z))
+        pyro.sample("y", dist.Normal(a + slope * w, 0.8), obs=y)
+
+
+def spike_and_slab_by_hand(theta, y):
+    p, a, slope = theta["p"], theta["a"], theta["slope"]
+    of_z = []
+    for z, term in ((0, (1 - p).log()), (1, p.log())):
+        q = 0.2 + 0.6 * z
+        term = term + normal(slope, 0.0, 0.1 + 2 * z)
+        for v in y:
+            parts = [math.log(1 - q) + normal(v, a), math.log(q) + normal(v, a + slope)]
+            term = term + torch.logaddexp(*parts)
+        of_z.append(term)
+    return torch.logaddexp(*of_z)
+
+
+def counts(y):
+    p, a = two()
+    with pyro.plate("rows", len(y)):
+        n = pyro.sample("n", dist.Binomial(4, p))
+        kind = pyro.sample("kind", dist.OneHotCategorical(TABLE[1]))
+        pyro.sample("y", dist.Normal(a * n + kind @ torch.arange(3.0).double(), 0.8), obs=y)
+
+
+def counts_by_hand(theta, y):
+    p, a = theta["p"], theta["a"]
+
+    def row(v):
+        terms = [
+            dist.Binomial(4, p).log_prob(torch.tensor(float(n)))
+            + TABLE[1, k].log()
+            + normal(v, a * n + k)
+            for n, k in itertools.product(range(5), range(3))
+        ]
+        return torch.stack(terms).logsumexp(0)
+
+    return sum(map(row, y))
+
+
+def independent_of_the_rest(y):
+    p, a = two()
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(a, 0.8), obs=y)
+        pyro.sample("z", dist.Bernoulli(p))
+
+
+def independent_of_the_rest_by_hand(theta, y):
+    return normal(y, theta["a"]).sum()
+
+
+def without_plates(y):
+    p, a = two()
+    z = pyro.sample("z", dist.Bernoulli(p))
+    pyro.sample("y", dist.Normal(a * z, 0.8), obs=y)  # in no plate
+    pyro.factor("more", -(a**2) * (1 + z))
+
+
+def without_plates_by_hand(theta, y):
+    p, a = theta["p"], theta["a"]
+    low = (1 - p).log() + normal(y, 0.0).sum() - a**2
+    return torch.logaddexp(low, p.log() + normal(y, a).sum() - 2 * a**2)
+
+
+MODELS = {
+    name: (globals()[name], globals()[f"{name}_by_hand"])
+    for name in [
+        "mixture",
+        "nested",
+        "pair",
+        "chain",
+        "second_order",
+        "masked",
+        "scaled",
+        "observed",
+        "subsampled",
+        "spike_and_slab",
+        "counts",
+        "independent_of_the_rest",
+        "without_plates",
+    ]
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_log_joint_and_gradient_are_those_of_sums_by_hand(name):
+    model, by_hand = MODELS[name]
+    guide = AutoIAF(model, start="init")
+    guide.setup(Y)
+    particles = WeightedParticles(model, guide, (Y,), {})
+    assert particles.at_once
+    joint = particles.log_joint()
+    z = torch.randn(6, joint.latent_dim)
+    value, slope = joint.gradient(z)
+    z.requires_grad_()
+    sites, log_det = joint.constrained(z)
+    rows = [
+        {n: v.reshape(len(z), -1)[k].squeeze() for n, v in sites.items()} for k in range(len(z))
+    ]
+    expected = torch.stack([of_two(theta) + by_hand(theta, Y) for theta in rows]) + log_det
+    assert_close(value, expected, rtol=1e-10, atol=1e-10)
+    (known,) = torch.autograd.grad(expected.sum(), z)
+    assert_close(slope, known, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("particles", [(1, False), (3, True)], ids=str)
+@pytest.mark.parametrize("kind", [CompiledTrace_ELBO, TraceSTL_ELBO])
+def test_losses_and_gradients_are_those_of_trace_enum_elbo(name, particles, kind):
+    model, _ = MODELS[name]
+    if name == "without_plates":  # which Pyro refuses
+        pytest.skip("Pyro wants plates")
+    guide = AutoIAF(model, start="init", hidden_dims=[8])
+    guide.setup(Y)
+    settings = {"backend": "graph"} if kind is CompiledTrace_ELBO else {}
+    marked = config_enumerate(model)
+    theirs = TraceEnum_ELBO(particles[0], 2, vectorize_particles=particles[1])
+    ours = kind(particles[0], vectorize_particles=particles[1], **settings)
+    ours.loss(model, guide, Y)  # finds how deep plates nest
+    found = []
+    for elbo, program in [(theirs, marked), *[(ours, model)] * 3]:
+        pyro.set_rng_seed(0)
+        guide.zero_grad()
+        loss = elbo.loss_and_grads(program, guide, Y)
+        found.append((loss, [p.grad.clone() for p in guide.parameters() if p.grad is not None]))
+    for loss, gradients in found[1:]:
+        assert loss == pytest.approx(found[0][0], rel=1e-9)
+        if kind is CompiledTrace_ELBO:
+            assert_close(gradients, found[0][1], rtol=1e-7, atol=1e-9)
+
+
+def test_any_optimiser_and_loss_of_pyro_takes_the_marginal():
+    guide = AutoIAF(mixture, hidden_dims=[8])
+    loss = TraceEnum_ELBO(max_plate_nesting=1)
+    svi = SVI(mixture, guide, Adam({"lr": 0.01}), loss)
+    assert all(math.isfinite(svi.step(Y)) for _ in range(3))
+
+
+def test_a_model_without_discrete_latents_is_left_alone():
+    def model():
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    guide = AutoIAF(model)
+    guide.setup()
+    assert guide.discrete is None
+    assert summed_out(model, lambda: None) is model
+
+
+# Refusals
+
+
+def test_infinitely_many_values_are_refused_by_name():
+    def model():
+        rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+        n = pyro.sample("n", dist.Poisson(rate))
+        pyro.sample("y", dist.Normal(n, 1.0), obs=torch.tensor(1.0))
+
+    with pytest.raises(ValueError, match=r"site 'n' is a Poisson.*Truncate it"):
+        AutoIAF(model)()
+
+
+def test_a_table_that_is_too_large_is_refused_by_name():
+    def model():
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        z = [pyro.sample(f"z{k}", dist.Categorical(torch.ones(30) / 30)) for k in range(5)]
+        shape = torch.broadcast_shapes(*(v.shape for v in z))
+        pyro.sample("y", dist.Normal(a, 1.0).expand(shape), obs=torch.tensor(0.5))
+
+    with pytest.raises(ValueError, match=r"at site 'y' there are 24300000"):
+        AutoIAF(model)()
+
+
+def test_discrete_latents_want_their_plates():
+    def model():
+        p = pyro.sample("p", dist.Beta(1.0, 1.0))
+        z = pyro.sample("z", dist.Bernoulli(p).expand([3]))
+        pyro.sample("y", dist.Normal(z.sum(-1), 1.0), obs=torch.tensor(0.5))
+
+    with pytest.raises(ValueError, match=r"site 'z' has shape \(3,\), and dimension -1 is in none"):
+        AutoIAF(model)()
+
+
+def test_one_scale_for_what_hangs_together():
+    def model():
+        p = pyro.sample("p", dist.Beta(1.0, 1.0))
+        z = pyro.sample("z", dist.Bernoulli(p))
+        with pyro.plate("rows", 10, subsample=torch.arange(5)):
+            pyro.sample("y", dist.Normal(z, 1.0), obs=Y)
+
+    with pytest.raises(ValueError, match="should have one scale"):
+        AutoIAF(model)()
