@@ -23,6 +23,7 @@ from pyro import poutine
 from pyro.infer import infer_discrete
 from pyro.ops import packed
 from pyro.ops.contract import contract_tensor_tree
+from pyro.ops.rings import LogRing
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.indep_messenger import CondIndepStackFrame, IndepMessenger
 from pyro.poutine.messenger import Messenger
@@ -31,6 +32,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Distribution
 
+from . import log_einsum
 from .arguments import Args, Kwargs, Program
 from .matching import unchecked
 from .particles import MAX_NUMBERS, Particles
@@ -305,6 +307,10 @@ def _common_scale(scales: Sequence[Any]) -> Any:
     return first
 
 
+class _Ring(LogRing):  # type: ignore[misc]
+    _backend = log_einsum.__name__
+
+
 def _contracted(part: Sequence[Any], plates: set[str]) -> Mapping[Any, Sequence[Tensor]]:
     """The sum over all discrete latents, as log densities by their sets of plates."""
     tree: Any = OrderedDict()
@@ -313,7 +319,7 @@ def _contracted(part: Sequence[Any], plates: set[str]) -> Mapping[Any, Sequence[
     dims = set("".join(term._pyro_dims for term, *_ in part)) - plates
     with shared_intermediates() as cache:
         try:
-            return contract_tensor_tree(tree, dims, cache=cache)  # type: ignore[no-any-return]
+            return contract_tensor_tree(tree, dims, ring=_Ring(cache))  # type: ignore[no-any-return]
         except NotImplementedError as error:
             raise ValueError(
                 "Discrete latents should be summed out plate by plate, and here a plate's rows "
