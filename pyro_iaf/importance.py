@@ -20,6 +20,7 @@ __all__ = [
     "MAX_ROUNDING",
     "MIN_LOG_WEIGHT",
     "error_of_k",
+    "hardly_differ",
     "pareto_k",
     "resampled",
     "rounding_message",
@@ -34,6 +35,9 @@ MAX_ROUNDING = 0.1
 
 # Weights with a larger k-hat are unreliable.
 MAX_KHAT = 0.7
+
+# With such a share of effective draws, and ELBOs closer than that in nats, weights hardly differ.
+NEARLY_ALL, TINY_GAP = 0.95, 0.02
 
 # Weights that are smaller than this, relative to the largest one, are negligible.
 MIN_LOG_WEIGHT = math.log(torch.finfo(torch.float64).tiny)
@@ -56,6 +60,14 @@ def pareto_k(log_weights: Tensor, rounding: float = 0.0) -> float:
         True
     """
     return _Tail(log_weights, rounding).k
+
+
+def hardly_differ(log_weights: Tensor) -> bool:
+    """Whether weights are so similar that the shape of their tail says nothing."""
+    S = len(log_weights)
+    ess = 1 / log_weights.softmax(0).square().sum()
+    gap = log_weights.logsumexp(0) - math.log(S) - log_weights.mean()
+    return bool(ess >= NEARLY_ALL * S) and bool(gap < TINY_GAP)
 
 
 def error_of_k(khat: float, count: int) -> float:

@@ -39,7 +39,8 @@ def to_arviz(
 ) -> Any:
     """Draws from a guide as ArviZ data of one chain, for ``az.summary``, ``az.loo`` and so on.
 
-    The groups are the posterior of all latent and deterministic sites, and for all observed sites
+    The groups are the posterior of all latent and deterministic sites, drawn discrete latents
+    included, and for all observed sites
     the posterior predictive, the log likelihood of each observation (in nats) and the data.
     Dimensions are named after the plates. Threads take turns, as in :func:`diagnose`.
 
@@ -85,6 +86,7 @@ def to_arviz(
         particles = WeightedParticles(model, guide, args, kwargs)
         draws = particles.weighted(4 * num_samples if resample else num_samples)
         latents = draws.resampled(num_samples) if resample else draws.sites
+        particles, latents = particles.with_discrete(latents)
         groups, dims = _groups(particles, latents, num_samples)
     arrays: Any = {
         group: {name: value.detach().cpu().numpy() for name, value in values.items()}

@@ -16,6 +16,7 @@ from ..importance import (
     MAX_ROUNDING,
     MIN_LOG_WEIGHT,
     error_of_k,
+    hardly_differ,
     pareto_k,
     rounding_message,
 )
@@ -29,10 +30,6 @@ __all__ = ["Diagnosis", "conclude", "diagnose", "judge", "judged"]
 # A guide is good up to this k-hat, this gap between ELBO and log evidence in nats, and this change
 # by weighting: of a mean in standard deviations, of a log standard deviation.
 GOOD_KHAT, SMALL_GAP, SMALL_CHANGE = 0.5, 0.1, 0.1
-
-# Weights hardly differ from this effective sample size as a share of the draws, and up to this gap.
-# Then k-hat, which is free of scale, says nothing.
-NEARLY_ALL, TINY_GAP = 0.95, 0.02
 
 # The mass that a guide may miss in modes elsewhere, or that it may have at other values than the
 # posterior, as a share.
@@ -155,7 +152,7 @@ class Diagnosis:
     @property
     def hardly_differ(self) -> bool:
         """Whether all weights are so similar that the shape of their tail says nothing."""
-        return self.ess >= NEARLY_ALL * len(self.log_weights) and self.gap < TINY_GAP
+        return hardly_differ(self.log_weights)
 
     @property
     def verdict(self) -> str:

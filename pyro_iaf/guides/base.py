@@ -23,7 +23,7 @@ from .._validation import check_callable, check_levels, check_size, check_widths
 from ..models import param_store
 from ..models.arguments import Args, Kwargs, Program, signature_error
 from ..models.constraints import map_tensors, without_graph
-from ..models.enumeration import Discrete, DiscreteWatch, discrete_draws, summed_out
+from ..models.enumeration import Discrete, DiscreteWatch, summed_out
 from ..models.log_joint import LogJoint
 from ..models.masks import Unmasked, masked_log_probs, sites_to_unmask
 from ..models.traces import full_size, handler_lock, is_latent
@@ -409,11 +409,8 @@ class FlowGuide(AutoGuide):
             return sites
         with handler_lock:
             particles = WeightedParticles(self.model, self, args, kwargs)
-            how = discrete == "map"
-            drawn = discrete_draws(
-                particles, self.model, self.discrete, sites, args, kwargs, most_probable=how
-            )
-        return sites | drawn
+            _, draws = particles.with_discrete(sites, most_probable=discrete == "map")
+        return draws
 
     # State and copies
 

@@ -18,7 +18,6 @@ from typing import Any, ClassVar, NamedTuple
 import pyro
 import pyro.distributions as dist
 import torch
-from opt_einsum import shared_intermediates
 from pyro import poutine
 from pyro.infer import infer_discrete
 from pyro.ops import packed
@@ -249,14 +248,13 @@ class _Enumerated(EnumMessenger):
         if not self.trace.nodes:
             return
         self.trace.symbolize_dims()
+        sites: list[Any] = list(self.trace.nodes.values())
         symbols = self.trace.plate_to_symbol
-        by_symbol = {
-            symbols[frame.name]: frame
-            for site in self.trace.nodes.values()
-            for frame in site["cond_indep_stack"]
+        by_symbol: dict[str, Any] = {
+            symbols[frame.name]: frame for site in sites for frame in site["cond_indep_stack"]
         }
         terms = []
-        for site in self.trace.nodes.values():
+        for site in sites:
             term = packed.pack(site["log_prob"], site["infer"]["_dim_to_symbol"])
             plates = frozenset(symbols[frame.name] for frame in site["cond_indep_stack"])
             terms.append((term, plates, site["scale"]))
@@ -267,9 +265,9 @@ class _Enumerated(EnumMessenger):
                 for log_prob in log_probs:
                     unpacked = packed.unpack(log_prob, self.trace.symbol_to_dim)
                     found[plates] = found[plates] + scale * unpacked
-        num_numbers = sum(site["log_prob"].numel() for site in self.trace.nodes.values())
+        num_numbers = sum(site["log_prob"].numel() for site in sites)
         for plates, log_prob in found.items():
-            frames = sorted((by_symbol[symbol] for symbol in plates), key=lambda f: -f.dim)
+            frames: list[Any] = sorted(map(by_symbol.get, plates), key=lambda f: -f.dim)
             frames = [frame for frame in frames if frame.dim >= -self.discrete.nesting]
             shape = (1,) * (self.discrete.nesting - log_prob.dim()) + log_prob.shape
             name = "_".join(["_summed_out", *(frame.name for frame in frames)])
@@ -282,11 +280,13 @@ def _connected(terms: Iterable[Any], plates: set[str]) -> list[list[Any]]:
     """Groups of terms that share discrete latents."""
     parts: list[tuple[set[str], list[Any]]] = []
     for term in terms:
-        dims, group = set(term[0]._pyro_dims) - plates, [term]
-        for other in [part for part in parts if part[0] & dims]:
-            parts.remove(other)
-            dims, group = dims | other[0], other[1] + group
-        parts.append((dims, group))
+        dims, group, others = set(term[0]._pyro_dims) - plates, [term], []
+        for part in parts:
+            if part[0] & dims:
+                dims, group = dims | part[0], part[1] + group
+            else:
+                others.append(part)
+        parts = [*others, (dims, group)]
     return [group for _, group in parts]
 
 
@@ -307,7 +307,7 @@ def _common_scale(scales: Sequence[Any]) -> Any:
     return first
 
 
-class _Ring(LogRing):  # type: ignore[misc]
+class _Ring(LogRing):
     _backend = log_einsum.__name__
 
 
@@ -317,15 +317,15 @@ def _contracted(part: Sequence[Any], plates: set[str]) -> Mapping[Any, Sequence[
     for term, own, _ in part:
         tree.setdefault(own, []).append(term)
     dims = set("".join(term._pyro_dims for term, *_ in part)) - plates
-    with shared_intermediates() as cache:
-        try:
-            return contract_tensor_tree(tree, dims, ring=_Ring(cache))  # type: ignore[no-any-return]
-        except NotImplementedError as error:
-            raise ValueError(
-                "Discrete latents should be summed out plate by plate, and here a plate's rows "
-                "depend on each other through several plates, so the sum would have a term for "
-                "each combination of their values. Sum it out by hand, or change the model."
-            ) from error
+    try:
+        found: Mapping[Any, Sequence[Tensor]] = contract_tensor_tree(tree, dims, ring=_Ring())
+    except NotImplementedError as error:
+        raise ValueError(
+            "Discrete latents should be summed out plate by plate, and here rows of one plate "
+            "depend on each other through another, so the sum would have a term for each "
+            "combination of their values. Sum them out by hand, or change the model."
+        ) from error
+    return found
 
 
 class _InPlates(Messenger):
@@ -426,14 +426,14 @@ def discrete_draws(
         if particles.at_once:
             for name, draws in given.items():
                 num_batch = draws.dim() - 1 - one[name]["fn"].event_dim
-                shape = particles.padded_shape(draws.shape[1:], num_batch)
-                given[name] = draws.reshape(size, *shape)
+                padded = particles.padded_shape(draws.shape[1:], num_batch)
+                given[name] = draws.reshape(size, *padded)
             sites = run(given, size)
         else:
             sites = run({name: draws[0] for name, draws in given.items()}, None)
         for name, found in parts.items():
             fn, value = sites[name]["fn"], sites[name]["value"]
-            shape = torch.Size(one[name]["fn"].shape())
+            shape = list(one[name]["fn"].shape())
             padded = particles.padded_shape(shape, len(shape) - fn.event_dim)
             full = value.expand(size, *padded) if particles.at_once else value.expand(shape)
             found.append(full.reshape(size, *shape))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,9 +16,17 @@ from torch import Tensor
 from torch.distributions import AffineTransform, ComposeTransform, IndependentTransform, biject_to
 
 from .._validation import warn
-from ..importance import MAX_KHAT, MAX_ROUNDING, pareto_k, resampled, rounding_message, smoothed
+from ..importance import (
+    MAX_KHAT,
+    MAX_ROUNDING,
+    hardly_differ,
+    pareto_k,
+    resampled,
+    rounding_message,
+    smoothed,
+)
 from .arguments import Args, Kwargs, Program
-from .enumeration import summed_out
+from .enumeration import SummedOut, discrete_draws, summed_out
 from .log_joint import LogJoint
 from .matching import FixedLatents, Mismatch, check_guide_site
 from .particles import NUM_PROBED, Particles, numbers_in, threads_for
@@ -76,7 +85,7 @@ class Draws(NamedTuple):
         if self.rounding > MAX_ROUNDING:
             message = rounding_message(self.rounding)
             warn(f"Resampled draws are no draws from the posterior: {message}")
-        elif self.khat > MAX_KHAT:
+        elif self.khat > MAX_KHAT and not hardly_differ(self.log_weights):
             warn(
                 f"The guide's importance weights have a k-hat above {MAX_KHAT}: resampled draws "
                 "are no draws from the posterior. Train the guide further, or make it wider; "
@@ -250,6 +259,23 @@ class WeightedParticles(Particles):
         run = poutine.trace(self.in_plate(model or self.model, num_draws))
         with poutine.block(), FixedLatents(values, auxiliary, shapes):
             return run.get_trace(*self.args, **self.kwargs)
+
+    def with_discrete(
+        self, draws: dict[str, Tensor], most_probable: bool = False
+    ) -> tuple[WeightedParticles, dict[str, Tensor]]:
+        """The same with the discrete latents that are summed out here, and draws of all latents."""
+        if not (isinstance(self.model, SummedOut) and self.model.guide.discrete):
+            return self, draws
+        model, discrete = self.model.model, self.model.guide.discrete
+        drawn = discrete_draws(self, model, discrete, draws, self.args, self.kwargs, most_probable)
+        draws, other = draws | drawn, copy.copy(self)
+        other.model = model
+        auxiliary = _auxiliary_values(self.first_model)
+        with torch.no_grad(), quietly():
+            first = {name: values[0] for name, values in draws.items()}
+            other.first_model = other.run_model(first, auxiliary)
+        other.latents = latent_sites(other.first_model)
+        return other, draws
 
     def values(self, trace: poutine.Trace, num_draws: int) -> dict[str, Tensor]:
         """The values of the guide's latents in a run, with a dimension of draws in front."""
