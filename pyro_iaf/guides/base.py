@@ -23,7 +23,8 @@ from .._validation import check_callable, check_levels, check_size, check_widths
 from ..models import param_store
 from ..models.arguments import Args, Kwargs, Program, signature_error
 from ..models.constraints import map_tensors, without_graph
-from ..models.enumeration import Discrete, DiscreteWatch, summed_out
+from ..models.discrete import Discrete, DiscreteWatch
+from ..models.enumeration import summed_out
 from ..models.log_joint import LogJoint
 from ..models.masks import Unmasked, masked_log_probs, sites_to_unmask
 from ..models.traces import full_size, handler_lock, is_latent

@@ -13,13 +13,12 @@ from __future__ import annotations
 import math
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.infer import infer_discrete
 from pyro.ops import packed
 from pyro.ops.contract import contract_tensor_tree
 from pyro.ops.rings import LogRing
@@ -33,80 +32,18 @@ from torch.distributions import Distribution
 
 from . import log_einsum
 from .arguments import Args, Kwargs, Program
+from .discrete import Discrete, is_discrete
 from .matching import unchecked
-from .particles import MAX_NUMBERS, Particles
-from .traces import is_latent, quietly, samples
+from .particles import MAX_NUMBERS
+from .traces import is_latent
 
-__all__ = ["Discrete", "DiscreteWatch", "SummedOut", "discrete_draws", "marginal_of", "summed_out"]
+__all__ = ["SummedOut", "marginal_of", "summed_out"]
 
 # PyTorch's tensors have at most so many dimensions.
 MOST_DIMS = 60
 
-
-class Discrete(NamedTuple):
-    """The discrete latents of a model, which a guide leaves to be summed out.
-
-    Attributes:
-        names: Their names.
-        nesting: How many dimensions the model's plates take, counted from the right.
-    """
-
-    names: frozenset[str]
-    nesting: int
-
-
-def is_discrete(site: Any) -> bool:
-    """Whether a site is a latent with a discrete support."""
-    try:
-        return is_latent(site) and bool(site["fn"].support.is_discrete)
-    except (AttributeError, NotImplementedError):  # a distribution without a support
-        return False
-
-
-class DiscreteWatch(Messenger):
-    """Looks for discrete latents in a run of a model, draws them, and hides them.
-
-    Attributes:
-        found: The discrete latents, or None if there are none.
-
-    Raises:
-        ValueError: If one has infinitely many values.
-    """
-
-    def __enter__(self) -> DiscreteWatch:
-        self.found: Discrete | None = None
-        self._names: set[str] = set()
-        self._nesting = 0
-        super().__enter__()
-        return self
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if site_is_subsample(msg):
-            return
-        dims = [-frame.dim for frame in msg["cond_indep_stack"] if frame.vectorized]
-        fn, value = msg["fn"], msg["value"]
-        dims.append(len(getattr(fn, "batch_shape", ())))
-        if msg["is_observed"] and isinstance(value, Tensor):
-            dims.append(value.dim() - getattr(fn, "event_dim", 0))
-        self._nesting = max(self._nesting, *dims)
-        if is_discrete(msg):
-            _check_enumerable(msg["name"], msg["fn"])
-            self._names.add(msg["name"])
-            msg["stop"] = True
-        if self._names:
-            self.found = Discrete(frozenset(self._names), self._nesting)
-
-
-def _check_enumerable(name: str, fn: Any) -> None:
-    try:
-        fn.enumerate_support(expand=False)
-    except NotImplementedError as error:
-        raise ValueError(
-            f"Discrete latents are summed out, so each should have finitely many values; site "
-            f"'{name}' is a {type(fn).__name__}, whose values can't be listed. Truncate it, as in "
-            f"pyro.sample('{name}', dist.Categorical(logits=...)) over the values that matter, or "
-            "sum it out by hand and state its log density by pyro.factor."
-        ) from error
+# A model with sequential sites runs at most so many times.
+MOST_RUNS = 1000
 
 
 def summed_out(model: Program, guide: Any) -> Program:
@@ -140,11 +77,46 @@ class SummedOut:
         self.model, self.guide = model, guide
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.guide.discrete is None:
+        discrete = self.guide.discrete
+        if discrete is None:
             return self.model(*args, **kwargs)
-        with _Enumerated(self.guide.discrete) as run:
+        if discrete.sequential:
+            return self._one_after_the_other(discrete, args, kwargs)
+        with _Enumerated(discrete) as run:
             returned = self.model(*args, **kwargs)
         run.state_factors()
+        return returned
+
+    def _one_after_the_other(self, discrete: Discrete, args: Args, kwargs: Kwargs) -> Any:
+        """Runs the model for each value of the discrete latents that its code may branch on."""
+        waiting: list[dict[str, int]] = [{}]
+        latents: dict[str, Any] = {}
+        log_probs: list[Tensor] = []
+        scales: list[Any] = []
+        returned, num_numbers = None, 0
+        while waiting:
+            with _OneOfSeveral(discrete, waiting.pop(), latents, not log_probs) as run:
+                found = self.model(*args, **kwargs)
+            returned = returned if log_probs else found
+            if run.missing:
+                raise ValueError(
+                    "A model should have the same continuous latents whatever its discrete ones "
+                    f"are; {', '.join(map(repr, sorted(run.missing)))} is there for some values "
+                    "alone. Draw it always, and use it where it is needed."
+                )
+            waiting += run.further
+            log_probs.append(run.total())
+            scales += [site["scale"] for site in run.sites]
+            num_numbers += run.num_numbers
+            if len(log_probs) + len(waiting) > MOST_RUNS:
+                raise ValueError(
+                    f"Discrete latents that are enumerated sequentially should take at most "
+                    f"{MOST_RUNS} values together. Mark them with "
+                    'infer={"enumerate": "parallel"}, and write torch.where for branches.'
+                )
+        log_prob = torch.stack(torch.broadcast_tensors(*log_probs)).logsumexp(0)
+        with _InPlates([], num_numbers):
+            pyro.factor("_summed_out", _common_scale(scales) * log_prob)
         return returned
 
 
@@ -243,13 +215,20 @@ class _Enumerated(EnumMessenger):
         further = [dim for dim in own if dim not in plates and log_prob.shape[dim] > 1]
         return log_prob.sum(further, keepdim=True) if further else log_prob
 
-    def state_factors(self) -> None:
-        """States the log density of all hidden sites as factors, one for each set of plates."""
-        if not self.trace.nodes:
-            return
+    @property
+    def sites(self) -> list[Any]:
+        """The hidden sites, with their log densities."""
+        return list(self.trace.nodes.values())
+
+    @property
+    def num_numbers(self) -> int:
+        """How many numbers their log densities have."""
+        return sum(site["log_prob"].numel() for site in self.sites)
+
+    def _by_plates(self, scaled: bool = True) -> dict[frozenset[Any], Any]:
+        """The log density of all hidden sites, as a sum of parts by their sets of plates."""
         self.trace.symbolize_dims()
-        sites: list[Any] = list(self.trace.nodes.values())
-        symbols = self.trace.plate_to_symbol
+        sites, symbols = self.sites, self.trace.plate_to_symbol
         by_symbol: dict[str, Any] = {
             symbols[frame.name]: frame for site in sites for frame in site["cond_indep_stack"]
         }
@@ -260,20 +239,88 @@ class _Enumerated(EnumMessenger):
             terms.append((term, plates, site["scale"]))
         found: dict[Any, Any] = defaultdict(float)
         for part in _connected(terms, set(by_symbol)):
-            scale = _common_scale([scale for *_, scale in part])
+            scale = _common_scale([scale for *_, scale in part]) if scaled else 1.0
             for plates, log_probs in _contracted(part, set(by_symbol)).items():
+                frames = frozenset(by_symbol[symbol] for symbol in plates)
                 for log_prob in log_probs:
                     unpacked = packed.unpack(log_prob, self.trace.symbol_to_dim)
-                    found[plates] = found[plates] + scale * unpacked
-        num_numbers = sum(site["log_prob"].numel() for site in sites)
-        for plates, log_prob in found.items():
-            frames: list[Any] = sorted(map(by_symbol.get, plates), key=lambda f: -f.dim)
+                    shape = (1,) * (self.discrete.nesting - unpacked.dim()) + unpacked.shape
+                    found[frames] = found[frames] + scale * unpacked.reshape(shape)
+        return found
+
+    def state_factors(self) -> None:
+        """States the log density of all hidden sites as factors, one for each set of plates."""
+        num_numbers = self.num_numbers
+        for plates, log_prob in self._by_plates().items():
+            frames = sorted(plates, key=lambda frame: -frame.dim)
             frames = [frame for frame in frames if frame.dim >= -self.discrete.nesting]
-            shape = (1,) * (self.discrete.nesting - log_prob.dim()) + log_prob.shape
             name = "_".join(["_summed_out", *(frame.name for frame in frames)])
             with _InPlates(frames, num_numbers):
-                pyro.factor(name, log_prob.reshape(shape))
-            num_numbers = 0
+                pyro.factor(name, log_prob)
+            num_numbers = 0  # told once
+
+
+class _OneOfSeveral(_Enumerated):
+    """A run for one choice of the values of sequential sites, with all its densities hidden.
+
+    Args:
+        discrete: The model's discrete latents.
+        choice: The numbers of the values of sequential sites; others take their first.
+        latents: The values of what the first run draws.
+        is_first: Whether this is the first run.
+
+    Attributes:
+        further: The choices that this run leaves to others.
+        missing: Latents that this run or the first lacks.
+    """
+
+    def __init__(
+        self, discrete: Discrete, choice: dict[str, int], latents: dict[str, Any], is_first: bool
+    ) -> None:
+        super().__init__(discrete)
+        self.choice, self.latents, self.is_first = choice, latents, is_first
+        self.further: list[dict[str, int]] = []
+        self.met: set[str] = set()
+
+    @property
+    def missing(self) -> set[str]:
+        return self.met ^ self.latents.keys()
+
+    def total(self) -> Tensor:
+        """The log density of this choice."""
+        total = torch.zeros((1,) * self.discrete.nesting)
+        for log_prob in self._by_plates(scaled=False).values():
+            plates = range(-1, -self.discrete.nesting - 1, -1)
+            total = total.to(log_prob) + (log_prob.sum([*plates], True) if plates else log_prob)
+        return total
+
+    def _pyro_sample(self, msg: Any) -> None:
+        name = msg["name"]
+        if site_is_subsample(msg):
+            self._repeat(msg)
+            return
+        if name in self.discrete.sequential and is_discrete(msg):
+            values = msg["fn"].enumerate_support(expand=False)
+            if name not in self.choice:
+                self.further += [{**self.choice, name: k} for k in range(1, len(values))]
+                self.choice[name] = 0
+            msg["value"], msg["is_observed"] = values[self.choice[name]], True
+        super()._pyro_sample(msg)
+        if is_latent(msg) and not msg.get("stop"):
+            self._repeat(msg)
+
+    def _repeat(self, msg: Any) -> None:
+        self.met.add(msg["name"])
+        if not self.is_first and msg["name"] in self.latents:
+            msg["value"], msg["done"], msg["stop"] = self.latents[msg["name"]], True, True
+
+    def _depends(self, msg: Any) -> bool:
+        return True
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        super()._pyro_post_sample(msg)
+        if self.is_first and msg["name"] in self.met:
+            self.latents[msg["name"]] = msg["value"]
 
 
 def _connected(terms: Iterable[Any], plates: set[str]) -> list[list[Any]]:
@@ -372,69 +419,3 @@ class _WithoutDensity(dist.TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         shape = value.shape[: value.dim() - self.event_dim]
         return value.new_zeros(torch.broadcast_shapes(shape, self.batch_shape))
-
-
-class _Marked(Messenger):
-    """Marks sites to be summed out."""
-
-    def __init__(self, names: frozenset[str]) -> None:
-        super().__init__()
-        self.names = names
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if not site_is_subsample(msg):
-            msg["infer"]["enumerate"] = "parallel" if msg["name"] in self.names else None
-
-
-@torch.no_grad()
-def discrete_draws(
-    particles: Particles,
-    model: Program,
-    discrete: Discrete,
-    latents: Mapping[str, Tensor],
-    args: Args,
-    kwargs: Kwargs,
-    most_probable: bool = False,
-) -> dict[str, Tensor]:
-    """The discrete latents at draws of the others: drawn by their posterior, or the most probable.
-
-    Args:
-        particles: What runs the model without them.
-        model: The model with them.
-        discrete: What to draw.
-        latents: Draws of the other latents, with a dimension of draws in front.
-        args: Arguments of the model.
-        kwargs: Likewise.
-        most_probable: Whether to return the values that are the most probable together.
-    """
-    num_draws = len(next(iter(latents.values())))
-    marked = _Marked(discrete.names)
-
-    def run(given: Mapping[str, Tensor], size: int | None) -> dict[str, Any]:
-        conditioned = particles.in_plate(marked(poutine.condition(model, dict(given))), size)
-        first = -particles.nesting - (1 if size is None else 2)
-        sampler = infer_discrete(conditioned, first, int(not most_probable))
-        with quietly(), poutine.block():
-            return samples(poutine.trace(sampler).get_trace(*args, **kwargs))
-
-    one = run({name: draws[0] for name, draws in latents.items()}, None)
-    parts: dict[str, list[Tensor]] = {name: [] for name in sorted(discrete.names)}
-    start = 0
-    for size in particles.sizes(num_draws):
-        given = {name: draws[start : start + size] for name, draws in latents.items()}
-        start += size
-        if particles.at_once:
-            for name, draws in given.items():
-                num_batch = draws.dim() - 1 - one[name]["fn"].event_dim
-                padded = particles.padded_shape(draws.shape[1:], num_batch)
-                given[name] = draws.reshape(size, *padded)
-            sites = run(given, size)
-        else:
-            sites = run({name: draws[0] for name, draws in given.items()}, None)
-        for name, found in parts.items():
-            fn, value = sites[name]["fn"], sites[name]["value"]
-            shape = list(one[name]["fn"].shape())
-            padded = particles.padded_shape(shape, len(shape) - fn.event_dim)
-            full = value.expand(size, *padded) if particles.at_once else value.expand(shape)
-            found.append(full.reshape(size, *shape))
-    return {name: torch.cat(found) for name, found in parts.items()}

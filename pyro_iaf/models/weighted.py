@@ -26,7 +26,8 @@ from ..importance import (
     smoothed,
 )
 from .arguments import Args, Kwargs, Program
-from .enumeration import SummedOut, discrete_draws, summed_out
+from .discrete import discrete_draws
+from .enumeration import SummedOut, summed_out
 from .log_joint import LogJoint
 from .matching import FixedLatents, Mismatch, check_guide_site
 from .particles import NUM_PROBED, Particles, numbers_in, threads_for

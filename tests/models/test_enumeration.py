@@ -256,6 +256,36 @@ def without_plates_by_hand(theta, y):
     return torch.logaddexp(low, p.log() + normal(y, a).sum() - 2 * a**2)
 
 
+def branches(y):
+    """Code that asks what a discrete latent is, and one more that depends on it."""
+    p, a = two()
+    z = pyro.sample("z", dist.Categorical(TABLE[0]), infer={"enumerate": "sequential"})
+    if z == 2:
+        loc = a
+    else:
+        w = pyro.sample("w", dist.Bernoulli(p), infer={"enumerate": "sequential"})
+        loc = 2 * a + 1 if w else a - z
+    with pyro.plate("rows", len(y)):
+        u = pyro.sample("u", dist.Bernoulli(0.3), infer={"enumerate": "sequential"})
+        pyro.sample("y", dist.Normal(loc + u, 0.8), obs=y)
+
+
+def branches_by_hand(theta, y):
+    p, a = theta["p"], theta["a"]
+    cases = [
+        (TABLE[0, 2].log(), a),
+        *((TABLE[0, z].log() + (1 - p).log(), a - z) for z in (0, 1)),
+        *((TABLE[0, z].log() + p.log(), 2 * a + 1) for z in (0, 1)),
+    ]
+    terms = []
+    for term, loc in cases:
+        for v in y:
+            parts = [math.log(0.7) + normal(v, loc), math.log(0.3) + normal(v, loc + 1)]
+            term = term + torch.logaddexp(*parts)
+        terms.append(term)
+    return torch.stack(terms).logsumexp(0)
+
+
 MODELS = {
     name: (globals()[name], globals()[f"{name}_by_hand"])
     for name in [
@@ -272,6 +302,7 @@ MODELS = {
         "counts",
         "independent_of_the_rest",
         "without_plates",
+        "branches",
     ]
 }
 
@@ -297,13 +328,12 @@ def test_log_joint_and_gradient_are_those_of_sums_by_hand(name):
     assert_close(slope, known, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", MODELS)
+# Pyro wants plates, and enumerates one after the other in guides alone.
+@pytest.mark.parametrize("name", [*MODELS][:-2])
 @pytest.mark.parametrize("particles", [(1, False), (3, True)], ids=str)
 @pytest.mark.parametrize("kind", [CompiledTrace_ELBO, TraceSTL_ELBO])
 def test_losses_and_gradients_are_those_of_trace_enum_elbo(name, particles, kind):
     model, _ = MODELS[name]
-    if name == "without_plates":  # which Pyro refuses
-        pytest.skip("Pyro wants plates")
     guide = AutoIAF(model, start="init", hidden_dims=[8])
     guide.setup(Y)
     settings = {"backend": "graph"} if kind is CompiledTrace_ELBO else {}
@@ -383,3 +413,20 @@ def test_one_scale_for_what_hangs_together():
 
     with pytest.raises(ValueError, match="should have one scale"):
         AutoIAF(model)()
+
+
+def test_branches_want_the_same_latents():
+    def model():
+        z = pyro.sample("z", dist.Bernoulli(0.5), infer={"enumerate": "sequential"})
+        if z:
+            pyro.sample("a", dist.Normal(0.0, 1.0))
+        pyro.sample("b", dist.Normal(z, 1.0))
+
+    with pytest.raises(ValueError, match="'a' is there for some values alone"):
+        AutoIAF(model)()
+
+
+def test_sequential_latents_are_not_drawn():
+    guide = AutoIAF(branches, start="init")
+    with pytest.raises(ValueError, match="'w', 'z' is enumerated sequentially"):
+        guide.sample_posterior(3, Y, discrete=True)

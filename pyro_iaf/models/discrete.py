@@ -1,0 +1,168 @@
+"""The discrete latents of a model: which there are, and draws of them given the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from pyro import poutine
+from pyro.infer import infer_discrete
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from .arguments import Args, Kwargs, Program
+from .particles import Particles
+from .traces import is_latent, quietly, samples
+
+__all__ = ["Discrete", "DiscreteWatch", "discrete_draws", "is_discrete"]
+
+
+class Discrete(NamedTuple):
+    """The discrete latents of a model, which a guide leaves to be summed out.
+
+    Attributes:
+        names: Their names.
+        nesting: How many dimensions the model's plates take, counted from the right.
+        sequential: Those of them for each of whose values the model runs once more.
+    """
+
+    names: frozenset[str]
+    nesting: int
+    sequential: frozenset[str] = frozenset()
+
+
+def is_discrete(site: Any) -> bool:
+    """Whether a site is a latent with a discrete support."""
+    try:
+        return is_latent(site) and bool(site["fn"].support.is_discrete)
+    except (AttributeError, NotImplementedError):  # a distribution without a support
+        return False
+
+
+class DiscreteWatch(Messenger):
+    """Looks for discrete latents in a run of a model, draws them, and hides them.
+
+    Attributes:
+        found: The discrete latents, or None if there are none.
+
+    Raises:
+        ValueError: If one has infinitely many values.
+    """
+
+    def __enter__(self) -> DiscreteWatch:
+        self.found: Discrete | None = None
+        self._names: set[str] = set()
+        self._sequential: set[str] = set()
+        self._nesting = 0
+        super().__enter__()
+        return self
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg):
+            return
+        dims = [-frame.dim for frame in msg["cond_indep_stack"] if frame.vectorized]
+        fn, value = msg["fn"], msg["value"]
+        dims.append(len(getattr(fn, "batch_shape", ())))
+        if msg["is_observed"] and isinstance(value, Tensor):
+            dims.append(value.dim() - getattr(fn, "event_dim", 0))
+        self._nesting = max(self._nesting, *dims)
+        if is_discrete(msg):
+            _check_enumerable(msg["name"], msg["fn"])
+            self._names.add(msg["name"])
+            in_rows = any(frame.vectorized and frame.size > 1 for frame in msg["cond_indep_stack"])
+            # A tensor of several rows can't decide what the code does, so it goes in parallel.
+            if msg["infer"].get("enumerate") == "sequential" and not in_rows:
+                self._sequential.add(msg["name"])
+            msg["stop"] = True
+        if self._names:
+            names, sequential = map(frozenset, (self._names, self._sequential))
+            self.found = Discrete(names, self._nesting, sequential)
+
+
+def _check_enumerable(name: str, fn: Any) -> None:
+    try:
+        fn.enumerate_support(expand=False)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"Discrete latents are summed out, so each should have finitely many values; site "
+            f"'{name}' is a {type(fn).__name__}, whose values can't be listed. Truncate it, as in "
+            f"pyro.sample('{name}', dist.Categorical(logits=...)) over the values that matter, or "
+            "sum it out by hand and state its log density by pyro.factor."
+        ) from error
+
+
+class _Marked(Messenger):
+    """Marks sites to be summed out."""
+
+    def __init__(self, names: frozenset[str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not site_is_subsample(msg):
+            msg["infer"]["enumerate"] = "parallel" if msg["name"] in self.names else None
+
+
+@torch.no_grad()
+def discrete_draws(
+    particles: Particles,
+    model: Program,
+    discrete: Discrete,
+    latents: Mapping[str, Tensor],
+    args: Args,
+    kwargs: Kwargs,
+    most_probable: bool = False,
+) -> dict[str, Tensor]:
+    """The discrete latents at draws of the others: drawn by their posterior, or the most probable.
+
+    Args:
+        particles: What runs the model without them.
+        model: The model with them.
+        discrete: What to draw.
+        latents: Draws of the other latents, with a dimension of draws in front.
+        args: Arguments of the model.
+        kwargs: Likewise.
+        most_probable: Whether to return the values that are the most probable together.
+
+    Raises:
+        ValueError: If some are enumerated sequentially.
+    """
+    if discrete.sequential:
+        raise ValueError(
+            f"Discrete latents are drawn from tables of all their values, and "
+            f"{', '.join(map(repr, sorted(discrete.sequential)))} is enumerated sequentially. Mark "
+            'it with infer={"enumerate": "parallel"}, and write torch.where for branches.'
+        )
+    num_draws = len(next(iter(latents.values())))
+    marked = _Marked(discrete.names)
+
+    def run(given: Mapping[str, Tensor], size: int | None) -> dict[str, Any]:
+        conditioned = particles.in_plate(marked(poutine.condition(model, dict(given))), size)
+        first = -particles.nesting - (1 if size is None else 2)
+        sampler = infer_discrete(conditioned, first, int(not most_probable))
+        with quietly(), poutine.block():
+            return samples(poutine.trace(sampler).get_trace(*args, **kwargs))
+
+    one = run({name: draws[0] for name, draws in latents.items()}, None)
+    parts: dict[str, list[Tensor]] = {name: [] for name in sorted(discrete.names)}
+    start = 0
+    for size in particles.sizes(num_draws):
+        given = {name: draws[start : start + size] for name, draws in latents.items()}
+        start += size
+        if particles.at_once:
+            for name, draws in given.items():
+                num_batch = draws.dim() - 1 - one[name]["fn"].event_dim
+                padded = particles.padded_shape(draws.shape[1:], num_batch)
+                given[name] = draws.reshape(size, *padded)
+            sites = run(given, size)
+        else:
+            sites = run({name: draws[0] for name, draws in given.items()}, None)
+        for name, found in parts.items():
+            fn, value = sites[name]["fn"], sites[name]["value"]
+            shape = list(one[name]["fn"].shape())
+            padded = particles.padded_shape(shape, len(shape) - fn.event_dim)
+            full = value.expand(size, *padded) if particles.at_once else value.expand(shape)
+            found.append(full.reshape(size, *shape))
+    return {name: torch.cat(found) for name, found in parts.items()}
