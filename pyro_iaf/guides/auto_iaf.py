@@ -30,7 +30,7 @@ from ..models.matching import FixedLatents
 from ..models.traces import full_size
 from ..nn.univariate import UnivariateMap
 from ..solvers.path_score import draw_scored
-from .latents import joined
+from .latents import joined, with_discrete
 from .mixture import Mixture, MixtureGuide
 from .pathfinder import Start, StartNotFound, further_starts, pathfinder
 from .site_delta import SiteDeltas
@@ -368,7 +368,7 @@ class AutoIAF(MixtureGuide, AutoContinuous):
             sites = self._resampled(num_samples, args, kwargs)
         else:
             sites = self._constrained(self._split(posterior.sample((num_samples,))))
-        return self._with_discrete(sites, discrete, args, kwargs)
+        return with_discrete(self, sites, discrete, args, kwargs)
 
     def _ready_posterior(self, *args: Any, **kwargs: Any) -> Any:
         self._setup_on_demand(*args, **kwargs)

@@ -159,9 +159,8 @@ class FlowGuide(AutoGuide):
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         model = self._model
         self._given, self.discrete = GivenSubsamples(), None
-        program = summed_out(self.model, self)
+        program, watch = summed_out(self.model, self), DiscreteWatch()
         try:
-            watch = DiscreteWatch()
             self._trace_prototype(watch(self.model), args, kwargs)
             if watch.found is not None:
                 self.discrete = watch.found
@@ -174,8 +173,9 @@ class FlowGuide(AutoGuide):
             warn_of_masks(latents, self.lifted)
             self.prototype_trace = without_graph(latents)
             self._build(program, args, kwargs)
-        except BaseException:
+        except BaseException as error:
             self.prototype_trace = None  # so that the next call tries again
+            watch.explain(error)
             raise
         finally:
             self._model = model
@@ -399,19 +399,6 @@ class FlowGuide(AutoGuide):
             particles = WeightedParticles(self.model, self, args, kwargs)
             draws = particles.weighted(max(4 * num_samples, 1000))
         return draws.resampled(num_samples)
-
-    def _with_discrete(
-        self, sites: dict[str, Tensor], discrete: bool | str, args: Args, kwargs: Kwargs
-    ) -> dict[str, Tensor]:
-        """These draws with the discrete latents, if they are wanted and there are any."""
-        if discrete not in (True, False, "map"):
-            raise ValueError(f'discrete should be True, False or "map"; got {discrete!r}.')
-        if not discrete or self.discrete is None:
-            return sites
-        with handler_lock:
-            particles = WeightedParticles(self.model, self, args, kwargs)
-            _, draws = particles.with_discrete(sites, most_probable=discrete == "map")
-        return draws
 
     # State and copies
 

@@ -29,7 +29,7 @@ from ..models.particles import Particles
 from ..models.traces import handler_lock
 from ..solvers.path_score import noise_of_draw
 from .contexts import Contexts, GuideWithContexts
-from .latents import joined
+from .latents import joined, with_discrete
 from .pathfinder import Start
 from .plates import Group, checked_rows, groups_of
 from .site_delta import MaskedSiteDelta, SiteDelta
@@ -300,7 +300,7 @@ class AutoHierarchicalIAF(GuideWithContexts):
             sites = self._resampled(num_samples, args, kwargs)
         else:
             sites = self._constrained(self._draws(num_samples, args, kwargs, rows))
-        return self._with_discrete(sites, discrete, args, kwargs)
+        return with_discrete(self, sites, discrete, args, kwargs)
 
     def _fixed_draws(
         self, *args: Any, rows: Mapping[str, Any] | None = None, **kwargs: Any

@@ -11,13 +11,22 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from .._validation import warn
+from ..models.arguments import Args, Kwargs
 from ..models.masks import density_mask
 from ..models.matching import Mismatch
-from ..models.traces import is_point
+from ..models.traces import handler_lock, is_point
+from ..models.weighted import WeightedParticles
 from .init_loc import no_bijection
 from .plates import quoted
 
-__all__ = ["check_latents", "check_loaded", "joined", "quantiles_of", "warn_of_masks"]
+__all__ = [
+    "check_latents",
+    "check_loaded",
+    "joined",
+    "quantiles_of",
+    "warn_of_masks",
+    "with_discrete",
+]
 
 
 def check_latents(sites: Mapping[str, Any], guide_class: str, guide_name: str) -> None:
@@ -86,6 +95,19 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
     device = next((part.device for part in parts if part.device.type != "cpu"), None)
     loc = torch.cat([part.to(device) for part in parts])
     return loc if loc.is_floating_point() else loc.to(torch.get_default_dtype())
+
+
+def with_discrete(
+    guide: Any, sites: dict[str, Tensor], discrete: bool | str, args: Args, kwargs: Kwargs
+) -> dict[str, Tensor]:
+    """Draws of a guide with the model's discrete latents, if they are wanted and there are any."""
+    if discrete not in (True, False, "map"):
+        raise ValueError(f'discrete should be True, False or "map"; got {discrete!r}.')
+    if not discrete or guide.discrete is None:
+        return sites
+    with handler_lock:
+        particles = WeightedParticles(guide.model, guide, args, kwargs)
+        return particles.with_discrete(sites, most_probable=discrete == "map")[1]
 
 
 def quantiles_of(draws: Tensor, levels: Tensor) -> Tensor:

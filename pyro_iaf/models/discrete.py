@@ -51,8 +51,10 @@ class DiscreteWatch(Messenger):
         ValueError: If one has infinitely many values.
     """
 
+    found: Discrete | None = None
+
     def __enter__(self) -> DiscreteWatch:
-        self.found: Discrete | None = None
+        self.found = None
         self._names: set[str] = set()
         self._sequential: set[str] = set()
         self._nesting = 0
@@ -79,6 +81,15 @@ class DiscreteWatch(Messenger):
         if self._names:
             names, sequential = map(frozenset, (self._names, self._sequential))
             self.found = Discrete(names, self._nesting, sequential)
+
+    def explain(self, error: BaseException) -> None:
+        """Raises a ValueError if a guide found no latents because all of them are discrete."""
+        if self.found is not None and "found no latent" in str(error):
+            names = ", ".join(map(repr, sorted(self.found.names)))
+            raise ValueError(
+                f"A guide draws continuous latents, and all latents of this model are discrete: "
+                f"{names}. pyro.infer.infer_discrete draws them exactly, without a guide."
+            ) from error
 
 
 def _check_enumerable(name: str, fn: Any) -> None:

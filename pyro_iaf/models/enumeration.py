@@ -19,6 +19,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.infer.util import is_validation_enabled
 from pyro.ops import packed
 from pyro.ops.contract import contract_tensor_tree
 from pyro.ops.rings import LogRing
@@ -28,7 +29,6 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import Distribution
 
 from . import log_einsum
 from .arguments import Args, Kwargs, Program
@@ -50,6 +50,8 @@ def summed_out(model: Program, guide: Any) -> Program:
     """The model without the discrete latents that its guide leaves out, if it is one of ours."""
     guide = poutine.unwrap(guide)
     if isinstance(model, SummedOut) or not hasattr(guide, "discrete"):
+        return model
+    if guide.discrete is None and guide.prototype_trace is not None:  # there is nothing to sum out
         return model
     return SummedOut(model, guide)
 
@@ -75,6 +77,13 @@ class SummedOut:
 
     def __init__(self, model: Program, guide: Any) -> None:
         self.model, self.guide = model, guide
+
+    def __eq__(self, other: object) -> bool:
+        same = isinstance(other, SummedOut) and self.model == other.model
+        return same and self.guide is other.guide  # type: ignore[attr-defined]
+
+    def __hash__(self) -> int:
+        return hash(self.model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         discrete = self.guide.discrete
@@ -138,7 +147,7 @@ class _Enumerated(EnumMessenger):
         name, infer = msg["name"], msg["infer"]
         is_ours = name in self.discrete.names and is_discrete(msg)
         infer["enumerate"] = "parallel" if is_ours else None
-        if not Distribution._validate_args:
+        if not is_validation_enabled():
             msg["fn"] = unchecked(msg["fn"])
         if is_ours:
             self._check_plates(msg)

@@ -252,16 +252,17 @@ class Run:
     def _make_loss(self, args: Args, kwargs: Kwargs) -> Loss:
         """Runs model and guide once, with all checks; finds the parameters and the loss."""
         elbo = Trace_ELBO() if self.elbo is None else self.elbo
-        # Losses that are not ours enumerate for themselves, or refuse.
-        model = summed_out(self.model, self.guide) if type(elbo) in RECORDABLE else self.model
         if fault := odd_data(self.model, args, kwargs):
             raise ValueError(fault)
+
+        def model() -> Program:  # losses that are not ours enumerate for themselves, or refuse
+            return summed_out(self.model, self.guide) if type(elbo) in RECORDABLE else self.model
 
         def look() -> None:
             if goes_through_draws(self.guide) and hasattr(self.guide, "setup"):
                 self.guide.setup(*args, **kwargs)  # outside no_grad, as training needs it
             with torch.no_grad():
-                elbo.loss(model, self.guide, *args, **kwargs)
+                elbo.loss(model(), self.guide, *args, **kwargs)
 
         with poutine.trace(param_only=True) as capture:
             try:
@@ -273,7 +274,7 @@ class Run:
                     check_latents(self.model, self.guide, args, kwargs)
                 if not isinstance(error, ValueError) or "log_prob shape" in str(error):
                     raise
-                if fault := impossible_data(model, self.guide, args, kwargs):
+                if fault := impossible_data(model(), self.guide, args, kwargs):
                     raise ValueError(fault) from error
                 try:  # again, since only this draw may be at fault
                     with quietly():
@@ -285,7 +286,7 @@ class Run:
             if isinstance(self.schedule, Rounds):
                 self.particles = particles_or_none(self.model, self.guide, args, kwargs)
             self._make_certificate()
-            return TraceLoss(model, self.guide, self.elbo)
+            return TraceLoss(model(), self.guide, self.elbo)
         self.particles = particles = WeightedParticles(self.model, self.guide, args, kwargs)
         self._make_certificate()
         if not particles.at_once and self.num_particles > 1:
@@ -296,13 +297,13 @@ class Run:
             )
         if isinstance(self.guide, ScoredGuide):
             joint = particles.log_joint()
-            return LatentLoss(model, self.guide, self.num_particles, joint)
+            return LatentLoss(model(), self.guide, self.num_particles, joint)
         elbo = (TraceSTL_ELBO if goes_through_draws(self.guide) else Trace_ELBO)(
             num_particles=self.num_particles,
             vectorize_particles=particles.at_once,
             max_plate_nesting=particles.nesting if particles.at_once else math.inf,
         )
-        return TraceLoss(model, self.guide, elbo)
+        return TraceLoss(model(), self.guide, elbo)
 
     def _make_certificate(self) -> None:
         if isinstance(self.schedule, Rounds):

@@ -771,7 +771,7 @@ def test_sequential_plates_are_refused():
 
 
 UNFIT = {
-    "discrete": (dist.Bernoulli(0.5), ValueError, "discrete sample site 'z'"),
+    "discrete": (dist.Bernoulli(0.5), ValueError, "are discrete: 'z'"),
     "spherical": (dist.ProjectedNormal(torch.ones(3)), ValueError, "spherical sample site 'z'"),
     "none": (None, RuntimeError, "found no latent variables"),
     "empty": (dist.Normal(torch.zeros(0), 1.0), RuntimeError, "found no latent"),
