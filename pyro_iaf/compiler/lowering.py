@@ -188,8 +188,8 @@ def choose_backend(name: str, device: torch.device) -> Backend:
     if not has_compiler(device):
         warn(
             "There is no C++ compiler here, so steps are replayed operation by operation, "
-            'backend="graph": up to twice as fast as Pyro, where compiled ones are up to sixty '
-            "times as fast. Install g++, or name a compiler in CXX."
+            'backend="graph": up to eight times as fast as Pyro, where compiled ones are up to '
+            "fifty times as fast. Install g++, or name a compiler in CXX."
         )
     return available_backends(device)[0]
 

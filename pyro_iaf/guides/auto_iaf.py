@@ -55,6 +55,14 @@ class AutoIAF(MixtureGuide, AutoContinuous):
     particle for D latents and widths H. The structure of the model, its shapes and the supports of
     its latents have to stay as they are at the first call.
 
+    Discrete latents are summed out exactly, by Pyro's enumeration, as if all of them were marked
+    ``infer={"enumerate": "parallel"}``; ``guide.discrete`` names them, and
+    ``sample_posterior(..., discrete=True)`` draws them given the others. That goes for
+    :func:`~pyro_iaf.fit`, :func:`~pyro_iaf.diagnose`, :func:`~pyro_iaf.to_arviz`,
+    :class:`~pyro_iaf.CompiledTrace_ELBO` and :class:`~pyro_iaf.TraceSTL_ELBO`; in a loop with an
+    ELBO of Pyro's own, take ``TraceEnum_ELBO``. A run costs the product of the numbers of values
+    that depend on each other: rows belong in plates, chains in ``pyro.markov``.
+
     A guide owns the entries under its ``name`` in Pyro's parameter store. It adopts entries that
     came from a file. It replaces those of another guide, with a warning if that guide is alive. A
     state from ``load_state_dict``, also before the first call, takes precedence over the store.
@@ -96,8 +104,8 @@ class AutoIAF(MixtureGuide, AutoContinuous):
             one program need two names.
 
     Raises:
-        ValueError: If an argument is out of range, or, at the first call, if a latent is
-            discrete, a Delta or on a sphere.
+        ValueError: If an argument is out of range, or, at the first call, if a latent is a Delta,
+            on a sphere, or discrete with infinitely many values or too large a table.
         RuntimeError: At the first call, if the model has no latents.
         NotImplementedError: At the first call, if a latent is in a plate that is subsampled, or in
             a sequential one.

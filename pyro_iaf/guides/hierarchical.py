@@ -58,6 +58,8 @@ class AutoHierarchicalIAF(GuideWithContexts):
     optimisers except ``SparseAdam`` fill a gradient for all N rows at each step, which is slow from
     some 100,000 rows on; give ``embedding_grad="sparse"`` and ``pyro.optim.SparseAdam`` there.
 
+    Discrete latents are summed out, as under :class:`~pyro_iaf.AutoIAF`.
+
     A guide starts at the values of ``init_loc_fn``, as :class:`~pyro_iaf.AutoIAF` does with
     ``start="init"``.
 
@@ -86,7 +88,8 @@ class AutoHierarchicalIAF(GuideWithContexts):
 
     Raises:
         ValueError: If an argument is out of range; at the first call, if plates and encoders don't
-            match, a latent is discrete or a Delta, or a context doesn't fit its plate.
+            match, a latent is a Delta or has infinitely many discrete values, or a context doesn't
+            fit its plate.
         NotImplementedError: At the first call, if a plate is sequential, or the support of a
             latent differs between the rows of its plate.
         RuntimeError: At the first call, if the model has no latents.

@@ -77,6 +77,7 @@ class SummedOut:
 
     def __init__(self, model: Program, guide: Any) -> None:
         self.model, self.guide = model, guide
+        self.__self__ = getattr(model, "__self__", model)  # a module's mode counts in recordings
 
     def __eq__(self, other: object) -> bool:
         same = isinstance(other, SummedOut) and self.model == other.model
@@ -253,6 +254,7 @@ class _Enumerated(EnumMessenger):
                 frames = frozenset(by_symbol[symbol] for symbol in plates)
                 for log_prob in log_probs:
                     unpacked = packed.unpack(log_prob, self.trace.symbol_to_dim)
+                    unpacked = log_einsum.with_zeros(unpacked)
                     shape = (1,) * (self.discrete.nesting - unpacked.dim()) + unpacked.shape
                     found[frames] = found[frames] + scale * unpacked.reshape(shape)
         return found

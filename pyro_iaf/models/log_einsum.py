@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 
+import torch
 from pyro.ops.einsum import torch_log
 from pyro.ops.einsum.util import Tensordot
 from torch import Tensor
 
-__all__ = ["einsum", "tensordot", "transpose"]
+__all__ = ["einsum", "tensordot", "transpose", "with_zeros"]
 
 # From so many products on, a matrix product is faster than all products written out.
 LARGE = 2**16
@@ -46,7 +47,18 @@ def einsum(equation: str, *operands: Tensor) -> Tensor:
         total = total + operand
     if not summed:
         return total if len(operands) > 1 else total.clone()
+    # A sum of nothing but zeros would have no gradient.
+    total = total.clamp(min=_lowest(total))
     return total.logsumexp(list(range(len(output), len(order))))
+
+
+def with_zeros(log_total: Tensor) -> Tensor:
+    """The logarithm of a total, ``-inf`` where :func:`einsum` put a very low number for it."""
+    return torch.where(log_total < _lowest(log_total) / 2, -torch.inf, log_total)
+
+
+def _lowest(like: Tensor) -> float:
+    return torch.finfo(like.dtype).min / 16
 
 
 tensordot = Tensordot(einsum)

@@ -267,6 +267,11 @@ class WeightedParticles(Particles):
         """The same with the discrete latents that are summed out here, and draws of all latents."""
         if not (isinstance(self.model, SummedOut) and self.model.guide.discrete):
             return self, draws
+        if self.subsampled:
+            raise ValueError(
+                "Discrete latents are drawn for all rows of their plates, and this model "
+                "subsamples them. Run it on all its rows, with subsample_size=None."
+            )
         model, discrete = self.model.model, self.model.guide.discrete
         drawn = discrete_draws(self, model, discrete, draws, self.args, self.kwargs, most_probable)
         draws, other = draws | drawn, copy.copy(self)

@@ -7,11 +7,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import SVI, TraceEnum_ELBO, config_enumerate
+from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from pyro.optim import Adam
 from torch.testing import assert_close
 
-from pyro_iaf import AutoIAF, CompiledTrace_ELBO, TraceSTL_ELBO
+from pyro_iaf import AutoIAF, CompiledTrace_ELBO, TraceSTL_ELBO, fit
+from pyro_iaf.models import log_einsum
 from pyro_iaf.models.enumeration import summed_out
 from pyro_iaf.models.weighted import WeightedParticles
 
@@ -353,6 +354,19 @@ def test_losses_and_gradients_are_those_of_trace_enum_elbo(name, particles, kind
             assert_close(gradients, found[0][1], rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    "loss", [None, Trace_ELBO(2, 1, vectorize_particles=True), TraceSTL_ELBO(2)]
+)
+def test_recorded_steps_are_those_of_the_code(loss):
+    found = []
+    for way in (False, "graph"):
+        pyro.clear_param_store()
+        guide = AutoIAF(chain, start="init", hidden_dims=[8], name=f"of_{way}")
+        settings = {"num_steps": 20, "compile": way, "progress": False, "seed": 0}
+        found.append(fit(chain, guide, (Y,), loss=loss, **settings).losses)
+    assert_close(*found, rtol=1e-6, atol=1e-6)
+
+
 def test_any_optimiser_and_loss_of_pyro_takes_the_marginal():
     guide = AutoIAF(mixture, hidden_dims=[8])
     loss = TraceEnum_ELBO(max_plate_nesting=1)
@@ -430,3 +444,51 @@ def test_sequential_latents_are_not_drawn():
     guide = AutoIAF(branches, start="init")
     with pytest.raises(ValueError, match="'w', 'z' is enumerated sequentially"):
         guide.sample_posterior(3, Y, discrete=True)
+
+
+@pytest.mark.parametrize("equation", ["ab,bc->ac", "abc,c->ab", "ba->b", "ab,ab->ba", "a,b->ab"])
+def test_sums_in_log_space_are_those_of_einsum(equation):
+    sizes = dict(zip("abc", (3, 4, 2), strict=True))
+    terms = equation.partition("->")[0].split(",")
+    operands = [torch.randn([sizes[d] for d in term]) for term in terms]
+    operands[0].view(-1)[0] = -torch.inf
+    found = log_einsum.einsum(equation, *operands)
+    assert_close(found.exp(), torch.einsum(equation, *(o.exp() for o in operands)))
+
+
+def test_what_is_impossible_for_all_values_has_no_gradient_that_is_nan():
+    table = torch.full((2, 3), -torch.inf, requires_grad=True)
+    other = torch.zeros(3, requires_grad=True)
+    found = log_einsum.einsum("ab,b->a", table, other)
+    assert (log_einsum.with_zeros(found) == -torch.inf).all()
+    (slope,) = torch.autograd.grad(found.clamp(min=-1.0).sum(), other)
+    assert slope.isfinite().all()
+
+
+def test_in_a_subsample_they_are_not_drawn():
+    def model(y):
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(y), subsample_size=3) as rows:
+            z = pyro.sample("z", dist.Bernoulli(0.5))
+            pyro.sample("y", dist.Normal(a + z, 1.0), obs=y[rows])
+
+    guide = AutoIAF(model, start="init")
+    with pytest.raises(ValueError, match="subsample"):
+        guide.sample_posterior(4, Y, discrete=True)
+
+
+def test_an_impossible_start_of_a_chain_has_a_gradient():
+    def model(y):
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        z = torch.tensor(0.0)
+        for t in pyro.markov(range(3)):  # it can't go back
+            z = pyro.sample(
+                f"z_{t}", dist.Categorical(torch.tensor([[0.5, 0.5], [0.0, 1.0]])[z.long()])
+            )
+            pyro.sample(f"y_{t}", dist.Normal(a * z, 1.0), obs=y[t])
+
+    guide = AutoIAF(model, start="init")
+    guide.setup(Y)
+    value, slope = WeightedParticles(model, guide, (Y,), {}).log_joint().gradient(torch.randn(4, 1))
+    assert value.isfinite().all()
+    assert slope.isfinite().all()

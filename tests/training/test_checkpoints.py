@@ -548,6 +548,26 @@ def test_a_run_on_any_model_goes_on_with_itself(tmp_path, name):
     assert torch.equal(once.losses, again.losses)
 
 
+def test_a_run_with_discrete_latents_goes_on_and_knows_its_data(tmp_path):
+    def model(y):
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Bernoulli(0.4))
+            pyro.sample("y", dist.Normal(a * z, 0.5), obs=y)
+
+    def run(y, num_steps, name):
+        settings = {"num_steps": num_steps, "checkpoint": tmp_path / name, "seed": 1}
+        pyro.clear_param_store()
+        return quick(model, AutoIAF(model, hidden_dims=[4]), (y,), **settings)
+
+    y = torch.randn(4)
+    whole = run(y, 6, "whole")
+    assert run(y, 6, "whole").resumed_at == 6
+    assert torch.equal(run(y, 6, "whole").losses, whole.losses)
+    with pytest.raises(ValueError, match="what differs is args"):
+        run(y + 1, 6, "whole")
+
+
 def test_what_a_restart_may_change_is_no_other_run(tmp_path):
     def run(how, y, threads, **settings):
         pyro.clear_param_store()
