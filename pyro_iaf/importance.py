@@ -62,12 +62,15 @@ def pareto_k(log_weights: Tensor, rounding: float = 0.0) -> float:
     return _Tail(log_weights, rounding).k
 
 
-def hardly_differ(log_weights: Tensor) -> bool:
-    """Whether weights are so similar that the shape of their tail says nothing."""
-    S = len(log_weights)
-    ess = 1 / log_weights.softmax(0).square().sum()
-    gap = log_weights.logsumexp(0) - math.log(S) - log_weights.mean()
-    return bool(ess >= NEARLY_ALL * S) and bool(gap < TINY_GAP)
+def hardly_differ(ess: float, gap: float, count: int) -> bool:
+    """Whether weights are so similar that the shape of their tail says nothing.
+
+    Args:
+        ess: Their effective sample size.
+        gap: The difference of the importance-weighted ELBO and the ELBO, in nats.
+        count: How many they are.
+    """
+    return ess >= NEARLY_ALL * count and gap < TINY_GAP
 
 
 def error_of_k(khat: float, count: int) -> float:

@@ -152,7 +152,7 @@ class Diagnosis:
     @property
     def hardly_differ(self) -> bool:
         """Whether all weights are so similar that the shape of their tail says nothing."""
-        return hardly_differ(self.log_weights)
+        return hardly_differ(self.ess, self.gap, len(self.log_weights))
 
     @property
     def verdict(self) -> str:

@@ -77,6 +77,13 @@ class Draws(NamedTuple):
         """The weights, smoothed and normalised."""
         return smoothed(self.log_weights, self.rounding)
 
+    @property
+    def _hardly_differ(self) -> bool:
+        log_w, count = self.log_weights, len(self.log_weights)
+        ess = 1 / log_w.softmax(0).square().sum().item()
+        gap = (log_w.logsumexp(0) - math.log(count) - log_w.mean()).item()
+        return hardly_differ(ess, gap, count)
+
     def resampled(self, num_draws: int) -> dict[str, Tensor]:
         """So many of the draws, chosen by their weights.
 
@@ -86,7 +93,7 @@ class Draws(NamedTuple):
         if self.rounding > MAX_ROUNDING:
             message = rounding_message(self.rounding)
             warn(f"Resampled draws are no draws from the posterior: {message}")
-        elif self.khat > MAX_KHAT and not hardly_differ(self.log_weights):
+        elif self.khat > MAX_KHAT and not self._hardly_differ:
             warn(
                 f"The guide's importance weights have a k-hat above {MAX_KHAT}: resampled draws "
                 "are no draws from the posterior. Train the guide further, or make it wider; "
