@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from matplotlib import pyplot
 from pyro import poutine
 from torch.testing import assert_close
 
@@ -35,7 +36,8 @@ def run(monkeypatch, tmp_path):
         torch.set_default_dtype(torch.float32)  # as the reader has it
         return runpy.run_path(str(path), run_name="__main__")
 
-    return run
+    yield run
+    pyplot.close("all")
 
 
 @pytest.mark.parametrize("name", TUTORIALS)
