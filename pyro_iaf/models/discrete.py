@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer import infer_discrete
@@ -104,16 +105,31 @@ def _check_enumerable(name: str, fn: Any) -> None:
         ) from error
 
 
-class _Marked(Messenger):
-    """Marks sites to be summed out."""
+class _Indexed(Messenger):
+    """Marks sites to be summed out, each as the index of its value.
+
+    Pyro's ``infer_discrete`` takes no values with event dimensions, and leaves out dimensions where
+    there is one value only.
+    """
 
     def __init__(self, names: frozenset[str]) -> None:
         super().__init__()
         self.names = names
 
     def _pyro_sample(self, msg: Any) -> None:
-        if not site_is_subsample(msg):
-            msg["infer"]["enumerate"] = "parallel" if msg["name"] in self.names else None
+        if site_is_subsample(msg):
+            return
+        msg["infer"]["enumerate"] = None
+        if msg["name"] in self.names:
+            fn = msg["fn"]
+            values = fn.enumerate_support(expand=False)
+            each = values.reshape(len(values), *fn.event_shape)
+            msg["infer"] = {**msg["infer"], "enumerate": "parallel", "values": each}
+            msg["fn"] = dist.Categorical(logits=fn.log_prob(values).movedim(0, -1))
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["name"] in self.names:
+            msg["value"] = msg["infer"]["values"][msg["value"]]
 
 
 @torch.no_grad()
@@ -147,7 +163,7 @@ def discrete_draws(
             'it with infer={"enumerate": "parallel"}, and write torch.where for branches.'
         )
     num_draws = len(next(iter(latents.values())))
-    marked = _Marked(discrete.names)
+    marked = _Indexed(discrete.names)
 
     def run(given: Mapping[str, Tensor], size: int | None) -> dict[str, Any]:
         conditioned = particles.in_plate(marked(poutine.condition(model, dict(given))), size)
@@ -171,9 +187,11 @@ def discrete_draws(
         else:
             sites = run({name: draws[0] for name, draws in given.items()}, None)
         for name, found in parts.items():
-            fn, value = sites[name]["fn"], sites[name]["value"]
-            shape = list(one[name]["fn"].shape())
-            padded = particles.padded_shape(shape, len(shape) - fn.event_dim)
-            full = value.expand(size, *padded) if particles.at_once else value.expand(shape)
-            found.append(full.reshape(size, *shape))
+            index, values = sites[name]["value"], sites[name]["infer"]["values"]
+            batch = list(one[name]["fn"].batch_shape)
+            full = (
+                [size, *particles.padded_shape(batch, len(batch))] if particles.at_once else batch
+            )
+            index = index.reshape(index.shape[max(0, index.dim() - len(full)) :]).expand(full)
+            found.append(values[index.reshape(size, *batch)])
     return {name: torch.cat(found) for name, found in parts.items()}

@@ -32,10 +32,11 @@ from torch import Tensor
 
 from . import log_einsum
 from .arguments import Args, Kwargs, Program
+from .constraints import tensors_in
 from .discrete import Discrete, is_discrete
 from .matching import unchecked
 from .particles import MAX_NUMBERS
-from .traces import is_latent
+from .traces import is_latent, is_masked
 
 __all__ = ["SummedOut", "marginal_of", "summed_out"]
 
@@ -167,7 +168,8 @@ class _Enumerated(EnumMessenger):
         if is_ours or msg["is_observed"]:
             msg["stop"] = True
         else:
-            msg["fn"], msg["mask"] = _WithoutDensity(msg["fn"], self.first), None
+            self._check_latent(msg)
+            msg["fn"] = _WithoutDensity(msg["fn"], self.first)
 
     def _check_plates(self, msg: Any) -> None:
         declared = {frame.dim for frame in msg["cond_indep_stack"] if frame.vectorized}
@@ -179,6 +181,19 @@ class _Enumerated(EnumMessenger):
                     f"should be plates; site '{msg['name']}' has shape {tuple(shape)}, and "
                     f"dimension {dim} is in none. Put it in `with pyro.plate(..., {shape[dim]}):`."
                 )
+
+    def _check_latent(self, msg: Any) -> None:
+        fn, name = msg["fn"], msg["name"]
+        if not (msg["mask"] is None or msg["mask"] is True) or is_masked(fn):
+            raise ValueError(
+                f"Site '{name}' is masked, and its prior depends on discrete latents, which are "
+                "summed out: then nothing determines its masked entries. Mask only the likelihood."
+            )
+        if any(len(t.shape) > -self.first - 1 + fn.event_dim for t in tensors_in(fn.support)):
+            raise ValueError(
+                f"A latent should have one support, and that of site '{name}' depends on discrete "
+                "latents. Write Uniform(0, scale), for example, as scale * Uniform(0, 1)."
+            )
 
     def _check_size(self, msg: Any) -> None:
         shape = msg["fn"].batch_shape
@@ -199,7 +214,7 @@ class _Enumerated(EnumMessenger):
             shapes.append(value.shape[: value.dim() - msg["fn"].event_dim])
         if isinstance(msg["mask"], Tensor):
             shapes.append(msg["mask"].shape)
-        return any(size > 1 for s in shapes for size in s[: max(0, len(s) + self.first + 1)])
+        return any(len(shape) >= -self.first for shape in shapes)  # also if it has one value only
 
     def _pyro_post_sample(self, msg: Any) -> None:
         super()._pyro_post_sample(msg)
@@ -242,10 +257,20 @@ class _Enumerated(EnumMessenger):
         by_symbol: dict[str, Any] = {
             symbols[frame.name]: frame for site in sites for frame in site["cond_indep_stack"]
         }
-        terms = []
-        for site in sites:
+        terms, owners = [], {}
+        for name, site in zip(self.trace.nodes, sites, strict=True):
             term = packed.pack(site["log_prob"], site["infer"]["_dim_to_symbol"])
             plates = frozenset(symbols[frame.name] for frame in site["cond_indep_stack"])
+            if (symbol := site["infer"].get("_enumerate_symbol")) is not None:
+                owners[symbol] = name, plates
+            for owner, needed in (owners[dim] for dim in term._pyro_dims if dim in owners):
+                if missing := [by_symbol[s].name for s in needed - plates if by_symbol[s].size > 1]:
+                    raise ValueError(
+                        f"What depends on a discrete latent should be in its plates, since it is "
+                        f"summed out row by row; site '{name}' depends on '{owner}' and is not in "
+                        f"plate {', '.join(map(repr, missing))}. Use one pyro.plate object or name "
+                        "for both, or sum the latent out by hand."
+                    )
             terms.append((term, plates, site["scale"]))
         found: dict[Any, Any] = defaultdict(float)
         for part in _connected(terms, set(by_symbol)):

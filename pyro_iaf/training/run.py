@@ -293,7 +293,7 @@ class Run:
             warn(
                 "fit runs its particles one after the other: vectorised over particles, the model "
                 "fails, or its log density changes or is random. If that takes long, write sites "
-                "with plates, and count dimensions from the right."
+                "with plates, count dimensions from the right, and index by Vindex(x)[..., k]."
             )
         if isinstance(self.guide, ScoredGuide):
             joint = particles.log_joint()

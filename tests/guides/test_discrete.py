@@ -213,3 +213,43 @@ def test_the_most_probable_path_of_a_chain_is_found():
     for k, a in enumerate(draws["a"]):
         best = max(SEQUENCES, key=lambda path, a=a: score(path, a))
         assert tuple(draws[f"z_{t}"][k].item() for t in range(4)) == best
+
+
+def test_values_of_any_shape_are_drawn():
+    """One-hot vectors, numbers of successes, and a latent that has one value only."""
+    shares = torch.tensor([0.2, 0.3, 0.5])
+
+    def model(y):
+        a = pyro.sample("a", dist.Normal(1.0, 0.5))
+        with pyro.plate("groups", 2, dim=-2):
+            only = pyro.sample("only", dist.Categorical(torch.ones(1)))
+            with pyro.plate("rows", 5, dim=-1):
+                kind = pyro.sample("kind", dist.OneHotCategorical(shares))
+                count = pyro.sample("count", dist.Binomial(3, 0.4))
+                loc = a * (kind @ torch.arange(3.0)) + 2 * count + only
+                pyro.sample("y", dist.Normal(loc, 0.8), obs=y)
+
+    y = torch.stack([Y, Y + 2])
+    guide = AutoIAF(model, start="init", init_scale=1e-4)
+    guide.setup(y)
+    a = guide.median()["a"]
+    draws = guide.sample_posterior(4000, y, discrete=True)
+    assert draws["only"].shape == (4000, 2, 1)
+    assert draws["kind"].shape == (4000, 2, 5, 3)
+    assert draws["count"].shape == (4000, 2, 5)
+    table = torch.stack(
+        [
+            shares[k].log()
+            + dist.Binomial(3, 0.4).log_prob(torch.tensor(float(n)))
+            + dist.Normal(a * k + 2 * n, 0.8).log_prob(y)
+            for k, n in itertools.product(range(3), range(4))
+        ],
+        -1,
+    )
+    exact = table.softmax(-1).reshape(2, 5, 3, 4)
+    assert_close(draws["kind"].mean(0), exact.sum(-1), rtol=0, atol=0.04)
+    assert_close(draws["count"].mean(0), exact.sum(-2) @ torch.arange(4.0), rtol=0, atol=0.08)
+    best = guide.sample_posterior(10, y, discrete="map")
+    flat = table.argmax(-1)
+    assert torch.equal(best["kind"].argmax(-1), (flat // 4).expand(10, 2, 5))
+    assert torch.equal(best["count"], (flat % 4).double().expand(10, 2, 5))

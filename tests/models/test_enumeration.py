@@ -418,6 +418,54 @@ def test_discrete_latents_want_their_plates():
         AutoIAF(model)()
 
 
+def test_what_depends_on_a_latent_is_in_its_plates():
+    def model():
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        with pyro.plate("groups", 3):
+            z = pyro.sample("z", dist.Bernoulli(0.3))
+        with pyro.plate("others", 3):
+            pyro.sample("y", dist.Normal(a * z, 1.0), obs=Y[:3])
+
+    with pytest.raises(ValueError, match="'y' depends on 'z' and is not in plate 'groups'"):
+        AutoIAF(model)()
+
+
+def test_crossed_plates_that_make_all_rows_depend_are_refused():
+    def model():
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        rows, columns = pyro.plate("rows", 3, dim=-2), pyro.plate("columns", 5, dim=-1)
+        with rows:
+            z = pyro.sample("z", dist.Bernoulli(0.3))
+        with columns:
+            w = pyro.sample("w", dist.Bernoulli(0.4))
+        with rows, columns:
+            pyro.sample("y", dist.Normal(a * z + w, 1.0), obs=Y.expand(3, 5))
+
+    with pytest.raises(ValueError, match="depend on each other through another"):
+        AutoIAF(model)()
+
+
+def test_a_support_that_depends_on_a_discrete_latent_is_refused():
+    def model():
+        z = pyro.sample("z", dist.Bernoulli(0.3))
+        a = pyro.sample("a", dist.Uniform(0.0, 1.0 + z))
+        pyro.sample("y", dist.Normal(a, 1.0), obs=Y[0])
+
+    with pytest.raises(ValueError, match="that of site 'a' depends on discrete latents"):
+        AutoIAF(model)()
+
+
+def test_a_masked_latent_that_depends_on_a_discrete_one_is_refused():
+    def model():
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 5):
+            z = pyro.sample("z", dist.Bernoulli(0.3))
+            pyro.sample("y", dist.Normal(a * z, 1.0), obs=Y, obs_mask=MASK)
+
+    with pytest.raises(ValueError, match="'y_unobserved' is masked, and its prior depends on disc"):
+        AutoIAF(model)()
+
+
 def test_one_scale_for_what_hangs_together():
     def model():
         p = pyro.sample("p", dist.Beta(1.0, 1.0))
