@@ -342,6 +342,20 @@ def step_of_a_thousand():
     return milliseconds(only(rows_of_1000)["ours_ms"])
 
 
+@said
+def enumeration_steps():
+    found = {(r["model"], r["by hand"], r["way"]): r for r in rows("enumeration")}
+    ways = ["eager", "graph", "compiled"]
+    body = []
+    for model, by_hand in dict.fromkeys(key[:2] for key in found):
+        each = [found[model, by_hand, way] for way in ways]
+        steps = ["-" if r["ms a step"] is None else milliseconds(r["ms a step"]) for r in each]
+        starts = ["-" if r["start, s"] is None else f"{r['start, s']:.0f} s" for r in each[1:]]
+        nodes = next((r["nodes"] for r in each if r["nodes"]), None)
+        body.append([f"{model}, {'by hand' if by_hand else 'summed out'}", *steps, *starts, nodes])
+    return table(["Model", *ways, "recording", "compilation", "operations"], body)
+
+
 def fit_rows(contender):
     """The rows of one implementation of a step."""
     return [row for row in rows("svi_step") if row["contender"] == contender]
@@ -372,7 +386,10 @@ def later_compilation():
 
 @said
 def steps_that_repay():
-    found = [row["pays after"] for row in fit_rows("fit, compiled") if row["pays after"]]
+    found = [row["pays after"] or 0 for row in fit_rows("fit, compiled")]
+    found = [
+        steps for steps in found if steps > 0
+    ]  # the first row also waits for PyTorch's headers
     return span(found, ",.0f")
 
 
