@@ -389,7 +389,7 @@ def steps_that_repay():
     found = [row["pays after"] or 0 for row in fit_rows("fit, compiled")]
     found = [
         steps for steps in found if steps > 0
-    ]  # the first row also waits for PyTorch's headers
+    ]  # the first also compiles headers
     return span(found, ",.0f")
 
 
