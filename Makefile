@@ -50,6 +50,7 @@ bench: $(VENV)/bench.stamp  ## measure everything again, in hours
 	$(BIN)/python -m benchmarks.posteriors
 	$(BIN)/python -m benchmarks.certified
 	$(BIN)/python -m benchmarks.multimodal
+	$(BIN)/python -m benchmarks.enumeration
 	$(BIN)/python -m benchmarks.gradients
 	$(BIN)/python -m benchmarks.svi_step
 	$(BIN)/python -m benchmarks.hierarchical
