@@ -387,9 +387,7 @@ def later_compilation():
 @said
 def steps_that_repay():
     found = [row["pays after"] or 0 for row in fit_rows("fit, compiled")]
-    found = [
-        steps for steps in found if steps > 0
-    ]  # the first also compiles headers
+    found = [steps for steps in found if steps > 0]  # the first also compiles headers
     return span(found, ",.0f")
 
 
