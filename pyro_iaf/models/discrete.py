@@ -17,7 +17,10 @@ from .arguments import Args, Kwargs, Program
 from .particles import Particles
 from .traces import is_latent, quietly, samples
 
-__all__ = ["Discrete", "DiscreteWatch", "discrete_draws", "is_discrete"]
+__all__ = ["EXACTLY", "Discrete", "DiscreteWatch", "discrete_draws", "is_discrete"]
+
+# Settings of Pyro's sites that would draw values, or list them for each row, are left out.
+EXACTLY: dict[str, Any] = {"num_samples": None, "expand": False, "tmc": None}
 
 
 class Discrete(NamedTuple):
@@ -119,16 +122,17 @@ class _Indexed(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if site_is_subsample(msg):
             return
-        msg["infer"]["enumerate"] = None
-        if msg["name"] in self.names:
+        msg["infer"] = {**msg["infer"], **EXACTLY, "enumerate": None}
+        if msg["name"] in self.names and is_discrete(msg):
             fn = msg["fn"]
             values = fn.enumerate_support(expand=False)
             each = values.reshape(len(values), *fn.event_shape)
-            msg["infer"] = {**msg["infer"], "enumerate": "parallel", "values": each}
+            msg["infer"] |= {"enumerate": "parallel", "values": each}
             msg["fn"] = dist.Categorical(logits=fn.log_prob(values).movedim(0, -1))
+            msg["mask"] = None  # its shares count where the data are masked
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if msg["name"] in self.names:
+        if "values" in msg["infer"]:
             msg["value"] = msg["infer"]["values"][msg["value"]]
 
 
@@ -173,7 +177,8 @@ def discrete_draws(
             return samples(poutine.trace(sampler).get_trace(*args, **kwargs))
 
     one = run({name: draws[0] for name, draws in latents.items()}, None)
-    parts: dict[str, list[Tensor]] = {name: [] for name in sorted(discrete.names)}
+    names = sorted(name for name, site in one.items() if "values" in site["infer"])
+    parts: dict[str, list[Tensor]] = {name: [] for name in names}
     start = 0
     for size in particles.sizes(num_draws):
         given = {name: draws[start : start + size] for name, draws in latents.items()}

@@ -33,7 +33,7 @@ from torch import Tensor
 from . import log_einsum
 from .arguments import Args, Kwargs, Program
 from .constraints import tensors_in
-from .discrete import Discrete, is_discrete
+from .discrete import EXACTLY, Discrete, is_discrete
 from .matching import unchecked
 from .particles import MAX_NUMBERS
 from .traces import is_latent, is_masked
@@ -146,9 +146,10 @@ class _Enumerated(EnumMessenger):
     def _pyro_sample(self, msg: Any) -> None:
         if site_is_subsample(msg) or not hasattr(msg["fn"], "batch_shape"):
             return
-        name, infer = msg["name"], msg["infer"]
+        name = msg["name"]
         is_ours = name in self.discrete.names and is_discrete(msg)
-        infer["enumerate"] = "parallel" if is_ours else None
+        infer = {**msg["infer"], **EXACTLY, "enumerate": "parallel" if is_ours else None}
+        msg["infer"] = infer
         if not is_validation_enabled():
             msg["fn"] = unchecked(msg["fn"])
         if is_ours:

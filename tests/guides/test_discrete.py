@@ -253,3 +253,28 @@ def test_values_of_any_shape_are_drawn():
     flat = table.argmax(-1)
     assert torch.equal(best["kind"].argmax(-1), (flat // 4).expand(10, 2, 5))
     assert torch.equal(best["count"], (flat % 4).double().expand(10, 2, 5))
+
+
+def test_masked_rows_are_drawn_from_their_prior():
+    def model(y):
+        pyro.sample("a", dist.Normal(1.0, 0.5))
+        with pyro.plate("rows", 5), pyro.poutine.mask(mask=torch.arange(5) < 2):
+            z = pyro.sample("z", dist.Bernoulli(0.9))
+            pyro.sample("y", dist.Normal(3 * z, 0.8), obs=y)
+
+    guide = AutoIAF(model, start="init")
+    drawn = guide.sample_posterior(4000, Y, discrete=True)["z"]
+    assert_close(drawn[:, 2:].mean(0), torch.full((3,), 0.9), rtol=0, atol=0.03)
+    assert (guide.sample_posterior(5, Y, discrete="map")["z"][:, 2:] == 1).all()
+
+
+def test_a_latent_that_is_observed_later_is_not_drawn():
+    def model(y, z=None):
+        a = pyro.sample("a", dist.Normal(1.0, 0.5))
+        with pyro.plate("rows", 5):
+            z = pyro.sample("z", dist.Bernoulli(0.9), obs=z)
+            pyro.sample("y", dist.Normal(a * z, 0.8), obs=y)
+
+    guide = AutoIAF(model, start="init")
+    guide.setup(Y)
+    assert guide.sample_posterior(4, Y, torch.ones(5), discrete=True).keys() == {"a"}

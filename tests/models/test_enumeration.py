@@ -488,6 +488,23 @@ def test_branches_want_the_same_latents():
         AutoIAF(model)()
 
 
+def test_marks_that_would_draw_values_are_left_out():
+    def model(y):
+        p, a = two()
+        with pyro.plate("rows", len(y)):
+            infer = {"enumerate": "parallel", "num_samples": 3, "expand": True}
+            z = pyro.sample("z", dist.Bernoulli(p), infer=infer)
+            pyro.sample("y", dist.Normal(a * z, 0.8), obs=y)
+
+    found = []
+    for program in (model, mixture):
+        guide = AutoIAF(program, start="init", name=f"of_{program.__name__}")
+        guide.setup(Y)
+        joint = WeightedParticles(program, guide, (Y,), {}).log_joint()
+        found.append(joint(torch.tensor([[0.3, 0.5], [-1.0, 2.0]])))
+    assert_close(*found)
+
+
 def test_sequential_latents_are_not_drawn():
     guide = AutoIAF(branches, start="init")
     with pytest.raises(ValueError, match="'w', 'z' is enumerated sequentially"):
