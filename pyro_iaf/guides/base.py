@@ -27,6 +27,7 @@ from ..models.discrete import Discrete, DiscreteWatch
 from ..models.enumeration import summed_out
 from ..models.log_joint import LogJoint
 from ..models.masks import Unmasked, masked_log_probs, sites_to_unmask
+from ..models.tables import check_tables
 from ..models.traces import full_size, handler_lock, is_latent
 from ..models.weighted import WeightedParticles
 from ..nn.made import MaskedAutoregressiveNetwork
@@ -165,6 +166,8 @@ class FlowGuide(AutoGuide):
             if watch.found is not None:
                 self.discrete = watch.found
                 self._trace_prototype(program, args, kwargs)
+                values = {name: site["value"] for name, site in self._latent_sites().items()}
+                check_tables(self._given(model[0]), self.discrete, values, args, kwargs)
             latents = self._latent_sites()
             check_latents(latents, type(self).__name__, self._pyro_name)
             if self._loaded_sites:

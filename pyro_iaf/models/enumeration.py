@@ -38,7 +38,7 @@ from .matching import unchecked
 from .particles import MAX_NUMBERS
 from .traces import is_latent, is_masked
 
-__all__ = ["SummedOut", "marginal_of", "summed_out"]
+__all__ = ["Enumerated", "SummedOut", "marginal_of", "summed_out"]
 
 # PyTorch's tensors have at most so many dimensions.
 MOST_DIMS = 60
@@ -93,7 +93,7 @@ class SummedOut:
             return self.model(*args, **kwargs)
         if discrete.sequential:
             return self._one_after_the_other(discrete, args, kwargs)
-        with _Enumerated(discrete) as run:
+        with Enumerated(discrete) as run:
             returned = self.model(*args, **kwargs)
         run.state_factors()
         return returned
@@ -131,7 +131,7 @@ class SummedOut:
         return returned
 
 
-class _Enumerated(EnumMessenger):
+class Enumerated(EnumMessenger):
     """Runs a model at all values of its discrete latents, and hides what depends on them."""
 
     def __init__(self, discrete: Discrete) -> None:
@@ -251,6 +251,18 @@ class _Enumerated(EnumMessenger):
         """How many numbers their log densities have."""
         return sum(site["log_prob"].numel() for site in self.sites)
 
+    def tables(self) -> dict[str, tuple[Tensor, dict[str, str], dict[int, str]]]:
+        """Each hidden site's packed table, the latents of its dimensions, and symbols of plates."""
+        self.trace.symbolize_dims()
+        owners, found = dict[str, str](), {}
+        for name, site in zip(self.trace.nodes, self.sites, strict=True):
+            symbols = site["infer"]["_dim_to_symbol"]
+            if (symbol := site["infer"].get("_enumerate_symbol")) is not None:
+                owners[symbol] = name
+            plates = {frame.dim: symbols[frame.dim] for frame in site["cond_indep_stack"]}
+            found[name] = packed.pack(site["log_prob"], symbols), owners, plates
+        return found
+
     def _by_plates(self, scaled: bool = True) -> dict[frozenset[Any], Any]:
         """The log density of all hidden sites, as a sum of parts by their sets of plates."""
         self.trace.symbolize_dims()
@@ -297,7 +309,7 @@ class _Enumerated(EnumMessenger):
             num_numbers = 0  # told once
 
 
-class _OneOfSeveral(_Enumerated):
+class _OneOfSeveral(Enumerated):
     """A run for one choice of the values of sequential sites, with all its densities hidden.
 
     Args:

@@ -418,6 +418,26 @@ def test_discrete_latents_want_their_plates():
         AutoIAF(model)()
 
 
+REDUCED = {
+    "sum": lambda z: z.sum(),
+    "mean": lambda z: z.mean(),
+    "cumsum": lambda z: z.cumsum(-1),
+    "share": lambda z: (1 + z) / (1 + z).sum(-1, keepdim=True),
+}
+
+
+@pytest.mark.parametrize("combine", REDUCED.values(), ids=REDUCED)
+def test_code_that_combines_rows_is_refused(combine):
+    def model(y):
+        p, a = two()
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Bernoulli(p))
+            pyro.sample("y", dist.Normal(a * combine(z), 0.8), obs=y)
+
+    with pytest.raises(ValueError, match="should use each value by itself; at site 'y'"):
+        AutoIAF(model)(Y)
+
+
 def test_what_depends_on_a_latent_is_in_its_plates():
     def model():
         a = pyro.sample("a", dist.Normal(0.0, 1.0))
