@@ -40,9 +40,9 @@ def to_arviz(
     """Draws from a guide as ArviZ data of one chain, for ``az.summary``, ``az.loo`` and so on.
 
     The groups are the posterior of all latent and deterministic sites, drawn discrete latents
-    included, and for all observed sites
-    the posterior predictive, the log likelihood of each observation (in nats) and the data.
-    Dimensions are named after the plates. Threads take turns, as in :func:`diagnose`.
+    included, and for all observed sites the posterior predictive, the log likelihood of each
+    observation (in nats) and the data. Dimensions are named after the plates. Threads take turns,
+    as in :func:`diagnose`.
 
     Args:
         model: A Pyro model.

@@ -11,21 +11,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from pyro.infer import Trace_ELBO
 from pyro.util import warn_if_nan
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._validation import check_size
 from ..compiler.lowering import BACKENDS
-from ..models.arguments import Args, Kwargs, Program
-from ..models.enumeration import marginal_of
+from ..models.arguments import Program
+from .marginal import MarginalELBO
 from .trace import Call, Step, TraceRecorder, run_particles
 
 __all__ = ["CompiledTrace_ELBO"]
 
 
-class CompiledTrace_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
+class CompiledTrace_ELBO(MarginalELBO):  # noqa: N801  # as Pyro's
     r"""Pyro's ``Trace_ELBO``, with steps that are recorded once and then run without Python.
 
     The first call runs model, guide and autograd under Pyro's handlers, records the tensor
@@ -135,11 +134,6 @@ class CompiledTrace_ELBO(Trace_ELBO):  # noqa: N801  # as Pyro's
             return torch.as_tensor(eager)  # a number, if there are no sites
         leaves = [*step.leaves, *step.differentiable(call)]
         return _WithGradient.apply(*found, *leaves)  # type: ignore[no-any-return]
-
-    def _get_traces(self, model: Program, guide: Program, args: Args, kwargs: Kwargs) -> Any:
-        return super()._get_traces(
-            marginal_of(self, model, guide, args, kwargs), guide, args, kwargs
-        )
 
     def _run(self, step: Step, call: Call) -> tuple[Tensor, Sequence[Tensor]] | None:
         """Loss and gradients by a graph; None if not finite, since the code names the cause."""

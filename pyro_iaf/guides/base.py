@@ -159,12 +159,13 @@ class FlowGuide(AutoGuide):
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         model = self._model
-        self._given, self.discrete = GivenSubsamples(), None
-        program, watch = summed_out(self.model, self), DiscreteWatch()
+        self._given = GivenSubsamples()
+        watch = DiscreteWatch()
         try:
             self._trace_prototype(watch(self.model), args, kwargs)
-            if watch.found is not None:
-                self.discrete = watch.found
+            self.discrete = watch.found
+            program = summed_out(model[0], self)
+            if self.discrete is not None:
                 self._trace_prototype(program, args, kwargs)
                 values = {name: site["value"] for name, site in self._latent_sites().items()}
                 check_tables(self._given(model[0]), self.discrete, values, args, kwargs)

@@ -17,7 +17,7 @@ from .arguments import Args, Kwargs, Program
 from .particles import Particles
 from .traces import is_latent, quietly, samples
 
-__all__ = ["EXACTLY", "Discrete", "DiscreteWatch", "discrete_draws", "is_discrete"]
+__all__ = ["EXACTLY", "Discrete", "DiscreteWatch", "discrete_draws", "is_discrete", "values_of"]
 
 # Settings of Pyro's sites that would draw values, or list them for each row, are left out.
 EXACTLY: dict[str, Any] = {"num_samples": None, "expand": False, "tmc": None}
@@ -55,15 +55,17 @@ class DiscreteWatch(Messenger):
         ValueError: If one has infinitely many values.
     """
 
-    found: Discrete | None = None
-
-    def __enter__(self) -> DiscreteWatch:
-        self.found = None
+    def __init__(self) -> None:
+        super().__init__()
         self._names: set[str] = set()
         self._sequential: set[str] = set()
         self._nesting = 0
-        super().__enter__()
-        return self
+
+    @property
+    def found(self) -> Discrete | None:
+        if not self._names:
+            return None
+        return Discrete(frozenset(self._names), self._nesting, frozenset(self._sequential))
 
     def _pyro_sample(self, msg: Any) -> None:
         if site_is_subsample(msg):
@@ -82,9 +84,6 @@ class DiscreteWatch(Messenger):
             if msg["infer"].get("enumerate") == "sequential" and not in_rows:
                 self._sequential.add(msg["name"])
             msg["stop"] = True
-        if self._names:
-            names, sequential = map(frozenset, (self._names, self._sequential))
-            self.found = Discrete(names, self._nesting, sequential)
 
     def explain(self, error: BaseException) -> None:
         """Raises a ValueError if a guide found no latents because all of them are discrete."""
@@ -108,6 +107,12 @@ def _check_enumerable(name: str, fn: Any) -> None:
         ) from error
 
 
+def values_of(fn: Any) -> Tensor:
+    """The values of a discrete distribution, of shape ``(V,) + event_shape``."""
+    values: Tensor = fn.enumerate_support(expand=False)
+    return values.reshape(len(values), *fn.event_shape)
+
+
 class _Indexed(Messenger):
     """Marks sites to be summed out, each as the index of its value.
 
@@ -125,10 +130,9 @@ class _Indexed(Messenger):
         msg["infer"] = {**msg["infer"], **EXACTLY, "enumerate": None}
         if msg["name"] in self.names and is_discrete(msg):
             fn = msg["fn"]
-            values = fn.enumerate_support(expand=False)
-            each = values.reshape(len(values), *fn.event_shape)
-            msg["infer"] |= {"enumerate": "parallel", "values": each}
-            msg["fn"] = dist.Categorical(logits=fn.log_prob(values).movedim(0, -1))
+            msg["infer"] |= {"enumerate": "parallel", "values": values_of(fn)}
+            log_probs = fn.log_prob(fn.enumerate_support(expand=False))
+            msg["fn"] = dist.Categorical(logits=log_probs.movedim(0, -1))
             msg["mask"] = None  # its shares count where the data are masked
 
     def _pyro_post_sample(self, msg: Any) -> None:
@@ -185,18 +189,16 @@ def discrete_draws(
         start += size
         if particles.at_once:
             for name, draws in given.items():
-                num_batch = draws.dim() - 1 - one[name]["fn"].event_dim
-                padded = particles.padded_shape(draws.shape[1:], num_batch)
-                given[name] = draws.reshape(size, *padded)
+                given[name] = particles.padded(draws, one[name]["fn"].event_dim)
             sites = run(given, size)
         else:
             sites = run({name: draws[0] for name, draws in given.items()}, None)
         for name, found in parts.items():
             index, values = sites[name]["value"], sites[name]["infer"]["values"]
             batch = list(one[name]["fn"].batch_shape)
-            full = (
-                [size, *particles.padded_shape(batch, len(batch))] if particles.at_once else batch
-            )
+            full = batch
+            if particles.at_once:
+                full = [size, *particles.padded_shape(batch, len(batch))]
             index = index.reshape(index.shape[max(0, index.dim() - len(full)) :]).expand(full)
             found.append(values[index.reshape(size, *batch)])
     return {name: torch.cat(found) for name, found in parts.items()}

@@ -11,8 +11,7 @@ is the density of a factor. So whoever runs the model sees its continuous latent
 from __future__ import annotations
 
 import math
-from collections import OrderedDict, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import pyro
@@ -21,8 +20,6 @@ import torch
 from pyro import poutine
 from pyro.infer.util import is_validation_enabled
 from pyro.ops import packed
-from pyro.ops.contract import contract_tensor_tree
-from pyro.ops.rings import LogRing
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.indep_messenger import CondIndepStackFrame, IndepMessenger
 from pyro.poutine.messenger import Messenger
@@ -30,15 +27,16 @@ from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from . import log_einsum
 from .arguments import Args, Kwargs, Program
 from .constraints import tensors_in
+from .contraction import Table, common_scale, contracted
 from .discrete import EXACTLY, Discrete, is_discrete
+from .masks import masks_of
 from .matching import unchecked
 from .particles import MAX_NUMBERS
-from .traces import is_latent, is_masked
+from .traces import is_latent
 
-__all__ = ["Enumerated", "SummedOut", "marginal_of", "summed_out"]
+__all__ = ["Enumerated", "SummedOut", "summed_out"]
 
 # PyTorch's tensors have at most so many dimensions.
 MOST_DIMS = 60
@@ -55,14 +53,6 @@ def summed_out(model: Program, guide: Any) -> Program:
     if guide.discrete is None and guide.prototype_trace is not None:  # there is nothing to sum out
         return model
     return SummedOut(model, guide)
-
-
-def marginal_of(elbo: Any, model: Program, guide: Any, args: Args, kwargs: Kwargs) -> Program:
-    """What :func:`summed_out` returns, for an ELBO that knows how deep the model's plates nest."""
-    program = summed_out(model, guide)
-    if elbo.vectorize_particles and elbo.max_plate_nesting == math.inf and program is not model:
-        elbo._guess_max_plate_nesting(model, guide, args, kwargs)  # by the plates of all sites
-    return program
 
 
 class SummedOut:
@@ -127,7 +117,7 @@ class SummedOut:
                 )
         log_prob = torch.stack(torch.broadcast_tensors(*log_probs)).logsumexp(0)
         with _InPlates([], num_numbers):
-            pyro.factor("_summed_out", _common_scale(scales) * log_prob)
+            pyro.factor("_summed_out", common_scale(scales) * log_prob)
         return returned
 
 
@@ -185,7 +175,7 @@ class Enumerated(EnumMessenger):
 
     def _check_latent(self, msg: Any) -> None:
         fn, name = msg["fn"], msg["name"]
-        if not (msg["mask"] is None or msg["mask"] is True) or is_masked(fn):
+        if masks_of(msg):
             raise ValueError(
                 f"Site '{name}' is masked, and its prior depends on discrete latents, which are "
                 "summed out: then nothing determines its masked entries. Mask only the likelihood."
@@ -251,50 +241,31 @@ class Enumerated(EnumMessenger):
         """How many numbers their log densities have."""
         return sum(site["log_prob"].numel() for site in self.sites)
 
-    def tables(self) -> dict[str, tuple[Tensor, dict[str, str], dict[int, str]]]:
-        """Each hidden site's packed table, the latents of its dimensions, and symbols of plates."""
+    def tables(self) -> list[Table]:
+        """The log densities of the hidden sites, packed, in the order of the run."""
         self.trace.symbolize_dims()
-        owners, found = dict[str, str](), {}
+        owners: dict[str, Table] = {}
+        found = []
         for name, site in zip(self.trace.nodes, self.sites, strict=True):
             symbols = site["infer"]["_dim_to_symbol"]
+            log_prob: Any = packed.pack(site["log_prob"], symbols)
+            plates = {symbols[frame.dim]: frame for frame in site["cond_indep_stack"]}
+            depends_on = {dim: owners[dim] for dim in log_prob._pyro_dims if dim in owners}
+            latents = {symbol: owner.name for symbol, owner in depends_on.items()}
+            table = Table(name, log_prob, plates, latents, site["scale"])
+            for owner in depends_on.values():
+                table.check_plates(owner)
             if (symbol := site["infer"].get("_enumerate_symbol")) is not None:
-                owners[symbol] = name
-            plates = {frame.dim: symbols[frame.dim] for frame in site["cond_indep_stack"]}
-            found[name] = packed.pack(site["log_prob"], symbols), owners, plates
+                latents[symbol], owners[symbol] = name, table
+            found.append(table)
         return found
 
-    def _by_plates(self, scaled: bool = True) -> dict[frozenset[Any], Any]:
+    def _by_plates(self, scaled: bool = True) -> dict[frozenset[Any], Tensor]:
         """The log density of all hidden sites, as a sum of parts by their sets of plates."""
-        self.trace.symbolize_dims()
-        sites, symbols = self.sites, self.trace.plate_to_symbol
-        by_symbol: dict[str, Any] = {
-            symbols[frame.name]: frame for site in sites for frame in site["cond_indep_stack"]
-        }
-        terms, owners = [], {}
-        for name, site in zip(self.trace.nodes, sites, strict=True):
-            term = packed.pack(site["log_prob"], site["infer"]["_dim_to_symbol"])
-            plates = frozenset(symbols[frame.name] for frame in site["cond_indep_stack"])
-            if (symbol := site["infer"].get("_enumerate_symbol")) is not None:
-                owners[symbol] = name, plates
-            for owner, needed in (owners[dim] for dim in term._pyro_dims if dim in owners):
-                if missing := [by_symbol[s].name for s in needed - plates if by_symbol[s].size > 1]:
-                    raise ValueError(
-                        f"What depends on a discrete latent should be in its plates, since it is "
-                        f"summed out row by row; site '{name}' depends on '{owner}' and is not in "
-                        f"plate {', '.join(map(repr, missing))}. Use one pyro.plate object or name "
-                        "for both, or sum the latent out by hand."
-                    )
-            terms.append((term, plates, site["scale"]))
-        found: dict[Any, Any] = defaultdict(float)
-        for part in _connected(terms, set(by_symbol)):
-            scale = _common_scale([scale for *_, scale in part]) if scaled else 1.0
-            for plates, log_probs in _contracted(part, set(by_symbol)).items():
-                frames = frozenset(by_symbol[symbol] for symbol in plates)
-                for log_prob in log_probs:
-                    unpacked = packed.unpack(log_prob, self.trace.symbol_to_dim)
-                    unpacked = log_einsum.with_zeros(unpacked)
-                    shape = (1,) * (self.discrete.nesting - unpacked.dim()) + unpacked.shape
-                    found[frames] = found[frames] + scale * unpacked.reshape(shape)
+        found = contracted(self.tables(), scaled)
+        for plates, log_prob in found.items():
+            shape = (1,) * (self.discrete.nesting - log_prob.dim()) + log_prob.shape
+            found[plates] = log_prob.reshape(shape)
         return found
 
     def state_factors(self) -> None:
@@ -372,58 +343,6 @@ class _OneOfSeveral(Enumerated):
             self.latents[msg["name"]] = msg["value"]
 
 
-def _connected(terms: Iterable[Any], plates: set[str]) -> list[list[Any]]:
-    """Groups of terms that share discrete latents."""
-    parts: list[tuple[set[str], list[Any]]] = []
-    for term in terms:
-        dims, group, others = set(term[0]._pyro_dims) - plates, [term], []
-        for part in parts:
-            if part[0] & dims:
-                dims, group = dims | part[0], part[1] + group
-            else:
-                others.append(part)
-        parts = [*others, (dims, group)]
-    return [group for _, group in parts]
-
-
-def _common_scale(scales: Sequence[Any]) -> Any:
-    first = scales[0]
-    for scale in scales:
-        if isinstance(scale, Tensor) and scale.dim():
-            raise ValueError(
-                "poutine.scale around a discrete latent, or what depends on it, should be one "
-                f"number; got a tensor of shape {tuple(scale.shape)}."
-            )
-        if scale is not first and float(scale) != float(first):
-            raise ValueError(
-                "A discrete latent and all that depends on it should have one scale, since a sum "
-                f"over its values can't be scaled in parts; got {float(first):g} and "
-                f"{float(scale):g}. In a subsampled plate, draw the latent within the plate too."
-            )
-    return first
-
-
-class _Ring(LogRing):
-    _backend = log_einsum.__name__
-
-
-def _contracted(part: Sequence[Any], plates: set[str]) -> Mapping[Any, Sequence[Tensor]]:
-    """The sum over all discrete latents, as log densities by their sets of plates."""
-    tree: Any = OrderedDict()
-    for term, own, _ in part:
-        tree.setdefault(own, []).append(term)
-    dims = set("".join(term._pyro_dims for term, *_ in part)) - plates
-    try:
-        found: Mapping[Any, Sequence[Tensor]] = contract_tensor_tree(tree, dims, ring=_Ring())
-    except NotImplementedError as error:
-        raise ValueError(
-            "Discrete latents should be summed out plate by plate, and here rows of one plate "
-            "depend on each other through another, so the sum would have a term for each "
-            "combination of their values. Sum them out by hand, or change the model."
-        ) from error
-    return found
-
-
 class _InPlates(Messenger):
     """Puts a factor into plates that the model has left."""
 
@@ -447,8 +366,8 @@ class _WithoutDensity(dist.TorchDistribution):
     def __init__(self, fn: Any, first: int) -> None:
         self.fn, self.num_summed = fn, max(0, len(fn.batch_shape) + first + 1)
         shape = fn.batch_shape[self.num_summed :]
-        self.num_ones = next((k for k, size in enumerate(shape) if size > 1), len(shape))
-        super().__init__(shape[self.num_ones :], fn.event_shape)
+        num_ones = next((k for k, size in enumerate(shape) if size > 1), len(shape))
+        super().__init__(shape[num_ones:], fn.event_shape)
 
     @property
     def support(self) -> Any:

@@ -28,7 +28,7 @@ from .arguments import Args, Kwargs, Program
 from .matching import FixedValues
 from .traces import WRAPPERS, quietly, subsamples
 
-__all__ = ["Unmasked", "density_mask", "masked_log_probs", "sites_to_unmask"]
+__all__ = ["Unmasked", "density_mask", "masked_log_probs", "masks_of", "sites_to_unmask"]
 
 # Standard deviations, in unconstrained space, of the trial values of a masked latent, and how many
 # are tried at each.
@@ -60,18 +60,22 @@ def _unmasked(fn: Any) -> Any:
 def density_mask(site: Any) -> Tensor | None:
     """Which entries of a site's value have a density, in the value's shape; None means all."""
     value: Tensor = site["value"]
+    joint = None
+    for mask, event_dim in masks_of(site):
+        mask = torch.as_tensor(mask, device=value.device)
+        mask = mask.reshape(mask.shape + (1,) * event_dim).expand(value.shape)
+        joint = mask if joint is None else joint & mask
+    return joint
+
+
+def masks_of(site: Any) -> list[tuple[Any, int]]:
+    """The masks of a site and of its distribution, each with the dimensions that it leaves out."""
     fn: Any = site["fn"]
     masks = [(site["mask"], fn.event_dim)]
     while isinstance(fn, WRAPPERS):
         masks.append((getattr(fn, "_mask", None), fn.event_dim))
         fn = fn.base_dist
-    joint = None
-    for mask, event_dim in masks:
-        if mask is not None and mask is not True:
-            mask = torch.as_tensor(mask, device=value.device)
-            mask = mask.reshape(mask.shape + (1,) * event_dim).expand(value.shape)
-            joint = mask if joint is None else joint & mask
-    return joint
+    return [(mask, event_dim) for mask, event_dim in masks if mask is not None and mask is not True]
 
 
 def masked_log_probs(

@@ -92,6 +92,11 @@ class Particles:
         """
         return [1] * (self.nesting - num_batch) + list(shape)
 
+    def padded(self, draws: Tensor, event_dim: int) -> Tensor:
+        """Draws of a site, with ones between the draws and the plates that the site is in."""
+        shape = self.padded_shape(draws.shape[1:], draws.dim() - 1 - event_dim)
+        return draws.reshape(len(draws), *shape)
+
     def unpadded(self, value: Tensor, shape: torch.Size, num_draws: int) -> Tensor:
         """The draws in a value of a run at once; ``shape`` is that of a run for one draw."""
         if value.numel() == shape.numel():  # the same for all draws
@@ -150,9 +155,8 @@ def _same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 def numbers_in(trace: poutine.Trace) -> int:
     """How many numbers the sample sites of a run hold."""
-    sites = samples(trace).values()
-    # A factor tells how many numbers were summed out for it.
-    shapes = [
-        (torch.Size(site["fn"].shape()), site["infer"].get("num_numbers", 1)) for site in sites
-    ]
-    return sum(max(inside, shape.numel()) for shape, inside in shapes)
+    total = 0
+    for site in samples(trace).values():
+        summed_out = site["infer"].get("num_numbers", 1)  # as a factor tells of itself
+        total += max(summed_out, torch.Size(site["fn"].shape()).numel())
+    return total

@@ -11,7 +11,8 @@ from pyro.ops import packed
 from torch import Tensor
 
 from .arguments import Args, Kwargs, Program
-from .discrete import Discrete
+from .contraction import Table
+from .discrete import Discrete, values_of
 from .enumeration import Enumerated
 from .matching import FixedValues
 from .traces import log_prob_of_each, quietly, samples, subsamples
@@ -53,14 +54,14 @@ def check_tables(
         fixed = {**latents, **{name: site["value"] for name, site in subsamples(first).items()}}
         with FixedValues(fixed), poutine.trace() as visible, Enumerated(discrete) as hidden:
             model(*args, **kwargs)
-        tables = hidden.tables()
+        tables = {table.name: table for table in hidden.tables()}
         for _ in range(NUM_TRIED):
             index, chosen = {}, {}
             for name in discrete.names & samples(first).keys():
                 fn: Any = first.nodes[name]["fn"]
-                values = fn.enumerate_support(expand=False)
+                values = values_of(fn)
                 index[name] = torch.randint(len(values), fn.batch_shape, device=values.device)
-                chosen[name] = values.reshape(len(values), *fn.event_shape)[index[name]]
+                chosen[name] = values[index[name]]
             try:
                 single = samples(run({**fixed, **chosen}))
             except Exception:  # perhaps at these values only
@@ -75,16 +76,13 @@ def check_tables(
                 _compare(name, found, _total(site, name in discrete.names))
 
 
-def _entry(
-    table: tuple[Tensor, dict[str, str], dict[int, str]], index: dict[str, Tensor]
-) -> Tensor:
+def _entry(table: Table, index: Mapping[str, Tensor]) -> Tensor:
     """The sum over all rows of a table's entries at these indices."""
-    term: Any
-    term, owners, plates = table
-    for symbol in [dim for dim in term._pyro_dims if dim in owners]:
-        at = packed.pack(index[owners[symbol]], plates)
-        term = packed.gather(term, at, symbol)
-    total: Tensor = term.sum()
+    entries, plates = table.log_prob, {frame.dim: s for s, frame in table.plates.items()}
+    for symbol in [dim for dim in entries._pyro_dims if dim in table.latents]:
+        at = packed.pack(index[table.latents[symbol]], plates)
+        entries = packed.gather(entries, at, symbol)
+    total: Tensor = entries.sum()
     return total
 
 

@@ -23,7 +23,6 @@ __all__ = [
     "full_size",
     "handler_lock",
     "is_latent",
-    "is_masked",
     "is_point",
     "is_subsampled",
     "latent_sites",
@@ -212,15 +211,6 @@ def bare(fn: Any) -> Any:
 def is_point(fn: Any) -> bool:
     """Whether a distribution is a Delta."""
     return isinstance(bare(fn), dist.Delta)
-
-
-def is_masked(fn: Any) -> bool:
-    """Whether a distribution has a mask of its own."""
-    while isinstance(fn, WRAPPERS):
-        if isinstance(fn, dist.MaskedDistribution) and fn._mask is not True:
-            return True
-        fn = fn.base_dist
-    return False
 
 
 def full_size(frame: Any) -> int:

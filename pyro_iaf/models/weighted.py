@@ -114,12 +114,8 @@ class WeightedParticles(Particles):
     """
 
     def __init__(self, model: Program, guide: Program, args: Args, kwargs: Kwargs) -> None:
-        self.model, self.guide, self.args, self.kwargs = (
-            summed_out(model, guide),
-            guide,
-            args,
-            kwargs,
-        )
+        self.model, self.guide = summed_out(model, guide), guide
+        self.args, self.kwargs = args, kwargs
         with torch.no_grad(), quietly(), poutine.block():
             self.at_once = False
             self.first_model, self.first_guide = first = self._first_runs()
@@ -259,11 +255,8 @@ class WeightedParticles(Particles):
             values = values if num_draws is None else {n: v[0] for n, v in values.items()}
             shapes = {name: torch.as_tensor(value).shape for name, value in values.items()}
         else:
-            values = dict(values)
-            for name, draws in values.items():
-                num_batch = draws.dim() - 1 - self.latents[name]["fn"].event_dim
-                shape = self.padded_shape(draws.shape[1:], num_batch)
-                values[name] = draws.reshape(num_draws, *shape)
+            sites = self.latents
+            values = {n: self.padded(v, sites[n]["fn"].event_dim) for n, v in values.items()}
         run = poutine.trace(self.in_plate(model or self.model, num_draws))
         with poutine.block(), FixedLatents(values, auxiliary, shapes):
             return run.get_trace(*self.args, **self.kwargs)

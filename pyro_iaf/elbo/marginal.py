@@ -1,0 +1,24 @@
+"""The base of our ELBOs: Pyro's, of models whose discrete latents are summed out."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from pyro.infer import Trace_ELBO
+
+from ..models.arguments import Args, Kwargs, Program
+from ..models.enumeration import summed_out
+
+__all__ = ["MarginalELBO"]
+
+
+class MarginalELBO(Trace_ELBO):
+    """``Trace_ELBO`` of a model without the discrete latents that a guide of ours leaves out."""
+
+    def _get_traces(self, model: Program, guide: Program, args: Args, kwargs: Kwargs) -> Any:
+        program = summed_out(model, guide)
+        is_unknown = self.vectorize_particles and self.max_plate_nesting == math.inf
+        if is_unknown and program is not model:  # the plates of hidden sites count too
+            self._guess_max_plate_nesting(model, guide, args, kwargs)
+        return super()._get_traces(program, guide, args, kwargs)
