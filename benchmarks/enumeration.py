@@ -17,6 +17,7 @@ import time
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.contrib.funsor import vectorized_markov
 
 from benchmarks.common import save
 from pyro_iaf import AutoIAF, fit
@@ -41,6 +42,15 @@ def chain(y):
     gap = pyro.sample("gap", dist.LogNormal(0.5, 0.5))
     z = torch.tensor(0.0)
     for t in pyro.markov(range(len(y))):
+        z = pyro.sample(f"z_{t}", dist.Bernoulli(torch.where(z > 0, stay, 1 - stay)))
+        pyro.sample(f"y_{t}", dist.Normal(gap * z, 0.9), obs=y[t])
+
+
+def chain_at_once(y):
+    stay = pyro.sample("stay", dist.Beta(6.0, 2.0))
+    gap = pyro.sample("gap", dist.LogNormal(0.5, 0.5))
+    z = torch.tensor(0.0)
+    for t in vectorized_markov(name="time", size=len(y), dim=-1):
         z = pyro.sample(f"z_{t}", dist.Bernoulli(torch.where(z > 0, stay, 1 - stay)))
         pyro.sample(f"y_{t}", dist.Normal(gap * z, 0.9), obs=y[t])
 
@@ -74,17 +84,23 @@ def mixture_by_hand(y):
 
 
 MODELS = {
-    **{f"chain of {length}": (chain, chain_by_hand, length) for length in LENGTHS},
-    "mixture of 500 rows": (mixture, mixture_by_hand, 500),
+    **{
+        f"chain of {length}": (
+            length,
+            {"enumerated": chain, "at once": chain_at_once, "by hand": chain_by_hand},
+        )
+        for length in LENGTHS
+    },
+    "mixture of 500 rows": (500, {"enumerated": mixture, "by hand": mixture_by_hand}),
 }
 
 
-def work(name, by_hand, way):
+def work(name, how, way):
     """Prints the seconds of the start, milliseconds a step, and how many nodes a graph has."""
     # Adjusting the guide's tails after the last step is no part of a step.
     LatentLoss.adjust_tails = lambda self, batch: None
-    models = MODELS[name]
-    model, y = models[by_hand], signal(models[2])
+    length, models = MODELS[name]
+    model, y = models[how], signal(length)
     guide = AutoIAF(model, start="init", hidden_dims=[64, 64])
     guide.setup(y)
     nodes = count_nodes()
@@ -127,9 +143,9 @@ def count_nodes():
     return nodes
 
 
-def measured(name, by_hand, way):
+def measured(name, how, way):
     """What a new process measures; None where it takes longer than MOST_SECONDS."""
-    command = [sys.executable, "-m", "benchmarks.enumeration", "--one", name, str(by_hand), way]
+    command = [sys.executable, "-m", "benchmarks.enumeration", "--one", name, how, way]
     with tempfile.TemporaryDirectory() as cache:
         settings = {"env": {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}}
         try:
@@ -148,15 +164,14 @@ def main():
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        name, by_hand, way = options.one
-        print(json.dumps(work(name, by_hand == "True", way)))
+        print(json.dumps(work(*options.one)))
         return
     rows = []
     for name in MODELS:
-        for by_hand in (False, True):
+        for how in MODELS[name][1]:
             for way in WAYS:
-                row = {"model": name, "by hand": by_hand, "way": way}
-                row |= measured(name, by_hand, way)
+                row = {"model": name, "written": how, "way": way}
+                row |= measured(name, how, way)
                 print(row, flush=True)
                 rows.append(row)
     save("enumeration", "16 particles, two flows of width 64, float32", rows)

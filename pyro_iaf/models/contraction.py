@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from pyro.ops import packed
 from pyro.ops.contract import contract_tensor_tree
@@ -12,57 +12,28 @@ from pyro.ops.rings import LogRing
 from torch import Tensor
 
 from . import log_einsum
+from .packed import Table
+from .vectorized_markov import Chain, scanned
 
-__all__ = ["Table", "common_scale", "contracted"]
-
-
-class Table(NamedTuple):
-    """The log density of a site at all values of discrete latents.
-
-    Attributes:
-        name: The site's name.
-        log_prob: A packed tensor of Pyro's.
-        plates: The site's plates and the particles, by symbols.
-        latents: The names of the discrete latents of its other dimensions, by symbols.
-        scale: The site's scale.
-    """
-
-    name: str
-    log_prob: Any
-    plates: dict[str, Any]
-    latents: dict[str, str]
-    scale: Any
-
-    @property
-    def dims(self) -> set[str]:
-        """The symbols of its dimensions that are no plates."""
-        return set(self.log_prob._pyro_dims) - self.plates.keys()
-
-    def check_plates(self, owner: Table) -> None:
-        """Raises a ValueError unless the site is in the plates of a latent that it depends on."""
-        lacking = owner.plates.keys() - self.plates.keys()
-        if missing := [owner.plates[s].name for s in lacking if owner.plates[s].size > 1]:
-            raise ValueError(
-                f"What depends on a discrete latent should be in its plates, since it is summed "
-                f"out row by row; site '{self.name}' depends on '{owner.name}' and is not in plate "
-                f"{', '.join(map(repr, missing))}. Use one pyro.plate object or name for both, or "
-                "sum the latent out by hand."
-            )
+__all__ = ["common_scale", "contracted"]
 
 
-def contracted(tables: Sequence[Table], scaled: bool = True) -> dict[frozenset[Any], Tensor]:
+def contracted(
+    tables: Sequence[Table], chains: Sequence[Chain] = (), scaled: bool = True
+) -> dict[frozenset[Any], Tensor]:
     """The log density of several sites without their discrete latents, in parts by sets of plates.
 
     Args:
         tables: The tables of the sites.
+        chains: Discrete latents of all time steps at once, by the symbols of their dimensions.
         scaled: Whether to multiply each part by the scale of its sites, which should be the same.
     """
     frames = {symbol: frame for table in tables for symbol, frame in table.plates.items()}
     dims = {symbol: frame.dim for symbol, frame in frames.items()}
     found: dict[frozenset[Any], Any] = defaultdict(float)
-    for part in _connected(tables):
+    for part in _connected(tables, chains):
         scale = common_scale([table.scale for table in part]) if scaled else 1.0
-        for symbols, log_probs in _summed(part).items():
+        for symbols, log_probs in _summed(part, chains).items():
             plates = frozenset(map(frames.get, symbols))
             for log_prob in log_probs:
                 unpacked = log_einsum.with_zeros(packed.unpack(log_prob, dims))
@@ -70,11 +41,12 @@ def contracted(tables: Sequence[Table], scaled: bool = True) -> dict[frozenset[A
     return dict(found)
 
 
-def _connected(tables: Iterable[Table]) -> list[list[Table]]:
-    """Groups of tables that share discrete latents."""
+def _connected(tables: Iterable[Table], chains: Sequence[Chain]) -> list[list[Table]]:
+    """Groups of tables that share discrete latents, or have those of one chain."""
     parts: list[tuple[set[str], list[Table]]] = []
     for table in tables:
         dims, group, others = table.dims, [table], []
+        dims = dims.union(*(chain.latents for chain in chains if dims & {*chain.latents}))
         for part in parts:
             if part[0] & dims:
                 dims, group = dims | part[0], part[1] + group
@@ -106,13 +78,16 @@ class _Ring(LogRing):
     _backend = log_einsum.__name__
 
 
-def _summed(part: Sequence[Table]) -> Mapping[Any, Sequence[Tensor]]:
+def _summed(part: Sequence[Table], chains: Sequence[Chain]) -> Mapping[Any, Sequence[Tensor]]:
     """The sum over all discrete latents of tables, as packed log densities by sets of symbols."""
+    dims = set().union(*(table.dims for table in part))
+    chains = [chain for chain in chains if dims & {*chain.latents}]
     tree: Any = OrderedDict()
     for table in part:
         tree.setdefault(frozenset(table.plates), []).append(table.log_prob)
-    dims = set().union(*(table.dims for table in part))
     try:
+        if chains:
+            return scanned(part, chains)
         found: Mapping[Any, Sequence[Tensor]] = contract_tensor_tree(tree, dims, ring=_Ring())
     except NotImplementedError as error:
         raise ValueError(

@@ -16,6 +16,7 @@ from torch import Tensor
 from .arguments import Args, Kwargs, Program
 from .particles import Particles
 from .traces import is_latent, quietly, samples
+from .vectorized_markov import is_past
 
 __all__ = ["EXACTLY", "Discrete", "DiscreteWatch", "discrete_draws", "is_discrete", "values_of"]
 
@@ -30,11 +31,13 @@ class Discrete(NamedTuple):
         names: Their names.
         nesting: How many dimensions the model's plates take, counted from the right.
         sequential: Those of them for each of whose values the model runs once more.
+        at_once: Whether a ``vectorized_markov`` has those of all time steps in one site.
     """
 
     names: frozenset[str]
     nesting: int
     sequential: frozenset[str] = frozenset()
+    at_once: bool = False
 
 
 def is_discrete(site: Any) -> bool:
@@ -59,13 +62,14 @@ class DiscreteWatch(Messenger):
         super().__init__()
         self._names: set[str] = set()
         self._sequential: set[str] = set()
-        self._nesting = 0
+        self._nesting, self._at_once = 0, False
 
     @property
     def found(self) -> Discrete | None:
         if not self._names:
             return None
-        return Discrete(frozenset(self._names), self._nesting, frozenset(self._sequential))
+        names, sequential = frozenset(self._names), frozenset(self._sequential)
+        return Discrete(names, self._nesting, sequential, self._at_once)
 
     def _pyro_sample(self, msg: Any) -> None:
         if site_is_subsample(msg):
@@ -76,9 +80,16 @@ class DiscreteWatch(Messenger):
         if msg["is_observed"] and isinstance(value, Tensor):
             dims.append(value.dim() - getattr(fn, "event_dim", 0))
         self._nesting = max(self._nesting, *dims)
+        if is_past(msg) and is_latent(msg) and not is_discrete(msg):
+            raise ValueError(
+                f"Code in vectorized_markov runs for shifted times, so a continuous latent there, "
+                f"as site '{msg['name']}', would be drawn more than once. Draw it before, in a "
+                "pyro.plate over time, or write the chain by pyro.markov."
+            )
         if is_discrete(msg):
             _check_enumerable(msg["name"], msg["fn"])
             self._names.add(msg["name"])
+            self._at_once |= is_past(msg)
             in_rows = any(frame.vectorized and frame.size > 1 for frame in msg["cond_indep_stack"])
             # A tensor of several rows can't decide what the code does, so it goes in parallel.
             if msg["infer"].get("enumerate") == "sequential" and not in_rows:
@@ -120,15 +131,11 @@ class _Indexed(Messenger):
     there is one value only.
     """
 
-    def __init__(self, names: frozenset[str]) -> None:
-        super().__init__()
-        self.names = names
-
     def _pyro_sample(self, msg: Any) -> None:
         if site_is_subsample(msg):
             return
         msg["infer"] = {**msg["infer"], **EXACTLY, "enumerate": None}
-        if msg["name"] in self.names and is_discrete(msg):
+        if is_discrete(msg):
             fn = msg["fn"]
             msg["infer"] |= {"enumerate": "parallel", "values": values_of(fn)}
             log_probs = fn.log_prob(fn.enumerate_support(expand=False))
@@ -162,8 +169,15 @@ def discrete_draws(
         most_probable: Whether to return the values that are the most probable together.
 
     Raises:
-        ValueError: If some are enumerated sequentially.
+        ValueError: If some are enumerated sequentially, or are in a ``vectorized_markov``.
     """
+    if discrete.at_once:
+        raise ValueError(
+            f"Discrete latents are drawn step by step, and "
+            f"{', '.join(map(repr, sorted(discrete.names)))} is in vectorized_markov. Write the "
+            "chain by pyro.markov(range(size)), build a guide for that model, and load this one's "
+            "state_dict(): their continuous latents are the same."
+        )
     if discrete.sequential:
         raise ValueError(
             f"Discrete latents are drawn from tables of all their values, and "
@@ -171,7 +185,7 @@ def discrete_draws(
             'it with infer={"enumerate": "parallel"}, and write torch.where for branches.'
         )
     num_draws = len(next(iter(latents.values())))
-    marked = _Indexed(discrete.names)
+    marked = _Indexed()
 
     def run(given: Mapping[str, Tensor], size: int | None) -> dict[str, Any]:
         conditioned = particles.in_plate(marked(poutine.condition(model, dict(given))), size)

@@ -29,12 +29,14 @@ from torch import Tensor
 
 from .arguments import Args, Kwargs, Program
 from .constraints import tensors_in
-from .contraction import Table, common_scale, contracted
+from .contraction import common_scale, contracted
 from .discrete import EXACTLY, Discrete, is_discrete
 from .masks import masks_of
-from .matching import unchecked
+from .matching import Mismatch, unchecked
+from .packed import Table
 from .particles import MAX_NUMBERS
 from .traces import is_latent
+from .vectorized_markov import WITHOUT_NAMES, Chain, chains_among, is_past
 
 __all__ = ["Enumerated", "SummedOut", "summed_out"]
 
@@ -132,13 +134,20 @@ class Enumerated(EnumMessenger):
         super().__init__(self.first)
         self.trace = poutine.Trace()
         self.inside: dict[str, tuple[Any, Any, Any, Any]] = {}
+        self.markov: dict[str, Sequence[Any]] = {}
+
+    def _pyro_post_markov_chain(self, msg: Any) -> None:
+        """Takes the suffixes of the sites of a ``vectorized_markov``."""
+        self.markov[msg["name"]] = msg["kwargs"]["suffixes"]
 
     def _pyro_sample(self, msg: Any) -> None:
         if site_is_subsample(msg) or not hasattr(msg["fn"], "batch_shape"):
             return
         name = msg["name"]
-        is_ours = name in self.discrete.names and is_discrete(msg)
+        self._check_nesting(msg)
+        is_ours = is_discrete(msg)
         infer = {**msg["infer"], **EXACTLY, "enumerate": "parallel" if is_ours else None}
+        msg["funsor"] = WITHOUT_NAMES
         msg["infer"] = infer
         if not is_validation_enabled():
             msg["fn"] = unchecked(msg["fn"])
@@ -151,7 +160,7 @@ class Enumerated(EnumMessenger):
                 f"'{name}' is one more. Put independent ones in a pyro.plate, and a chain in "
                 "pyro.markov."
             )
-        if not is_ours and not self._depends(msg):
+        if not is_ours and not self._depends(msg) and not is_past(msg):
             return
         self._check_size(msg)
         # As they are inside the model, without the caller's handlers.
@@ -161,6 +170,16 @@ class Enumerated(EnumMessenger):
         else:
             self._check_latent(msg)
             msg["fn"] = _WithoutDensity(msg["fn"], self.first)
+
+    def _check_nesting(self, msg: Any) -> None:
+        nesting = self.discrete.nesting
+        for frame in msg["cond_indep_stack"]:
+            if frame.vectorized and -frame.dim > nesting:
+                raise Mismatch(
+                    f"A model with discrete latents should nest its plates as it did when its "
+                    f"guide was set up, in {nesting} dimensions; plate '{frame.name}' is in "
+                    f"dimension {frame.dim}. Build a guide for this model."
+                )
 
     def _check_plates(self, msg: Any) -> None:
         declared = {frame.dim for frame in msg["cond_indep_stack"] if frame.vectorized}
@@ -257,12 +276,27 @@ class Enumerated(EnumMessenger):
                 table.check_plates(owner)
             if (symbol := site["infer"].get("_enumerate_symbol")) is not None:
                 latents[symbol], owners[symbol] = name, table
-            found.append(table)
+            if not is_past(site):
+                found.append(table)
         return found
+
+    def _chains(self) -> list[Chain]:
+        """The chains of all time steps at once, by symbols."""
+        symbols = {
+            name: site["infer"]["_enumerate_symbol"]
+            for name, site in self.trace.nodes.items()
+            if "_enumerate_symbol" in site["infer"]
+        }
+        times = self.trace.plate_to_symbol
+        return [
+            chain
+            for name, suffixes in self.markov.items()
+            for chain in chains_among(symbols, times.get(name, ""), suffixes)
+        ]
 
     def _by_plates(self, scaled: bool = True) -> dict[frozenset[Any], Tensor]:
         """The log density of all hidden sites, as a sum of parts by their sets of plates."""
-        found = contracted(self.tables(), scaled)
+        found = contracted(self.tables(), self._chains(), scaled)
         for plates, log_prob in found.items():
             shape = (1,) * (self.discrete.nesting - log_prob.dim()) + log_prob.shape
             found[plates] = log_prob.reshape(shape)

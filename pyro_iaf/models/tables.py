@@ -11,10 +11,10 @@ from pyro.ops import packed
 from torch import Tensor
 
 from .arguments import Args, Kwargs, Program
-from .contraction import Table
 from .discrete import Discrete, values_of
 from .enumeration import Enumerated
 from .matching import FixedValues
+from .packed import Table
 from .traces import log_prob_of_each, quietly, samples, subsamples
 
 __all__ = ["check_tables"]

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from pyro_iaf import AutoIAF, CompiledTrace_ELBO, TraceSTL_ELBO, fit
 from pyro_iaf.models import log_einsum
 from pyro_iaf.models.enumeration import summed_out
+from pyro_iaf.models.matching import Mismatch
 from pyro_iaf.models.weighted import WeightedParticles
 
 Y = torch.tensor([-1.3, 0.4, 2.2, 0.9, -0.2], dtype=torch.float64)
@@ -436,6 +437,13 @@ def test_code_that_combines_rows_is_refused(combine):
 
     with pytest.raises(ValueError, match="should use each value by itself; at site 'y'"):
         AutoIAF(model)(Y)
+
+
+def test_plates_nest_as_at_the_setup():
+    guide = AutoIAF(chain, start="init")
+    guide.setup(Y)
+    with pytest.raises(Mismatch, match="in 0 dimensions; plate 'rows' is in dimension -1"):
+        WeightedParticles(mixture, guide, (Y,), {})
 
 
 def test_what_depends_on_a_latent_is_in_its_plates():
