@@ -5,12 +5,19 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from pyro.infer import Trace_ELBO
+from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, config_enumerate
 
 from ..models.arguments import Args, Kwargs, Program
 from ..models.enumeration import summed_out
 
-__all__ = ["MarginalELBO"]
+__all__ = ["MarginalELBO", "program_for"]
+
+
+def program_for(elbo: ELBO, model: Program, guide: Any) -> Program:
+    """The model to give to a loss, so that discrete latents are summed out by us or by the loss."""
+    if isinstance(elbo, TraceEnum_ELBO) and getattr(guide, "discrete", None):
+        return config_enumerate(model)  # type: ignore[no-any-return]
+    return summed_out(model, guide)
 
 
 class MarginalELBO(Trace_ELBO):

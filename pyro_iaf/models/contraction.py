@@ -56,7 +56,7 @@ def _connected(tables: Iterable[Table], chains: Sequence[Chain]) -> list[list[Ta
     return [group for _, group in parts]
 
 
-def common_scale(scales: Sequence[Any]) -> Any:
+def common_scale(scales: Sequence[Any], hint: str = "") -> Any:
     """The one scale of sites that hang together; raises a ValueError if there are several."""
     first = scales[0]
     for scale in scales:
@@ -69,7 +69,7 @@ def common_scale(scales: Sequence[Any]) -> Any:
             raise ValueError(
                 "A discrete latent and all that depends on it should have one scale, since a sum "
                 f"over its values can't be scaled in parts; got {float(first):g} and "
-                f"{float(scale):g}. In a subsampled plate, draw the latent within the plate too."
+                f"{float(scale):g}.{hint} In a subsampled plate, draw the latent within it too."
             )
     return first
 

@@ -12,10 +12,11 @@ from pyro.infer import infer_discrete
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+from torch.distributions import Independent
 
 from .arguments import Args, Kwargs, Program
 from .particles import Particles
-from .traces import is_latent, quietly, samples
+from .traces import bare, is_latent, quietly, samples
 from .vectorized_markov import is_past
 
 __all__ = ["EXACTLY", "Discrete", "DiscreteWatch", "discrete_draws", "is_discrete", "values_of"]
@@ -110,11 +111,25 @@ def _check_enumerable(name: str, fn: Any) -> None:
     try:
         fn.enumerate_support(expand=False)
     except NotImplementedError as error:
+        kind = type(bare(fn)).__name__
+        cure = (
+            f"Truncate it, as in pyro.sample('{name}', dist.Categorical(logits=...)) over the "
+            "values that matter, or sum it out by hand and state its log density by pyro.factor."
+        )
+        if isinstance(fn, Independent):
+            kind += " with to_event"
+            cure = "Its numbers are independent: put them in a pyro.plate, without to_event."
+        elif isinstance(bare(fn), dist.Multinomial):
+            cure = "Draw each of its counts' units as a dist.Categorical in a pyro.plate."
+        elif isinstance(bare(fn), dist.Binomial):
+            kind += " whose total_count differs by row"
+            cure = (
+                f"Draw pyro.sample('{name}', dist.Categorical(logits=...)) over the numbers up to "
+                "the largest total_count, with logits of -inf beyond that of a row."
+            )
         raise ValueError(
             f"Discrete latents are summed out, so each should have finitely many values; site "
-            f"'{name}' is a {type(fn).__name__}, whose values can't be listed. Truncate it, as in "
-            f"pyro.sample('{name}', dist.Categorical(logits=...)) over the values that matter, or "
-            "sum it out by hand and state its log density by pyro.factor."
+            f"'{name}' is a {kind}, whose values can't be listed. {cure}"
         ) from error
 
 

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from .._validation import warn
 from ..compiler.capture import Refused
+from ..elbo.marginal import program_for
 from ..elbo.objectives import RECORDABLE, LatentLoss, Loss, TraceLoss
 from ..elbo.stl import TraceSTL_ELBO
 from ..flows.scored_guide import (
@@ -34,7 +35,6 @@ from ..flows.scored_guide import (
     row_gradients,
 )
 from ..models.arguments import Args, Batch, Kwargs, Program
-from ..models.enumeration import summed_out
 from ..models.matching import Mismatch
 from ..models.nonfinite import describe_nonfinite, impossible_data
 from ..models.param_store import unconstrained_params
@@ -255,8 +255,8 @@ class Run:
         if fault := odd_data(self.model, args, kwargs):
             raise ValueError(fault)
 
-        def model() -> Program:  # losses that are not ours enumerate for themselves, or refuse
-            return summed_out(self.model, self.guide) if type(elbo) in RECORDABLE else self.model
+        def model() -> Program:  # which is another once the guide is set up
+            return program_for(elbo, self.model, self.guide)
 
         def look() -> None:
             if goes_through_draws(self.guide) and hasattr(self.guide, "setup"):

@@ -1,5 +1,6 @@
 """Discrete latents are summed out: densities are those of sums written out by hand."""
 
+import contextlib
 import itertools
 import math
 
@@ -8,6 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, config_enumerate
+from pyro.infer.reparam import LocScaleReparam
 from pyro.optim import Adam
 from torch.testing import assert_close
 
@@ -288,6 +290,45 @@ def branches_by_hand(theta, y):
     return torch.stack(terms).logsumexp(0)
 
 
+def reparameterised(y):
+    """A latent of each row that Pyro decentres, with what depends on a discrete one."""
+    p, a = two()
+    with pyro.plate("rows", len(y)):
+        z = pyro.sample("z", dist.Bernoulli(p))
+        with pyro.poutine.reparam(config={"b": LocScaleReparam(0.0)}):
+            b = pyro.sample("b", dist.Normal(a * z, 0.5 + z))
+        pyro.sample("y", dist.Normal(b, 0.8), obs=y)
+
+
+def reparameterised_by_hand(theta, y):
+    p, a, noise = theta["p"], theta["a"], theta["b_decentered"]
+    rows = [
+        torch.logaddexp((1 - p).log() + normal(v, 0.5 * e), p.log() + normal(v, a + 1.5 * e))
+        for v, e in zip(y, noise, strict=True)
+    ]
+    return sum(rows) + dist.Normal(0.0, 1.0).log_prob(noise).sum()
+
+
+def excluded(y):
+    """Data that some values of a discrete latent exclude."""
+    p, a = two()
+    with pyro.plate("rows", len(y)):
+        z = pyro.sample("z", dist.Categorical(TABLE[0]))
+        width = 2.5 + a.square() + p
+        pyro.sample("y", dist.Uniform(z - width, z + 1.5), obs=y)
+
+
+def excluded_by_hand(theta, y):
+    width = 2.5 + theta["a"].square() + theta["p"]
+    total = 0.0
+    for v in y:
+        possible = [
+            TABLE[0, z].log() - (width + 1.5).log() for z in range(3) if z - width <= v < z + 1.5
+        ]
+        total = total + torch.stack(possible).logsumexp(0)
+    return total
+
+
 MODELS = {
     name: (globals()[name], globals()[f"{name}_by_hand"])
     for name in [
@@ -303,6 +344,8 @@ MODELS = {
         "spike_and_slab",
         "counts",
         "independent_of_the_rest",
+        "reparameterised",
+        "excluded",
         "without_plates",
         "branches",
     ]
@@ -330,8 +373,8 @@ def test_log_joint_and_gradient_are_those_of_sums_by_hand(name):
     assert_close(slope, known, rtol=1e-9, atol=1e-9)
 
 
-# Pyro wants plates, and enumerates one after the other in guides alone.
-@pytest.mark.parametrize("name", [*MODELS][:-2])
+# Pyro takes no values outside of a support, wants plates, and has "sequential" in guides alone.
+@pytest.mark.parametrize("name", [*MODELS][:-3])
 @pytest.mark.parametrize("particles", [(1, False), (3, True)], ids=str)
 @pytest.mark.parametrize("kind", [CompiledTrace_ELBO, TraceSTL_ELBO])
 def test_losses_and_gradients_are_those_of_trace_enum_elbo(name, particles, kind):
@@ -375,6 +418,17 @@ def test_any_optimiser_and_loss_of_pyro_takes_the_marginal():
     assert all(math.isfinite(svi.step(Y)) for _ in range(3))
 
 
+@pytest.mark.parametrize("program", [mixture, nested], ids=["marked", "unmarked"])
+def test_fit_sums_them_out_for_losses_of_pyro(program):
+    settings = {"num_steps": 5, "progress": False, "seed": 0, "compile": False}
+    found = []
+    for loss in (TraceEnum_ELBO(max_plate_nesting=2), Trace_ELBO(max_plate_nesting=2)):
+        pyro.clear_param_store()
+        guide = AutoIAF(program, start="init", hidden_dims=[8])
+        found.append(fit(program, guide, (Y,), loss=loss, **settings).losses)
+    assert_close(*found, rtol=1e-6, atol=1e-6)
+
+
 def test_a_model_without_discrete_latents_is_left_alone():
     def model():
         pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -395,6 +449,35 @@ def test_infinitely_many_values_are_refused_by_name():
         pyro.sample("y", dist.Normal(n, 1.0), obs=torch.tensor(1.0))
 
     with pytest.raises(ValueError, match=r"site 'n' is a Poisson.*Truncate it"):
+        AutoIAF(model)()
+
+
+UNLISTED = {
+    "to_event": (dist.Bernoulli(torch.full((3,), 0.4)).to_event(1), "in a pyro.plate, without to_"),
+    "counts": (dist.Multinomial(4, torch.ones(3) / 3), "as a dist.Categorical in a pyro.plate"),
+    "by row": (dist.Binomial(torch.tensor([2.0, 3.0]), 0.4), "total_count differs by row.*-inf"),
+}
+
+
+@pytest.mark.parametrize(("fn", "cure"), UNLISTED.values(), ids=UNLISTED)
+def test_what_has_no_list_of_values_is_refused_with_a_cure(fn, cure):
+    def model():
+        pyro.sample("a", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", *fn.batch_shape) if fn.batch_shape else contextlib.nullcontext():
+            pyro.sample("n", fn)
+
+    with pytest.raises(ValueError, match=cure):
+        AutoIAF(model)()
+
+
+@pytest.mark.parametrize("ask", [lambda z: 1.0 if z else 0.0, lambda z: [0.0, 1.0][int(z)]])
+def test_code_that_asks_for_a_value_is_refused_with_a_cure(ask):
+    def model():
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        z = pyro.sample("z", dist.Bernoulli(0.4))
+        pyro.sample("y", dist.Normal(a + ask(z), 1.0), obs=torch.tensor(0.5))
+
+    with pytest.raises(ValueError, match=r"can't ask which one it is.*torch.where.*sequential"):
         AutoIAF(model)()
 
 
