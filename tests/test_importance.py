@@ -134,16 +134,17 @@ def test_draws_that_take_several_runs_are_all_there(monkeypatch):
     assert draws.sites["z"].shape == (7, 3)
 
 
-def test_models_that_take_no_particles_are_weighted_one_by_one():
+@pytest.mark.parametrize("total", [torch.sum, lambda w: float(w.sum())], ids=["mapped", "alone"])
+def test_models_that_take_no_particles_are_mapped_or_weighted_one_by_one(total):
     def model():
         w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-        pyro.sample("y", dist.Normal(w.sum(), 1.0), obs=torch.tensor(1.0))
+        pyro.sample("y", dist.Normal(total(w), 1.0), obs=torch.tensor(1.0))
 
     def guide():
         pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
 
     particles = WeightedParticles(model, guide, (), {})
-    assert not particles.at_once
+    assert particles.at_once == particles.mapped == (total is torch.sum)
     log_weights, sites, _ = particles.weighted(9)
     expected = dist.Normal(sites["w"].sum(-1), 1.0).log_prob(torch.tensor(1.0))
     assert_close(log_weights, expected)

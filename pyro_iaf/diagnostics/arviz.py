@@ -41,8 +41,8 @@ def to_arviz(
 
     The groups are the posterior of all latent and deterministic sites, drawn discrete latents
     included, and for all observed sites the posterior predictive, the log likelihood of each
-    observation (in nats) and the data. Dimensions are named after the plates. Threads take turns,
-    as in :func:`diagnose`.
+    observation (in nats), given the discrete latents too, and the data. Dimensions are named after
+    the plates. Threads take turns, as in :func:`diagnose`.
 
     Args:
         model: A Pyro model.

@@ -65,6 +65,9 @@ ALONE = _Numbers(3, 3, 4, 6, 2, draws_of_normal=20, normals=4, carried=1)
 # Draws of the prior whose median is the centre about which signs are changed.
 NUM_PRIOR = 256
 
+# The most labels all of whose orders are tried, where the density is the same for all.
+MOST_LABELS = 4
+
 # The factors by which draws of the guide are widened.
 WIDER = (2.0, 4.0)
 
@@ -273,14 +276,26 @@ class _Searcher:
             yield _Start(flipped, "a draw of the guide with signs changed")
         sizes = {n for draws in self.sites.values() for n in draws.shape[1:] if n > 1}
         for size in sizes:
-            for k in range(numbers.permuted // len(sizes)):
-                order = torch.randperm(size, device=device)
-                permuted = {n: _permuted(draws[k], order) for n, draws in self.sites.items()}
-                yield _Start(self._vector(permuted), "a draw of the guide with entries permuted")
+            orders = [torch.randperm(size) for _ in range(numbers.permuted // len(sizes))]
+            if size <= MOST_LABELS and self._is_symmetric(size):
+                orders = [torch.tensor(order) for order in itertools.permutations(range(size))][1:]
+            for k, order in enumerate(orders):
+                yield _Start(self._permuted(k, order), "a draw of the guide with entries permuted")
 
-    def _vector(self, sites: Mapping[str, Tensor]) -> Tensor:
-        """One draw of the sites in unconstrained space."""
-        return self.joint.unconstrained({n: value.unsqueeze(0) for n, value in sites.items()})[0]
+    def _permuted(self, k: int, order: Tensor) -> Tensor:
+        """A draw of the guide with all axes of this size permuted, in unconstrained space."""
+        order = order.to(self.z.device)
+        permuted = {n: _permuted(draws[k], order) for n, draws in self.sites.items()}
+        return self.joint.unconstrained({n: v.unsqueeze(0) for n, v in permuted.items()})[0]
+
+    def _is_symmetric(self, size: int) -> bool:
+        """Whether the model's density is the same for any order of entries along such axes."""
+        k = int(self.log_p.argmax())  # a usual draw: both orders generate all others
+        orders = torch.stack([torch.arange(size).roll(1), torch.arange(size)])
+        orders[1, :2] = orders[1, :2].flip(0)
+        rounding = torch.finfo(self.z.dtype).eps ** 0.5 * (1 + self.log_p[k].abs())
+        change = self.joint(torch.stack([self._permuted(k, order) for order in orders]))
+        return bool(((change - self.log_p[k]).abs() < rounding).all())
 
     def _groups(self) -> Sequence[Tensor]:
         """Latents whose signs are changed together: all, each site; each one, or at random."""

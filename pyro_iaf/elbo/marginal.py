@@ -8,7 +8,10 @@ from typing import Any
 from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, config_enumerate
 
 from ..models.arguments import Args, Kwargs, Program
+from ..models.discrete import is_discrete
 from ..models.enumeration import summed_out
+from ..models.matching import Mismatch
+from ..models.traces import samples
 
 __all__ = ["MarginalELBO", "program_for"]
 
@@ -28,4 +31,12 @@ class MarginalELBO(Trace_ELBO):
         is_unknown = self.vectorize_particles and self.max_plate_nesting == math.inf
         if is_unknown and program is not model:  # the plates of hidden sites count too
             self._guess_max_plate_nesting(model, guide, args, kwargs)
-        return super()._get_traces(program, guide, args, kwargs)
+        for model_trace, guide_trace in super()._get_traces(program, guide, args, kwargs):
+            for name, site in samples(model_trace).items():
+                if name not in guide_trace and is_discrete(site):
+                    raise Mismatch(
+                        f"Discrete latents are summed out for guides of ours, as AutoIAF(model); "
+                        f"site '{name}' would be drawn from its prior beside this one. Give "
+                        "TraceEnum_ELBO a marked model, or sum it out in the model."
+                    )
+            yield model_trace, guide_trace

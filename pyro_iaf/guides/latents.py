@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from .._validation import warn
-from ..models.arguments import Args, Kwargs
+from ..models.arguments import Args, Kwargs, signature_error
 from ..models.masks import density_mask
 from ..models.matching import Mismatch
 from ..models.traces import handler_lock, is_point
@@ -105,6 +105,11 @@ def with_discrete(
         raise ValueError(f'discrete should be True, False or "map"; got {discrete!r}.')
     if not discrete or guide.discrete is None:
         return sites
+    if error := signature_error(guide.model, args, kwargs):
+        raise TypeError(
+            f"{error} Discrete latents are drawn given the data: give the model's arguments after "
+            "the number of draws, as sample_posterior(1000, y, discrete=True)."
+        )
     with handler_lock:
         particles = WeightedParticles(guide.model, guide, args, kwargs)
         return particles.with_discrete(sites, most_probable=discrete == "map")[1]

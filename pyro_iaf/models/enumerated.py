@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pyro
@@ -144,7 +145,11 @@ class Enumerated(EnumMessenger):
         return any(len(shape) >= -self.first for shape in shapes)  # also if it has one value only
 
     def _pyro_post_sample(self, msg: Any) -> None:
+        value = msg["value"]
+        if isinstance(value, Tensor):  # Pyro looks at the shape of .data, which vmap forbids
+            msg["value"] = SimpleNamespace(data=value, dim=value.dim)
         super()._pyro_post_sample(msg)
+        msg["value"] = value
         if msg["name"] not in self.inside:
             return
         fn, frames, scale, mask = self.inside[msg["name"]]

@@ -74,6 +74,15 @@ class SummedOut:
         with Enumerated(discrete) as run:
             try:
                 returned = self.model(*args, **kwargs)
+            except IndexError as error:
+                if "out of bounds for dimension" not in str(error):
+                    raise
+                raise ValueError(
+                    "What depends on a discrete latent should be in its plate, or in one within: "
+                    "it is summed out row by row: z[..., group] can't pick rows. "
+                    "Write groups as rows of a matrix, and mask what is padded by "
+                    f"poutine.mask(mask=...). {error}."
+                ) from error
             except (RuntimeError, TypeError, ValueError) as error:
                 if not any(words in str(error) for words in ASKED):
                     raise

@@ -22,7 +22,7 @@ from torch.distributions.transforms import identity_transform
 
 from .arguments import Args, Kwargs, Program
 from .matching import FixedLatents, Mismatch
-from .particles import MAX_NUMBERS, Particles, numbers_in
+from .particles import MAX_NUMBERS, Particles, mapped, numbers_in
 from .traces import (
     compute_log_prob,
     is_subsampled,
@@ -109,18 +109,28 @@ class LogJoint(Particles):
 
     def density(self, z: Tensor) -> Tensor:
         """The log densities of all particles in one run; the model's errors are raised."""
+        if self.mapped:
+            with quietly():  # checks of values can't be mapped
+                found: Tensor = mapped(lambda row: self._scored(row.unsqueeze(0), False)[0], z)
+                return found
         if self.at_once:
             return self._scored(z, True)
         return torch.cat([self._scored(row, False) for row in z.split(1)])
 
     def check(self, z: Tensor) -> str | None:
-        """Why the density can't be used at these points, if so; sets ``at_once``.
+        """Why the density can't be used at these points, if so; sets ``at_once`` and ``mapped``.
 
         Args:
             z: Two points at least, not too near to each other.
         """
 
         def log_probs(indices: Sequence[int], at_once: bool) -> dict[str, Tensor]:
+            def of_one(row: Tensor) -> dict[str, Tensor]:
+                trace = self._trace(self.constrained(row.unsqueeze(0))[0], False)
+                return log_probs_of_particles(trace, 1, None)
+
+            if at_once and self.mapped:
+                return {n: found.squeeze(1) for n, found in mapped(of_one, z[indices]).items()}
             trace = self._trace(self.constrained(z[indices])[0], at_once)
             return log_probs_of_particles(trace, len(indices), self.nesting if at_once else None)
 
@@ -227,7 +237,7 @@ class LogJoint(Particles):
 
         There are none if the prior is improper, or where the model raises an error.
         """
-        at_once = self.at_once
+        at_once = self.broadcasts
         size, num_runs = (min(num_draws, self.num_at_once), 1) if at_once else (1, num_draws)
         run, draws = poutine.trace(self.in_plate(self.model, size if at_once else None)), []
         for _ in range(num_runs):

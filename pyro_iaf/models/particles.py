@@ -1,4 +1,4 @@
-"""Runs of a model for many draws: at once if the model broadcasts over them, else one by one."""
+"""Runs of a model for many draws: at once if it broadcasts or can be mapped, else one by one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .arguments import Program
 from .matching import Mismatch
 from .traces import quietly, samples
 
-__all__ = ["MAX_NUMBERS", "NUM_PROBED", "Particles", "numbers_in", "threads_for"]
+__all__ = ["MAX_NUMBERS", "NUM_PROBED", "Particles", "mapped", "numbers_in", "threads_for"]
 
 # The most numbers in the sites of one run, and in the graph of a Hessian's rows.
 MAX_NUMBERS = 2**24
@@ -59,11 +59,18 @@ class Particles:
 
     Attributes:
         at_once: Whether draws go at once.
+        mapped: Whether they do so by ``torch.vmap`` of a run for one, since the model does not
+            broadcast: where it indexes by ``x[z]``, for example, or has no plates.
     """
 
     def __init__(self, nesting: int, num_numbers: int) -> None:
         self.nesting, self.num_numbers = nesting, num_numbers
-        self.at_once = True
+        self.at_once, self.mapped = True, False
+
+    @property
+    def broadcasts(self) -> bool:
+        """Whether the model itself takes draws in a dimension left of its plates."""
+        return self.at_once and not self.mapped
 
     @property
     def num_at_once(self) -> int:
@@ -106,19 +113,19 @@ class Particles:
     def probe(
         self, num_draws: int, log_probs: Callable[[Sequence[int], bool], dict[str, Tensor]]
     ) -> str | None:
-        """Why these log densities can't be used, or None; sets ``at_once``.
+        """Why these log densities can't be used, or None; sets ``at_once`` and ``mapped``.
 
         Args:
             num_draws: How many draws there are, one at least.
             log_probs: Returns the log density of each site at the draws with these indices, of
                 shape ``(len(indices),)``: in one run at once if its second argument is True, else
-                in a run for the only index.
+                in a run for the only index. It is called with ``mapped`` set, too.
 
         Raises:
             Mismatch: If sites are missing, or have other shapes.
         """
         separate, indices, failure = [], [], None
-        self.at_once = False
+        self.at_once = self.mapped = False
         with quietly():
             for k in range(num_draws):
                 try:
@@ -134,12 +141,15 @@ class Particles:
                 return "its log density changes from one run to the next"
             if len(indices) == 1:
                 separate, indices = 2 * separate, 2 * indices
-            self.at_once = True
-            try:
-                joined = {name: torch.cat([run[name] for run in separate]) for name in separate[0]}
-                self.at_once = _same(log_probs(indices, True), joined)
-            except Exception:  # any error of a model that doesn't broadcast
-                self.at_once = False
+            joined = {name: torch.cat([run[name] for run in separate]) for name in separate[0]}
+            for self.mapped in (False, True):
+                self.at_once = True
+                try:
+                    if _same(log_probs(indices, True), joined):
+                        return None
+                except Exception:  # any error of a model that doesn't broadcast, or map
+                    pass
+            self.at_once = self.mapped = False
         return None
 
 
@@ -151,6 +161,11 @@ def _same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
         return torch.allclose(x, y, rtol=rtol, atol=1e-5, equal_nan=True)
 
     return a.keys() == b.keys() and all(is_close(a[n], b[n]) for n in a)
+
+
+def mapped(fn: Callable[[Any], Any], draws: Any) -> Any:
+    """A function of one draw, for many at once by ``torch.vmap``, with random numbers for each."""
+    return torch.vmap(fn, randomness="different")(draws)
 
 
 def numbers_in(trace: poutine.Trace) -> int:

@@ -13,7 +13,6 @@ from pyro import poutine
 from pyro.distributions import constraints
 from pyro.poutine.guide import GuideMessenger
 from torch import Tensor
-from torch.distributions import AffineTransform, ComposeTransform, IndependentTransform, biject_to
 
 from .._validation import warn
 from ..importance import (
@@ -30,7 +29,8 @@ from .discrete import discrete_draws
 from .enumeration import SummedOut, summed_out
 from .log_joint import LogJoint
 from .matching import FixedLatents, Mismatch, check_guide_site
-from .particles import NUM_PROBED, Particles, numbers_in, threads_for
+from .particles import NUM_PROBED, Particles, mapped, numbers_in, threads_for
+from .supports import check_supports
 from .traces import (
     bare,
     compute_log_prob,
@@ -122,7 +122,7 @@ class WeightedParticles(Particles):
         super().__init__(plate_nesting(*first), numbers_in(self.first_model))
         self.latents = latent_sites(self.first_model)
         _check_devices(self.first_model)
-        _check_supports(self.guide, self.latents)
+        check_supports(self.guide, self.latents)
         self.subsampled = is_subsampled(self.first_model)
         self.improper = self._improper_latents()
         if self.improper:
@@ -180,7 +180,7 @@ class WeightedParticles(Particles):
                     if not self.latents[name]["fn"].support.is_discrete
                 }
                 first, repeated, moved = (
-                    self._scored(self.run_model(values, auxiliary, size), size)[0]
+                    self._score(values, auxiliary, size)[0]
                     for values in (drawn, drawn, drawn | nudged)
                 )
         except Exception:  # any error of the model
@@ -198,7 +198,7 @@ class WeightedParticles(Particles):
             log_q, rounding_q = self._scored(guide, size)
             errors: list[Exception] = []
             try:
-                log_p, rounding_p = self._scored(self.run_model(drawn, auxiliary, size), size)
+                log_p, rounding_p = self._score(drawn, auxiliary, size)
             except Mismatch:
                 raise
             except Exception:  # at some draw a matrix has no Cholesky factor, or a check fails
@@ -207,6 +207,17 @@ class WeightedParticles(Particles):
         rounding = (rounding_p + rounding_q)[(log_p - log_q).isfinite()]
         nats = rounding.median().sqrt().item() if len(rounding) else 0.0
         return Draws(log_p - log_q, drawn, nats), errors
+
+    def _score(
+        self, values: Mapping[str, Tensor], auxiliary: Mapping[str, Any], size: int
+    ) -> tuple[Tensor, Tensor]:
+        """The model's :meth:`_scored` at so many draws."""
+        if not self.mapped:
+            return self._scored(self.run_model(values, auxiliary, size), size)
+        rows = _auxiliary_values(self.first_model)
+        of_one = mapped(lambda draw: self._scored(self.run_model(draw, rows), None), dict(values))
+        log_p, rounding = (found.squeeze(1) for found in of_one)
+        return log_p, rounding
 
     def _scored(self, trace: poutine.Trace, size: int | None) -> tuple[Tensor, Tensor]:
         """The log densities of a run's draws, and the squares of their rounding errors."""
@@ -264,18 +275,22 @@ class WeightedParticles(Particles):
     def with_discrete(
         self, draws: dict[str, Tensor], most_probable: bool = False
     ) -> tuple[WeightedParticles, dict[str, Tensor]]:
-        """The same with the discrete latents that are summed out here, and draws of all latents."""
+        """The same with the discrete latents that are summed out here, and draws of all latents.
+
+        A model that is mapped here runs for one draw after the other there.
+        """
+        other = copy.copy(self)
+        other.at_once, other.mapped = self.broadcasts, False
         if not (isinstance(self.model, SummedOut) and self.model.guide.discrete):
-            return self, draws
+            return other, draws
         if self.subsampled:
             raise ValueError(
                 "Discrete latents are drawn for all rows of their plates, and this model "
                 "subsamples them. Run it on all its rows, with subsample_size=None."
             )
         model, discrete = self.model.model, self.model.guide.discrete
-        drawn = discrete_draws(self, model, discrete, draws, self.args, self.kwargs, most_probable)
-        draws, other = draws | drawn, copy.copy(self)
-        other.model = model
+        drawn = discrete_draws(other, model, discrete, draws, self.args, self.kwargs, most_probable)
+        draws, other.model = draws | drawn, model
         auxiliary = _auxiliary_values(self.first_model)
         with torch.no_grad(), quietly():
             first = {name: values[0] for name, values in draws.items()}
@@ -314,7 +329,7 @@ class WeightedParticles(Particles):
         """The log joint density of the model; the guide's own, if it has a method for it."""
         make = getattr(self.guide, "log_joint", LogJoint)
         joint: LogJoint = make(self.model, self.first_model, self.args, self.kwargs)
-        joint.at_once = self.at_once
+        joint.at_once, joint.mapped = self.at_once, self.mapped
         return joint
 
     def run_guide(self, num_draws: int | None) -> poutine.Trace:
@@ -356,23 +371,35 @@ class WeightedParticles(Particles):
             return torch.autograd.grad(log_p, leaves, allow_unused=True)
 
     def _probe(self) -> None:
-        """Sets ``at_once`` by comparing the densities of draws at once and one by one."""
+        """Sets ``at_once`` and ``mapped`` by comparing densities of draws with those one by one."""
         auxiliary = _auxiliary_values(self.first_model)
 
-        def log_probs(indices: Sequence[int], at_once: bool) -> dict[str, Tensor]:
-            index = indices if at_once else indices[0]
-            size = len(indices) if at_once else None
-            values = {name: draws[index] for name, draws in drawn.items()}
+        def of_run(values: Mapping[str, Tensor], size: int | None) -> dict[str, Tensor]:
             trace = self.run_model(values, auxiliary, size)
             compute_log_prob(trace)
-            return log_probs_of_particles(trace, size or 1, self.nesting if at_once else None)
+            nesting = None if size is None else self.nesting
+            return log_probs_of_particles(trace, size or 1, nesting)
+
+        def log_probs(indices: Sequence[int], at_once: bool) -> dict[str, Tensor]:
+            if not at_once:
+                return of_run({name: draws[indices[0]] for name, draws in drawn.items()}, None)
+            values = {name: draws[indices] for name, draws in drawn.items()}
+            if not self.mapped:
+                return of_run(values, len(indices))
+            found = mapped(lambda draw: of_run(draw, None), values)
+            return {name: log_prob.squeeze(1) for name, log_prob in found.items()}
 
         try:
             with torch.no_grad(), quietly(), poutine.block():
                 drawn = self.values(self.run_guide(NUM_PROBED), NUM_PROBED)
                 self.probe(NUM_PROBED, log_probs)
+                # Subsamples and auxiliary sites of the model may differ from draw to draw.
+                if self.mapped and (
+                    self.subsampled or set(auxiliary) - subsamples(self.first_model).keys()
+                ):
+                    self.at_once = self.mapped = False
         except Exception:  # any error of a guide that doesn't broadcast
-            self.at_once = False
+            self.at_once = self.mapped = False
 
 
 def _check_devices(model: poutine.Trace) -> None:
@@ -390,40 +417,6 @@ def _check_devices(model: poutine.Trace) -> None:
             f"of site '{observed}' on {there}. Put the parameters of the prior there, as in "
             f"dist.Normal(torch.tensor(0.0, device='{there}'), 1.0)."
         )
-
-
-def _check_supports(guide: Any, latents: dict[str, Any]) -> None:
-    """Raises a Mismatch if a guide was made for other supports of the sites."""
-    trace = getattr(guide, "prototype_trace", None)
-    if not isinstance(trace, poutine.Trace):
-        return
-    for name, site in latent_sites(trace).items():
-        own, here = (s["fn"].support for s in (site, latents.get(name, site)))
-        if _bijection_onto(own) != _bijection_onto(here):
-            raise Mismatch(
-                f"A guide should draw values in the supports that the model's sites have; at site "
-                f"'{name}' it draws in {own}, and the model has {here}. Make a "
-                "guide for this model and these arguments."
-            )
-
-
-def _bijection_onto(support: Any) -> tuple[str, ...]:
-    """The kinds of the transforms onto a support; none for a discrete support."""
-    try:
-        return _kinds(biject_to(support))
-    except NotImplementedError:
-        return ()
-
-
-def _kinds(transform: Any) -> tuple[str, ...]:
-    """The classes of a transform's parts, without shifts and positive scales."""
-    if isinstance(transform, IndependentTransform):
-        return _kinds(transform.base_transform)
-    if isinstance(transform, ComposeTransform):
-        return tuple(kind for part in transform.parts for kind in _kinds(part))
-    if isinstance(transform, AffineTransform) and (torch.as_tensor(transform.scale) > 0).all():
-        return ()  # the transform to the unit interval has no affine part
-    return (type(transform).__name__,)
 
 
 def check_latents(model: Program, guide: Program, args: Args, kwargs: Kwargs) -> None:

@@ -82,7 +82,8 @@ def fit(
     ``loss``, gradients go through the draws alone ("sticking the landing"). They are unbiased, and
     have little noise near the posterior. For guides by hand ``loss=TraceSTL_ELBO(...)`` does the
     same. Particles are vectorised if the model gives the same log densities so, which is tried
-    first; otherwise they run one after the other.
+    first; ``AutoIAF`` then maps the model over them by ``torch.vmap``; otherwise they run one after
+    the other.
 
     Long runs are compiled: model, guide, gradient, clipping and Adam run once in Python and become
     one call, with the same results but for rounding. A step then costs what its arithmetic does,

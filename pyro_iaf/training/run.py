@@ -300,8 +300,8 @@ class Run:
             return LatentLoss(model(), self.guide, self.num_particles, joint)
         elbo = (TraceSTL_ELBO if goes_through_draws(self.guide) else Trace_ELBO)(
             num_particles=self.num_particles,
-            vectorize_particles=particles.at_once,
-            max_plate_nesting=particles.nesting if particles.at_once else math.inf,
+            vectorize_particles=particles.broadcasts,
+            max_plate_nesting=particles.nesting if particles.broadcasts else math.inf,
         )
         return TraceLoss(model(), self.guide, elbo)
 

@@ -355,8 +355,7 @@ def test_a_model_that_runs_for_one_draw_at_a_time_is_searched_too():
 
     def alone():
         model()
-        float(torch.zeros(()))
-        assert pyro.sample("one", dist.Normal(0.0, 1.0)).dim() == 0
+        assert float(pyro.sample("one", dist.Normal(0.0, 1.0))) < 100
 
     def guide():
         guide_at(1)()

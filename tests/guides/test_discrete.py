@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import runpy
+from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
@@ -102,10 +104,54 @@ def test_arviz_has_them_and_the_data_given_them(fitted):
     assert_close(found, dist.Normal(a.unsqueeze(-1) * z, 0.5).log_prob(Y))
 
 
-def test_predictive_draws_them_too(fitted):
+def test_predictive_draws_them_from_their_prior_as_in_pyro(fitted):
     guide, _ = fitted
-    drawn = Predictive(mixture, guide=guide, num_samples=7)(Y)
-    assert drawn["z"].shape == (7, 5)
+    drawn = Predictive(mixture, guide=guide, num_samples=2000)(Y)
+    assert drawn["z"].shape == (2000, 5)
+    assert_close(drawn["z"].mean(0), drawn["p"].mean().expand(5), atol=0.05, rtol=0.0)
+
+
+def test_drawing_them_takes_the_data(fitted):
+    guide, _ = fitted
+    with pytest.raises(TypeError, match=r"'y'.*sample_posterior\(1000, y, discrete=True\)"):
+        guide.sample_posterior(5, discrete=True)
+
+
+CASES = Path(__file__).parents[3] / "shared" / "cases"
+
+
+@pytest.mark.parametrize("name", ["discrete_mixture", "discrete_hmm", "discrete_groups"])
+def test_known_posteriors_are_found(name):
+    path = CASES / f"{name}.py"
+    if not path.exists():
+        pytest.skip(f"{path} is not here")
+    case = runpy.run_path(path)
+    guide = AutoIAF(case["model"])
+    diagnosis = fit(case["model"], guide, case["ARGS"], seed=0, progress=False).diagnosis
+    assert diagnosis.iw_elbo == pytest.approx(case["EVIDENCE"], abs=0.02)
+    found = case["quantities"](guide.sample_posterior(20_000))
+    for key, mean in case["MEANS"].items():
+        assert found[key].mean().item() == pytest.approx(mean, abs=0.1 * case["SDS"][key])
+        assert found[key].std().item() == pytest.approx(case["SDS"][key], rel=0.07)
+
+
+def three_classes(y):
+    shares = pyro.sample("shares", dist.Dirichlet(torch.ones(3)))
+    with pyro.plate("classes", 3):
+        level = pyro.sample("level", dist.Normal(0.0, 3.0))
+    with pyro.plate("rows", len(y)):
+        z = pyro.sample("z", dist.Categorical(shares))
+        pyro.sample("y", dist.Normal(level[z], 0.5), obs=y)  # which picks particles, if they are in
+
+
+def test_all_orders_of_three_classes_are_found():
+    y = torch.cat([torch.linspace(-0.8, 0.8, 12) + 3 * k for k in (-1, 0, 1)])
+    guide = AutoIAF(three_classes)
+    diagnosis = fit(three_classes, guide, (y,), seed=0, progress=False).diagnosis
+    assert not diagnosis.modes
+    assert len(guide.component_weights) == 6
+    orders = {tuple(order) for order in guide.sample_posterior(500)["level"].argsort(-1).tolist()}
+    assert len(orders) == 6
 
 
 def test_a_state_and_a_copy_know_them(fitted):

@@ -522,6 +522,31 @@ def test_code_that_combines_rows_is_refused(combine):
         AutoIAF(model)(Y)
 
 
+def test_losses_of_ours_refuse_what_another_guide_leaves_out():
+    def guide(y):
+        pyro.sample("p", dist.Beta(2.0, 2.0))
+        pyro.sample("a", dist.Normal(1.0, 0.5))
+
+    for elbo in (CompiledTrace_ELBO(backend="graph"), TraceSTL_ELBO()):
+        with (
+            pytest.warns(UserWarning, match="Found vars in model but not guide"),  # by Pyro
+            pytest.raises(Mismatch, match=r"site '.' would be drawn from its prior"),
+        ):
+            elbo.loss(nested, guide, Y)
+
+
+def test_rows_of_ragged_groups_are_refused_with_a_cure():
+    def model(y):
+        p, a = two()
+        with pyro.plate("groups", 2):
+            z = pyro.sample("z", dist.Bernoulli(p))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(a * z[..., torch.tensor([0, 0, 1, 1, 1])], 0.8), obs=y)
+
+    with pytest.raises(ValueError, match="Write groups as rows of a matrix, and mask"):
+        AutoIAF(model)(Y)
+
+
 def test_plates_nest_as_at_the_setup():
     guide = AutoIAF(chain, start="init")
     guide.setup(Y)

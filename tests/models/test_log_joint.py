@@ -151,13 +151,18 @@ def total(x, y):
 
 @pytest.mark.parametrize("num_points", [2, 3, 5])  # as many as features, data, or neither
 @pytest.mark.parametrize("model", [product, product_in_a_plate, total])
-def test_models_that_take_no_particles_run_one_by_one(model, num_points):
+def test_models_that_take_no_particles_are_mapped(model, num_points):
     joint, _ = joint_of(model, *data())
     z = torch.randn(num_points, 2)
     assert joint.check(z) is None
-    assert not joint.at_once
-    assert_close(joint(z), total_by_hand(joint, z))
-    assert_close(joint.gradient(z)[0], total_by_hand(joint, z))
+    assert joint.mapped
+    known = total_by_hand(joint, z)
+    assert_close(joint(z), known)
+    assert_close(joint.gradient(z)[0], known)
+    hessian = joint.hessian(z)
+    joint.at_once = joint.mapped = False
+    assert_close(joint(z), known)
+    assert_close(joint.hessian(z), hessian)
 
 
 def test_a_density_that_changes_from_call_to_call_is_told():

@@ -8,7 +8,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoNormal
 from torch.testing import assert_close
 
-from pyro_iaf import AutoHierarchicalIAF
+from pyro_iaf import AutoHierarchicalIAF, AutoIAF, fit, to_arviz
 from pyro_iaf.diagnostics.arviz import _groups
 from pyro_iaf.models.log_joint import LogJoint
 from pyro_iaf.models.particles import Particles, numbers_in
@@ -27,9 +27,15 @@ def model():
 
 
 def of_one_draw():
-    """A density that is right for one draw alone."""
+    """Code that asks for the value of one draw."""
     mean = pyro.sample("mean", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-    pyro.sample("y", dist.Normal(mean.sum(), 0.5), obs=torch.tensor(1.0))
+    pyro.sample("y", dist.Normal(float(mean.sum()), 0.5), obs=torch.tensor(1.0))
+
+
+def from_the_left():
+    """Code that counts dimensions from the left, where draws are."""
+    mean = pyro.sample("mean", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    pyro.sample("y", dist.Normal(mean[0] * mean[1], 0.5), obs=torch.tensor(1.0))
 
 
 def drawn_anew():
@@ -141,6 +147,46 @@ def test_a_guide_may_leave_out_dimensions_of_size_one():
 def test_one_probe_finds_out_whether_draws_go_at_once(user):
     assert user(model)[0].at_once
     assert not user(of_one_draw)[0].at_once
+
+
+@pytest.mark.parametrize("of", [log_joint, weighted_of])
+def test_code_that_does_not_broadcast_is_mapped(of):
+    particles = of(from_the_left)
+    particles = particles[0] if isinstance(particles, tuple) else particles
+    assert particles.at_once
+    assert particles.mapped
+    assert not particles.broadcasts
+
+
+def test_draws_that_are_mapped_and_one_by_one_agree():
+    joint, found = log_joint(from_the_left)
+    mapped = found()
+    joint.at_once = joint.mapped = False
+    assert_close(found(), mapped)
+
+
+def test_arviz_of_a_mapped_model_runs_one_by_one():
+    pytest.importorskip("arviz")
+    guide = AutoIAF(from_the_left, start="init")
+    data = to_arviz(from_the_left, guide, num_samples=5)
+    mean = torch.as_tensor(data.posterior["mean"].values[0])
+    expected = dist.Normal(mean.prod(-1), 0.5).log_prob(torch.tensor(1.0))
+    assert_close(torch.as_tensor(data.log_likelihood["y"].values[0]), expected)
+
+
+def test_a_fit_of_a_mapped_model_is_that_of_one_that_broadcasts():
+    def broadcast():
+        mean = pyro.sample("mean", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(mean.prod(-1), 0.5), obs=torch.tensor(1.0))
+
+    found = []
+    for program, way in [(broadcast, False), (from_the_left, False), (from_the_left, "graph")]:
+        pyro.clear_param_store()
+        guide = AutoIAF(program, start="init", hidden_dims=[8])
+        settings = {"num_steps": 20, "compile": way, "progress": False, "seed": 0}
+        found.append(fit(program, guide, **settings).losses)
+    assert_close(found[1], found[0])
+    assert_close(found[2], found[0])
 
 
 def test_at_once_and_one_by_one_agree(user):
