@@ -344,15 +344,16 @@ def step_of_a_thousand():
 
 @said
 def enumeration_steps():
-    found = {(r["model"], r["by hand"], r["way"]): r for r in rows("enumeration")}
+    found = {(r["model"], r["written"], r["way"]): r for r in rows("enumeration")}
+    words = {"enumerated": "summed out", "at once": "by `vectorized_markov`", "by hand": "by hand"}
     ways = ["eager", "graph", "compiled"]
     body = []
-    for model, by_hand in dict.fromkeys(key[:2] for key in found):
-        each = [found[model, by_hand, way] for way in ways]
+    for model, how in dict.fromkeys(key[:2] for key in found):
+        each = [found[model, how, way] for way in ways]
         steps = ["-" if r["ms a step"] is None else milliseconds(r["ms a step"]) for r in each]
         starts = ["-" if r["start, s"] is None else f"{r['start, s']:.0f} s" for r in each[1:]]
         nodes = next((r["nodes"] for r in each if r["nodes"]), None)
-        body.append([f"{model}, {'by hand' if by_hand else 'summed out'}", *steps, *starts, nodes])
+        body.append([f"{model}, {words[how]}", *steps, *starts, nodes])
     return table(["Model", *ways, "recording", "compilation", "operations"], body)
 
 
