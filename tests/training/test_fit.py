@@ -156,6 +156,7 @@ def test_its_gradient_has_no_noise_at_the_posterior():
 def test_particles_go_one_by_one_where_they_have_to():
     def model():
         z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        assert float(z.detach().sum()) < 100  # asks for one value
         pyro.sample("y", dist.Normal(torch.ones(4, 2) @ z.reshape(2), 1.0).to_event(1), obs=Y.to(z))
 
     guide = AutoIAF(model)
