@@ -12,6 +12,7 @@ from .diagnostics.arviz import to_arviz
 from .diagnostics.diagnose import Diagnosis, diagnose
 from .diagnostics.modes import Mode
 from .diagnostics.plots import plot_loss, plot_pairs
+from .diagnostics.refine import Refined, refine
 from .distributions import DiagonalNormal
 from .elbo.compiled import CompiledTrace_ELBO
 from .elbo.stl import TraceSTL_ELBO
@@ -49,6 +50,7 @@ __all__ = [
     "InverseAutoregressiveFlowStack",
     "MaskedAutoregressiveNetwork",
     "Mode",
+    "Refined",
     "TraceSTL_ELBO",
     "UnivariateMap",
     "conditional_inverse_autoregressive_flow",
@@ -58,6 +60,7 @@ __all__ = [
     "invert",
     "plot_loss",
     "plot_pairs",
+    "refine",
     "register",
     "solve_transposed",
     "to_arviz",

@@ -12,7 +12,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the bottom to the top; rooms on one floor don't import each other.
 FLOORS = [
-    {"_validation"},
+    {"_progress", "_validation"},
     {"importance", "distributions"},
     {"models"},
     {"compiler"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -24,20 +25,21 @@ from ..models.traces import (
     subsamples,
 )
 from ..models.weighted import WeightedParticles
+from .refine import Refined
 
 __all__ = ["to_arviz"]
 
 
 def to_arviz(
     model: Callable[..., Any],
-    guide: Callable[..., Any],
+    guide: Callable[..., Any] | Refined,
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
     num_samples: int = 1000,
     resample: bool = False,
 ) -> Any:
-    """Draws from a guide as ArviZ data of one chain, for ``az.summary``, ``az.loo`` and so on.
+    """Draws from a guide, or chains, as ArviZ data for ``az.summary``, ``az.loo`` and so on.
 
     The groups are the posterior of all latent and deterministic sites, drawn discrete latents
     included, and for all observed sites the posterior predictive, the log likelihood of each
@@ -46,11 +48,11 @@ def to_arviz(
 
     Args:
         model: A Pyro model.
-        guide: A guide for it.
+        guide: A guide for it, whose draws are one chain, or what :func:`refine` returned.
         args: Positional arguments of both, the data included.
         kwargs: Keyword arguments of both.
-        num_samples: The number of draws.
-        resample: Whether to resample the draws by their importance weights.
+        num_samples: The number of draws of a guide; chains have all of theirs.
+        resample: Whether to resample the draws of a guide by their importance weights.
 
     Returns:
         The result of ``arviz.from_dict``: a ``DataTree``, or an ``InferenceData`` before ArviZ 1.0.
@@ -80,14 +82,21 @@ def to_arviz(
             "to_arviz needs ArviZ: pip install 'pyro_iaf[arviz]', or pip install arviz."
         ) from error
     check_size("num_samples", num_samples)
+    refined = guide if isinstance(guide, Refined) else None
+    guide = guide.guide if isinstance(guide, Refined) else guide
     check_pair("to_arviz", model, guide)
     args, kwargs = check_call(args, kwargs, model)
     with handler_lock:
         particles = WeightedParticles(model, guide, args, kwargs)
-        draws = particles.weighted(4 * num_samples if resample else num_samples)
-        latents = draws.resampled(num_samples) if resample else draws.sites
+        shape: Sequence[int] = (1, num_samples)
+        if refined is not None:
+            shape = next(iter(refined.chains.values())).shape[:2]
+            latents = {name: draws.flatten(0, 1) for name, draws in refined.chains.items()}
+        else:
+            draws = particles.weighted(4 * num_samples if resample else num_samples)
+            latents = draws.resampled(num_samples) if resample else draws.sites
         particles, latents = particles.with_discrete(latents)
-        groups, dims = _groups(particles, latents, num_samples)
+        groups, dims = _groups(particles, latents, shape)
     arrays: Any = {
         group: {name: value.detach().cpu().numpy() for name, value in values.items()}
         for group, values in groups.items()
@@ -100,9 +109,15 @@ def to_arviz(
 
 @torch.no_grad()
 def _groups(
-    particles: WeightedParticles, latents: dict[str, Tensor], num_draws: int
+    particles: WeightedParticles, latents: dict[str, Tensor], shape: Sequence[int]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, list[str]]]:
-    """The values of the sites by ArviZ group, and the names of the sites' dimensions."""
+    """The values of the sites by ArviZ group, and the names of the sites' dimensions.
+
+    Args:
+        particles: The model and its guide.
+        latents: Draws of all latents, with chains one after the other.
+        shape: How many chains there are, and draws in each.
+    """
     sites = {
         name: site
         for name, site in samples(particles.first_model).items()
@@ -114,7 +129,7 @@ def _groups(
     models = particles.model, _UnconditionData()(particles.model)
     parts = {("posterior", name): [draws] for name, draws in latents.items()}
     start = 0
-    for size in particles.sizes(num_draws):
+    for size in particles.sizes(math.prod(shape)):
         given = {name: draws[start : start + size] for name, draws in latents.items()}
         start += size
         with quietly():
@@ -132,7 +147,7 @@ def _groups(
             parts.setdefault(key, []).append(particles.unpadded(value, single.shape, size))
     groups: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for (group, name), values in parts.items():
-        groups[group][name] = torch.cat(values).unsqueeze(0)
+        groups[group][name] = torch.cat(values).unflatten(0, shape)
     groups["observed_data"] = {name: _value(site) for name, site in observed.items()}
     return groups, {name: _dims(name, site, sites) for name, site in sites.items()}
 

@@ -264,8 +264,9 @@ class Diagnosis:
                 fault = "the guide's tails are heavier than the posterior's"
             return f"Usable: {fault}. Use sample_posterior(..., resample=True)."
         return (
-            "Not to be trusted: the guide misses too much of the posterior. Train longer, use more "
-            "or wider flows, or reparameterise the model."
+            "Not to be trusted: the guide misses too much of the posterior. refine(model, guide) "
+            "draws from the posterior itself; or train longer, use more or wider flows, or "
+            "reparameterise the model."
         )
 
     def _no_verdict(self) -> str:

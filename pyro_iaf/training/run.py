@@ -22,6 +22,7 @@ from pyro.poutine import runtime
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .._progress import progress_bar, show
 from .._validation import warn
 from ..compiler.capture import Refused
 from ..elbo.marginal import program_for
@@ -47,7 +48,6 @@ from .checkpoints import Checkpoint, settings_of
 from .compiled_step import Built, CompiledSteps
 from .interrupts import Interrupts
 from .optimizers import Adam, RowAdam
-from .progress import progress_bar, show
 from .result import AVERAGED, FitResult
 from .schedule import Rounds, Schedule
 

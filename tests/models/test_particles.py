@@ -121,7 +121,7 @@ def arviz(fn):
     latents = {
         name: torch.randn(7, *site["value"].shape) for name, site in particles.latents.items()
     }
-    return particles, lambda: _groups(particles, latents, 7)[0]["log_likelihood"]["y"]
+    return particles, lambda: _groups(particles, latents, (1, 7))[0]["log_likelihood"]["y"]
 
 
 # A line for each user: a function of a model that gives the user, and what it finds at seven draws.
