@@ -357,6 +357,40 @@ def enumeration_steps():
     return table(["Model", *ways, "recording", "compilation", "operations"], body)
 
 
+@said
+def refined_draws():
+    found = {(r["posterior"], r["contender"]): r for r in rows("refine")}
+    body = []
+    for name in dict.fromkeys(name for name, _ in found):
+        ours, nuts = found[name, "refine"], found.get((name, "numpyro"))
+        cells = [
+            ours["seconds"],
+            ours["ess"],
+            f"{ours['rhat']:.3f}",
+            "yes" if ours["holds"] else "no",
+        ]
+        if nuts is None:
+            more = ["-", "-", "-"]
+        else:
+            more = [nuts["seconds"], nuts["ess"], "yes" if nuts["holds"] else "no"]
+        body.append([name, *cells, *more])
+    columns = ["Posterior", "seconds", "ESS", "R-hat", "holds", "NUTS, s", "ESS of NUTS", "holds"]
+    return table(columns, body)
+
+
+@said
+def refined_summary():
+    ours = {r["posterior"]: r for r in rows("refine") if r["contender"] == "refine"}
+    nuts = [r for r in rows("refine") if r["contender"] == "numpyro"]
+    ratio = statistics.median(ours[r["posterior"]]["seconds"] / r["seconds"] for r in nuts)
+    return (
+        f"Of {len(ours)} posteriors {sum(r['holds'] for r in ours.values())} hold, and "
+        f"{sum(r['converged'] for r in ours.values())} are told to have converged. In the median "
+        f"it takes {statistics.median(r['seconds'] for r in ours.values()):.1f} seconds, and "
+        f"{ratio:.2f} times those of NUTS."
+    )
+
+
 def fit_rows(contender):
     """The rows of one implementation of a step."""
     return [row for row in rows("svi_step") if row["contender"] == contender]

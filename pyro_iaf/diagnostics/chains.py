@@ -139,6 +139,7 @@ class Chains:
         if accept.any():
             now = self.target.evaluate(proposal.noise, proposal.component)
             self.num_gradients += 1
+            accept = accept & now.log_density.isfinite()
             share = self.target.log_share(proposal.latent, proposal.component)
             self._move(accept, proposal.noise, proposal.component, proposal.latent, now, share)
         return accept.double().mean().item()

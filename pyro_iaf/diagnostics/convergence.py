@@ -11,6 +11,7 @@ References:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ __all__ = ["ess", "rhat"]
 
 # Draws between which the effective sample size is told of the tails.
 TAILS = 0.05, 0.95
+
+# So many numbers are ranked at once.
+MOST_NUMBERS = 2**22
 
 
 def rhat(chains: Tensor) -> Tensor:
@@ -32,10 +36,13 @@ def rhat(chains: Tensor) -> Tensor:
     Returns:
         A tensor of shape ``shape``; NaN where draws are not finite, 1 where all are equal.
     """
-    shape, halves = chains.shape[2:], _split(chains)
+    return _by_columns(_rhat, chains)
+
+
+def _rhat(halves: Tensor) -> Tensor:
     folded = (halves - _quantile(halves.flatten(0, 1), 0.5)).abs()
     found = torch.maximum(_split_rhat(_normal_scores(halves)), _split_rhat(_normal_scores(folded)))
-    return _where_known(found, halves, 1.0).reshape(shape)
+    return _where_known(found, halves, 1.0)
 
 
 def ess(chains: Tensor) -> Tensor:
@@ -48,20 +55,25 @@ def ess(chains: Tensor) -> Tensor:
         A tensor of shape ``shape``; NaN where draws are not finite, the number of draws where all
         are equal.
     """
-    shape, halves = chains.shape[2:], _split(chains)
+    return _by_columns(_ess, chains)
+
+
+def _ess(halves: Tensor) -> Tensor:
     parts = [_ess_of_mean(_normal_scores(halves))]
     flat = halves.flatten(0, 1)
     for level in TAILS:
         parts.append(_ess_of_mean((halves <= _quantile(flat, level)).double()))
-    found = torch.stack(parts).amin(0)
-    return _where_known(found, halves, float(flat.shape[0])).reshape(shape)
+    return _where_known(torch.stack(parts).amin(0), halves, float(flat.shape[0]))
 
 
-def _split(chains: Tensor) -> Tensor:
-    """Both halves of all chains, in double precision, of shape ``(2 chains, draws / 2, Q)``."""
-    flat = chains.double().reshape(*chains.shape[:2], -1)
-    half = flat.shape[1] // 2
-    return torch.cat([flat[:, :half], flat[:, flat.shape[1] - half :]])
+def _by_columns(fn: Callable[[Tensor], Tensor], chains: Tensor) -> Tensor:
+    """A function of both halves of all chains, of shape ``(2 chains, draws / 2, Q)``, in parts."""
+    flat = chains.reshape(*chains.shape[:2], -1)
+    half, found = flat.shape[1] // 2, []
+    for part in flat.split(max(1, MOST_NUMBERS // flat[..., :1].numel()), -1):
+        part = part.double()
+        found.append(fn(torch.cat([part[:, :half], part[:, part.shape[1] - half :]])))
+    return torch.cat(found).reshape(chains.shape[2:])
 
 
 def _where_known(found: Tensor, halves: Tensor, if_constant: float) -> Tensor:

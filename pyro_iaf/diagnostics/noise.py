@@ -96,7 +96,8 @@ class NoiseCoordinates:
         )
         self.mixture: Any = None
         if isinstance(particles.guide, AutoContinuous):
-            posterior: Any = particles.guide.get_posterior(*particles.args, **particles.kwargs)
+            with poutine.block():
+                posterior: Any = particles.guide.get_posterior(*particles.args, **particles.kwargs)
             if hasattr(posterior, "components"):
                 self.mixture = posterior
             self.maps = [noise_map(part) for part in getattr(posterior, "components", [posterior])]

@@ -35,6 +35,9 @@ WARM_UP, RESCALED = 60, (10, 20, 40)
 # Convergence is checked after so many steps, each time after a half more, and at last after these.
 FEWEST, MOST = 100, 1600
 
+# The most numbers that are kept, except for samples that are wanted.
+MOST_NUMBERS = 2**27
+
 # Every quantity should be below the first and above the second, which are usual.
 MAX_RHAT, MIN_ESS = 1.01, 400
 
@@ -229,11 +232,13 @@ class _Run:
         self.num_lost, self.num_gradients = 0, 0
         self.modes: Sequence[Mode] = ()
         self.searched = ""
+        self.shortest = max(FEWEST, -(-num_samples // NUM_CHAINS))
+        self.most = max(self.shortest, min(MOST, MOST_NUMBERS // (NUM_CHAINS * self.target.dim)))
 
     def to_the_end(self, began: float, progress: bool) -> Refined:
         stopped = "it was interrupted"
         try:
-            with progress_bar(MOST, 0, progress) as self.bar:
+            with progress_bar(self.most, 0, progress) as self.bar:
                 chains = self._warm_up()
                 stopped = self._sample(chains)
         except KeyboardInterrupt:
@@ -268,7 +273,7 @@ class _Run:
 
     def _sample(self, chains: Chains) -> str:
         """Takes steps until all has converged; says why it stopped."""
-        num_next = max(FEWEST, -(-self.num_samples // NUM_CHAINS))
+        num_next = self.shortest
         while True:
             for _ in range(num_next - len(self.latents)):
                 step = chains.step(self.target.propose(NUM_CHAINS), adapt=False)
@@ -282,9 +287,9 @@ class _Run:
             self.bar.set_postfix({"R-hat": f"{worst:.3f}", "ESS": f"{fewest:.0f}"})
             if worst < MAX_RHAT and fewest > MIN_ESS:
                 return "all quantities have converged"
-            if len(self.latents) >= MOST:
-                return f"{MOST} steps of each chain were taken"
-            num_next = min(MOST, len(self.latents) * 3 // 2)
+            if len(self.latents) >= self.most:
+                return f"{len(self.latents)} steps of each chain were taken"
+            num_next = min(self.most, len(self.latents) * 3 // 2)
 
     def _chains(self) -> dict[str, Tensor]:
         """The draws of all chains by site, of shape ``(chains, draws) + shape``."""
