@@ -3,7 +3,7 @@
 Where `refine` tells of missing modes, a fit until it is certified and `refine` follow.
 Each runs in a process of its own. Seconds are from the model to the draws, compilation included and
 imports not, and multiplied where fewer than 1,000 draws are effective. NUTS has NumPyro's defaults
-with four chains of 1,000 draws. Seven posteriors with reference draws by Stan, from the folder
+but for its start, with four chains of 1,000 draws. Seven posteriors with reference draws by Stan, from the folder
 ``--data``, have no NumPyro model here; the other are those of `benchmarks.models`, and four with
 known moments that guides hold badly.
 
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from benchmarks import models
-from benchmarks.common import rows_of_fresh_processes, save
+from benchmarks.common import RESULTS, rows_of_fresh_processes, save
 from benchmarks.posteriors import load
 
 NUM_STEPS = 1000
@@ -148,7 +148,8 @@ def numpyro(posterior, seed):
 
     model, library = models.numpyro_model(posterior)
     began = time.perf_counter()
-    kernel = library.infer.NUTS(model)
+    # The default start, within 2 of zero, is not allowed in some models.
+    kernel = library.infer.NUTS(model, init_strategy=library.infer.init_to_median)
     mcmc = library.infer.MCMC(
         kernel, num_warmup=1000, num_samples=1000, num_chains=4, progress_bar=False
     )
@@ -177,6 +178,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path("../shared/posteriors"))
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--only", choices=("refine", "numpyro"), help="keep the other's rows")
     parser.add_argument("--one", nargs=2, metavar=("NAME", "SEED"), help="a row, in this process")
     options = parser.parse_args()
     posteriors = load(options.data) | models.POSTERIORS | own()
@@ -185,10 +187,15 @@ def main():
         posteriors[name].model()  # reads the data
         print(json.dumps(row(posteriors[name], int(options.one[1]), contender)))
         return
-    names = [f"{name}:refine" for name in posteriors]
-    names += [f"{name}:numpyro" for name in models.POSTERIORS | own()]
+    names = {"refine": posteriors, "numpyro": models.POSTERIORS | own()}
+    kept = []
+    if options.only:
+        known = json.loads((RESULTS / "refine.json").read_text())["rows"]
+        kept = [found for found in known if found["contender"] != options.only]
+        names = {options.only: names[options.only]}
+    names = [f"{name}:{contender}" for contender in names for name in names[contender]]
     more = "--data", str(options.data)
-    rows = rows_of_fresh_processes("benchmarks.refine", names, options.seeds, *more)
+    rows = kept + rows_of_fresh_processes("benchmarks.refine", names, options.seeds, *more)
     pairs = {}
     for found in rows:
         pairs.setdefault(found["posterior"], {}).setdefault(found["contender"], []).append(
