@@ -3,9 +3,9 @@
 Where `refine` tells of missing modes, a fit until it is certified and `refine` follow.
 Each runs in a process of its own. Seconds are from the model to the draws, compilation included and
 imports not, and multiplied where fewer than 1,000 draws are effective. NUTS has NumPyro's defaults
-but for its start, with four chains of 1,000 draws. Seven posteriors with reference draws by Stan, from the folder
-``--data``, have no NumPyro model here; the other are those of `benchmarks.models`, and four with
-known moments that guides hold badly.
+but for its start, with four chains of 1,000 draws. Seven posteriors with reference draws by Stan,
+from the folder ``--data``, have no NumPyro model here. The others are those of `benchmarks.models`,
+and four with known moments that guides hold badly.
 
 ``mean_error`` and ``sd_error`` are the largest, in standard deviations and relative. They hold if
 means are within 0.05 and three Monte Carlo errors, and deviations within 5 % and three.
