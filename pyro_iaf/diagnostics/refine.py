@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 import pyro
@@ -29,8 +30,10 @@ __all__ = ["Refined", "refine"]
 # How many chains there are, and from how many draws of the guide their starts are chosen.
 NUM_CHAINS, NUM_DRAWS = 64, 2000
 
-# Steps of the warm-up, and those after which the scales of momenta are found anew.
-WARM_UP, RESCALED = 60, (10, 20, 40)
+# Steps of the warm-up, and those after which the scales of momenta are found anew. It goes on up to
+# the second number, while fewer trajectories are accepted in the last of them.
+WARM_UP, LONGEST_WARM_UP, RESCALED = 60, 300, (10, 20, 40)
+FEWEST_ACCEPTED, LAST = 0.6, 20
 
 # Convergence is checked after so many steps, each time after a half more, and at last after these.
 FEWEST, MOST = 100, 1600
@@ -259,9 +262,13 @@ class _Run:
         self.target.compile(start.noise, start.component, NUM_GRADIENTS)
         chains = Chains(self.target, start)
         self._search()
-        for k in range(WARM_UP):
-            chains.step(self.target.propose(NUM_CHAINS), adapt=True)
-            if k in RESCALED:
+        accepted: list[float] = []
+        while len(accepted) < WARM_UP or (
+            len(accepted) < LONGEST_WARM_UP and fmean(accepted[-LAST:]) < FEWEST_ACCEPTED
+        ):
+            step = chains.step(self.target.propose(NUM_CHAINS), adapt=True)
+            accepted.append(step.accepted)
+            if len(accepted) in RESCALED:
                 chains.rescale()
         return chains
 
