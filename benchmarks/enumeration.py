@@ -25,7 +25,7 @@ from pyro_iaf.elbo.objectives import LatentLoss
 
 LENGTHS = (60, 500)
 WAYS = {"eager": False, "graph": "graph", "compiled": True}
-NUM_PARTICLES, ROUNDS, SECONDS, MOST_SECONDS = 16, 3, 2.0, 400
+NUM_PARTICLES, ROUNDS, SECONDS, MOST_SECONDS = 16, 3, 2.0, 300
 
 
 def signal(length):
