@@ -208,6 +208,11 @@ class NoiseCoordinates:
     # Guides that are no one vector
 
     def _count_noise(self) -> None:
+        if not self.particles.at_once:
+            raise ValueError(
+                "refine runs all chains at once, and this guide or its model takes one draw at a "
+                "time. Write torch.where for code that asks for values, or use AutoIAF(model)."
+            )
         first = samples(self.particles.first_guide)
         found = sum(s["value"].numel() for s in first.values() if _is_drawn(s))
         if found != self.dim:

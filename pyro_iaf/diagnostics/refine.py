@@ -120,6 +120,8 @@ class Refined:
                 "fit(model, guide) without num_steps adds components there"
             )
             lines += [f"  {mode}" for mode in self.modes[:3]]
+        if self.searched:
+            lines.append(f"  {self.searched}")
         if self.num_lost:
             lines.append(f"  {self.num_lost} proposals without a finite density were rejected")
         return "\n".join(lines)

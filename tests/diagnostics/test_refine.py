@@ -253,6 +253,33 @@ def test_a_guide_that_is_not_made_of_normal_noise_is_refused():
         refine(model, guide, progress=False)
 
 
+def test_a_guide_that_takes_one_draw_at_a_time_is_refused():
+    def guide():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        assert float(z) < 100
+
+    def model():
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match="takes one draw at a time"):
+        refine(model, guide, progress=False)
+
+
+def test_a_model_that_takes_one_draw_at_a_time_is_refined_all_the_same(monkeypatch):
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        assert float(z.detach()) < 100
+
+    monkeypatch.setattr("pyro_iaf.diagnostics.refine.NUM_CHAINS", 4)
+    monkeypatch.setattr("pyro_iaf.diagnostics.refine.NUM_DRAWS", 20)
+    monkeypatch.setattr("pyro_iaf.diagnostics.refine.MOST", 20)
+    monkeypatch.setattr("pyro_iaf.diagnostics.refine.FEWEST", 20)
+    refined = refine(model, AutoIAF(model, hidden_dims=[8]), num_samples=20, **QUIET)
+    assert refined.backend == "eager"
+    assert refined.samples["z"].shape == (20,)
+    assert refined.stopped == "20 steps of each chain were taken"
+
+
 def test_a_model_without_a_density_anywhere_is_refused():
     def model():
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
