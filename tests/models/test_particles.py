@@ -158,6 +158,22 @@ def test_code_that_does_not_broadcast_is_mapped(of):
     assert not particles.broadcasts
 
 
+def test_a_guide_that_runs_the_model_itself_is_not_mapped():
+    def model():
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        y, mask = torch.tensor([1.0, 2.0]), torch.tensor([True, False])
+        with pyro.plate("rows", 2):
+            pyro.sample("y", dist.Normal(w[0] * w[1], 0.5), obs=y, obs_mask=mask)
+
+    guide = AutoIAF(model, start="init")
+    guide.setup()
+    assert guide.lifted
+    particles = WeightedParticles(model, guide, (), {})
+    assert not particles.at_once
+    sites = particles.weighted(5).sites
+    assert sites["y_unobserved"].shape == (5, 2)
+
+
 def test_draws_that_are_mapped_and_one_by_one_agree():
     joint, found = log_joint(from_the_left)
     mapped = found()
