@@ -396,8 +396,8 @@ class WeightedParticles(Particles):
                 # Subsamples and auxiliary sites of the model may differ from draw to draw, and a
                 # guide that cancels masked priors runs the model for all draws at once.
                 others = auxiliary.keys() - subsamples(self.first_model).keys()
-                varies = self.subsampled or bool(others)
-                if self.mapped and (varies or getattr(self.guide, "corrections", ())):
+                corrections: Sequence[str] = getattr(self.guide, "corrections", ())
+                if self.mapped and (self.subsampled or others or corrections):
                     self.at_once = self.mapped = False
         except Exception:  # any error of a guide that doesn't broadcast
             self.at_once = self.mapped = False
