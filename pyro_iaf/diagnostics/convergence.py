@@ -21,6 +21,9 @@ __all__ = ["ess", "rhat"]
 # Draws between which the effective sample size is told of the tails.
 TAILS = 0.05, 0.95
 
+# With fewer draws of each chain nothing is known.
+FEWEST = 4
+
 # So many numbers are ranked at once.
 MOST_NUMBERS = 2**22
 
@@ -31,10 +34,11 @@ def rhat(chains: Tensor) -> Tensor:
     It is near 1 if all chains have the same distribution; use draws below 1.01.
 
     Args:
-        chains: Draws of shape ``(chains, draws) + shape``, of four draws at least.
+        chains: Draws of shape ``(chains, draws) + shape``.
 
     Returns:
-        A tensor of shape ``shape``; NaN where draws are not finite, 1 where all are equal.
+        A tensor of shape ``shape``; NaN where draws are not finite or fewer than four, 1 where all
+        are equal.
     """
     return _by_columns(_rhat, chains)
 
@@ -52,8 +56,8 @@ def ess(chains: Tensor) -> Tensor:
         chains: As for :func:`rhat`.
 
     Returns:
-        A tensor of shape ``shape``; NaN where draws are not finite, the number of draws where all
-        are equal.
+        A tensor of shape ``shape``; NaN where draws are not finite or fewer than four, the number
+        of draws where all are equal.
     """
     return _by_columns(_ess, chains)
 
@@ -68,6 +72,8 @@ def _ess(halves: Tensor) -> Tensor:
 
 def _by_columns(fn: Callable[[Tensor], Tensor], chains: Tensor) -> Tensor:
     """A function of both halves of all chains, of shape ``(2 chains, draws / 2, Q)``, in parts."""
+    if chains.shape[1] < FEWEST or not chains.numel():
+        return torch.full(chains.shape[2:], math.nan, dtype=torch.float64, device=chains.device)
     flat = chains.reshape(*chains.shape[:2], -1)
     half, found = flat.shape[1] // 2, []
     for part in flat.split(max(1, MOST_NUMBERS // flat[..., :1].numel()), -1):

@@ -33,7 +33,14 @@ from torch.distributions import (
 from ..compiler import lowering
 from ..compiler.capture import record
 from ..distributions import DiagonalNormal
-from ..models.traces import is_point, quietly, samples
+from ..models.masks import Unmasked, sites_to_unmask
+from ..models.traces import (
+    compute_log_prob,
+    is_point,
+    log_probs_of_particles,
+    quietly,
+    samples,
+)
 from ..models.weighted import WeightedParticles
 
 __all__ = ["Evaluated", "NoiseCoordinates", "Proposals"]
@@ -49,8 +56,8 @@ class Evaluated(NamedTuple):
     """The posterior at points of noise, but for the shares of their components.
 
     Attributes:
-        log_density: Of shape ``(C,)``; ``-inf`` where it or its gradient is not finite.
-        slope: Its gradient in the noise, of shape ``(C, D)``.
+        log_density: Of shape ``(C,)``; ``-inf`` where it is not finite.
+        slope: Its gradient in the noise, of shape ``(C, D)``; zero where that is not finite.
     """
 
     log_density: Tensor
@@ -91,6 +98,10 @@ class NoiseCoordinates:
     def __init__(self, particles: WeightedParticles) -> None:
         self.particles, self.joint = particles, particles.log_joint()
         self.dim = self.joint.latent_dim
+        if not hasattr(particles.guide, "lifted"):  # as ours do, so that all latents have a density
+            call = particles.args, particles.kwargs
+            if names := sites_to_unmask(particles.model, self.joint.latents, *call):
+                self.joint.model = Unmasked(names)(self.joint.model)
         self.like = self.joint.unconstrained(
             {name: site["value"].unsqueeze(0) for name, site in self.joint.latents.items()}
         )
@@ -140,9 +151,10 @@ class NoiseCoordinates:
             log_density, slope = self._by_code(x, component)
         else:
             log_density, slope = self._run(x, component)
-        is_bad = ~(log_density.isfinite() & slope.isfinite().all(-1))
+        # Chains are right whatever the slope is; it only makes them fast.
         return Evaluated(
-            log_density.masked_fill(is_bad, -math.inf), slope.masked_fill(is_bad.unsqueeze(-1), 0.0)
+            log_density.masked_fill(~log_density.isfinite(), -math.inf),
+            slope.masked_fill(~slope.isfinite(), 0.0),
         )
 
     def _by_code(
@@ -153,6 +165,8 @@ class NoiseCoordinates:
             x = x.detach().requires_grad_()
             z, log_det = self.latents(x, component)
             value = density(z) + log_det
+            if not value.requires_grad:  # the model raises an error at all of them
+                return value, torch.zeros_like(x)
             (slope,) = torch.autograd.grad(value.sum(), x)
         return value.detach(), slope
 
@@ -227,12 +241,15 @@ class NoiseCoordinates:
         with quietly(), poutine.block(), _GivenNoise(x) as given:
             trace = particles.run_guide(len(x))
         z = self.joint.unconstrained(particles.values(trace, len(x)))
+        compute_log_prob(trace)
+        of_sites = log_probs_of_particles(trace, len(x), particles.nesting)
         log_det, free = given.log_det, self.joint.split(z)
         for name, site in self.joint.latents.items():
-            if _is_drawn(samples(particles.first_guide)[name]):  # in its support
-                to_support = biject_to(site["fn"].support)
-                own = to_support.log_abs_det_jacobian(free[name], to_support(free[name]))
-                log_det = log_det - own.reshape(len(z), -1).sum(-1)
+            if not _is_drawn(samples(trace)[name]):  # a point states how it is made of noise
+                log_det = log_det - of_sites[name]
+            to_support = biject_to(site["fn"].support)
+            own = to_support.log_abs_det_jacobian(free[name], to_support(free[name]))
+            log_det = log_det - own.reshape(len(z), -1).sum(-1)
         return z, log_det
 
 
@@ -289,18 +306,22 @@ def noise_map(fn: Any) -> NoiseMap:
         loc, scale = fn.loc.detach(), fn.scale_tril.detach()
         log_det = scale.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         return lambda x: (loc + (scale @ x.unsqueeze(-1)).squeeze(-1), log_det.expand(x.shape[:-1]))
-    own, num_event = fn, 0
-    while isinstance(own, Independent):
-        own, num_event = own.base_dist, num_event + own.reinterpreted_batch_ndims
-    if isinstance(own, Normal | DiagonalNormal):
-        num_event += len(own.event_shape)
-        loc, scale = own.loc.detach(), own.scale.detach()
+    if isinstance(fn, Independent):
+        each, num_event = noise_map(fn.base_dist), fn.reinterpreted_batch_ndims
+
+        def together(x: Tensor) -> tuple[Tensor, Tensor]:
+            y, log_det = each(x)
+            return y, sum_rightmost(log_det, num_event)
+
+        return together
+    if isinstance(fn, Normal | DiagonalNormal):
+        loc, scale, event_dim = fn.loc.detach(), fn.scale.detach(), len(fn.event_shape)
 
         def affine(x: Tensor) -> tuple[Tensor, Tensor]:
-            return loc + scale * x, sum_rightmost(scale.log().expand(x.shape), num_event)
+            return loc + scale * x, sum_rightmost(scale.log().expand(x.shape), event_dim)
 
         return affine
     raise ValueError(
         "refine needs a guide whose draws are made of normal noise, as AutoIAF or "
-        f"AutoMultivariateNormal; this one draws from {type(own).__name__}."
+        f"AutoMultivariateNormal; this one draws from {type(fn).__name__}."
     )

@@ -64,7 +64,8 @@ class Refined:
         rhat: For each site the largest rank-normalised split R-hat of its numbers.
         ess: For each site the smallest effective sample size, of bulk or tails, of all draws.
         converged: Whether R-hat is below 1.01 and the effective sample size above 400 everywhere,
-            and a search found no modes that no chain has visited.
+            and the chains have visited all modes that a search found; ``searched`` tells if
+            there was one.
         stopped: Why the chains stopped, in words.
         seconds: The duration.
         chains: For each site all draws, of shape ``(chains, draws) + shape``.
@@ -125,6 +126,11 @@ class Refined:
         if self.num_lost:
             lines.append(f"  {self.num_lost} proposals without a finite density were rejected")
         return "\n".join(lines)
+
+
+def _judged(chains: Tensor) -> tuple[float, float]:
+    """The largest R-hat and the smallest effective sample size of a site's numbers."""
+    return rhat(chains).max().item(), ess(chains).min().item()
 
 
 def _or(value: float, if_nan: float) -> float:
@@ -311,13 +317,13 @@ class _Run:
         parts = [
             draws.flatten(2) if draws.dim() > 2 else draws for draws in self._chains().values()
         ]
-        found = [(rhat(draws).max().item(), ess(draws).min().item()) for draws in parts]
+        found = [_judged(draws) for draws in parts if draws.numel()]
         return max(_or(r, math.inf) for r, _ in found), min(_or(e, 0.0) for _, e in found)
 
     def _is_visited(self, mode: Mode) -> bool:
         """Whether about as many draws as should be are joined with a mode, without a valley."""
         joint, z = self.target.joint, torch.cat(self.latents)
-        some = z[torch.linspace(0, len(z) - 1, NUM_JOINED).round().long()]
+        some = z[torch.linspace(0, len(z) - 1, NUM_JOINED).round().long().to(z.device)]
         sites = {name: value.unsqueeze(0) for name, value in mode.sites.items()}
         peak = joint.unconstrained(sites)
         ends = torch.minimum(joint(some), joint(peak))
@@ -333,17 +339,16 @@ class _Run:
         num_steps = len(self.latents)
         by_draw = {name: draws.transpose(0, 1).flatten(0, 1) for name, draws in chains.items()}
         total = NUM_CHAINS * num_steps
-        rows = torch.linspace(0, total - 1, min(self.num_samples, total)).round().long()
-        rhats = {name: rhat(draws).max().item() for name, draws in chains.items()}
-        sizes = {name: ess(draws).min().item() for name, draws in chains.items()}
-        is_done = all(r < MAX_RHAT for r in rhats.values()) and all(
-            size > MIN_ESS for size in sizes.values()
-        )
+        rows = torch.randperm(total, device=self.target.like.device)[: self.num_samples]
+        found = {name: _judged(draws) for name, draws in chains.items() if draws.numel()}
+        rhats, sizes = ({name: pair[k] for name, pair in found.items()} for k in (0, 1))
+        is_done = num_steps >= FEWEST and all(r < MAX_RHAT for r in rhats.values())
+        is_done = is_done and all(size > MIN_ESS for size in sizes.values())
         missing = sum(mode.share for mode in self.modes)
         if is_done and missing > SMALL_SHARE:
             stopped = "the chains miss modes"
         return Refined(
-            samples={name: draws[rows.to(draws.device)] for name, draws in by_draw.items()},
+            samples={name: draws[rows] for name, draws in by_draw.items()},
             rhat=rhats,
             ess=sizes,
             converged=is_done and missing <= SMALL_SHARE,

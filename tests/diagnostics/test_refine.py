@@ -152,6 +152,66 @@ def test_it_is_the_same_under_a_seed_and_leaves_the_setting_of_threads():
     assert torch.get_num_threads() == before
 
 
+def test_samples_come_from_all_chains():
+    refined = refine(gamma, AutoIAF(gamma, hidden_dims=[8]), num_samples=201, **QUIET)
+    found = refined.samples["rate"].unsqueeze(-1) == refined.chains["rate"].flatten()
+    chains = found.nonzero()[:, 1] // refined.chains["rate"].shape[1]
+    assert len(chains.unique()) > 50
+
+
+def test_where_the_gradient_is_not_finite_the_density_counts():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        loc = torch.where(z > 0, z.sqrt(), torch.zeros_like(z))  # its slope is NaN below zero
+        pyro.sample("y", dist.Normal(loc, 1.0), obs=torch.tensor(0.0))
+
+    refined = refine(model, AutoIAF(model, start="init", init_scale=1.0), **QUIET)
+    z = refined.chains["z"].flatten()
+    grid = torch.linspace(-6, 6, 4001)
+    weight = dist.Normal(0.0, 1.0).log_prob(grid).exp() * (-grid.clamp(min=0) / 2).exp()
+    mean = (weight * grid).sum() / weight.sum()
+    assert z.mean() == pytest.approx(mean.item(), abs=4 / math.sqrt(refined.ess["z"]))
+
+
+def test_a_point_of_a_guide_by_hand_states_how_it_is_made():
+    def model():
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    def guide():
+        a = pyro.sample("a", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
+        pyro.sample("z", dist.Delta(a.sinh(), log_density=-a.cosh().log()))
+
+    z = refine(model, guide, **QUIET).chains["z"]
+    assert z.std() == pytest.approx(1.0, abs=0.05)
+
+
+def test_masked_entries_are_drawn_from_their_prior_for_any_guide():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 2):
+            y, mask = torch.tensor([1.0, 0.0]), torch.tensor([True, False])
+            pyro.sample("y", dist.Normal(z, 0.7), obs=y, obs_mask=mask)
+
+    refined = refine(model, AutoNormal(model), **QUIET)
+    assert refined.converged
+    assert refined.chains["y_unobserved"].abs().max() < 10
+
+
+def test_sites_without_numbers_and_of_many_events_are_taken():
+    def model():
+        pyro.sample("none", dist.Normal(torch.zeros(0), 1.0).to_event(1))
+        pyro.sample("z", dist.LogNormal(torch.zeros(2), 1.0).to_event(1))
+
+    def guide():
+        pyro.sample("none", dist.Normal(torch.zeros(0), 1.0).to_event(1))
+        pyro.sample("z", dist.LogNormal(torch.ones(2), 0.8).to_event(1))
+
+    refined = refine(model, guide, **QUIET)
+    assert refined.rhat.keys() == {"z"}
+    assert refined.samples["none"].shape == (1000, 0)
+    assert refined.chains["z"].log().std() == pytest.approx(1.0, abs=0.05)
+
+
 def test_more_draws_come_from_longer_chains():
     refined = refine(gamma, AutoIAF(gamma, hidden_dims=[8]), num_samples=10_000, **QUIET)
     assert refined.samples["rate"].shape == (10_000,)
@@ -188,22 +248,23 @@ def test_discrete_latents_are_summed_out_and_drawn_for_arviz():
     )
 
 
-def test_an_interrupted_run_returns_what_there_is(monkeypatch):
+@pytest.mark.parametrize("most", [1, 20])
+def test_an_interrupted_run_returns_what_there_is(monkeypatch, most):
     steps = []
 
     def step(self, proposal, adapt):
         steps.append(adapt)
-        if steps.count(False) > 20:
+        if steps.count(False) > most:
             raise KeyboardInterrupt
         return original(self, proposal, adapt)
 
     original = pyro_iaf.diagnostics.chains.Chains.step
     monkeypatch.setattr(pyro_iaf.diagnostics.chains.Chains, "step", step)
     refined = refine(gamma, AutoIAF(gamma, hidden_dims=[8]), num_samples=100, **QUIET)
-    assert refined.chains["rate"].shape[1] == 20
+    assert refined.chains["rate"].shape[1] == most
     assert not refined.converged
     assert refined.stopped == "it was interrupted"
-    assert refined.samples["rate"].shape == (100,)
+    assert refined.samples["rate"].shape == (min(100, 64 * most),)
 
 
 def test_densities_that_are_not_finite_are_counted():
