@@ -61,14 +61,14 @@ class _Ascent:
     def __init__(self, value: float) -> None:
         self.value, self.mean, self.square, self.count = value, 0.0, 0.0, 0
 
-    def step(self, slope: float, rate: float = RATE) -> None:
+    def step(self, slope: float) -> None:
         if not math.isfinite(slope):
             return
         self.count += 1
         self.mean = 0.9 * self.mean + 0.1 * slope
         self.square = 0.95 * self.square + 0.05 * slope**2
         mean, square = self.mean / (1 - 0.9**self.count), self.square / (1 - 0.95**self.count)
-        self.value += rate * mean / (math.sqrt(square) + 1e-8)
+        self.value += RATE * mean / (math.sqrt(square) + 1e-8)
 
 
 class Chains:

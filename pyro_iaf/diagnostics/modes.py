@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from ..guides.climbs import Climbs, climb
+from ..guides.climbs import Climbs, are_joined, climb
 from ..guides.covariances import Dense
 from ..guides.pathfinder import Density, narrowed, reach_of
 from ..importance import MAX_ROUNDING, rounding_message
@@ -77,9 +77,9 @@ SAME_VALUE_TO = 0.02
 # The most latents for which ends are weighed, and the most second derivatives for that.
 MOST_LATENTS, MOST_GRADIENTS = 400, 2000
 
-# Ends belong to one mode if the density falls by less between them, in nats, at so many points on a
-# straight line. The most ends that are compared, and the most of the guide's own that are weighed.
-SMALL_DIP, NUM_BETWEEN = 0.5, 5
+# Ends are compared by the density at so many points between them. The most ends that are compared,
+# and the most of the guide's own that are weighed.
+NUM_BETWEEN = 5
 MOST_ENDS, MOST_OWN = 24, 2
 
 # An end is the guide's own if this share of the climbs from its draws lead there. One of them may
@@ -339,15 +339,12 @@ class _Searcher:
 
     def _are_joined(self, z: Tensor) -> Tensor:
         """Which ends the density joins, some by way of others, of shape ``(K, K)``."""
-        K, value = len(z), self.joint(z)
+        K = len(z)
         joined = torch.zeros(K, K, dtype=torch.bool, device=z.device)
         if K < 2:
             return joined
-        upper = torch.ones_like(joined).triu(1)
-        weights = torch.arange(1, NUM_BETWEEN + 1).to(z).view(-1, 1, 1, 1) / (NUM_BETWEEN + 1)
-        between = weights * z + (1 - weights) * z.unsqueeze(1)
-        lowest = self.joint(between[:, upper].flatten(0, 1)).view(NUM_BETWEEN, -1).amin(0)
-        joined[upper] = lowest > torch.minimum(value, value.unsqueeze(1))[upper] - SMALL_DIP
+        rows, columns = torch.triu_indices(K, K, 1, device=z.device)
+        joined[rows, columns] = are_joined(self.joint, z[columns], z[rows], NUM_BETWEEN)
         reach = (joined | joined.mT).to(z) + torch.eye(K).to(z)
         for _ in range(K.bit_length()):
             reach = (reach @ reach).clamp(max=1.0)

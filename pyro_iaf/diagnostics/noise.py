@@ -88,7 +88,6 @@ class NoiseCoordinates:
 
     Attributes:
         dim: The number of latents, and of numbers of noise.
-        num_components: The number of components of the guide.
         backend: What evaluates the density: ``"eager"``, or a backend of a graph.
 
     Raises:
@@ -115,7 +114,6 @@ class NoiseCoordinates:
         else:
             self._count_noise()
             self.maps = [self._through_the_guide]
-        self.num_components = len(self.maps)
         self.backend = "eager"
         self._run: Callable[[Tensor, Tensor], Sequence[Tensor]] | None = None
 

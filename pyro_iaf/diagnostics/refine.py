@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .._progress import progress_bar
 from .._validation import check_size
+from ..guides.climbs import are_joined
 from ..importance import resampled
 from ..models.arguments import check_call, check_pair
 from ..models.particles import threads_for
@@ -22,6 +23,7 @@ from ..models.traces import handler_lock, latent_sites, quietly
 from ..models.weighted import WeightedParticles
 from .chains import Chains
 from .convergence import ess, rhat
+from .diagnose import SMALL_SHARE
 from .modes import Mode, search_modes
 from .noise import NoiseCoordinates, Proposals
 
@@ -47,12 +49,9 @@ MAX_RHAT, MIN_ESS = 1.01, 400
 # About so many gradients are evaluated, as far as one can say before.
 NUM_GRADIENTS = 1000
 
-# A draw is at a mode if the density between them falls by less, in nats, at so many points; so many
-# draws are looked at.
-SMALL_DIP, NUM_BETWEEN, NUM_JOINED = 0.5, 9, 200
-
-# The chains have not converged where the guide misses modes that hold more than this share.
-SMALL_SHARE = 0.05
+# A draw is at a mode if the density is as high at so many points between them; so many draws are
+# looked at.
+NUM_BETWEEN, NUM_JOINED = 9, 200
 
 
 @dataclass
@@ -104,6 +103,11 @@ class Refined:
     guide: Any = field(default=None, repr=False)
     log_weights: None = None
 
+    @property
+    def share_missed(self) -> float:
+        """The share of the posterior's mass in modes that no chain has visited."""
+        return sum(mode.share for mode in self.modes)
+
     def __str__(self) -> str:
         worst = max(self.rhat, key=lambda name: _or(self.rhat[name], math.inf))
         fewest = min(self.ess, key=lambda name: _or(self.ess[name], 0.0))
@@ -114,11 +118,10 @@ class Refined:
         ]
         if not self.converged:
             lines.append(f"  stopped as {self.stopped}")
-        missing = sum(mode.share for mode in self.modes)
-        if missing > SMALL_SHARE:
+        if self.share_missed > SMALL_SHARE:
             lines.append(
-                f"  about {missing:.0%} of the mass is in modes that the chains did not reach; "
-                "fit(model, guide) without num_steps adds components there"
+                f"  about {self.share_missed:.0%} of the mass is in modes that the chains did not "
+                "reach; fit(model, guide) without num_steps adds components there"
             )
             lines += [f"  {mode}" for mode in self.modes[:3]]
         if self.searched:
@@ -126,11 +129,6 @@ class Refined:
         if self.num_lost:
             lines.append(f"  {self.num_lost} proposals without a finite density were rejected")
         return "\n".join(lines)
-
-
-def _judged(chains: Tensor) -> tuple[float, float]:
-    """The largest R-hat and the smallest effective sample size of a site's numbers."""
-    return rhat(chains).max().item(), ess(chains).min().item()
 
 
 def _or(value: float, if_nan: float) -> float:
@@ -232,6 +230,45 @@ def _check(particles: WeightedParticles) -> None:
         )
 
 
+class _Drawn(NamedTuple):
+    """The draws of all chains, and how far they agree, by site.
+
+    Attributes:
+        chains: Of shape ``(chains, draws) + shape``.
+        num_steps: The number of draws of each chain.
+        rhat: The largest R-hat of a site's numbers.
+        ess: The smallest effective sample size.
+    """
+
+    chains: dict[str, Tensor]
+    num_steps: int
+    rhat: dict[str, float]
+    ess: dict[str, float]
+
+    @classmethod
+    def of(cls, target: NoiseCoordinates, latents: Sequence[Tensor]) -> _Drawn:
+        """Those with these latents in unconstrained space, one tensor for each step."""
+        z = torch.stack([*latents], 1)
+        sites = target.sites(z.flatten(0, 1))
+        chains = {name: draws.unflatten(0, z.shape[:2]) for name, draws in sites.items()}
+        some = {name: draws for name, draws in chains.items() if draws.numel()}
+        rhats = {name: rhat(draws).max().item() for name, draws in some.items()}
+        sizes = {name: ess(draws).min().item() for name, draws in some.items()}
+        return cls(chains, len(latents), rhats, sizes)
+
+    @property
+    def largest_rhat(self) -> float:
+        return max(_or(value, math.inf) for value in self.rhat.values())
+
+    @property
+    def smallest_ess(self) -> float:
+        return min(_or(value, 0.0) for value in self.ess.values())
+
+    @property
+    def has_converged(self) -> bool:
+        return self.largest_rhat < MAX_RHAT and self.smallest_ess > MIN_ESS
+
+
 class _Run:
     """The chains of one call, and what they have drawn."""
 
@@ -239,6 +276,7 @@ class _Run:
         self.particles, self.num_samples = particles, num_samples
         self.target = NoiseCoordinates(particles)
         self.latents: list[Tensor] = []
+        self.drawn: _Drawn | None = None
         self.accepted = self.jumped = 0.0
         self.num_lost, self.num_gradients = 0, 0
         self.modes: Sequence[Mode] = ()
@@ -298,27 +336,14 @@ class _Run:
                 self.num_lost += step.lost
                 self.num_gradients = chains.num_gradients
                 self.bar.update(1)
-            worst, fewest = self._agreement()
-            self.bar.set_postfix({"R-hat": f"{worst:.3f}", "ESS": f"{fewest:.0f}"})
-            if worst < MAX_RHAT and fewest > MIN_ESS:
+            drawn = self.drawn = _Drawn.of(self.target, self.latents)
+            shown = {"R-hat": f"{drawn.largest_rhat:.3f}", "ESS": f"{drawn.smallest_ess:.0f}"}
+            self.bar.set_postfix(shown)
+            if drawn.has_converged:
                 return "all quantities have converged"
             if len(self.latents) >= self.most:
                 return f"{len(self.latents)} steps of each chain were taken"
             num_next = min(self.most, len(self.latents) * 3 // 2)
-
-    def _chains(self) -> dict[str, Tensor]:
-        """The draws of all chains by site, of shape ``(chains, draws) + shape``."""
-        z = torch.stack(self.latents, 1)
-        sites = self.target.sites(z.flatten(0, 1))
-        return {name: draws.unflatten(0, z.shape[:2]) for name, draws in sites.items()}
-
-    def _agreement(self) -> tuple[float, float]:
-        """The largest R-hat and the smallest effective sample size."""
-        parts = [
-            draws.flatten(2) if draws.dim() > 2 else draws for draws in self._chains().values()
-        ]
-        found = [_judged(draws) for draws in parts if draws.numel()]
-        return max(_or(r, math.inf) for r, _ in found), min(_or(e, 0.0) for _, e in found)
 
     def _is_visited(self, mode: Mode) -> bool:
         """Whether about as many draws as should be are joined with a mode, without a valley."""
@@ -326,32 +351,21 @@ class _Run:
         some = z[torch.linspace(0, len(z) - 1, NUM_JOINED).round().long().to(z.device)]
         sites = {name: value.unsqueeze(0) for name, value in mode.sites.items()}
         peak = joint.unconstrained(sites)
-        ends = torch.minimum(joint(some), joint(peak))
-        weights = (torch.arange(1, NUM_BETWEEN + 1).to(z) / (NUM_BETWEEN + 1)).view(-1, 1, 1)
-        between = joint((weights * some + (1 - weights) * peak).flatten(0, 1))
-        lowest = between.view(NUM_BETWEEN, -1).amin(0)
-        share = (lowest > ends - SMALL_DIP).to(z).mean().item()
-        return share > mode.share / 2
+        return are_joined(joint, some, peak, NUM_BETWEEN).to(z).mean().item() > mode.share / 2
 
     def _result(self, stopped: str, seconds: float) -> Refined:
-        chains = self._chains()
-        self.modes = [mode for mode in self.modes if not self._is_visited(mode)]
-        num_steps = len(self.latents)
+        num_steps, drawn = len(self.latents), self.drawn
+        if drawn is None or drawn.num_steps < num_steps:  # it was interrupted between checks
+            drawn = _Drawn.of(self.target, self.latents)
+        chains = drawn.chains
         by_draw = {name: draws.transpose(0, 1).flatten(0, 1) for name, draws in chains.items()}
         total = NUM_CHAINS * num_steps
         rows = torch.randperm(total, device=self.target.like.device)[: self.num_samples]
-        found = {name: _judged(draws) for name, draws in chains.items() if draws.numel()}
-        rhats, sizes = ({name: pair[k] for name, pair in found.items()} for k in (0, 1))
-        is_done = num_steps >= FEWEST and all(r < MAX_RHAT for r in rhats.values())
-        is_done = is_done and all(size > MIN_ESS for size in sizes.values())
-        missing = sum(mode.share for mode in self.modes)
-        if is_done and missing > SMALL_SHARE:
-            stopped = "the chains miss modes"
-        return Refined(
+        refined = Refined(
             samples={name: draws[rows] for name, draws in by_draw.items()},
-            rhat=rhats,
-            ess=sizes,
-            converged=is_done and missing <= SMALL_SHARE,
+            rhat=drawn.rhat,
+            ess=drawn.ess,
+            converged=num_steps >= FEWEST and drawn.has_converged,
             stopped=stopped,
             seconds=seconds,
             chains=chains,
@@ -359,8 +373,11 @@ class _Run:
             jumped=self.jumped / num_steps,
             num_gradients=self.num_gradients,
             num_lost=self.num_lost,
-            modes=self.modes,
+            modes=[mode for mode in self.modes if not self._is_visited(mode)],
             searched=self.searched,
             backend=self.target.backend,
             guide=self.particles.guide,
         )
+        if refined.converged and refined.share_missed > SMALL_SHARE:
+            refined.converged, refined.stopped = False, "the chains miss modes"
+        return refined

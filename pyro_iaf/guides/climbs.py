@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Climbs", "climb"]
+__all__ = ["Climbs", "are_joined", "climb"]
 
 # How many steps are remembered, and the most that are taken.
 NUM_HISTORY, NUM_STEPS = 8, 120
@@ -32,6 +32,9 @@ MIN_GAIN, NUM_EPS = 1e-5, 8
 
 # Two ends are the same if each latent differs by less, in scales, and the density by less, in nats.
 SAME_PLACE, SAME_VALUE = 0.05, 0.05
+
+# Points belong to one mode if the density falls by less between them, in nats.
+SMALL_DIP = 0.5
 
 # The longest step, in units of the scale and of the root of the number of latents; and the longest
 # of a climb that knows nothing of the curvature, in units of the scale.
@@ -147,3 +150,20 @@ def _two_loops(slope: Tensor, steps: Tensor, changes: Tensor) -> Tensor:
     for s, y, r, share in zip(steps, changes, inverse, reversed(shares), strict=True):
         v = v + (share - r * (y * v).sum(-1, keepdim=True)) * s
     return v
+
+
+def are_joined(
+    joint: Callable[[Tensor], Tensor], some: Tensor, others: Tensor, num_between: int
+) -> Tensor:
+    """Whether the density falls by little on straight lines between pairs of points.
+
+    Args:
+        joint: The log density.
+        some: Points of shape ``(K, D)``.
+        others: As many, or one for all.
+        num_between: At how many points of each line it is looked at.
+    """
+    weights = (torch.arange(1, num_between + 1).to(some) / (num_between + 1)).view(-1, 1, 1)
+    between = joint((weights * some + (1 - weights) * others).flatten(0, 1))
+    lowest = between.view(num_between, -1).amin(0)
+    return lowest > torch.minimum(joint(some), joint(others)) - SMALL_DIP

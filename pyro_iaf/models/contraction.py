@@ -82,12 +82,12 @@ def _summed(part: Sequence[Table], chains: Sequence[Chain]) -> Mapping[Any, Sequ
     """The sum over all discrete latents of tables, as packed log densities by sets of symbols."""
     dims = set().union(*(table.dims for table in part))
     chains = [chain for chain in chains if dims & {*chain.latents}]
-    tree: Any = OrderedDict()
-    for table in part:
-        tree.setdefault(frozenset(table.plates), []).append(table.log_prob)
     try:
         if chains:
             return scanned(part, chains)
+        tree: Any = OrderedDict()
+        for table in part:
+            tree.setdefault(frozenset(table.plates), []).append(table.log_prob)
         found: Mapping[Any, Sequence[Tensor]] = contract_tensor_tree(tree, dims, ring=_Ring())
     except NotImplementedError as error:
         raise ValueError(

@@ -78,8 +78,8 @@ class SummedOut:
                 if "out of bounds for dimension" not in str(error):
                     raise
                 raise ValueError(
-                    "What depends on a discrete latent should be in its plate, or in one within: "
-                    "it is summed out row by row: z[..., group] can't pick rows. "
+                    "What depends on a discrete latent should be in its plate or in one within, "
+                    "since it is summed out row by row: z[..., group] can't pick rows. "
                     "Write groups as rows of a matrix, and mask what is padded by "
                     f"poutine.mask(mask=...). {error}."
                 ) from error
