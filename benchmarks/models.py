@@ -38,8 +38,9 @@ SIZE, ERROR_OF_SD = 12_000, 0.012
 
 
 class Posterior:
-    def __init__(self, simulate, latent_dim, note, noncentred):
+    def __init__(self, simulate, latent_dim, note, noncentred, references="references"):
         self.name, self.note, self.latent_dim = simulate.__name__, note, latent_dim
+        self.references = references
         self.noncentred = noncentred
         self.body, self.arrays = simulate(np.random.default_rng(0))
         self._data = {}
@@ -55,7 +56,11 @@ class Posterior:
 
     @functools.cached_property
     def summary(self):
-        return json.loads((RESULTS / "references.json").read_text())["summaries"][self.name]
+        return json.loads((RESULTS / f"{self.references}.json").read_text())["summaries"][self.name]
+
+    def quantities(self, chains):
+        """What is judged of its draws: by default all sites."""
+        return chains
 
     def __repr__(self):
         return f"Posterior({self.name!r}, latent_dim={self.latent_dim})"
@@ -370,7 +375,8 @@ def draw(posterior):
         key = mcmc.last_state.rng_key
         divergences += int(mcmc.get_extra_fields()["diverging"].sum())
         draws = mcmc.get_samples(group_by_chain=True)
-        blocks.append([np.asarray(draws[site]).reshape(CHAINS, BLOCK, -1) for site in sites])
+        judged = posterior.quantities({site: np.asarray(draws[site]) for site in sites})
+        blocks.append([draws.reshape(CHAINS, BLOCK, -1) for draws in judged.values()])
         everything = [np.concatenate(parts, 1) for parts in zip(*blocks, strict=True)]
         values = np.concatenate(everything, -1)
         values = values[..., np.ptp(values, (0, 1)) > 0]  # without those that are fixed
@@ -393,7 +399,7 @@ def draw(posterior):
             "mean": [float(f"{v:.6g}") for v in draws.mean((0, 1))],
             "sd": [float(f"{v:.6g}") for v in draws.std((0, 1))],
         }
-        for site, draws in zip(sites, everything, strict=True)
+        for site, draws in zip(judged, everything, strict=True)
     }
     return row, summary
 
@@ -405,19 +411,19 @@ def error_of_sd(values, numpyro):
     return float((0.5 * squares.std((0, 1)) / squares.mean((0, 1)) / size**0.5).max())
 
 
-def main():
+def main(posteriors=POSTERIORS, references="references"):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="the posteriors to draw again")
-    names = parser.parse_args().names or list(POSTERIORS)
+    names = parser.parse_args().names or list(posteriors)
     torch.set_default_dtype(torch.float64)
-    file = RESULTS / "references.json"
+    file = RESULTS / f"{references}.json"
     known = json.loads(file.read_text()) if file.exists() else {"rows": [], "summaries": {}}
     rows, summaries = {row["posterior"]: row for row in known["rows"]}, known["summaries"]
     for name in names:
-        check(POSTERIORS[name])
-        rows[name], summaries[name] = draw(POSTERIORS[name])
+        check(posteriors[name])
+        rows[name], summaries[name] = draw(posteriors[name])
         print(rows[name], flush=True)
-        kept = [name for name in POSTERIORS if name in rows]
+        kept = [name for name in posteriors if name in rows]
         note = "NumPyro's NUTS in float64, 4 chains; summaries are of constrained values"
         versions = {package: importlib.metadata.version(package) for package in ("numpyro", "jax")}
         text = {"about": describe(note, **versions), "rows": [rows[name] for name in kept]}

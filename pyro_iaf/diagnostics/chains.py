@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .noise import Evaluated, NoiseCoordinates, Proposals
+from .noise import NoiseCoordinates, Places
 
 __all__ = ["Chains", "Step"]
 
@@ -79,91 +79,65 @@ class Chains:
         start: Where they start, one for each chain.
 
     Attributes:
+        now: Where they are.
         num_gradients: How many gradients of each chain were evaluated.
     """
 
-    def __init__(self, target: NoiseCoordinates, start: Proposals) -> None:
-        self.target = target
-        self.x, self.component = start.noise, start.component
-        self.latent, self.log_weight = start.latent, start.log_weight
-        self.now: Evaluated = target.evaluate(self.x, self.component)
-        self.share = target.log_share(self.latent, self.component)
+    def __init__(self, target: NoiseCoordinates, start: Places) -> None:
+        self.target, self.now = target, start
         self.num_gradients = 1
-        D = self.x.shape[1]
+        D = start.noise.shape[1]
         self.log_size = _Ascent(math.log(1.0 / D**0.25))
         self.log_length = _Ascent(math.log(1.5))
-        self.scale = self.x.new_ones(D)
+        self.scale = start.noise.new_ones(D)
         self._halton = 0
 
     @torch.no_grad()
-    def step(self, proposal: Proposals, adapt: bool) -> Step:
-        """A trajectory of all chains, and a proposal for each."""
+    def step(self, adapt: bool) -> Step:
+        """A trajectory of all chains, and for each a draw of the guide as a proposal."""
         accepted, lost = self._trajectory(adapt)
-        jumped = self._jump(proposal)
-        lost += int((proposal.log_weight == -math.inf).sum())
-        return Step(self.latent, accepted, jumped, lost)
+        jumped, lost_draws = self._jump()
+        return Step(self.now.found.latent, accepted, jumped, lost + lost_draws)
 
     def _trajectory(self, adapt: bool) -> tuple[float, int]:
-        target, scale, start = self.target, self.scale, self.x
+        target, scale, start = self.target, self.scale, self.now
         jitter = self._next_jitter()
         size = math.exp(self.log_size.value)
         length = min(math.exp(self.log_length.value), MOST_STEPS * size)
         num_steps = max(1, math.ceil(2 * jitter * length / size))
-        momentum = torch.randn_like(start)
-        before = self.now.log_density - momentum.square().sum(-1) / 2
-        x, now = start, self.now
-        smaller = self._smaller(len(start))
+        x, found = start.noise, start.found
+        momentum = torch.randn_like(x)
+        before = found.log_density - momentum.square().sum(-1) / 2
+        smaller = self._smaller(len(x))
         step = size * scale * smaller
-        momentum = momentum + step / 2 * now.slope
+        momentum = momentum + step / 2 * found.slope
         for k in range(num_steps):
             x = x + step * momentum
-            now = target.evaluate(x, self.component)
-            momentum = momentum + (step if k < num_steps - 1 else step / 2) * now.slope
+            found = target.evaluate(x, start.component)
+            momentum = momentum + (step if k < num_steps - 1 else step / 2) * found.slope
         self.num_gradients += num_steps
-        latent, _ = target.latents(x, self.component)
-        share = target.log_share(latent, self.component)
-        after = now.log_density - momentum.square().sum(-1) / 2
+        end = target.places(x, start.component, found)
+        after = found.log_density - momentum.square().sum(-1) / 2
         log_ratio = (after - before).nan_to_num(-math.inf, math.inf, -math.inf)
         probability = log_ratio.exp().clamp(max=1.0)
         if adapt:
             rows = smaller.squeeze(-1) == 1
-            self._adapt(start[rows], x[rows], momentum[rows], probability[rows], jitter)
-        with_share = (log_ratio + share - self.share).nan_to_num(-math.inf, math.inf, -math.inf)
-        accept = torch.rand_like(with_share).log() < with_share
-        self._move(accept, x, self.component, latent, now, share)
-        return probability.mean().item(), int((now.log_density == -math.inf).sum())
+            self._adapt(start.noise[rows], x[rows], momentum[rows], probability[rows], jitter)
+        self._move(log_ratio + end.share - start.share, end)
+        return probability.mean().item(), _num_lost(end)
 
-    def _jump(self, proposal: Proposals) -> float:
-        log_ratio = proposal.log_weight - self.log_weight
+    def _jump(self) -> tuple[float, int]:
+        proposal = self.target.at(*self.target.draw(len(self.now.noise)))
+        self.num_gradients += 1
+        accept = self._move(proposal.log_weight - self.now.log_weight, proposal)
+        return accept.double().mean().item(), _num_lost(proposal)
+
+    def _move(self, log_ratio: Tensor, other: Places) -> Tensor:
+        """Goes to other places with these probabilities; says which chains did."""
+        log_ratio = log_ratio.nan_to_num(-math.inf, math.inf, -math.inf)
         accept = torch.rand_like(log_ratio).log() < log_ratio
-        if accept.any():
-            now = self.target.evaluate(proposal.noise, proposal.component)
-            self.num_gradients += 1
-            accept = accept & now.log_density.isfinite()
-            share = self.target.log_share(proposal.latent, proposal.component)
-            self._move(accept, proposal.noise, proposal.component, proposal.latent, now, share)
-        return accept.double().mean().item()
-
-    def _move(
-        self,
-        accept: Tensor,
-        x: Tensor,
-        component: Tensor,
-        latent: Tensor,
-        now: Evaluated,
-        share: Tensor,
-    ) -> None:
-        each = accept.unsqueeze(-1)
-        self.x = torch.where(each, x, self.x)
-        self.latent = torch.where(each, latent, self.latent)
-        self.component = torch.where(accept, component, self.component)
-        self.share = torch.where(accept, share, self.share)
-        self.now = Evaluated(
-            torch.where(accept, now.log_density, self.now.log_density),
-            torch.where(each, now.slope, self.now.slope),
-        )
-        place = self.x, self.component, self.now.log_density, self.share
-        self.log_weight = self.target.log_weight(*place)
+        self.now = self.now.moved(accept, other)
+        return accept
 
     def _adapt(
         self, start: Tensor, end: Tensor, momentum: Tensor, probability: Tensor, jitter: float
@@ -182,11 +156,11 @@ class Chains:
 
     def rescale(self) -> None:
         """Takes the scales of momenta from the chains."""
-        self.scale = self.x.std(0).clamp(SMALLEST_SCALE, LARGEST_SCALE)
+        self.scale = self.now.noise.std(0).clamp(SMALLEST_SCALE, LARGEST_SCALE)
 
     def _smaller(self, num: int) -> Tensor:
         """Factors of the step size, 1 for half of the chains; a narrow place takes small steps."""
-        halvings = (2 * torch.rand(num, 1).to(self.x) - 1).clamp(min=0) * MOST_HALVINGS
+        halvings = (2 * torch.rand(num, 1).to(self.scale) - 1).clamp(min=0) * MOST_HALVINGS
         return 0.5**halvings
 
     def _next_jitter(self) -> float:
@@ -197,3 +171,7 @@ class Chains:
             number += place * (digit % 2)
             digit, place = digit // 2, place / 2
         return number
+
+
+def _num_lost(places: Places) -> int:
+    return int((places.found.log_density == -math.inf).sum())

@@ -31,7 +31,7 @@ from torch.distributions import (
 )
 
 from ..compiler import lowering
-from ..compiler.capture import record
+from ..compiler.capture import Graph, record
 from ..distributions import DiagonalNormal
 from ..models.masks import Unmasked, sites_to_unmask
 from ..models.traces import (
@@ -43,7 +43,7 @@ from ..models.traces import (
 )
 from ..models.weighted import WeightedParticles
 
-__all__ = ["Evaluated", "NoiseCoordinates", "Proposals"]
+__all__ = ["Evaluated", "NoiseCoordinates", "Places"]
 
 # Noise of shape (C, D), to latents and log-determinants.
 NoiseMap = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -58,26 +58,46 @@ class Evaluated(NamedTuple):
     Attributes:
         log_density: Of shape ``(C,)``; ``-inf`` where it is not finite.
         slope: Its gradient in the noise, of shape ``(C, D)``; zero where that is not finite.
+        latent: The latents in unconstrained space, of shape ``(C, D)``.
     """
 
     log_density: Tensor
     slope: Tensor
+    latent: Tensor
 
 
-class Proposals(NamedTuple):
-    """Independent draws of the guide.
+class Places(NamedTuple):
+    """Places where chains are, or may go.
 
     Attributes:
-        noise: Their noise, of shape ``(S, D)``.
+        noise: Their noise, of shape ``(C, D)``.
         component: The numbers of their components.
-        latent: The latents in unconstrained space.
+        found: The posterior there.
+        share: The log share of the component in the guide's density.
         log_weight: The log of the ratio of posterior and guide, up to a constant.
     """
 
     noise: Tensor
     component: Tensor
-    latent: Tensor
+    found: Evaluated
+    share: Tensor
     log_weight: Tensor
+
+    def moved(self, accept: Tensor, other: Places) -> Places:
+        """Those of ``other`` where accepted, of shape ``(C,)``, and else these."""
+        each = accept.unsqueeze(-1)
+
+        def chosen(new: Tensor, old: Tensor) -> Tensor:
+            return torch.where(each if old.dim() > 1 else accept, new, old)
+
+        found = Evaluated(*map(chosen, other.found, self.found))
+        return Places(
+            chosen(other.noise, self.noise),
+            chosen(other.component, self.component),
+            found,
+            chosen(other.share, self.share),
+            chosen(other.log_weight, self.log_weight),
+        )
 
 
 class NoiseCoordinates:
@@ -115,7 +135,8 @@ class NoiseCoordinates:
             self._count_noise()
             self.maps = [self._through_the_guide]
         self.backend = "eager"
-        self._run: Callable[[Tensor, Tensor], Sequence[Tensor]] | None = None
+        self._run: Callable[[Tensor, Tensor], Sequence[Tensor]] = self._by_code
+        self._graph: Graph | None = None
 
     def latents(self, x: Tensor, component: Tensor) -> tuple[Tensor, Tensor]:
         """The latents of noise, and the log-determinants, of shapes ``(C, D)`` and ``(C,)``."""
@@ -141,75 +162,95 @@ class NoiseCoordinates:
         log_normal = -(x.square().sum(-1) + self.dim * math.log(2 * math.pi)) / 2
         of_component: Any = 0.0 if self.mixture is None else self.mixture.log_weights[component]
         found: Tensor = log_density + share - log_normal - of_component
-        return found
+        return found.nan_to_num(-math.inf, -math.inf, -math.inf)
 
     def evaluate(self, x: Tensor, component: Tensor) -> Evaluated:
         """The log density and its gradient."""
-        if self._run is None:
-            log_density, slope = self._by_code(x, component)
-        else:
-            log_density, slope = self._run(x, component)
+        log_density, slope, z = self._run(x, component)
         # Chains are right whatever the slope is; it only makes them fast.
         return Evaluated(
             log_density.masked_fill(~log_density.isfinite(), -math.inf),
             slope.masked_fill(~slope.isfinite(), 0.0),
+            z,
         )
+
+    def at(self, x: Tensor, component: Tensor) -> Places:
+        """The places with this noise."""
+        return self.places(x, component, self.evaluate(x, component))
+
+    def places(self, x: Tensor, component: Tensor, found: Evaluated) -> Places:
+        """The places with this noise, where the posterior is known."""
+        share = self.log_share(found.latent, component)
+        weight = self.log_weight(x, component, found.log_density, share)
+        return Places(x, component, found, share, weight)
 
     def _by_code(
         self, x: Tensor, component: Tensor, is_recorded: bool = False
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         density = self.joint.density if is_recorded else self.joint
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             z, log_det = self.latents(x, component)
             value = density(z) + log_det
             if not value.requires_grad:  # the model raises an error at all of them
-                return value, torch.zeros_like(x)
+                return value, torch.zeros_like(x), z.detach()
             (slope,) = torch.autograd.grad(value.sum(), x)
-        return value.detach(), slope
+        return value.detach(), slope, z.detach()
 
     @torch.no_grad()
-    def compile(self, x: Tensor, component: Tensor, num_calls: int) -> None:
-        """Records :meth:`evaluate` for points of this shape, if so many calls are worth it."""
+    def record(self, x: Tensor, component: Tensor) -> None:
+        """Records :meth:`evaluate` for points of this shape, if that can be."""
         if not self.joint.at_once or len(x) > self.joint.num_at_once:
             return
         with torch.random.fork_rng():
             try:
                 self._by_code(x, component, is_recorded=True)
-                graph = record(
+                self._graph = record(
                     lambda x, component: self._by_code(x, component, is_recorded=True),
                     [x, component],
                 )
             except Exception:  # Refused, or an error at these points: the code goes on
                 return
-            nodes = list(graph.module.graph.nodes)
-            found = [node.meta.get("val") for node in nodes]
-            numbers = sum(value.numel() for value in found if isinstance(value, Tensor))
-            chosen: lowering.Backend = lowering.Replay()
-            if len(nodes) <= MOST_COMPILED:
-                size = num_calls, len(nodes), numbers
-                chosen = lowering.worthwhile_backend(x.device, *size)
-            tensors, draw = graph.tensors, graph.draw.forward
-            example = [x, component, *tensors, *draw(x, component, *tensors)]
-            module = graph.module
+        self._example = [x, component]
+
+    @torch.no_grad()
+    def compile(self, num_calls: int) -> None:
+        """Chooses what evaluates the recorded graph, if so many calls are to come."""
+        if self._graph is None:
+            return
+        graph = self._graph
+        nodes = list(graph.module.graph.nodes)
+        found = [node.meta.get("val") for node in nodes]
+        numbers = sum(value.numel() for value in found if isinstance(value, Tensor))
+        tensors, draw, module = graph.tensors, graph.draw.forward, graph.module
+        chosen: lowering.Backend = lowering.Replay()
+        if len(nodes) <= MOST_COMPILED:
+            device = self.like.device
+            chosen = lowering.worthwhile_backend(device, num_calls, len(nodes), numbers)
+        if chosen.name == self.backend:
+            return
+        with torch.random.fork_rng():
+            example = [*self._example, *tensors, *draw(*self._example, *tensors)]
             lowered, self.backend = lowering.lower(
                 lambda *given: tuple(module(*given)), example, chosen.name
             )
         self._run = lambda x, k: lowered([x, k, *tensors, *draw(x, k, *tensors)])
+        if self.backend != chosen.name:  # it failed, and would again
+            self._graph = None
 
-    @torch.no_grad()
-    def propose(self, num: int) -> Proposals:
-        """Independent draws of the guide, with their weights."""
+    def draw(self, num: int) -> tuple[Tensor, Tensor]:
+        """Noise and components of independent draws of the guide."""
         noise = self.like.new_empty(num, self.dim).normal_()
         if self.mixture is None:
-            component = torch.zeros(num, dtype=torch.long, device=noise.device)
-        else:
-            component = self.mixture.component().sample(torch.Size((num,)))
+            return noise, torch.zeros(num, dtype=torch.long, device=noise.device)
+        return noise, self.mixture.component().sample(torch.Size((num,)))
+
+    @torch.no_grad()
+    def log_weights(self, noise: Tensor, component: Tensor) -> Tensor:
+        """The log ratios of posterior and guide at draws of the guide, without gradients."""
         z, log_det = self.latents(noise, component)
         share = self.log_share(z, component)
-        log_weight = self.log_weight(noise, component, self.joint(z) + log_det, share)
-        log_weight = log_weight.nan_to_num(-math.inf, -math.inf, -math.inf)
-        return Proposals(noise, component, z, log_weight)
+        return self.log_weight(noise, component, self.joint(z) + log_det, share)
 
     def sites(self, z: Tensor) -> dict[str, Tensor]:
         """The latents of the model, by name, in its units."""

@@ -25,7 +25,7 @@ from .chains import Chains
 from .convergence import ess, rhat
 from .diagnose import SMALL_SHARE
 from .modes import Mode, search_modes
-from .noise import NoiseCoordinates, Proposals
+from .noise import NoiseCoordinates
 
 __all__ = ["Refined", "refine"]
 
@@ -124,6 +124,11 @@ class Refined:
                 "reach; fit(model, guide) without num_steps adds components there"
             )
             lines += [f"  {mode}" for mode in self.modes[:3]]
+        elif self.chains and not self.converged and len(self.chains[worst][0]) >= FEWEST:
+            lines.append(
+                "  the nearer the guide, the faster the chains: train it longer, as by "
+                "fit(model, guide), and refine again"
+            )
         if self.searched:
             lines.append(f"  {self.searched}")
         if self.num_lost:
@@ -180,7 +185,8 @@ def refine(
         ValueError: As :func:`~pyro_iaf.diagnose`; if the model subsamples, or the guide is a point
             or not made of normal noise.
         TypeError: If the model does not take these arguments.
-        RuntimeError: If the model has no finite density at any draw of the guide.
+        RuntimeError: If the model has no finite density at any draw of the guide. Errors of the
+            model itself at its first run are raised as they are.
 
     References:
         Hoffman et al. (2019), NeuTra-lizing bad geometry, https://arxiv.org/abs/1903.03704;
@@ -297,22 +303,24 @@ class _Run:
 
     def _warm_up(self) -> Chains:
         """Chains at draws of the guide, which have found the sizes of their steps."""
-        pool = self.target.propose(NUM_DRAWS)
-        if not pool.log_weight.max().isfinite():
+        noise, component = self.target.draw(NUM_DRAWS)
+        log_weights = self.target.log_weights(noise, component)
+        if not log_weights.max().isfinite():
             raise RuntimeError(
                 f"The model has no finite density at any of {NUM_DRAWS} draws of the guide, so "
                 "there is nowhere to start. Train the guide first: fit(model, guide)."
             )
-        rows = resampled(pool.log_weight, NUM_CHAINS)
-        start = Proposals(*(part[rows] for part in pool))
-        self.target.compile(start.noise, start.component, NUM_GRADIENTS)
-        chains = Chains(self.target, start)
+        rows = resampled(log_weights, NUM_CHAINS)
+        start = noise[rows], component[rows]
+        self.target.record(*start)
+        self.target.compile(NUM_GRADIENTS)
+        chains = Chains(self.target, self.target.at(*start))
         self._search()
         accepted: list[float] = []
         while len(accepted) < WARM_UP or (
             len(accepted) < LONGEST_WARM_UP and fmean(accepted[-LAST:]) < FEWEST_ACCEPTED
         ):
-            step = chains.step(self.target.propose(NUM_CHAINS), adapt=True)
+            step = chains.step(adapt=True)
             accepted.append(step.accepted)
             if len(accepted) in RESCALED:
                 chains.rescale()
@@ -329,7 +337,7 @@ class _Run:
         num_next = self.shortest
         while True:
             for _ in range(num_next - len(self.latents)):
-                step = chains.step(self.target.propose(NUM_CHAINS), adapt=False)
+                step = chains.step(adapt=False)
                 self.latents.append(step.latent)
                 self.accepted += step.accepted
                 self.jumped += step.jumped
@@ -343,6 +351,7 @@ class _Run:
                 return "all quantities have converged"
             if len(self.latents) >= self.most:
                 return f"{len(self.latents)} steps of each chain were taken"
+            self.target.compile(self.num_gradients)  # as many again may be to come
             num_next = min(self.most, len(self.latents) * 3 // 2)
 
     def _is_visited(self, mode: Mode) -> bool:

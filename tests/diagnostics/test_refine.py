@@ -76,19 +76,19 @@ def test_the_density_of_noise_is_that_by_which_draws_are_weighted(make):
     guide = make()
     particles = WeightedParticles(gamma, guide, (), {})
     target = NoiseCoordinates(particles)
-    found = target.propose(5)
+    found = target.at(*target.draw(5))
     joint = particles.log_joint()
-    of_model = joint(found.latent)
+    of_model = joint(found.found.latent)
     pieces = torch.autograd.functional.jacobian(
         lambda x: target.latents(x, found.component)[0].sum(0), found.noise
     ).movedim(1, 0)
     log_det = pieces.det().abs().log()
     assert_close(target.latents(found.noise, found.component)[1], log_det, rtol=1e-4, atol=1e-4)
-    share = target.log_share(found.latent, found.component)
+    share = target.log_share(found.found.latent, found.component)
     normal = dist.Normal(0.0, 1.0).log_prob(found.noise).sum(-1)
     of_guide = normal - log_det - share
     if target.mixture is not None:
-        of_guide = target.mixture.log_prob(found.latent)
+        of_guide = target.mixture.log_prob(found.found.latent)
     assert_close(found.log_weight, of_model - of_guide, rtol=1e-4, atol=1e-3)
 
 
@@ -97,7 +97,8 @@ def test_recorded_gradients_are_those_of_the_code():
     target = NoiseCoordinates(WeightedParticles(gamma, guide, (), {}))
     x, component = torch.randn(6, 4), torch.tensor([0, 1, 1, 0, 1, 0])
     by_code = target.evaluate(x, component)
-    target.compile(x, component, 10)
+    target.record(x, component)
+    target.compile(10)
     assert target.backend == "graph"
     assert_close(target.evaluate(x, component), by_code, rtol=1e-4, atol=1e-4)
 
@@ -252,11 +253,11 @@ def test_discrete_latents_are_summed_out_and_drawn_for_arviz():
 def test_an_interrupted_run_returns_what_there_is(monkeypatch, most):
     steps = []
 
-    def step(self, proposal, adapt):
+    def step(self, adapt):
         steps.append(adapt)
         if steps.count(False) > most:
             raise KeyboardInterrupt
-        return original(self, proposal, adapt)
+        return original(self, adapt)
 
     original = pyro_iaf.diagnostics.chains.Chains.step
     monkeypatch.setattr(pyro_iaf.diagnostics.chains.Chains, "step", step)
@@ -284,7 +285,10 @@ def test_what_has_not_converged_says_so():
     )
     lines = str(refined).splitlines()
     assert lines[0].startswith("Not converged: R-hat at most nan ('b'), effective sample size at ")
-    assert lines[1] == "  stopped as it was interrupted"
+    assert lines[1:] == ["  stopped as it was interrupted"]
+    chains = {"a": torch.zeros(2, 100), "b": torch.zeros(2, 100)}
+    refined = Refined({}, {"a": 1.2, "b": 1.1}, {"a": 9.0, "b": 5.0}, False, "all", 2.0, chains)
+    assert "train it longer, as by fit(model, guide), and refine again" in str(refined)
 
 
 # Refusals
