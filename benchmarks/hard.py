@@ -127,21 +127,21 @@ def volatility(rng):
         h = 0.95 * h + 0.3 * rng.normal()
         y.append(math.exp(h / 2) * rng.normal())
 
-    def model(p, y, powers):
+    def model(p, y):
         mu = p.sample("mu", p.dist.Normal(0.0, 2.0))[..., None]
-        phi = p.sample("phi", p.dist.Beta(20.0, 1.5))[..., None, None]
+        phi = p.sample("phi", p.dist.Beta(20.0, 1.5))[..., None]
         step = p.sample("step", p.dist.LogNormal(-1.5, 0.5))[..., None]
         z = p.sample("z", p.dist.Normal(p.xp.zeros(size), 1.0).to_event(1))
-        # h[t] = sum over s of phi^(t - s) times the step at s; the first step is stationary.
-        first = p.xp.concatenate(
-            [(1 - phi[..., 0] ** 2) ** -0.5, p.xp.ones(size - 1) + 0.0 * mu], -1
-        )
-        lower = p.xp.where(powers >= 0, phi ** p.xp.where(powers >= 0, powers, 0.0 * powers), 0.0)
-        h = mu + step * (lower @ (first * z)[..., None])[..., 0]
-        p.sample("y", p.dist.Normal(0.0, p.xp.exp(h / 2)).to_event(1), obs=y)
+        # h[t] = phi h[t - 1] + z[t], summed by doubling; the first step is stationary.
+        h = p.xp.concatenate([z[..., :1] * (1 - phi**2) ** -0.5, z[..., 1:] + 0.0 * phi], -1)
+        lag = 1
+        while lag < size:
+            h = p.xp.concatenate([h[..., :lag], h[..., lag:] + phi**lag * h[..., :-lag]], -1)
+            lag *= 2
+        scale = p.xp.exp((mu + step * h) / 2)
+        p.sample("y", p.dist.Normal(0.0, scale).to_event(1), obs=y)
 
-    t = np.arange(float(size))
-    return model, [np.array(y), t[:, None] - t]
+    return model, [np.array(y)]
 
 
 def build():
