@@ -26,15 +26,19 @@ from ..flows.posterior import Posterior
 from ..flows.scored_guide import ScoredDraws
 from ..models import param_store
 from ..models.arguments import Args, Kwargs, Program
+from ..models.log_joint import LogJoint
 from ..models.matching import FixedLatents
 from ..models.traces import full_size
 from ..nn.univariate import UnivariateMap
 from ..solvers.path_score import draw_scored
 from .latents import joined, with_discrete
 from .mixture import Mixture, MixtureGuide
+from .nested_laplace import nested_laplace
 from .pathfinder import Start, StartNotFound, further_starts, pathfinder
 from .site_delta import SiteDeltas
-from .transform import GuideTransform, entries_below
+from .structure import Structure, find_structure
+from .structured_transform import StructuredTransform, structured_transform
+from .transform import GuideTransform, Transform, entries_below
 
 __all__ = ["AutoIAF"]
 
@@ -82,6 +86,11 @@ class AutoIAF(MixtureGuide, AutoContinuous):
             ELBO is unbiased for the weights too: Pyro's ELBOs draw the component and take the score
             function; ``fit`` draws as often from each. ``TraceMeanField_ELBO`` takes one component
             only, and of several :class:`~pyro_iaf.TraceSTL_ELBO` takes the ordinary gradient.
+        structure: With ``"auto"`` the guide looks for a few global latents and, given them, a
+            sparse graph of the others among 40 to 3,000 latents, as rows of plates and series
+            have. Where it finds one, the flows are over the globals alone, and the others are
+            drawn by a sparse factor that moves with the globals (:attr:`structure` tells). With
+            False the flows are over all latents.
         start: Where a fresh guide starts: ``"pathfinder"``, at the Gaussian with the highest ELBO
             on a few short paths up the log joint density; or ``"init"``, at the values of
             ``init_loc_fn``. By default ``"pathfinder"``, but ``"init"`` if ``init_scale`` or
@@ -135,6 +144,7 @@ class AutoIAF(MixtureGuide, AutoContinuous):
         hidden_dims: int | Sequence[int] | None = None,
         univariate: str | UnivariateMap = "affine",
         num_components: int | str = "auto",
+        structure: str | bool = "auto",
         start: str | None = None,
         init_loc_fn: Callable[..., Any] | None = None,
         init_scale: float | None = None,
@@ -166,6 +176,9 @@ class AutoIAF(MixtureGuide, AutoContinuous):
         # Pathfinder finds the posterior of one data set only.
         can_search = init_scale is None and encoder is None
         self._start = start or ("pathfinder" if can_search else "init")
+        if structure not in ("auto", False):
+            raise ValueError(f'structure should be "auto" or False; got {structure!r}.')
+        self._looks_for_structure = bool(structure)
         check_callable("encoder", encoder, optional=True)
         if context_dim is not None and encoder is None:
             raise ValueError("context_dim is the size of an encoder's output; give an encoder.")
@@ -190,13 +203,9 @@ class AutoIAF(MixtureGuide, AutoContinuous):
         if self._encoder is not None:
             self.context_dim = self._context(args, kwargs).shape[-1]
         if transform is None:
-            starts, log_scale = self._find_starts(model, loc, args, kwargs)
-            context_dim = self.context_dim or 0
-            self.transform, *others = (
-                self._fresh_transform(start, log_scale, context_dim) for start in starts
-            )
+            self.transform, *others = self._fresh_transforms(model, loc, args, kwargs)
             if others:
-                self.mixture = Mixture(others, loc.new_zeros(len(starts)))
+                self.mixture = Mixture(others, loc.new_zeros(1 + len(others)))
         elif self.latent_dim != (loaded := transform.latent_dim):
             raise ValueError(
                 f"The state that was loaded is of a guide over {loaded} numbers in "
@@ -224,30 +233,64 @@ class AutoIAF(MixtureGuide, AutoContinuous):
         values = [biject_to(site["fn"].support).inv(site["value"].detach()) for site in sites]
         return joined([value.reshape(-1) for value in values])
 
-    def _find_starts(
+    def _fresh_transforms(
         self, model: Program, loc: Tensor, args: Args, kwargs: Kwargs
-    ) -> tuple[list[Start], float]:
-        """The frame of each fresh component, and the logarithm of its scale in that frame."""
-        num = self._num_at_first()
+    ) -> list[Transform]:
+        """The transform of each fresh component."""
+        num, context_dim = self._num_at_first(), self.context_dim or 0
         at_loc = Start(loc.detach().clone(), torch.ones_like(loc))
         around = [at_loc.beside(self._init_scale) for _ in range(num - 1)]
-        by_init = [at_loc, *around], math.log(self._init_scale)
+        log_scale = math.log(self._init_scale)
+
+        def by_init() -> list[Transform]:
+            return [self._fresh_transform(s, log_scale, context_dim) for s in (at_loc, *around)]
+
         if self._start == "init" or param_store.has_from_file(f"{self._pyro_name}.transform"):
-            return by_init
+            return by_init()
         values = {name: site["value"] for name, site in self._latent_sites().items()}
         with FixedLatents(values, {}):
             trace = poutine.trace(model).get_trace(*args, **kwargs)  # with data and subsamples
         joint, dense = self.log_joint(model, trace, args, kwargs), self._is_dense(len(loc))
+        if num == 1 and (structured := self._structured_near(joint, loc.detach())) is not None:
+            return [structured]
         try:
             first = pathfinder(joint, loc.detach(), dense)
-            return [first, *further_starts(joint, first, dense, num - 1)], 0.0
+            starts = [first, *further_starts(joint, first, dense, num - 1)]
+            return [self._fresh_transform(start, 0.0, context_dim) for start in starts]
         except StartNotFound as why:
             warn(
                 f"AutoIAF looked for a start by Pathfinder and found none: {why}. It starts at the "
                 f"values of init_loc_fn, with standard deviation {self._init_scale}. Give "
                 'start="init" to choose that without this warning.'
             )
-            return by_init
+            return by_init()
+
+    def _structured_near(self, joint: LogJoint, loc: Tensor) -> StructuredTransform | None:
+        """A transform with the structure of the model, if it has one; it starts near a point."""
+        if not self._looks_for_structure:
+            return None
+        first = self._transform
+        if first is not None:
+            found = first.structure if isinstance(first, StructuredTransform) else None
+        else:
+            if joint.check(torch.stack([loc, *(loc + torch.randn(6, len(loc)).to(loc))])):
+                return None
+            found = find_structure(joint, loc, [*self._unconstrained_shapes.values()])
+        if found is None or (start := nested_laplace(joint, found, loc)) is None:
+            return None
+        return structured_transform(
+            start,
+            found,
+            num_flows=self.num_flows,
+            hidden_dims=self.hidden_dims,
+            univariate=self.univariate,
+        )
+
+    @property
+    def structure(self) -> Structure | None:
+        """The globals and the sparse graph of the others, if the guide found them; or None."""
+        transform = self._transform
+        return transform.structure if isinstance(transform, StructuredTransform) else None
 
     # Drawing
 
@@ -418,7 +461,8 @@ class AutoIAF(MixtureGuide, AutoContinuous):
             self.transform = self._rebuilt(state_dict, prefix, "transform")
             if (transform := self._transform) is not None:
                 self.context_dim = transform.context_dim or None
-                self.hidden_dims = transform.networks[0].hidden_dims
+                if transform.networks:
+                    self.hidden_dims = transform.networks[0].hidden_dims
                 self.scale = "dense" if transform.is_dense else "diagonal"
         self._state_was_loaded = self._state_was_loaded or self._fits(given)
         self._take_components(state_dict, prefix, args[4])

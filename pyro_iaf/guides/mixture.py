@@ -94,10 +94,12 @@ class MixtureGuide(FlowGuide):
             point: Where Pathfinder begins, of shape ``(D,)``.
             share: The weight of the component, between 0 and 1.
         """
-        start = start_near(joint, point, self._is_dense(len(point)))
-        if start is None:
-            start = Start(point, torch.full_like(point, self._init_scale))
-        transform = self._fresh_transform(start, 0.0)
+        transform = self._structured_near(joint, point)
+        if transform is None:
+            start = start_near(joint, point, self._is_dense(len(point)))
+            if start is None:
+                start = Start(point, torch.full_like(point, self._init_scale))
+            transform = self._fresh_transform(start, 0.0)
         if self._mixture is None:
             self.mixture = Mixture([], point.new_zeros(1))
         assert self._mixture is not None

@@ -70,7 +70,14 @@ class Solver(NamedTuple):
     slope: Tensor  # the gradient of the log-determinant at x
 
 
-Step: TypeAlias = Carrier | Solver
+class Within(NamedTuple):
+    """The step of a flow that acts on the first coordinates only."""
+
+    step: Carrier | Solver
+    num_leading: int
+
+
+Step: TypeAlias = Carrier | Solver | Within
 
 
 class Drawn(NamedTuple):
@@ -89,14 +96,7 @@ class Drawn(NamedTuple):
 
     def solve_transposed(self, v: Tensor) -> Tensor:
         """The ``u`` with ``J^T u = v``, where J is the Jacobian of all the flows."""
-        steps: list[Step] = []  # without the log-determinants
-        for step in self.steps:
-            if isinstance(step, Solver):
-                steps.append(step._replace(slope=torch.zeros_like(step.slope)))
-            else:
-                by_x, by_params, *_ = step.slopes
-                slopes = Derivatives(by_x, by_params, None, [None] * len(by_params))
-                steps.append(step._replace(slopes=slopes))
+        steps = [_without_log_det(step) for step in self.steps]
         return _carry_through(v.expand_as(self.value), steps, self.by_kernel)
 
     def lend_noise(self, leaf: Tensor) -> Tensor | None:
@@ -111,6 +111,15 @@ class Drawn(NamedTuple):
         noise = self.noise.detach().requires_grad_()
         _lent[leaf] = self.parts, noise
         return noise
+
+
+def _without_log_det(step: Any) -> Any:
+    if isinstance(step, Within):
+        return step._replace(step=_without_log_det(step.step))
+    if isinstance(step, Solver):
+        return step._replace(slope=torch.zeros_like(step.slope))
+    by_x, by_params, *_ = step.slopes
+    return step._replace(slopes=Derivatives(by_x, by_params, None, [None] * len(by_params)))
 
 
 _lent = WeakIdKeyDictionary()  # a draw without its graph: the flows that produced it, and its noise
@@ -196,7 +205,11 @@ def _carry_through(score: Tensor, steps: Sequence[Step], by_kernel: bool) -> Ten
             score = carry(score, flows)
             continue
         for step in run:
-            if isinstance(step, Solver):
+            if isinstance(step, Within):
+                leading, rest = score.tensor_split([step.num_leading], -1)
+                leading = _carry_through(leading, [step.step], by_kernel)
+                score = torch.cat([leading, rest], -1)
+            elif isinstance(step, Solver):
                 score = step.part.solve_transposed(step.x, score - step.slope)
             else:
                 slopes, activation_slopes, weights, network = step

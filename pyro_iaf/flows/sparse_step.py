@@ -1,0 +1,289 @@
+r"""The last step of a guide over many latents: a few globals, and given them sparse conditionals.
+
+.. math::
+    g = g_0 + R v, \qquad
+    u_i = m_i(v) + \sum_{p} a_{ip}(v) \, (u_p - m_p(v)) + s_i(v) \, b_i(\varepsilon_i)
+
+where :math:`p` are the few parents of :math:`i` (:mod:`pyro_iaf.solvers.sparse`), and :math:`b`
+bends each coordinate as in :mod:`pyro_iaf.flows.sinh_arcsinh`. So given the globals the others
+are nearly normal, with a precision whose triangular factor is sparse. Means, coefficients and
+logarithms of scales are linear in bounded features of the globals,
+
+.. math::
+    \phi(v) = (1, \; \tau(v_j), \; \tau(v_j) \tau(v_k), \; \tau(v_j)^3, \;
+    \tanh(w_h \cdot v + c_h)), \qquad \tau(v) = 10 \tanh(v / 10).
+
+A draw takes the rounds of the factor one after the other; the inverse and the density take all at
+once. Both cost O(non-zeros).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._validation import module_repr
+from ..solvers.fused import ScoredPass
+from ..solvers.path_score import Solver, Step, Within
+from ..solvers.sparse import Elimination
+from .base import SinglePass
+
+__all__ = ["Coordinates", "Leading", "SparseStep", "features", "num_features"]
+
+# Up to so many globals there are features of their squares, products and cubes.
+MOST_SQUARED = 6
+
+# About so many standard deviations are told apart.
+BOUND = 10.0
+
+# How many features are learned.
+NUM_LEARNED = 8
+
+
+def features(v: Tensor) -> Tensor:
+    """One, and bounded functions of globals of shape ``(..., G)``."""
+    bounded = BOUND * (v / BOUND).tanh()
+    found = [torch.ones_like(v[..., :1]), bounded]
+    G = v.shape[-1]
+    if 0 < G <= MOST_SQUARED:
+        j, k = torch.triu_indices(G, G, device=v.device)
+        found += [bounded[..., j] * bounded[..., k], bounded**3]
+    return torch.cat(found, -1) if G else v.new_ones(*v.shape[:-1], 1)
+
+
+def num_features(num_globals: int) -> int:
+    """How many there are."""
+    G = num_globals
+    return 1 + G + (G * (G + 1) // 2 + G if G <= MOST_SQUARED else 0)
+
+
+class Leading(SinglePass):
+    """A flow that acts on the first coordinates, and leaves the others as they are.
+
+    Args:
+        flow: A flow on vectors of G coordinates.
+        input_dim: The number of all coordinates.
+    """
+
+    def __init__(self, flow: Any, input_dim: int) -> None:
+        super().__init__()
+        self.flow, self.input_dim = flow, input_dim
+
+    @property
+    def num_leading(self) -> int:
+        """How many coordinates the flow acts on."""
+        return int(self.flow.input_dim)
+
+    @property
+    def _sources(self) -> tuple[object, ...]:
+        sources: tuple[object, ...] = self.flow._sources
+        return sources
+
+    def _compute(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self._joined(self.flow._compute(x[..., : self.num_leading]), x)
+
+    def _undo(self, y: Tensor, method: str = "auto") -> tuple[Tensor, Tensor]:
+        return self._joined(self.flow._undo(y[..., : self.num_leading], method), y)
+
+    def _undo_known(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        G = self.num_leading
+        return self._joined(self.flow._undo_known(x[..., :G], y[..., :G]), y)
+
+    def _joined(self, found: tuple[Tensor, Tensor], whole: Tensor) -> tuple[Tensor, Tensor]:
+        value, log_slope = found
+        rest = whole[..., self.num_leading :]
+        return torch.cat([value, rest], -1), torch.cat([log_slope, torch.zeros_like(rest)], -1)
+
+    def solve_transposed(self, x: Tensor, v: Tensor) -> Tensor:
+        G = self.num_leading
+        return torch.cat([self.flow.solve_transposed(x[..., :G], v[..., :G]), v[..., G:]], -1)
+
+    def pass_with_score(self, x: Tensor, by_kernel: bool) -> tuple[Tensor, Tensor, Step]:
+        value, log_slope, step = self.flow.pass_with_score(x[..., : self.num_leading], by_kernel)
+        return *self._joined((value, log_slope), x), Within(step, self.num_leading)
+
+    def pass_at_once(self, x: Tensor, log_prob: Tensor, score: Tensor) -> ScoredPass | None:
+        G = self.num_leading
+        known = self.flow.pass_at_once(x[..., :G].contiguous(), log_prob, score[..., :G])
+        if known is None:
+            return None
+        return ScoredPass(
+            torch.cat([known.value, x[..., G:]], -1),
+            known.log_prob,
+            torch.cat([known.score, score[..., G:]], -1),
+        )
+
+
+class SparseStep(SinglePass):
+    """Globals, and sparse conditionals of all other latents.
+
+    Args:
+        elimination: The order of the others, and the parents of each.
+        loc: Where the globals are if ``v`` is zero, of shape ``(G,)``.
+        scale_tril: The scale of the globals, of shape ``(G, G)``.
+        coefficients: Of each fixed feature for the means, the logarithms of scales, and the
+            coefficients of parents, of shape ``(F, 2 n + E)``.
+    """
+
+    def __init__(
+        self, elimination: Elimination, loc: Tensor, scale_tril: Tensor, coefficients: Tensor
+    ) -> None:
+        super().__init__()
+        self.elimination = elimination
+        G, n = len(loc), len(elimination.order)
+        self.num_globals, self.num_others, self.input_dim = G, n, G + n
+        self.register_buffer("edges", elimination.edges)
+        self.register_buffer("loc", loc)
+        self.register_buffer("scale_tril", scale_tril)
+        self.register_buffer("start", coefficients)
+        num_learned = NUM_LEARNED if G else 0
+        self.changes = nn.Parameter(
+            coefficients.new_zeros(len(coefficients) + num_learned, coefficients.shape[1])
+        )
+        self.bend = nn.Parameter(coefficients.new_zeros(2, n))  # skewness, log tail weight
+        weight = torch.randn(num_learned, G + 1) / math.sqrt(G + 1)
+        self.weight = nn.Parameter(weight.to(coefficients))
+
+    @property
+    def _sources(self) -> tuple[object, ...]:
+        return (self.changes, self.bend, self.weight, self.loc, self.scale_tril, self.start)
+
+    def _given(self, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The means, logarithms of scales and coefficients for globals."""
+        fixed, n = features(v), self.num_others
+        F = fixed.shape[-1]
+        found = fixed @ (self.start + self._changes(slice(F)))
+        if len(self.weight):
+            learned = (v @ self.weight[:, :-1].mT + self.weight[:, -1]).tanh()
+            found = found + learned @ self._changes(slice(F, None))
+        mean, log_scale, coefficients = found.split([n, n, found.shape[-1] - 2 * n], -1)
+        none = torch.zeros_like(coefficients[..., :1]) if n else coefficients[..., :0]
+        if not coefficients.shape[-1]:
+            none = torch.zeros_like(mean[..., :1])
+        return mean, log_scale, torch.cat([coefficients, none], -1)
+
+    def _changes(self, rows: slice) -> Tensor:
+        """Learned changes, in units in which a step of an optimiser is small for all of them."""
+        n = self.num_others
+        units = torch.cat([self.start[0, n : 2 * n].exp(), self.start.new_ones(1).expand(n)])
+        rest = self.start.new_ones(1).expand(self.start.shape[1] - 2 * n)
+        changes: Tensor = self.changes[rows] * torch.cat([units, rest])
+        return changes * min(1.0, (100 / max(n, 1)) ** 0.5)
+
+    def _compute(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        v, noise = x.split([self.num_globals, self.num_others], -1)
+        mean, log_scale, coefficients = self._given(v)
+        skew, log_tail = self.bend
+        bent = (log_tail.exp() * noise.asinh() + skew).sinh()
+        others = mean + self.elimination.draw(coefficients, log_scale.exp() * bent)
+        value = torch.cat([self.loc + v @ self.scale_tril.mT, others], -1)
+        return value, self._log_slope(v, noise, bent, log_scale)
+
+    def _log_slope(self, v: Tensor, noise: Tensor, bent: Tensor, log_scale: Tensor) -> Tensor:
+        of_globals = self.scale_tril.diagonal().log().expand_as(v)
+        ratio = ((1 + bent.square()).log() - (1 + noise.square()).log()) / 2
+        return torch.cat([of_globals, log_scale + self.bend[1] + ratio], -1)
+
+    def _undo(self, y: Tensor, method: str = "auto") -> tuple[Tensor, Tensor]:
+        g, others = y.split([self.num_globals, self.num_others], -1)
+        away = (g - self.loc).unsqueeze(-1)
+        v = torch.linalg.solve_triangular(self.scale_tril, away, upper=False).squeeze(-1)
+        mean, log_scale, coefficients = self._given(v)
+        scaled = self.elimination.residual(coefficients, others - mean)
+        bent = scaled * (-log_scale).exp()
+        noise = ((bent.asinh() - self.bend[0]) / self.bend[1].exp()).sinh()
+        x = torch.cat([v, noise], -1)
+        return x, self._log_slope(v, noise, bent, log_scale)
+
+    def solve_transposed(self, x: Tensor, v: Tensor) -> Tensor:
+        return _solved_by_inverse(self, x, v)  # which has no loop over rounds
+
+    @torch.no_grad()
+    def widen_tails(self, by: float) -> None:
+        """Adds ``by`` to the log weights of all tails."""
+        self.bend[1].add_(by)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseStep:
+        super()._apply(fn, recurse)
+        self.elimination = self.elimination.mapped(fn)
+        return self
+
+    def __repr__(self) -> str:
+        return module_repr(
+            self,
+            f"{self.num_globals} globals",
+            f"{self.num_others} others",
+            f"{self.elimination.num_coefficients} coefficients",
+        )
+
+
+class Coordinates(SinglePass):
+    """From globals and others, in their order of drawing, to latents in the order of the model.
+
+    Along a run, of which others are the cumulative sums, latents are their differences. The
+    determinant is one.
+
+    Args:
+        place: Of each latent its place among globals and others, of shape ``(D,)``.
+        before: Of each latent the latent before it in its run, or D.
+    """
+
+    def __init__(self, place: Tensor, before: Tensor) -> None:
+        super().__init__()
+        self.input_dim = len(place)
+        self.register_buffer("place", place)
+        self.register_buffer("before", before)
+        self.runs = _runs(before)
+
+    @property
+    def _sources(self) -> tuple[object, ...]:
+        return (self.place, self.before)
+
+    def _compute(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        sums = x[..., self.place]
+        if not self.runs:
+            return sums, torch.zeros_like(sums)
+        padded = torch.cat([sums, torch.zeros_like(sums[..., :1])], -1)
+        return sums - padded[..., self.before], torch.zeros_like(sums)
+
+    def _undo(self, y: Tensor, method: str = "auto") -> tuple[Tensor, Tensor]:
+        sums = y
+        for run in self.runs:
+            sums = sums.index_copy(-1, run.flatten(), y[..., run].cumsum(-1).flatten(-2))
+        return sums[..., self.place.argsort()], torch.zeros_like(y)
+
+    def solve_transposed(self, x: Tensor, v: Tensor) -> Tensor:
+        return _solved_by_inverse(self, x, v)
+
+    def pass_with_score(self, x: Tensor, by_kernel: bool) -> tuple[Tensor, Tensor, Step]:
+        y, log_slope = self._compute(x)
+        return y, log_slope, Solver(self, x.detach(), torch.zeros_like(x))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Coordinates:
+        super()._apply(fn, recurse)
+        self.runs = [fn(run) for run in self.runs]
+        return self
+
+
+def _solved_by_inverse(part: SinglePass, x: Tensor, v: Tensor) -> Tensor:
+    """The ``u`` with ``J^T u = v``: a gradient of the inverse, whose Jacobian is that of J."""
+    with torch.enable_grad():
+        y = part._compute(x.detach())[0].detach().requires_grad_()
+        (u,) = torch.autograd.grad(part._undo(y)[0], y, v)
+    return u
+
+
+def _runs(before: Tensor) -> list[Tensor]:
+    """The runs of each length, as the rows of a matrix of indices."""
+    after = {b: k for k, b in enumerate(before.tolist()) if b < len(before)}
+    by_length: dict[int, list[list[int]]] = {}
+    for first in sorted(set(after) - set(after.values())):
+        run = [first]
+        while run[-1] in after:
+            run.append(after[run[-1]])
+        by_length.setdefault(len(run), []).append(run)
+    return [torch.tensor(rows, device=before.device) for rows in by_length.values()]

@@ -1,0 +1,259 @@
+r"""Where a structured guide starts: a Laplace approximation nested in the globals.
+
+For globals :math:`g` the others have a mode :math:`u^*(g)` and there a precision :math:`Q(g)`,
+found by Newton's method with sparse factors. So up to a constant
+
+.. math::
+    \log p(g \mid \text{data}) \approx \ell(g, u^*(g)) - \tfrac12 \log |Q(g)|,
+
+whose mode and curvature are found by finite differences. At draws of that normal modes and factors
+are regressed on the features of :mod:`pyro_iaf.flows.sparse_step`. (Rue, Martino and Chopin 2009,
+https://doi.org/10.1111/j.1467-9868.2008.00700.x)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..flows.sparse_step import Coordinates, features
+from ..models.log_joint import LogJoint
+from ..solvers.sparse import Factor, coloured
+from .structure import Structure
+
+__all__ = ["NestedStart", "nested_laplace"]
+
+# Newton's method for the others takes at most so many steps, and ends when steps promise less.
+NUM_NEWTON, MIN_GAIN = 30, 1e-6
+STEP_SIZES = (1.0, 0.5, 0.2, 0.05, 0.01)
+
+# The globals' search takes at most so many steps.
+NUM_STEPS = 60
+
+# Steps of finite differences, in units of about a standard deviation.
+DIFFERENCE = 0.05
+
+# Up to so many globals the curvature of the marginal is taken by finite differences.
+MOST_EXACT = 12
+
+# Conditionals are regressed at so many draws for each feature, which are so much wider.
+DRAWS_PER_FEATURE, WIDER = 4, 1.7
+
+
+class NestedStart(NamedTuple):
+    """Where a structured guide starts: the globals' loc and scale, and the others' conditionals.
+
+    Attributes:
+        loc: Of shape ``(G,)``.
+        scale_tril: Of shape ``(G, G)``.
+        coefficients: As for :class:`~pyro_iaf.flows.sparse_step.SparseStep`.
+    """
+
+    loc: Tensor
+    scale_tril: Tensor
+    coefficients: Tensor
+
+
+class _Conditional:
+    """The density of the others in their coordinates, for many values of the globals at once."""
+
+    def __init__(self, joint: LogJoint, structure: Structure) -> None:
+        self.joint, self.structure = joint, structure
+        self.coordinates = Coordinates(structure.place, structure.before)
+        elimination = structure.elimination
+        n = len(elimination.order)
+        place = torch.empty(n, dtype=torch.long)
+        place[elimination.order] = torch.arange(n)
+        G, D = len(structure.globals), len(structure.before)
+        number = torch.full((D,), -1)
+        number[structure.others] = torch.arange(n)
+        edges = number[structure.edges]
+        self.colours = coloured(n, edges.tolist())
+        self.num_colours = int(self.colours.max()) + 1
+        own = set(map(tuple, edges.sort(1).values.tolist()))
+        pairs = torch.stack([elimination.children, elimination.parents], 1).sort(1).values
+        self.is_edge = torch.tensor([tuple(pair) in own for pair in pairs.tolist()], dtype=torch.bool)
+        self.G, self.n = G, n
+
+    def value(self, g: Tensor, u: Tensor) -> Tensor:
+        z = self.coordinates._compute(torch.cat([g, u], -1))[0]
+        found: Tensor = self.joint(z)
+        return found
+
+    def slope_and_factor(self, g: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Factor]:
+        """Values, gradients in the others, and factors of minus their second derivatives."""
+        if len(g) > (most := max(1, self.joint.num_at_once)):
+            parts = [
+                self.slope_and_factor(*pair)
+                for pair in zip(g.split(most), u.split(most), strict=True)
+            ]
+            values, slopes, factors = zip(*parts, strict=True)
+            _, coefficients, precisions = zip(*factors, strict=True)
+            joined = Factor(factors[0].elimination, torch.cat(coefficients), torch.cat(precisions))
+            return torch.cat(values), torch.cat(slopes), joined
+        columns = []
+        with torch.enable_grad():
+            u = u.detach().requires_grad_()
+            value = self.value(g, u)
+            (slope,) = torch.autograd.grad(value.sum(), u, create_graph=True)
+            for colour in range(self.num_colours):
+                total = (slope * (self.colours == colour).to(slope)).sum()
+                columns.append(torch.autograd.grad(total, u, retain_graph=True)[0])
+        products = -torch.stack(columns, -1)  # (K, n, colours)
+        elimination = self.structure.elimination
+        index = torch.arange(self.n)
+        diagonal = products[:, index, self.colours]
+        edges = products[:, elimination.children, self.colours[elimination.parents]]
+        factor = elimination.factor(diagonal, edges * self.is_edge)
+        return value.detach(), slope.detach(), factor
+
+    @torch.no_grad()
+    def solve(self, g: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Factor]:
+        """Modes of the others for globals, log densities there, and factors."""
+        for _ in range(NUM_NEWTON):
+            value, slope, factor = self.slope_and_factor(g, u)
+            step = factor.solve(slope)
+            gain = (slope * step).sum(-1)
+            if not (gain > MIN_GAIN).any():
+                break
+            best, best_u = value, u
+            for size in STEP_SIZES:
+                ends = u + size * step
+                there = self.value(g, ends).nan_to_num(-math.inf, -math.inf, -math.inf)
+                is_better = there > best
+                best = torch.where(is_better, there, best)
+                best_u = torch.where(is_better.unsqueeze(-1), ends, best_u)
+                if size == 1.0 and (is_better | (gain < MIN_GAIN)).all():
+                    break
+            if (best_u == u).all():
+                break
+            u = best_u
+        return u, value, factor
+
+    def marginal(self, g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Log densities of globals by Laplace's method, and the modes of the others."""
+        u, value, factor = self.solve(g, u)
+        found = value - factor.log_det() / 2
+        return found.nan_to_num(-math.inf, -math.inf, -math.inf), u
+
+
+@torch.no_grad()
+def nested_laplace(joint: LogJoint, structure: Structure, loc: Tensor) -> NestedStart | None:
+    """The start of a structured guide; None if no mode is found.
+
+    Args:
+        joint: The log density.
+        structure: Its globals, and the graph of the others.
+        loc: Where the search begins, of shape ``(D,)``, in the model's order.
+    """
+    conditional = _Conditional(joint, structure)
+    G = conditional.G
+    y = conditional.coordinates._undo(loc)[0]
+    g, u = y[:G].unsqueeze(0), y[G:].unsqueeze(0)
+    scale = loc.new_ones(G)
+    value, u = conditional.marginal(g, u)
+    if not value.isfinite().all():
+        return None
+    if G:
+        g, u, scale = _climb(conditional, g, u, value)
+    scale_tril = _scale(conditional, g, u, scale) if G else loc.new_zeros(0, 0)
+    return _regressed(conditional, g, u, scale_tril)
+
+
+def _climb(
+    conditional: _Conditional, g: Tensor, u: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The mode of the globals by BFGS with finite differences, and a scale for each of them."""
+    G = g.shape[1]
+    scale = torch.ones_like(g[0])
+    for attempt in range(2):  # the second in the scales that the first has found
+        inverse, slope = torch.eye(G).to(g), None
+        for _ in range(NUM_STEPS):
+            h = DIFFERENCE * scale
+            shifts = torch.cat([h.diag(), -h.diag()])
+            values, _ = conditional.marginal(g + shifts, u.expand(2 * G, -1))
+            up, down = values.view(2, G)
+            if not (up.isfinite() & down.isfinite()).all():
+                scale = scale / 2
+                continue
+            new_slope = (up - down) / (2 * DIFFERENCE)  # in units of the scale
+            if slope is not None:
+                y = slope - new_slope
+                inverse = _updated(inverse, step, y)  # noqa: F821
+            else:
+                second = (2 * value - up - down) / DIFFERENCE**2
+                inverse = (1 / second.clamp(min=0.1)).clamp(max=4.0).diag()
+            slope = new_slope
+            direction = inverse @ slope
+            direction = direction * min(1.0, 3.0 / (direction.norm().item() + 1e-12))
+            if (slope @ direction).item() < 1e-3:
+                break
+            sizes = torch.tensor([1.0, 0.5, 0.2, 0.05, 0.01]).to(g).unsqueeze(-1)
+            ends = g + sizes * direction * scale
+            found, modes = conditional.marginal(ends, u.expand(len(sizes), -1))
+            k = int(found.argmax())
+            if not found[k] > value:
+                break
+            step = (ends[k] - g[0]) / scale
+            g, u, value = ends[k : k + 1], modes[k : k + 1], found[k : k + 1]
+        root = inverse.diagonal().clamp(min=1e-8).sqrt()
+        scale = scale * root
+    return g, u, scale
+
+
+def _updated(inverse: Tensor, s: Tensor, y: Tensor) -> Tensor:
+    """The inverse Hessian of BFGS after a step."""
+    sy = s @ y
+    if not sy > 1e-10 * s.norm() * y.norm():
+        return inverse
+    identity = torch.eye(len(s)).to(s)
+    left = identity - torch.outer(s, y) / sy
+    return left @ inverse @ left.mT + torch.outer(s, s) / sy
+
+
+def _scale(conditional: _Conditional, g: Tensor, u: Tensor, scale: Tensor) -> Tensor:
+    """The scale of the globals by the curvature of their marginal."""
+    G = len(scale)
+    h = 0.5 * scale
+    if G > MOST_EXACT:
+        return scale.diag()
+    j, k = torch.triu_indices(G, G, 1)
+    steps = h.diag()
+    shifts = torch.cat(
+        [torch.zeros_like(g), steps, -steps, steps[j] + steps[k], -steps[j] - steps[k]]
+    )
+    values, _ = conditional.marginal(g + shifts, u.expand(len(shifts), -1))
+    centre, up, down, both_up, both_down = values.split([1, G, G, len(j), len(j)])
+    precision = torch.diag(2 * centre - up - down)
+    # f(+j+k) + f(-j-k) - 2 f = H_jj + H_kk + 2 H_jk, in units of h
+    mixed = (2 * centre - both_up - both_down - precision.diagonal()[j] - precision.diagonal()[k]) / 2
+    precision[j, k] = precision[k, j] = mixed
+    if not precision.isfinite().all():
+        return scale.diag()
+    values, vectors = torch.linalg.eigh(precision)
+    values = values.clamp(min=0.02)
+    covariance = (vectors / values) @ vectors.mT
+    return h.unsqueeze(-1) * torch.linalg.cholesky(covariance)
+
+
+def _regressed(
+    conditional: _Conditional, g: Tensor, u: Tensor, scale_tril: Tensor
+) -> NestedStart | None:
+    """Modes and factors at draws of the globals, on their features."""
+    G = conditional.G
+    num_features = features(g).shape[-1]
+    num = DRAWS_PER_FEATURE * num_features if G else 1
+    v = WIDER * torch.randn(num, G).to(g) if G else g.new_zeros(1, 0)
+    v = torch.cat([torch.zeros_like(v[:1]), v[1:], ])
+    modes, value, factor = conditional.solve(g + v @ scale_tril.mT, u.expand(num, -1))
+    targets = torch.cat([modes, -factor.precisions.log() / 2, factor.coefficients[:, :-1]], 1)
+    usable = value.isfinite() & targets.isfinite().all(-1)
+    if int(usable.sum()) < num_features:
+        return None
+    phi, targets = features(v[usable]), targets[usable]
+    weight = (-v[usable].square().sum(-1, keepdim=True) / 8).exp()
+    found = torch.linalg.lstsq(weight * phi, weight * targets).solution
+    return NestedStart(g[0], scale_tril, found)

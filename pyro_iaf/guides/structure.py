@@ -1,0 +1,194 @@
+r"""What depends on what among the latents of a model, as its second derivatives tell.
+
+A few latents, the globals, touch very many others. Given them the others form a sparse graph: the
+rows of a plate, a chain, a map. It may be sparse only in other coordinates: a random walk written
+by its steps is a chain in their cumulative sums.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..models.log_joint import LogJoint
+from ..solvers.sparse import Elimination, eliminated
+
+__all__ = ["Structure", "find_structure"]
+
+# Structure is looked for among so many latents.
+FEWEST, MOST = 40, 3000
+
+# Second derivatives below this share of the root of both diagonals count as zero.
+SMALL = 1e-6
+
+# A latent that touches more than this share of all is a global; there are at most so many.
+MANY, MOST_GLOBALS = 0.25, 64
+
+# Along an axis of so many numbers sums are tried as coordinates.
+SHORTEST_RUN = 10
+
+# A sparse factor has at most this share of a dense one's entries.
+MOST_SHARE = 0.25
+
+# At so many points, so far from the first, second derivatives are looked at.
+NUM_POINTS, AWAY = 2, 0.3
+
+
+@dataclass
+class Structure:
+    """Globals, and the sparse graph of the others given them.
+
+    Attributes:
+        globals: The latents that touch very many others, of shape ``(G,)``.
+        others: The others in the order of drawing, of shape ``(n,)``.
+        before: Of each latent the latent before it in a run of sums, or D; of shape ``(D,)``.
+        edges: Pairs of others, by their places in the model, of shape ``(m, 2)``.
+        elimination: The order of elimination of the others.
+    """
+
+    globals: Tensor
+    others: Tensor
+    before: Tensor
+    edges: Tensor
+    elimination: Elimination
+
+    @classmethod
+    def of(cls, is_global: Tensor, before: Tensor, edges: Tensor) -> Structure:
+        """That with these globals, runs and edges."""
+        rest = (~is_global).nonzero().squeeze(-1)
+        number = torch.full_like(before, -1)
+        number[rest] = torch.arange(len(rest))
+        elimination = eliminated(len(rest), number[edges].tolist())
+        others = rest[elimination.order]
+        return cls(is_global.nonzero().squeeze(-1), others, before, edges, elimination)
+
+    @property
+    def place(self) -> Tensor:
+        """Of each latent its place among globals and others."""
+        return torch.cat([self.globals, self.others]).argsort()
+
+    def __str__(self) -> str:
+        G, n, D = len(self.globals), len(self.others), len(self.before)
+        num_runs = int((self.before < D).sum())
+        rounds, width = len(self.elimination.rounds), self._width()
+        if not len(self.edges):
+            how = "independent of each other"
+        elif width == 1 or (width == 2 and len(self.edges) < n):
+            how = "in chains"
+        else:
+            how = f"in a graph, each given at most {width}"
+        sums = ", in cumulative sums" if num_runs else ""
+        return (
+            f"{G} global{'' if G == 1 else 's'}; {n} latents {how}{sums}, drawn in {rounds} "
+            f"round{'' if rounds == 1 else 's'}"
+        )
+
+    def _width(self) -> int:
+        return max(round.parents.shape[1] for round in self.elimination.rounds)
+
+
+@torch.no_grad()
+def find_structure(joint: LogJoint, loc: Tensor, shapes: Sequence[torch.Size]) -> Structure | None:
+    """The structure of a log joint density; None if it has none that helps.
+
+    Args:
+        joint: The log density.
+        loc: A point near which it is looked at.
+        shapes: The shapes of the sites in unconstrained space, in order.
+    """
+    D = len(loc)
+    if not FEWEST <= D <= MOST or not joint.at_once:
+        return None
+    curvature = _curvature(joint, loc)
+    if curvature is None:
+        return None
+    none = torch.full((D,), D)
+    best: Structure | None = None
+    for before in (none, _summed(curvature, shapes)):
+        touches = _touches(_in_sums(curvature, before))
+        is_global = touches.sum(1) > MANY * D
+        if int(is_global.sum()) > min(MOST_GLOBALS, D // 4):
+            continue
+        # A sum of a global is none.
+        if bool((is_global & (before < D)).any()):
+            continue
+        touches &= ~is_global & ~is_global.unsqueeze(1)
+        edges = touches.triu(1).nonzero()
+        found = Structure.of(is_global, before, edges)
+        n = len(found.others)
+        if found.elimination.num_coefficients > MOST_SHARE * n * (n - 1) / 2:
+            continue
+        size = found.elimination.num_coefficients
+        if best is None or size < best.elimination.num_coefficients:
+            best = found
+    return best
+
+
+def _curvature(joint: LogJoint, loc: Tensor) -> Tensor | None:
+    """Absolute second derivatives at a few points, in units of the diagonals, of shape (P, D, D)."""
+    points = loc + AWAY * torch.randn(NUM_POINTS, len(loc)).to(loc)
+    rows = []
+    for point in points:
+        value, hessian = joint(point.unsqueeze(0)), joint.hessian(point.unsqueeze(0))[0]
+        if value.isfinite().all() and hessian.isfinite().all():
+            rows.append(hessian)
+    return torch.stack(rows) if rows else None
+
+
+def _touches(curvature: Tensor) -> Tensor:
+    """Which pairs have a second derivative that is not small."""
+    size = curvature.abs()
+    diagonal = size.diagonal(dim1=-2, dim2=-1)
+    largest = diagonal.amax(-1, keepdim=True)
+    root = torch.maximum(diagonal, 1e-12 * largest).sqrt()
+    return (size > SMALL * root.unsqueeze(-1) * root.unsqueeze(-2)).any(0)
+
+
+def _in_sums(curvature: Tensor, before: Tensor) -> Tensor:
+    """Second derivatives in sums along runs, of which latents are the differences."""
+    D = len(before)
+    after = torch.full((D + 1,), D)
+    after[before] = torch.arange(D)
+    after = after[:D].to(curvature.device)  # a sum is in a latent, and in the one after it
+
+    def apply(matrix: Tensor) -> Tensor:
+        padded = torch.cat([matrix, torch.zeros_like(matrix[:, :1])], 1)
+        return matrix - padded[:, after]
+
+    return apply(apply(curvature).mT)
+
+
+def _summed(curvature: Tensor, shapes: Sequence[torch.Size]) -> Tensor:
+    """Runs along an axis of each site, where its own second derivatives are sparser in sums."""
+    D = curvature.shape[-1]
+    before = torch.full((D,), D)
+    for start, shape in _blocks(shapes):
+        size = shape.numel()
+        own = curvature[:, start : start + size, start : start + size]
+        best = int(_touches(own).sum())
+        for run in _axes(shape):
+            local = torch.full((size,), size)
+            local[run[:, 1:]] = run[:, :-1]
+            found = int(_touches(_in_sums(own, local)).sum())
+            if found < best / 2:
+                best = found
+                before[start : start + size] = torch.where(local < size, local + start, D)
+    return before
+
+
+def _blocks(shapes: Sequence[torch.Size]) -> Iterator[tuple[int, torch.Size]]:
+    ends = itertools.accumulate(shape.numel() for shape in shapes)
+    for shape, end in zip(shapes, ends, strict=True):
+        yield end - shape.numel(), shape
+
+
+def _axes(shape: torch.Size) -> Iterator[Tensor]:
+    """Runs along each long axis, as rows of a matrix of places."""
+    places = torch.arange(shape.numel()).view(shape)
+    for dim, length in enumerate(shape):
+        if length >= SHORTEST_RUN:
+            yield places.movedim(dim, -1).reshape(-1, length)

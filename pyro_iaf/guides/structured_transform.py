@@ -1,0 +1,151 @@
+"""The transform of a guide that has found structure: flows over the globals, then the others.
+
+Its parts are flows that act on the globals' noise alone, a bend, loc and scale of theirs, the
+others given them (:mod:`pyro_iaf.flows.sparse_step`), and the order of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..flows.sinh_arcsinh import LocScale
+from ..flows.sparse_step import Coordinates, Leading, SparseStep
+from ..nn.made import MaskedAutoregressiveNetwork
+from ..nn.univariate import UnivariateMap
+from ..solvers.sparse import eliminated
+from .nested_laplace import NestedStart
+from .pathfinder import Start
+from .structure import Structure
+from .transform import GuideTransform, entries_below, fresh_transform
+
+__all__ = ["StructuredTransform", "structured_from_state", "structured_transform"]
+
+
+class StructuredTransform(GuideTransform):
+    """Flows over a few globals, and sparse conditionals of all other latents.
+
+    Args:
+        globals: The transform of the globals; None if there are none.
+        last: The others given them.
+        coordinates: The order of the model.
+    """
+
+    def __init__(
+        self, globals: GuideTransform | None, last: SparseStep, coordinates: Coordinates
+    ) -> None:
+        D = last.input_dim
+        leading = [] if globals is None else [Leading(part, D) for part in globals.parts]
+        super().__init__([*leading, last], coordinates)
+
+    @property
+    def networks(self) -> list[MaskedAutoregressiveNetwork]:
+        return [part.flow.network for part in self.parts[:-3]]
+
+    @property
+    def context_dim(self) -> int:
+        return 0
+
+    @property
+    def num_units(self) -> int:
+        widths = [max(network.hidden_dims) for network in self.networks]
+        return max([*widths, self.sparse.start.shape[1]])
+
+    @property
+    def is_dense(self) -> bool:
+        return False
+
+    @property
+    def sparse(self) -> SparseStep:
+        """The others given the globals."""
+        return self.parts[-2]  # type: ignore[return-value]
+
+    @property
+    def structure(self) -> Structure:
+        """The globals and the graph of the others."""
+        coordinates: Any = self.parts[-1]
+        globals, others = coordinates.place.argsort().tensor_split([self.sparse.num_globals])
+        numbers = others.sort().values
+        edges = numbers[self.sparse.edges]
+        return Structure(globals, others, coordinates.before, edges, self.sparse.elimination)
+
+    @property
+    def origin(self) -> Tensor:
+        sparse, coordinates = self.sparse, self.parts[-1]
+        others = sparse.start[0, : sparse.num_others]
+        origin: Tensor = coordinates._compute(torch.cat([sparse.loc, others]))[0]
+        return origin
+
+    @torch.no_grad()
+    def widen_tails(self, by: float) -> Callable[[], None]:
+        tails = [self.sparse.bend[1]]
+        if self.sparse.num_globals:
+            tails.append(self.parts[-3].flow.coefficients[3])
+        before = [tail.clone() for tail in tails]
+        for tail in tails:
+            tail.add_(by)
+
+        def undo() -> None:
+            with torch.no_grad():
+                for tail, was in zip(tails, before, strict=True):
+                    tail.copy_(was)
+
+        return undo
+
+
+def structured_transform(
+    start: NestedStart,
+    structure: Structure,
+    *,
+    num_flows: int,
+    hidden_dims: Sequence[int] | None,
+    univariate: UnivariateMap,
+) -> StructuredTransform:
+    """A fresh transform, close to its start."""
+    G = len(start.loc)
+    last = SparseStep(structure.elimination, *start)
+    globals: Any = None
+    if G:
+        standard = Start(torch.zeros_like(start.loc), torch.ones_like(start.loc))
+        settings: Any = {
+            "num_flows": num_flows,
+            "hidden_dims": hidden_dims,
+            "univariate": univariate,
+        }
+        globals = fresh_transform(standard, 0.0, dense=True, **settings)
+    coordinates = Coordinates(structure.place, structure.before)
+    return StructuredTransform(globals, last, coordinates).to(start.loc)
+
+
+def structured_from_state(
+    state: Mapping[str, Tensor], univariate: UnivariateMap
+) -> StructuredTransform | None:
+    """A transform that fits a state; None if the state is not of one with structure."""
+    name = next((name for name in state if name.endswith(".edges")), None)
+    if name is None:
+        return None
+    sparse = entries_below(state, name.removesuffix("edges"))
+    step = int(name.split(".")[1])
+    coordinates = entries_below(state, f"parts.{step + 1}.")
+    sizes = [v for k, v in state.items() if k.endswith(".network._extra_state")]
+    G = len(sparse["loc"])
+    place, edges = coordinates["place"].cpu(), sparse["edges"].cpu()
+    globals, others = place.argsort().tensor_split([G])
+    structure = Structure(
+        globals,
+        others,
+        coordinates["before"].cpu(),
+        others.sort().values[edges],
+        eliminated(len(others), edges.tolist()),
+    )
+    start = NestedStart(*(sparse[key].clone() for key in ("loc", "scale_tril", "start")))
+    return structured_transform(
+        start,
+        structure,
+        num_flows=len(sizes),
+        hidden_dims=sizes[0].tolist()[3:] if sizes else None,
+        univariate=univariate,
+    )
