@@ -40,6 +40,9 @@ MOST_SQUARED = 6
 # About so many standard deviations are told apart.
 BOUND = 10.0
 
+# Units of what is learned: a step of an optimiser should not spoil a start that is nearly right.
+UNIT = 0.1
+
 # How many features are learned.
 NUM_LEARNED = 8
 
@@ -172,7 +175,7 @@ class SparseStep(SinglePass):
         units = torch.cat([self.start[0, n : 2 * n].exp(), self.start.new_ones(1).expand(n)])
         rest = self.start.new_ones(1).expand(self.start.shape[1] - 2 * n)
         changes: Tensor = self.changes[rows] * torch.cat([units, rest])
-        return changes * min(1.0, (100 / max(n, 1)) ** 0.5)
+        return changes * (UNIT * min(1.0, (100 / max(n, 1)) ** 0.5))
 
     def _compute(self, x: Tensor) -> tuple[Tensor, Tensor]:
         v, noise = x.split([self.num_globals, self.num_others], -1)
