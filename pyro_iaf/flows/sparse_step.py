@@ -132,6 +132,11 @@ class SparseStep(SinglePass):
             coefficients of parents, of shape ``(F, 2 n + E)``.
     """
 
+    edges: Tensor
+    loc: Tensor
+    scale_tril: Tensor
+    start: Tensor
+
     def __init__(
         self, elimination: Elimination, loc: Tensor, scale_tril: Tensor, coefficients: Tensor
     ) -> None:
@@ -175,7 +180,8 @@ class SparseStep(SinglePass):
         units = torch.cat([self.start[0, n : 2 * n].exp(), self.start.new_ones(1).expand(n)])
         rest = self.start.new_ones(1).expand(self.start.shape[1] - 2 * n)
         changes: Tensor = self.changes[rows] * torch.cat([units, rest])
-        return changes * (UNIT * min(1.0, (100 / max(n, 1)) ** 0.5))
+        found: Tensor = changes * (UNIT * min(1.0, (100 / max(n, 1)) ** 0.5))
+        return found
 
     def _compute(self, x: Tensor) -> tuple[Tensor, Tensor]:
         v, noise = x.split([self.num_globals, self.num_others], -1)
@@ -234,6 +240,9 @@ class Coordinates(SinglePass):
         place: Of each latent its place among globals and others, of shape ``(D,)``.
         before: Of each latent the latent before it in its run, or D.
     """
+
+    place: Tensor
+    before: Tensor
 
     def __init__(self, place: Tensor, before: Tensor) -> None:
         super().__init__()

@@ -45,6 +45,9 @@ __all__ = ["AutoIAF"]
 # Medians and quantiles are computed from this many draws and their mirror images.
 NUM_MIRRORED = 5000
 
+# Starts are compared by so many draws.
+NUM_COMPARED = 50
+
 
 class AutoIAF(MixtureGuide, AutoContinuous):
     r"""A guide over all the continuous latents of a model, by inverse autoregressive flows.
@@ -251,12 +254,16 @@ class AutoIAF(MixtureGuide, AutoContinuous):
         with FixedLatents(values, {}):
             trace = poutine.trace(model).get_trace(*args, **kwargs)  # with data and subsamples
         joint, dense = self.log_joint(model, trace, args, kwargs), self._is_dense(len(loc))
-        if num == 1 and (structured := self._structured_near(joint, loc.detach())) is not None:
+        structured = self._structured_near(joint, loc.detach()) if num == 1 else None
+        if structured is not None and structured.structure.is_exact:
             return [structured]
         try:
             first = pathfinder(joint, loc.detach(), dense)
             starts = [first, *further_starts(joint, first, dense, num - 1)]
-            return [self._fresh_transform(start, 0.0, context_dim) for start in starts]
+            found = [self._fresh_transform(start, 0.0, context_dim) for start in starts]
+            if structured is not None:
+                return [max(structured, *found, key=lambda fresh: _elbo(joint, fresh))]
+            return found
         except StartNotFound as why:
             warn(
                 f"AutoIAF looked for a start by Pathfinder and found none: {why}. It starts at the "
@@ -267,7 +274,7 @@ class AutoIAF(MixtureGuide, AutoContinuous):
 
     def _structured_near(self, joint: LogJoint, loc: Tensor) -> StructuredTransform | None:
         """A transform with the structure of the model, if it has one; it starts near a point."""
-        if not self._looks_for_structure:
+        if not self._looks_for_structure or self._encoder is not None:
             return None
         first = self._transform
         if first is not None:
@@ -278,13 +285,14 @@ class AutoIAF(MixtureGuide, AutoContinuous):
             found = find_structure(joint, loc, [*self._unconstrained_shapes.values()])
         if found is None or (start := nested_laplace(joint, found, loc)) is None:
             return None
-        return structured_transform(
+        fresh = structured_transform(
             start,
             found,
             num_flows=self.num_flows,
             hidden_dims=self.hidden_dims,
             univariate=self.univariate,
         )
+        return fresh if _elbo(joint, fresh) > -math.inf else None
 
     @property
     def structure(self) -> Structure | None:
@@ -471,6 +479,15 @@ class AutoIAF(MixtureGuide, AutoContinuous):
     def _fits(self, state: dict[str, Tensor]) -> bool:
         transform = self._transform
         return transform is not None and _shapes(transform.state_dict()) == _shapes(state)
+
+
+@torch.no_grad()
+def _elbo(joint: LogJoint, transform: Any) -> float:
+    """The ELBO of a transform by a few draws; ``-inf`` where it is not finite."""
+    posterior = transform.posterior()
+    z = posterior.sample((NUM_COMPARED,))
+    elbo: float = (joint(z) - posterior.log_prob(z)).mean().item()
+    return elbo if math.isfinite(elbo) else -math.inf
 
 
 def _shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:

@@ -75,7 +75,9 @@ class _Conditional:
         self.num_colours = int(self.colours.max()) + 1
         own = set(map(tuple, edges.sort(1).values.tolist()))
         pairs = torch.stack([elimination.children, elimination.parents], 1).sort(1).values
-        self.is_edge = torch.tensor([tuple(pair) in own for pair in pairs.tolist()], dtype=torch.bool)
+        self.is_edge = torch.tensor(
+            [tuple(pair) in own for pair in pairs.tolist()], dtype=torch.bool
+        )
         self.G, self.n = G, n
 
     def value(self, g: Tensor, u: Tensor) -> Tensor:
@@ -169,8 +171,8 @@ def _climb(
     """The mode of the globals by BFGS with finite differences, and a scale for each of them."""
     G = g.shape[1]
     scale = torch.ones_like(g[0])
-    for attempt in range(2):  # the second in the scales that the first has found
-        inverse, slope = torch.eye(G).to(g), None
+    for _ in range(2):  # the second time in the scales that the first has found
+        inverse, slope, step = torch.eye(G).to(g), None, torch.zeros_like(scale)
         for _ in range(NUM_STEPS):
             h = DIFFERENCE * scale
             shifts = torch.cat([h.diag(), -h.diag()])
@@ -181,8 +183,7 @@ def _climb(
                 continue
             new_slope = (up - down) / (2 * DIFFERENCE)  # in units of the scale
             if slope is not None:
-                y = slope - new_slope
-                inverse = _updated(inverse, step, y)  # noqa: F821
+                inverse = _updated(inverse, step, slope - new_slope)
             else:
                 second = (2 * value - up - down) / DIFFERENCE**2
                 inverse = (1 / second.clamp(min=0.1)).clamp(max=4.0).diag()
@@ -229,14 +230,17 @@ def _scale(conditional: _Conditional, g: Tensor, u: Tensor, scale: Tensor) -> Te
     centre, up, down, both_up, both_down = values.split([1, G, G, len(j), len(j)])
     precision = torch.diag(2 * centre - up - down)
     # f(+j+k) + f(-j-k) - 2 f = H_jj + H_kk + 2 H_jk, in units of h
-    mixed = (2 * centre - both_up - both_down - precision.diagonal()[j] - precision.diagonal()[k]) / 2
+    mixed = (
+        2 * centre - both_up - both_down - precision.diagonal()[j] - precision.diagonal()[k]
+    ) / 2
     precision[j, k] = precision[k, j] = mixed
     if not precision.isfinite().all():
         return scale.diag()
     values, vectors = torch.linalg.eigh(precision)
     values = values.clamp(min=0.02)
     covariance = (vectors / values) @ vectors.mT
-    return h.unsqueeze(-1) * torch.linalg.cholesky(covariance)
+    found: Tensor = h.unsqueeze(-1) * torch.linalg.cholesky(covariance)
+    return found
 
 
 def _regressed(
@@ -247,7 +251,12 @@ def _regressed(
     num_features = features(g).shape[-1]
     num = DRAWS_PER_FEATURE * num_features if G else 1
     v = WIDER * torch.randn(num, G).to(g) if G else g.new_zeros(1, 0)
-    v = torch.cat([torch.zeros_like(v[:1]), v[1:], ])
+    v = torch.cat(
+        [
+            torch.zeros_like(v[:1]),
+            v[1:],
+        ]
+    )
     modes, value, factor = conditional.solve(g + v @ scale_tril.mT, u.expand(num, -1))
     targets = torch.cat([modes, -factor.precisions.log() / 2, factor.coefficients[:, :-1]], 1)
     usable = value.isfinite() & targets.isfinite().all(-1)

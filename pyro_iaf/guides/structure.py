@@ -22,8 +22,12 @@ __all__ = ["Structure", "find_structure"]
 # Structure is looked for among so many latents.
 FEWEST, MOST = 40, 3000
 
-# Second derivatives below this share of the root of both diagonals count as zero.
-SMALL = 1e-6
+# Second derivatives below this share of the root of both diagonals count as zero; the second where
+# the first finds no structure.
+SMALL = 1e-6, 0.05
+
+# A site of so many numbers is global where small derivatives are left out.
+SMALL_SITE = 8
 
 # A latent that touches more than this share of all is a global; there are at most so many.
 MANY, MOST_GLOBALS = 0.25, 64
@@ -48,6 +52,7 @@ class Structure:
         before: Of each latent the latent before it in a run of sums, or D; of shape ``(D,)``.
         edges: Pairs of others, by their places in the model, of shape ``(m, 2)``.
         elimination: The order of elimination of the others.
+        is_exact: Whether no small second derivative was left out.
     """
 
     globals: Tensor
@@ -55,16 +60,18 @@ class Structure:
     before: Tensor
     edges: Tensor
     elimination: Elimination
+    is_exact: bool = True
 
     @classmethod
-    def of(cls, is_global: Tensor, before: Tensor, edges: Tensor) -> Structure:
+    def of(cls, is_global: Tensor, before: Tensor, edges: Tensor, is_exact: bool) -> Structure:
         """That with these globals, runs and edges."""
         rest = (~is_global).nonzero().squeeze(-1)
         number = torch.full_like(before, -1)
         number[rest] = torch.arange(len(rest))
         elimination = eliminated(len(rest), number[edges].tolist())
         others = rest[elimination.order]
-        return cls(is_global.nonzero().squeeze(-1), others, before, edges, elimination)
+        first = is_global.nonzero().squeeze(-1)
+        return cls(first, others, before, edges, elimination, is_exact)
 
     @property
     def place(self) -> Tensor:
@@ -88,7 +95,7 @@ class Structure:
         )
 
     def _width(self) -> int:
-        return max(round.parents.shape[1] for round in self.elimination.rounds)
+        return max(each.parents.shape[1] for each in self.elimination.rounds)
 
 
 @torch.no_grad()
@@ -106,11 +113,24 @@ def find_structure(joint: LogJoint, loc: Tensor, shapes: Sequence[torch.Size]) -
     curvature = _curvature(joint, loc)
     if curvature is None:
         return None
+    for small in SMALL:
+        if (found := _sparsest(curvature, shapes, small)) is not None:
+            return found
+    return None
+
+
+def _sparsest(curvature: Tensor, shapes: Sequence[torch.Size], small: float) -> Structure | None:
+    """The structure with the fewest coefficients, if there are few enough."""
+    D = curvature.shape[-1]
+    is_small = torch.zeros(D, dtype=torch.bool)
+    if small > SMALL[0]:  # what touches all a little is not told by this
+        for start, shape in _blocks(shapes):
+            is_small[start : start + shape.numel()] = shape.numel() <= SMALL_SITE
     none = torch.full((D,), D)
     best: Structure | None = None
-    for before in (none, _summed(curvature, shapes)):
-        touches = _touches(_in_sums(curvature, before))
-        is_global = touches.sum(1) > MANY * D
+    for before in (none, _summed(curvature, shapes, small)):
+        touches = _touches(_in_sums(curvature, before), small)
+        is_global = (touches.sum(1) > MANY * D) | is_small
         if int(is_global.sum()) > min(MOST_GLOBALS, D // 4):
             continue
         # A sum of a global is none.
@@ -118,7 +138,7 @@ def find_structure(joint: LogJoint, loc: Tensor, shapes: Sequence[torch.Size]) -
             continue
         touches &= ~is_global & ~is_global.unsqueeze(1)
         edges = touches.triu(1).nonzero()
-        found = Structure.of(is_global, before, edges)
+        found = Structure.of(is_global, before, edges, small == SMALL[0])
         n = len(found.others)
         if found.elimination.num_coefficients > MOST_SHARE * n * (n - 1) / 2:
             continue
@@ -129,7 +149,7 @@ def find_structure(joint: LogJoint, loc: Tensor, shapes: Sequence[torch.Size]) -
 
 
 def _curvature(joint: LogJoint, loc: Tensor) -> Tensor | None:
-    """Absolute second derivatives at a few points, in units of the diagonals, of shape (P, D, D)."""
+    """Second derivatives at a few points, of shape ``(P, D, D)``."""
     points = loc + AWAY * torch.randn(NUM_POINTS, len(loc)).to(loc)
     rows = []
     for point in points:
@@ -139,13 +159,13 @@ def _curvature(joint: LogJoint, loc: Tensor) -> Tensor | None:
     return torch.stack(rows) if rows else None
 
 
-def _touches(curvature: Tensor) -> Tensor:
+def _touches(curvature: Tensor, small: float) -> Tensor:
     """Which pairs have a second derivative that is not small."""
     size = curvature.abs()
     diagonal = size.diagonal(dim1=-2, dim2=-1)
     largest = diagonal.amax(-1, keepdim=True)
     root = torch.maximum(diagonal, 1e-12 * largest).sqrt()
-    return (size > SMALL * root.unsqueeze(-1) * root.unsqueeze(-2)).any(0)
+    return (size > small * root.unsqueeze(-1) * root.unsqueeze(-2)).any(0)
 
 
 def _in_sums(curvature: Tensor, before: Tensor) -> Tensor:
@@ -162,18 +182,18 @@ def _in_sums(curvature: Tensor, before: Tensor) -> Tensor:
     return apply(apply(curvature).mT)
 
 
-def _summed(curvature: Tensor, shapes: Sequence[torch.Size]) -> Tensor:
+def _summed(curvature: Tensor, shapes: Sequence[torch.Size], small: float) -> Tensor:
     """Runs along an axis of each site, where its own second derivatives are sparser in sums."""
     D = curvature.shape[-1]
     before = torch.full((D,), D)
     for start, shape in _blocks(shapes):
         size = shape.numel()
         own = curvature[:, start : start + size, start : start + size]
-        best = int(_touches(own).sum())
+        best = int(_touches(own, small).sum())
         for run in _axes(shape):
             local = torch.full((size,), size)
             local[run[:, 1:]] = run[:, :-1]
-            found = int(_touches(_in_sums(own, local)).sum())
+            found = int(_touches(_in_sums(own, local), small).sum())
             if found < best / 2:
                 best = found
                 before[start : start + size] = torch.where(local < size, local + start, D)

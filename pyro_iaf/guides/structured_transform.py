@@ -7,12 +7,11 @@ others given them (:mod:`pyro_iaf.flows.sparse_step`), and the order of the mode
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from ..flows.sinh_arcsinh import LocScale
 from ..flows.sparse_step import Coordinates, Leading, SparseStep
 from ..nn.made import MaskedAutoregressiveNetwork
 from ..nn.univariate import UnivariateMap
@@ -29,16 +28,16 @@ class StructuredTransform(GuideTransform):
     """Flows over a few globals, and sparse conditionals of all other latents.
 
     Args:
-        globals: The transform of the globals; None if there are none.
+        of_globals: The transform of the globals; None if there are none.
         last: The others given them.
         coordinates: The order of the model.
     """
 
     def __init__(
-        self, globals: GuideTransform | None, last: SparseStep, coordinates: Coordinates
+        self, of_globals: GuideTransform | None, last: SparseStep, coordinates: Coordinates
     ) -> None:
         D = last.input_dim
-        leading = [] if globals is None else [Leading(part, D) for part in globals.parts]
+        leading = [] if of_globals is None else [Leading(part, D) for part in of_globals.parts]
         super().__init__([*leading, last], coordinates)
 
     @property
@@ -61,20 +60,21 @@ class StructuredTransform(GuideTransform):
     @property
     def sparse(self) -> SparseStep:
         """The others given the globals."""
-        return self.parts[-2]  # type: ignore[return-value]
+        step: SparseStep = self.parts[-2]
+        return step
 
     @property
     def structure(self) -> Structure:
         """The globals and the graph of the others."""
         coordinates: Any = self.parts[-1]
-        globals, others = coordinates.place.argsort().tensor_split([self.sparse.num_globals])
+        first, others = coordinates.place.argsort().tensor_split([self.sparse.num_globals])
         numbers = others.sort().values
         edges = numbers[self.sparse.edges]
-        return Structure(globals, others, coordinates.before, edges, self.sparse.elimination)
+        return Structure(first, others, coordinates.before, edges, self.sparse.elimination)
 
     @property
     def origin(self) -> Tensor:
-        sparse, coordinates = self.sparse, self.parts[-1]
+        sparse, coordinates = self.sparse, cast(Coordinates, self.parts[-1])
         others = sparse.start[0, : sparse.num_others]
         origin: Tensor = coordinates._compute(torch.cat([sparse.loc, others]))[0]
         return origin
@@ -83,7 +83,8 @@ class StructuredTransform(GuideTransform):
     def widen_tails(self, by: float) -> Callable[[], None]:
         tails = [self.sparse.bend[1]]
         if self.sparse.num_globals:
-            tails.append(self.parts[-3].flow.coefficients[3])
+            of_globals: Any = self.parts[-3]
+            tails.append(of_globals.flow.coefficients[3])
         before = [tail.clone() for tail in tails]
         for tail in tails:
             tail.add_(by)
@@ -107,7 +108,7 @@ def structured_transform(
     """A fresh transform, close to its start."""
     G = len(start.loc)
     last = SparseStep(structure.elimination, *start)
-    globals: Any = None
+    of_globals: Any = None
     if G:
         standard = Start(torch.zeros_like(start.loc), torch.ones_like(start.loc))
         settings: Any = {
@@ -115,9 +116,9 @@ def structured_transform(
             "hidden_dims": hidden_dims,
             "univariate": univariate,
         }
-        globals = fresh_transform(standard, 0.0, dense=True, **settings)
+        of_globals = fresh_transform(standard, 0.0, dense=True, **settings)
     coordinates = Coordinates(structure.place, structure.before)
-    return StructuredTransform(globals, last, coordinates).to(start.loc)
+    return StructuredTransform(of_globals, last, coordinates).to(start.loc)
 
 
 def structured_from_state(
@@ -133,9 +134,9 @@ def structured_from_state(
     sizes = [v for k, v in state.items() if k.endswith(".network._extra_state")]
     G = len(sparse["loc"])
     place, edges = coordinates["place"].cpu(), sparse["edges"].cpu()
-    globals, others = place.argsort().tensor_split([G])
+    first, others = place.argsort().tensor_split([G])
     structure = Structure(
-        globals,
+        first,
         others,
         coordinates["before"].cpu(),
         others.sort().values[edges],

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..distributions import DiagonalNormal
 from ..flows.autoregressive import InverseAutoregressiveFlowStack, inverse_autoregressive_flow
+from ..flows.base import SinglePass
 from ..flows.conditional import (
     ConditionalInverseAutoregressiveFlowStack,
     conditional_inverse_autoregressive_flow,
@@ -93,7 +94,7 @@ class GuideTransform(_FlowsAndLastStep, InverseAutoregressiveFlowStack):
     :attr:`is_dense` and :meth:`widen_tails`. A guide makes its transform in ``_fresh_transform``.
     """
 
-    def __init__(self, flows: Sequence[Any], last: LocScale) -> None:
+    def __init__(self, flows: Sequence[Any], last: SinglePass) -> None:
         super().__init__([*flows, last])  # type: ignore[list-item]
 
     def posterior(self) -> Posterior:

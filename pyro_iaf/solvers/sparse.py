@@ -15,7 +15,6 @@ since each is a few operations on all its variables, and no loop over variables 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -76,33 +75,33 @@ class Elimination:
             fn(self.order), rounds, fn(self.children), fn(self.parents), fn(self.edges)
         )
 
-    def forecast(self, coefficients: Tensor, x: Tensor, round: Round) -> Tensor:
+    def forecast(self, coefficients: Tensor, x: Tensor, each: Round) -> Tensor:
         """What the parents say of the variables of a round.
 
         Args:
             coefficients: Of shape ``(..., E + 1)``, with a last one of zero.
             x: The values of at least all earlier places, in the order of drawing.
-            round: The round.
+            each: The round.
         """
-        if not round.parents.shape[1]:
+        if not each.parents.shape[1]:
             return x.new_zeros(())
-        n = round.parents.numel()
-        by = coefficients[..., round.slots.flatten()] * x[..., round.parents.flatten()]
-        return by.unflatten(-1, round.parents.shape).sum(-1) if n else x.new_zeros(())
+        by = coefficients[..., each.slots.flatten()] * x[..., each.parents.flatten()]
+        found: Tensor = by.unflatten(-1, each.parents.shape).sum(-1)
+        return found
 
     def draw(self, coefficients: Tensor, scaled: Tensor) -> Tensor:
         """The ``x`` with ``x - A x = scaled``, round by round."""
         x = scaled[..., :0]
-        for round in self.rounds:
-            known = scaled[..., round.first : round.last]
-            x = torch.cat([x, known + self.forecast(coefficients, x, round)], -1)
+        for each in self.rounds:
+            known = scaled[..., each.first : each.last]
+            x = torch.cat([x, known + self.forecast(coefficients, x, each)], -1)
         return x
 
     def residual(self, coefficients: Tensor, x: Tensor) -> Tensor:
         """``x - A x``, all at once."""
         parts = [
-            x[..., round.first : round.last] - self.forecast(coefficients, x, round)
-            for round in self.rounds
+            x[..., each.first : each.last] - self.forecast(coefficients, x, each)
+            for each in self.rounds
         ]
         return torch.cat(parts, -1)
 
@@ -115,21 +114,21 @@ class Elimination:
         """
         none = torch.zeros_like(edges[:, :1])
         diagonal, edges = diagonal.clone(), torch.cat([edges, none], 1)
-        for round in reversed(self.rounds):
-            pivots = diagonal[:, round.first : round.last]
+        for each in reversed(self.rounds):
+            pivots = diagonal[:, each.first : each.last]
             smallest = 1e-10 * pivots.abs().amax(1, keepdim=True)
             pivots = torch.maximum(pivots.abs(), smallest)  # of a matrix that is not definite
-            diagonal[:, round.first : round.last] = pivots
-            n, num_parents = round.parents.shape
+            diagonal[:, each.first : each.last] = pivots
+            n, num_parents = each.parents.shape
             if not num_parents:
                 continue
-            slots = round.slots.flatten()
+            slots = each.slots.flatten()
             column = edges[:, slots].unflatten(1, (n, num_parents))
             scaled = column / pivots.unsqueeze(-1)
-            diagonal.index_add_(1, round.parents.flatten(), -(column * scaled).flatten(1))
+            diagonal.index_add_(1, each.parents.flatten(), -(column * scaled).flatten(1))
             p, q = torch.triu_indices(num_parents, num_parents, 1, device=edges.device)
             between = -(column[..., p] * scaled[..., q]).flatten(1)
-            edges.index_add_(1, round.pairs.flatten(), between)
+            edges.index_add_(1, each.pairs.flatten(), between)
             edges[:, slots] = -scaled.flatten(1)
             edges[:, -1] = 0.0
         return Factor(self, edges, diagonal)
@@ -155,10 +154,10 @@ class Factor(NamedTuple):
     def solve(self, v: Tensor) -> Tensor:
         """The ``x`` with ``Q x = v``, for vectors of shape ``(K, n)`` in the order of drawing."""
         v = v.clone()
-        for round in reversed(self.elimination.rounds):
-            here = v[:, round.first : round.last].unsqueeze(-1)
-            by = self.coefficients[:, round.slots.flatten()].unflatten(1, round.slots.shape)
-            v.index_add_(1, round.parents.flatten(), (by * here).flatten(1))
+        for each in reversed(self.elimination.rounds):
+            here = v[:, each.first : each.last].unsqueeze(-1)
+            by = self.coefficients[:, each.slots.flatten()].unflatten(1, each.slots.shape)
+            v.index_add_(1, each.parents.flatten(), (by * here).flatten(1))
         return self.elimination.draw(self.coefficients, v / self.precisions)
 
 
@@ -177,8 +176,8 @@ def eliminated(num: int, edges: Iterable[tuple[int, int]]) -> Elimination:
         most = len(near[candidates[len(left) // 2]])
         chosen: list[int] = []
         barred: set[int] = set()
-        for i in itertools.takewhile(lambda i: len(near[i]) <= most, candidates):
-            if i not in barred:
+        for i in candidates:
+            if len(near[i]) <= most and i not in barred:
                 chosen.append(i)
                 barred |= near[i]
         for i in chosen:
@@ -191,9 +190,7 @@ def eliminated(num: int, edges: Iterable[tuple[int, int]]) -> Elimination:
     return _laid_out(rounds[::-1], parents, torch.tensor(edges, dtype=torch.long).view(-1, 2))
 
 
-def _laid_out(
-    rounds: list[list[int]], parents: dict[int, list[int]], edges: Tensor
-) -> Elimination:
+def _laid_out(rounds: list[list[int]], parents: dict[int, list[int]], edges: Tensor) -> Elimination:
     order = [i for chosen in rounds for i in chosen]
     place = {i: k for k, i in enumerate(order)}
     slot: dict[tuple[int, int], int] = {}
