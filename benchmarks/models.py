@@ -347,7 +347,7 @@ def check(posterior, num_draws=20):
             raise ValueError(f"{posterior}: log density {ours} in Pyro, {theirs} in NumPyro.")
 
 
-def draw(posterior):
+def draw(posterior, size=SIZE, error_of_sd=ERROR_OF_SD, max_blocks=MAX_BLOCKS):
     """A row that says how well NUTS ran, and its summary."""
     from jax import random
 
@@ -369,7 +369,7 @@ def draw(posterior):
     )
     sites = pyro.poutine.trace(posterior.model).get_trace().stochastic_nodes
     began, blocks, divergences, key = time.perf_counter(), [], 0, random.key(0)
-    for _ in range(MAX_BLOCKS):
+    for _ in range(max_blocks):
         mcmc.run(key, extra_fields=("diverging",))
         mcmc.post_warmup_state = mcmc.last_state
         key = mcmc.last_state.rng_key
@@ -380,16 +380,16 @@ def draw(posterior):
         everything = [np.concatenate(parts, 1) for parts in zip(*blocks, strict=True)]
         values = np.concatenate(everything, -1)
         values = values[..., np.ptp(values, (0, 1)) > 0]  # without those that are fixed
-        size = numpyro.diagnostics.effective_sample_size(values).min()
-        error = error_of_sd(values, numpyro)
-        if size > SIZE and error < ERROR_OF_SD:
+        smallest = numpyro.diagnostics.effective_sample_size(values).min()
+        error = largest_error_of_sd(values, numpyro)
+        if smallest > size and error < error_of_sd:
             break
     row = {
         "posterior": posterior.name,
         "latents": posterior.latent_dim,
         "draws": values.shape[0] * values.shape[1],
         "rhat": round(float(numpyro.diagnostics.split_gelman_rubin(values).max()), 4),
-        "smallest_ess": round(float(size)),
+        "smallest_ess": round(float(smallest)),
         "error_of_sd": round(error, 4),
         "divergences": divergences,
         "seconds": round(time.perf_counter() - began, 1),
@@ -404,7 +404,7 @@ def draw(posterior):
     return row, summary
 
 
-def error_of_sd(values, numpyro):
+def largest_error_of_sd(values, numpyro):
     """The largest Monte-Carlo error of a standard deviation, relative to it."""
     squares = (values - values.mean((0, 1))) ** 2
     size = numpyro.diagnostics.effective_sample_size(squares)
@@ -414,14 +414,18 @@ def error_of_sd(values, numpyro):
 def main(posteriors=POSTERIORS, references="references"):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="the posteriors to draw again")
-    names = parser.parse_args().names or list(posteriors)
+    write(posteriors, references, parser.parse_args().names or list(posteriors))
+
+
+def write(posteriors, references, names, **limits):
+    """Draws the named posteriors anew, as :func:`draw` does, and keeps what is known of others."""
     torch.set_default_dtype(torch.float64)
     file = RESULTS / f"{references}.json"
     known = json.loads(file.read_text()) if file.exists() else {"rows": [], "summaries": {}}
     rows, summaries = {row["posterior"]: row for row in known["rows"]}, known["summaries"]
     for name in names:
         check(posteriors[name])
-        rows[name], summaries[name] = draw(posteriors[name])
+        rows[name], summaries[name] = draw(posteriors[name], **limits)
         print(rows[name], flush=True)
         kept = [name for name in posteriors if name in rows]
         note = "NumPyro's NUTS in float64, 4 chains; summaries are of constrained values"

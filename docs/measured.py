@@ -383,13 +383,17 @@ def refined_draws():
 @said
 def refined_summary():
     ours = {r["posterior"]: r for r in rows("refine") if r["contender"] == "refine"}
-    nuts = [r for r in rows("refine") if r["contender"] == "numpyro" and r["holds"]]
-    ratio = statistics.median(ours[r["posterior"]]["seconds"] / r["seconds"] for r in nuts)
+
+    def ratio(peer):
+        known = [r for r in rows("refine") if r["contender"] == peer and r["holds"]]
+        times = statistics.median(ours[r["posterior"]]["seconds"] / r["seconds"] for r in known)
+        return f"{times:.2f} times those of {{}} on the {len(known)} where that was run and holds"
+
     return (
         f"Of {len(ours)} posteriors {sum(r['holds'] for r in ours.values())} hold, and "
         f"{sum(r['converged'] for r in ours.values())} are told to have converged. In the median "
-        f"it takes {statistics.median(r['seconds'] for r in ours.values()):.1f} seconds, and "
-        f"{ratio:.2f} times those of NUTS on the {len(nuts)} where that was run and holds."
+        f"it takes {statistics.median(r['seconds'] for r in ours.values()):.1f} seconds, "
+        f"{ratio('numpyro').format('NumPyro')}, and {ratio('neutra').format('Pyro')}."
     )
 
 

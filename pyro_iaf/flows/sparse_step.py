@@ -169,9 +169,7 @@ class SparseStep(SinglePass):
             learned = (v @ self.weight[:, :-1].mT + self.weight[:, -1]).tanh()
             found = found + learned @ self._changes(slice(F, None))
         mean, log_scale, coefficients = found.split([n, n, found.shape[-1] - 2 * n], -1)
-        none = torch.zeros_like(coefficients[..., :1]) if n else coefficients[..., :0]
-        if not coefficients.shape[-1]:
-            none = torch.zeros_like(mean[..., :1])
+        none = torch.zeros_like(mean[..., :1])
         return mean, log_scale, torch.cat([coefficients, none], -1)
 
     def _changes(self, rows: slice) -> Tensor:
@@ -179,9 +177,9 @@ class SparseStep(SinglePass):
         n = self.num_others
         units = torch.cat([self.start[0, n : 2 * n].exp(), self.start.new_ones(1).expand(n)])
         rest = self.start.new_ones(1).expand(self.start.shape[1] - 2 * n)
-        changes: Tensor = self.changes[rows] * torch.cat([units, rest])
-        found: Tensor = changes * (UNIT * min(1.0, (100 / max(n, 1)) ** 0.5))
-        return found
+        size = UNIT * min(1.0, (100 / n) ** 0.5)
+        changes: Tensor = self.changes[rows] * torch.cat([size * units, size * rest])
+        return changes
 
     def _compute(self, x: Tensor) -> tuple[Tensor, Tensor]:
         v, noise = x.split([self.num_globals, self.num_others], -1)

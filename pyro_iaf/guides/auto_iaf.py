@@ -33,11 +33,10 @@ from ..nn.univariate import UnivariateMap
 from ..solvers.path_score import draw_scored
 from .latents import joined, with_discrete
 from .mixture import Mixture, MixtureGuide
-from .nested_laplace import nested_laplace
 from .pathfinder import Start, StartNotFound, further_starts, pathfinder
 from .site_delta import SiteDeltas
 from .structure import Structure, find_structure
-from .structured_transform import StructuredTransform, structured_transform
+from .structured_transform import StructuredTransform, elbo_of, structured_start
 from .transform import GuideTransform, Transform, entries_below
 
 __all__ = ["AutoIAF"]
@@ -45,8 +44,8 @@ __all__ = ["AutoIAF"]
 # Medians and quantiles are computed from this many draws and their mirror images.
 NUM_MIRRORED = 5000
 
-# Starts are compared by so many draws.
-NUM_COMPARED = 50
+# A start whose log weights spread by less, in nats, is not compared with others.
+SMALL_SPREAD = 3.0
 
 
 class AutoIAF(MixtureGuide, AutoContinuous):
@@ -255,15 +254,16 @@ class AutoIAF(MixtureGuide, AutoContinuous):
             trace = poutine.trace(model).get_trace(*args, **kwargs)  # with data and subsamples
         joint, dense = self.log_joint(model, trace, args, kwargs), self._is_dense(len(loc))
         structured = self._structured_near(joint, loc.detach()) if num == 1 else None
-        if structured is not None and structured.structure.is_exact:
-            return [structured]
         try:
-            first = pathfinder(joint, loc.detach(), dense)
-            starts = [first, *further_starts(joint, first, dense, num - 1)]
-            found = [self._fresh_transform(start, 0.0, context_dim) for start in starts]
             if structured is not None:
-                return [max(structured, *found, key=lambda fresh: _elbo(joint, fresh))]
-            return found
+                elbo, spread = elbo_of(joint, structured.posterior())
+                if spread < SMALL_SPREAD:
+                    return [structured]
+            first = pathfinder(joint, loc.detach(), dense)
+            if structured is not None and elbo > elbo_of(joint, first.posterior())[0]:
+                return [structured]
+            starts = [first, *further_starts(joint, first, dense, num - 1)]
+            return [self._fresh_transform(start, 0.0, context_dim) for start in starts]
         except StartNotFound as why:
             warn(
                 f"AutoIAF looked for a start by Pathfinder and found none: {why}. It starts at the "
@@ -274,25 +274,11 @@ class AutoIAF(MixtureGuide, AutoContinuous):
 
     def _structured_near(self, joint: LogJoint, loc: Tensor) -> StructuredTransform | None:
         """A transform with the structure of the model, if it has one; it starts near a point."""
-        if not self._looks_for_structure or self._encoder is not None:
-            return None
-        first = self._transform
-        if first is not None:
-            found = first.structure if isinstance(first, StructuredTransform) else None
-        else:
-            if joint.check(torch.stack([loc, *(loc + torch.randn(6, len(loc)).to(loc))])):
-                return None
+        if self._transform is None and self._looks_for_structure and self._encoder is None:
             found = find_structure(joint, loc, [*self._unconstrained_shapes.values()])
-        if found is None or (start := nested_laplace(joint, found, loc)) is None:
-            return None
-        fresh = structured_transform(
-            start,
-            found,
-            num_flows=self.num_flows,
-            hidden_dims=self.hidden_dims,
-            univariate=self.univariate,
-        )
-        return fresh if _elbo(joint, fresh) > -math.inf else None
+        else:
+            found = self.structure
+        return None if found is None else structured_start(joint, found, loc, self)
 
     @property
     def structure(self) -> Structure | None:
@@ -479,15 +465,6 @@ class AutoIAF(MixtureGuide, AutoContinuous):
     def _fits(self, state: dict[str, Tensor]) -> bool:
         transform = self._transform
         return transform is not None and _shapes(transform.state_dict()) == _shapes(state)
-
-
-@torch.no_grad()
-def _elbo(joint: LogJoint, transform: Any) -> float:
-    """The ELBO of a transform by a few draws; ``-inf`` where it is not finite."""
-    posterior = transform.posterior()
-    z = posterior.sample((NUM_COMPARED,))
-    elbo: float = (joint(z) - posterior.log_prob(z)).mean().item()
-    return elbo if math.isfinite(elbo) else -math.inf
 
 
 def _shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:

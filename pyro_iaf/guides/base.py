@@ -36,8 +36,8 @@ from .init_loc import or_draw
 from .latents import check_latents, check_loaded, quantiles_of, warn_of_masks
 from .pathfinder import Start
 from .plates import GivenSubsamples, quoted
-from .structured_transform import structured_from_state
-from .transform import Transform, entries_below, fresh_transform, settings_of
+from .structured_transform import transform_from_state
+from .transform import Transform, entries_below, fresh_transform
 
 __all__ = ["FlowGuide"]
 
@@ -295,21 +295,15 @@ class FlowGuide(AutoGuide):
     def _rebuilt(self, state_dict: dict[str, Any], prefix: str, name: str) -> Transform | None:
         """A transform that fits a part of a state; None if there is no such part."""
         with torch.inference_mode(False):
-            entries = entries_below(state_dict, f"{prefix}{name}.")
-            settings = settings_of(entries)
             univariate, _ = self._extra_state_in(state_dict, prefix)
             # The repr of a user's own map is known only to this guide.
             is_own = univariate == repr(self.univariate)
             maps = self.univariate if is_own else map_of_repr(univariate)
-            if maps is None:
-                return None
-            if (found := structured_from_state(entries, maps)) is not None:
-                self.num_flows, self.univariate = len(found.networks), maps
-                return found
-            if settings is None:
-                return None
-            self.num_flows, self.univariate = settings["num_flows"], maps
-            return fresh_transform(**settings, log_scale=0.0, univariate=maps)
+            found = transform_from_state(entries_below(state_dict, f"{prefix}{name}."), maps)
+            if maps is not None and found is not None:
+                self.univariate = maps
+                self.num_flows = found.num_flows or self.num_flows
+            return found
 
     @property
     def model(self) -> Any:

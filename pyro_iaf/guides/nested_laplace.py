@@ -81,7 +81,7 @@ class _Conditional:
         self.G, self.n = G, n
 
     def value(self, g: Tensor, u: Tensor) -> Tensor:
-        z = self.coordinates._compute(torch.cat([g, u], -1))[0]
+        z = self.coordinates(torch.cat([g, u], -1))
         found: Tensor = self.joint(z)
         return found
 
@@ -153,7 +153,7 @@ def nested_laplace(joint: LogJoint, structure: Structure, loc: Tensor) -> Nested
     """
     conditional = _Conditional(joint, structure)
     G = conditional.G
-    y = conditional.coordinates._undo(loc)[0]
+    y = conditional.coordinates.inv(loc)
     g, u = y[:G].unsqueeze(0), y[G:].unsqueeze(0)
     scale = loc.new_ones(G)
     value, u = conditional.marginal(g, u)

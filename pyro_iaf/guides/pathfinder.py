@@ -24,8 +24,9 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import pyro.distributions as dist
 import torch
 from torch import Tensor
 
@@ -100,6 +101,14 @@ class Start(NamedTuple):
         else:
             units = torch.linalg.solve_triangular(self.scale, away.unsqueeze(-1), upper=False)
         return bool(units.abs().max() < 1)
+
+    def posterior(self) -> Any:
+        """The Gaussian."""
+        if self.scale.dim() == 1:
+            found = dist.Normal(self.loc, self.scale, validate_args=False).to_event(1)
+        else:
+            found = dist.MultivariateNormal(self.loc, scale_tril=self.scale, validate_args=False)
+        return found
 
     def beside(self, size: float = 1.0) -> Start:
         """The same at a draw of the Gaussian, narrower by ``size``."""

@@ -22,12 +22,8 @@ __all__ = ["Structure", "find_structure"]
 # Structure is looked for among so many latents.
 FEWEST, MOST = 40, 3000
 
-# Second derivatives below this share of the root of both diagonals count as zero; the second where
-# the first finds no structure.
-SMALL = 1e-6, 0.05
-
-# A site of so many numbers is global where small derivatives are left out.
-SMALL_SITE = 8
+# Second derivatives below this share of the root of both diagonals count as zero.
+SMALL = 1e-6
 
 # A latent that touches more than this share of all is a global; there are at most so many.
 MANY, MOST_GLOBALS = 0.25, 64
@@ -52,7 +48,6 @@ class Structure:
         before: Of each latent the latent before it in a run of sums, or D; of shape ``(D,)``.
         edges: Pairs of others, by their places in the model, of shape ``(m, 2)``.
         elimination: The order of elimination of the others.
-        is_exact: Whether no small second derivative was left out.
     """
 
     globals: Tensor
@@ -60,10 +55,9 @@ class Structure:
     before: Tensor
     edges: Tensor
     elimination: Elimination
-    is_exact: bool = True
 
     @classmethod
-    def of(cls, is_global: Tensor, before: Tensor, edges: Tensor, is_exact: bool) -> Structure:
+    def of(cls, is_global: Tensor, before: Tensor, edges: Tensor) -> Structure:
         """That with these globals, runs and edges."""
         rest = (~is_global).nonzero().squeeze(-1)
         number = torch.full_like(before, -1)
@@ -71,7 +65,7 @@ class Structure:
         elimination = eliminated(len(rest), number[edges].tolist())
         others = rest[elimination.order]
         first = is_global.nonzero().squeeze(-1)
-        return cls(first, others, before, edges, elimination, is_exact)
+        return cls(first, others, before, edges, elimination)
 
     @property
     def place(self) -> Tensor:
@@ -108,29 +102,19 @@ def find_structure(joint: LogJoint, loc: Tensor, shapes: Sequence[torch.Size]) -
         shapes: The shapes of the sites in unconstrained space, in order.
     """
     D = len(loc)
-    if not FEWEST <= D <= MOST or not joint.at_once:
+    if not FEWEST <= D <= MOST:
+        return None
+    points = torch.stack([loc, *(loc + torch.randn(6, D).to(loc))])
+    if joint.check(points) is not None or not joint.at_once:
         return None
     curvature = _curvature(joint, loc)
     if curvature is None:
         return None
-    for small in SMALL:
-        if (found := _sparsest(curvature, shapes, small)) is not None:
-            return found
-    return None
-
-
-def _sparsest(curvature: Tensor, shapes: Sequence[torch.Size], small: float) -> Structure | None:
-    """The structure with the fewest coefficients, if there are few enough."""
-    D = curvature.shape[-1]
-    is_small = torch.zeros(D, dtype=torch.bool)
-    if small > SMALL[0]:  # what touches all a little is not told by this
-        for start, shape in _blocks(shapes):
-            is_small[start : start + shape.numel()] = shape.numel() <= SMALL_SITE
     none = torch.full((D,), D)
     best: Structure | None = None
-    for before in (none, _summed(curvature, shapes, small)):
-        touches = _touches(_in_sums(curvature, before), small)
-        is_global = (touches.sum(1) > MANY * D) | is_small
+    for before in (none, _summed(curvature, shapes)):
+        touches = _touches(_in_sums(curvature, before))
+        is_global = touches.sum(1) > MANY * D
         if int(is_global.sum()) > min(MOST_GLOBALS, D // 4):
             continue
         # A sum of a global is none.
@@ -138,7 +122,7 @@ def _sparsest(curvature: Tensor, shapes: Sequence[torch.Size], small: float) -> 
             continue
         touches &= ~is_global & ~is_global.unsqueeze(1)
         edges = touches.triu(1).nonzero()
-        found = Structure.of(is_global, before, edges, small == SMALL[0])
+        found = Structure.of(is_global, before, edges)
         n = len(found.others)
         if found.elimination.num_coefficients > MOST_SHARE * n * (n - 1) / 2:
             continue
@@ -159,13 +143,13 @@ def _curvature(joint: LogJoint, loc: Tensor) -> Tensor | None:
     return torch.stack(rows) if rows else None
 
 
-def _touches(curvature: Tensor, small: float) -> Tensor:
+def _touches(curvature: Tensor) -> Tensor:
     """Which pairs have a second derivative that is not small."""
     size = curvature.abs()
     diagonal = size.diagonal(dim1=-2, dim2=-1)
     largest = diagonal.amax(-1, keepdim=True)
     root = torch.maximum(diagonal, 1e-12 * largest).sqrt()
-    return (size > small * root.unsqueeze(-1) * root.unsqueeze(-2)).any(0)
+    return (size > SMALL * root.unsqueeze(-1) * root.unsqueeze(-2)).any(0)
 
 
 def _in_sums(curvature: Tensor, before: Tensor) -> Tensor:
@@ -182,18 +166,18 @@ def _in_sums(curvature: Tensor, before: Tensor) -> Tensor:
     return apply(apply(curvature).mT)
 
 
-def _summed(curvature: Tensor, shapes: Sequence[torch.Size], small: float) -> Tensor:
+def _summed(curvature: Tensor, shapes: Sequence[torch.Size]) -> Tensor:
     """Runs along an axis of each site, where its own second derivatives are sparser in sums."""
     D = curvature.shape[-1]
     before = torch.full((D,), D)
     for start, shape in _blocks(shapes):
         size = shape.numel()
         own = curvature[:, start : start + size, start : start + size]
-        best = int(_touches(own, small).sum())
+        best = int(_touches(own).sum())
         for run in _axes(shape):
             local = torch.full((size,), size)
             local[run[:, 1:]] = run[:, :-1]
-            found = int(_touches(_in_sums(own, local), small).sum())
+            found = int(_touches(_in_sums(own, local)).sum())
             if found < best / 2:
                 best = found
                 before[start : start + size] = torch.where(local < size, local + start, D)

@@ -6,6 +6,7 @@ others given them (:mod:`pyro_iaf.flows.sparse_step`), and the order of the mode
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -13,15 +14,31 @@ import torch
 from torch import Tensor
 
 from ..flows.sparse_step import Coordinates, Leading, SparseStep
+from ..models.log_joint import LogJoint
 from ..nn.made import MaskedAutoregressiveNetwork
 from ..nn.univariate import UnivariateMap
 from ..solvers.sparse import eliminated
-from .nested_laplace import NestedStart
+from .nested_laplace import NestedStart, nested_laplace
 from .pathfinder import Start
 from .structure import Structure
-from .transform import GuideTransform, entries_below, fresh_transform
+from .transform import (
+    GuideTransform,
+    Transform,
+    entries_below,
+    fresh_transform,
+    settings_of,
+)
 
-__all__ = ["StructuredTransform", "structured_from_state", "structured_transform"]
+__all__ = [
+    "StructuredTransform",
+    "elbo_of",
+    "structured_start",
+    "structured_transform",
+    "transform_from_state",
+]
+
+# Starts are compared by so many draws.
+NUM_COMPARED = 50
 
 
 class StructuredTransform(GuideTransform):
@@ -76,7 +93,7 @@ class StructuredTransform(GuideTransform):
     def origin(self) -> Tensor:
         sparse, coordinates = self.sparse, cast(Coordinates, self.parts[-1])
         others = sparse.start[0, : sparse.num_others]
-        origin: Tensor = coordinates._compute(torch.cat([sparse.loc, others]))[0]
+        origin: Tensor = coordinates(torch.cat([sparse.loc, others]))
         return origin
 
     @torch.no_grad()
@@ -121,13 +138,51 @@ def structured_transform(
     return StructuredTransform(of_globals, last, coordinates).to(start.loc)
 
 
-def structured_from_state(
-    state: Mapping[str, Tensor], univariate: UnivariateMap
+@torch.no_grad()
+def structured_start(
+    joint: LogJoint, structure: Structure, loc: Tensor, like: Any
 ) -> StructuredTransform | None:
-    """A transform that fits a state; None if the state is not of one with structure."""
-    name = next((name for name in state if name.endswith(".edges")), None)
-    if name is None:
+    """A fresh transform near a point, with the settings of a guide; None if none is found."""
+    start = nested_laplace(joint, structure, loc)
+    if start is None:
         return None
+    fresh = structured_transform(
+        start,
+        structure,
+        num_flows=like.num_flows,
+        hidden_dims=like.hidden_dims,
+        univariate=like.univariate,
+    )
+    return fresh if elbo_of(joint, fresh.posterior())[0] > -math.inf else None
+
+
+@torch.no_grad()
+def elbo_of(joint: LogJoint, posterior: Any) -> tuple[float, float]:
+    """The ELBO of a distribution by a few draws, ``-inf`` where it is not finite, and their sd."""
+    z = posterior.sample((NUM_COMPARED,))
+    log_weights: Tensor = joint(z) - posterior.log_prob(z)
+    elbo, spread = log_weights.mean().item(), log_weights.std().item()
+    return (elbo, spread) if math.isfinite(elbo) else (-math.inf, math.inf)
+
+
+def transform_from_state(
+    state: Mapping[str, Tensor], univariate: UnivariateMap | None
+) -> Transform | None:
+    """A transform that fits a state; None if there is none in it."""
+    if univariate is None:
+        return None
+    if any(name.endswith(".edges") for name in state):
+        return _structured_from_state(state, univariate)
+    settings = settings_of(state)
+    if settings is None:
+        return None
+    return fresh_transform(**settings, log_scale=0.0, univariate=univariate)
+
+
+def _structured_from_state(
+    state: Mapping[str, Tensor], univariate: UnivariateMap
+) -> StructuredTransform:
+    name = next(name for name in state if name.endswith(".edges"))
     sparse = entries_below(state, name.removesuffix("edges"))
     step = int(name.split(".")[1])
     coordinates = entries_below(state, f"parts.{step + 1}.")

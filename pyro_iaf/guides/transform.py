@@ -53,6 +53,11 @@ class _FlowsAndLastStep:
         return [flow.network for flow in self.parts[:-1]]
 
     @property
+    def num_flows(self) -> int:
+        """How many flows it has."""
+        return len(self.networks)
+
+    @property
     def num_units(self) -> int:
         """Units of the widest layer plus the size of the context, per draw."""
         return max(max(net.hidden_dims) for net in self.networks) + self.context_dim
