@@ -7,8 +7,7 @@ by its steps is a chain in their cumulative sums.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,20 +15,22 @@ from torch import Tensor
 
 from ..models.log_joint import LogJoint
 from ..solvers.sparse import Elimination, eliminated
+from .probing import pattern_of
+from .runs import axes, before_along, blocks
 
 __all__ = ["Structure", "find_structure"]
 
 # Structure is looked for among so many latents.
-FEWEST, MOST = 40, 3000
+FEWEST, MOST = 40, 20_000
+
+# Among up to so many, by all second derivatives.
+MOST_DENSE = 1200
 
 # Second derivatives below this share of the root of both diagonals count as zero.
 SMALL = 1e-6
 
 # A latent that touches more than this share of all is a global; there are at most so many.
 MANY, MOST_GLOBALS = 0.25, 64
-
-# Along an axis of so many numbers sums are tried as coordinates.
-SHORTEST_RUN = 10
 
 # A sparse factor has at most this share of a dense one's entries.
 MOST_SHARE = 0.25
@@ -107,29 +108,34 @@ def find_structure(joint: LogJoint, loc: Tensor, shapes: Sequence[torch.Size]) -
     points = torch.stack([loc, *(loc + torch.randn(6, D).to(loc))])
     if joint.check(points) is not None or not joint.at_once:
         return None
+    if D > MOST_DENSE:
+        pattern = pattern_of(joint, loc + AWAY * torch.randn(D).to(loc), shapes)
+        return None if pattern is None else _sparse(*pattern)
     curvature = _curvature(joint, loc)
     if curvature is None:
         return None
-    none = torch.full((D,), D)
-    best: Structure | None = None
-    for before in (none, _summed(curvature, shapes)):
+    tried = []
+    for before in (torch.full((D,), D), _summed(curvature, shapes)):
         touches = _touches(_in_sums(curvature, before))
         is_global = touches.sum(1) > MANY * D
-        if int(is_global.sum()) > min(MOST_GLOBALS, D // 4):
-            continue
-        # A sum of a global is none.
-        if bool((is_global & (before < D)).any()):
-            continue
         touches &= ~is_global & ~is_global.unsqueeze(1)
-        edges = touches.triu(1).nonzero()
-        found = Structure.of(is_global, before, edges)
-        n = len(found.others)
-        if found.elimination.num_coefficients > MOST_SHARE * n * (n - 1) / 2:
-            continue
-        size = found.elimination.num_coefficients
-        if best is None or size < best.elimination.num_coefficients:
-            best = found
-    return best
+        tried.append(_sparse(is_global, before, touches.triu(1).nonzero()))
+    found = [structure for structure in tried if structure is not None]
+    return min(found, key=lambda s: s.elimination.num_coefficients, default=None)
+
+
+def _sparse(is_global: Tensor, before: Tensor, edges: Tensor) -> Structure | None:
+    """That with these globals, runs and edges, if it is sparse."""
+    D = len(before)
+    if int(is_global.sum()) > min(MOST_GLOBALS, D // 4):
+        return None
+    if bool((is_global & (before < D)).any()):  # a sum of a global is none
+        return None
+    found = Structure.of(is_global, before, edges)
+    n = len(found.others)
+    if found.elimination.num_coefficients > MOST_SHARE * n * (n - 1) / 2:
+        return None
+    return found
 
 
 def _curvature(joint: LogJoint, loc: Tensor) -> Tensor | None:
@@ -170,29 +176,13 @@ def _summed(curvature: Tensor, shapes: Sequence[torch.Size]) -> Tensor:
     """Runs along an axis of each site, where its own second derivatives are sparser in sums."""
     D = curvature.shape[-1]
     before = torch.full((D,), D)
-    for start, shape in _blocks(shapes):
+    for start, shape in blocks(shapes):
         size = shape.numel()
         own = curvature[:, start : start + size, start : start + size]
         best = int(_touches(own).sum())
-        for run in _axes(shape):
-            local = torch.full((size,), size)
-            local[run[:, 1:]] = run[:, :-1]
+        for run in axes(shape):
+            local = before_along(torch.full((size,), size), 0, shape, run)
             found = int(_touches(_in_sums(own, local)).sum())
             if found < best / 2:
-                best = found
-                before[start : start + size] = torch.where(local < size, local + start, D)
+                best, before = found, before_along(before, start, shape, run)
     return before
-
-
-def _blocks(shapes: Sequence[torch.Size]) -> Iterator[tuple[int, torch.Size]]:
-    ends = itertools.accumulate(shape.numel() for shape in shapes)
-    for shape, end in zip(shapes, ends, strict=True):
-        yield end - shape.numel(), shape
-
-
-def _axes(shape: torch.Size) -> Iterator[Tensor]:
-    """Runs along each long axis, as rows of a matrix of places."""
-    places = torch.arange(shape.numel()).view(shape)
-    for dim, length in enumerate(shape):
-        if length >= SHORTEST_RUN:
-            yield places.movedim(dim, -1).reshape(-1, length)

@@ -1,0 +1,205 @@
+r"""The sparse second derivatives of a density over thousands of latents, by a few of their columns.
+
+A column costs one product. Long axes of a site are taken to be alike all along: what one of its
+numbers touches, so many places on, the others touch too. A random product then tells whether that
+holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..models.log_joint import LogJoint
+from ..solvers.sparse import coloured
+from .runs import axes, before_along, blocks
+
+__all__ = ["pattern_of"]
+
+# So many columns of each large site are taken, a few of them to choose its coordinates.
+NUM_COLUMNS, NUM_COMPARED = 12, 3
+
+# A site of more numbers is large; there are at most so many numbers in small ones.
+LARGE, MOST_SMALL = 64, 64
+
+# A row of at most so many others is sparse.
+MOST_TOUCHED = 24
+
+# An axis of at least so many numbers is long.
+LONG = 10
+
+# The largest error of a random product, relative to its largest entry.
+TOLERANCE = 1e-3
+
+
+class _SecondDerivatives:
+    """Products with the second derivatives at a point, in sums along runs."""
+
+    def __init__(self, joint: LogJoint, point: Tensor) -> None:
+        with torch.enable_grad():
+            self.z = point.detach().requires_grad_()
+            value = joint(self.z.unsqueeze(0)).sum()
+            (self.slope,) = torch.autograd.grad(value, self.z, create_graph=True)
+        self.is_finite = bool(value.isfinite() and self.slope.isfinite().all())
+
+    def times(self, v: Tensor, before: Tensor) -> Tensor:
+        """Their product with a vector of sums; entries at the size of rounding are zero."""
+        D = len(before)
+        padded = torch.cat([v, v.new_zeros(1)])
+        (w,) = torch.autograd.grad(self.slope, self.z, v - padded[before], retain_graph=True)
+        found = w.index_add(0, before[before < D], -w[before < D])
+        rounding = 1e4 * torch.finfo(w.dtype).eps * w.abs().max()
+        return torch.where(found.abs() > rounding, found, 0.0)
+
+
+def pattern_of(
+    joint: LogJoint, point: Tensor, shapes: Sequence[torch.Size]
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Which latents are global, the runs of sums, and the edges of the others; None if dense.
+
+    Args:
+        joint: The log density.
+        point: Where it is looked at, of shape ``(D,)``.
+        shapes: The shapes of the sites in unconstrained space.
+    """
+    D, where = len(point), list(blocks(shapes))
+    is_global = torch.zeros(D, dtype=torch.bool)
+    for start, shape in where:
+        is_global[start : start + shape.numel()] = shape.numel() <= LARGE
+    if int(is_global.sum()) > MOST_SMALL or is_global.all():
+        return None
+    second = _SecondDerivatives(joint, point)
+    if not second.is_finite:
+        return None
+    large = [(start, shape) for start, shape in where if shape.numel() > LARGE]
+    before = torch.full((D,), D)
+    for start, shape in large:
+        before = _sparser(second, before, start, shape, is_global)
+    rules: set[tuple[int, ...]] = set()
+    for start, shape in large:
+        for place in _some(start, shape, NUM_COLUMNS):
+            touched = _touched(second, before, place, is_global)
+            if len(touched) > MOST_TOUCHED:
+                return None
+            for other in touched:
+                rule = _rule(place, other, large)
+                if rule is None:
+                    return None
+                rules.add(rule)
+    edges = _edges(rules, large)
+    return (is_global, before, edges) if _holds(second, before, is_global, edges) else None
+
+
+def _touched(
+    second: _SecondDerivatives, before: Tensor, place: int, is_global: Tensor
+) -> list[int]:
+    v = torch.zeros_like(second.z)
+    v[place] = 1.0
+    touched = second.times(v, before).detach() != 0
+    found: list[int] = (touched & ~is_global).nonzero().squeeze(-1).tolist()
+    return found
+
+
+def _some(start: int, shape: torch.Size, num: int) -> list[int]:
+    found: list[int] = (start + torch.randperm(shape.numel())[:num]).tolist()
+    return found
+
+
+def _sparser(
+    second: _SecondDerivatives, before: Tensor, start: int, shape: torch.Size, is_global: Tensor
+) -> Tensor:
+    """Runs, with those of a site along the axis in which it is sparsest, if in any."""
+    places = _some(start, shape, NUM_COMPARED)
+
+    def count(before: Tensor) -> int:
+        return sum(len(_touched(second, before, place, is_global)) for place in places)
+
+    best, fewest = before, count(before)
+    for run in axes(shape):
+        tried = before_along(before, start, shape, run)
+        if (found := count(tried)) < fewest / 2:
+            best, fewest = tried, found
+    return best
+
+
+def _split(place: int, shape: torch.Size) -> tuple[list[int], list[int], list[int]]:
+    """The indices of a place along long axes and along short ones, and the long lengths."""
+    index: list[int] = []
+    for size in reversed(shape):
+        place, here = divmod(place, size)
+        index.insert(0, here)
+    pairs = list(zip(index, shape, strict=True))
+    long = [i for i, size in pairs if size >= LONG]
+    return long, [i for i, size in pairs if size < LONG], [s for s in shape if s >= LONG]
+
+
+def _rule(
+    place: int, other: int, large: Sequence[tuple[int, torch.Size]]
+) -> tuple[int, ...] | None:
+    """What of one site touches what of another, and how many places on; None if not alike."""
+
+    def found(place: int) -> tuple[int, list[int], list[int], list[int]]:
+        k, (start, shape) = next(
+            (k, site)
+            for k, site in enumerate(large)
+            if site[0] <= place < site[0] + site[1].numel()
+        )
+        return k, *_split(place - start, shape)
+
+    a, long_a, short_a, sizes_a = found(place)
+    b, long_b, short_b, sizes_b = found(other)
+    if sizes_a != sizes_b:
+        return None
+    away = [j - i for i, j in zip(long_a, long_b, strict=True)]
+    return (a, b, len(short_a), *short_a, *short_b, *away)
+
+
+def _edges(rules: set[tuple[int, ...]], large: Sequence[tuple[int, torch.Size]]) -> Tensor:
+    """All pairs that the rules tell, the smaller place first."""
+    found = []
+    for a, b, num_short, *rest in sorted(rules):
+        (start_a, shape_a), (start_b, shape_b) = large[a], large[b]
+        num_short_b = sum(size < LONG for size in shape_b)
+        short_a, short_b = rest[:num_short], rest[num_short : num_short + num_short_b]
+        away = rest[num_short + num_short_b :]
+        from_a, to_b = _slices(shape_a, short_a, away, True), _slices(shape_b, short_b, away, False)
+        one = (start_a + torch.arange(shape_a.numel()).view(shape_a))[from_a].flatten()
+        two = (start_b + torch.arange(shape_b.numel()).view(shape_b))[to_b].flatten()
+        found.append(torch.stack([torch.minimum(one, two), torch.maximum(one, two)], 1))
+    pairs = torch.cat(found) if found else torch.zeros(0, 2, dtype=torch.long)
+    kept: Tensor = pairs[pairs[:, 0] < pairs[:, 1]].unique(dim=0)
+    return kept
+
+
+def _slices(
+    shape: torch.Size, short: Sequence[int], away: Sequence[int], is_first: bool
+) -> tuple[int | slice, ...]:
+    shorts, aways = iter(short), iter(away)
+    found: list[int | slice] = []
+    for size in shape:
+        if size < LONG:
+            found.append(next(shorts))
+            continue
+        by = next(aways) if is_first else -next(aways)
+        found.append(slice(max(0, -by), size - max(0, by)))
+    return tuple(found)
+
+
+def _holds(second: _SecondDerivatives, before: Tensor, is_global: Tensor, edges: Tensor) -> bool:
+    """Whether a random product has no more than the edges tell."""
+    colours = coloured(len(before), edges.tolist())
+    others = ~is_global
+    v = torch.randn_like(second.z) * others
+    whole = second.times(v, before) * others
+    told = torch.zeros_like(whole)
+    for colour in range(int(colours.max()) + 1):
+        is_here = (colours == colour) & others
+        column = second.times(is_here.to(v), before)
+        told += column * v * is_here
+        for i, j in (edges.T, edges.flip(1).T):
+            own = is_here[j]
+            told.index_add_(0, i[own], column[i[own]] * v[j[own]])
+    told *= others
+    return bool((told - whole).abs().max() < TOLERANCE * whole.abs().max())
