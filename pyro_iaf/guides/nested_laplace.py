@@ -30,6 +30,11 @@ __all__ = ["NestedStart", "nested_laplace"]
 NUM_NEWTON, MIN_GAIN = 30, 1e-6
 STEP_SIZES = (1.0, 0.5, 0.2, 0.05, 0.01)
 
+# Derivatives are averaged so often, over as many pairs of draws as make about so many points for all
+# globals. There are at most so many numbers in one run of the model.
+NUM_AVERAGES, FEWEST_PAIRS, MOST_PAIRS, NUM_POINTS = 3, 4, 64, 512
+MOST_NUMBERS = 2**20
+
 # The globals' search takes at most so many steps.
 NUM_STEPS = 60
 
@@ -55,6 +60,15 @@ class NestedStart(NamedTuple):
     loc: Tensor
     scale_tril: Tensor
     coefficients: Tensor
+
+
+class _Derivatives(NamedTuple):
+    """Log densities, gradients, and minus second derivatives on the diagonal and the edges."""
+
+    value: Tensor
+    slope: Tensor
+    diagonal: Tensor
+    edges: Tensor
 
 
 class _Conditional:
@@ -85,17 +99,13 @@ class _Conditional:
         found: Tensor = self.joint(z)
         return found
 
-    def slope_and_factor(self, g: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Factor]:
-        """Values, gradients in the others, and factors of minus their second derivatives."""
-        if len(g) > (most := max(1, self.joint.num_at_once)):
-            parts = [
-                self.slope_and_factor(*pair)
-                for pair in zip(g.split(most), u.split(most), strict=True)
-            ]
-            values, slopes, factors = zip(*parts, strict=True)
-            _, coefficients, precisions = zip(*factors, strict=True)
-            joined = Factor(factors[0].elimination, torch.cat(coefficients), torch.cat(precisions))
-            return torch.cat(values), torch.cat(slopes), joined
+    def derivatives(self, g: Tensor, u: Tensor) -> _Derivatives:
+        """Values, gradients in the others, and minus their second derivatives."""
+        most = max(1, min(self.joint.num_at_once, MOST_NUMBERS // self.n))
+        if len(g) > most:
+            pairs = zip(g.split(most), u.split(most), strict=True)
+            parts = [self.derivatives(*pair) for pair in pairs]
+            return _Derivatives(*map(torch.cat, zip(*parts, strict=True)))
         columns = []
         with torch.enable_grad():
             u = u.detach().requires_grad_()
@@ -106,17 +116,20 @@ class _Conditional:
                 columns.append(torch.autograd.grad(total, u, retain_graph=True)[0])
         products = -torch.stack(columns, -1)  # (K, n, colours)
         elimination = self.structure.elimination
-        index = torch.arange(self.n)
-        diagonal = products[:, index, self.colours]
+        diagonal = products[:, torch.arange(self.n), self.colours]
         edges = products[:, elimination.children, self.colours[elimination.parents]]
-        factor = elimination.factor(diagonal, edges * self.is_edge)
-        return value.detach(), slope.detach(), factor
+        return _Derivatives(value.detach(), slope.detach(), diagonal, edges * self.is_edge)
+
+    def factor(self, found: _Derivatives) -> Factor:
+        """Factors of minus the second derivatives."""
+        return self.structure.elimination.factor(found.diagonal, found.edges)
 
     @torch.no_grad()
     def solve(self, g: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Factor]:
         """Modes of the others for globals, log densities there, and factors."""
         for _ in range(NUM_NEWTON):
-            value, slope, factor = self.slope_and_factor(g, u)
+            found = self.derivatives(g, u)
+            value, slope, factor = found.value, found.slope, self.factor(found)
             step = factor.solve(slope)
             gain = (slope * step).sum(-1)
             if not (gain > MIN_GAIN).any():
@@ -134,6 +147,25 @@ class _Conditional:
                 break
             u = best_u
         return u, value, factor
+
+    @torch.no_grad()
+    def normal(self, g: Tensor, u: Tensor, factor: Factor) -> tuple[Tensor, Factor]:
+        """The normal with the highest ELBO given globals: its means and factors.
+
+        Iterates on the averages of derivatives over draws in mirrored pairs, from Laplace's normal.
+        (Opper and Archambeau 2009, https://doi.org/10.1162/neco.2008.08-07-592)
+        """
+        num_pairs = min(max(FEWEST_PAIRS, NUM_POINTS // len(g)), MOST_PAIRS)
+        noise = torch.randn(num_pairs, 1, self.n).to(u)
+        noise = torch.cat([noise, -noise])
+        for _ in range(NUM_AVERAGES):
+            away = factor.elimination.draw(factor.coefficients, noise / factor.precisions.sqrt())
+            there = (u + away).flatten(0, 1)
+            found = self.derivatives(g.repeat(len(noise), 1), there)
+            mean = _Derivatives(*(part.unflatten(0, (len(noise), -1)).mean(0) for part in found))
+            factor = self.factor(mean)
+            u = u + factor.solve(mean.slope)
+        return u, factor
 
     def marginal(self, g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         """Log densities of globals by Laplace's method, and the modes of the others."""
@@ -258,6 +290,7 @@ def _regressed(
         ]
     )
     modes, value, factor = conditional.solve(g + v @ scale_tril.mT, u.expand(num, -1))
+    modes, factor = conditional.normal(g + v @ scale_tril.mT, modes, factor)
     targets = torch.cat([modes, -factor.precisions.log() / 2, factor.coefficients[:, :-1]], 1)
     usable = value.isfinite() & targets.isfinite().all(-1)
     if int(usable.sum()) < num_features:
