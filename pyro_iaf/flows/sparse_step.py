@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from .._validation import module_repr
 from ..solvers.fused import ScoredPass
 from ..solvers.path_score import Solver, Step, Within
-from ..solvers.sparse import Elimination
+from ..solvers.sparse import Elimination, eliminated
 from .base import SinglePass
 
 __all__ = ["Coordinates", "Leading", "SparseStep", "features", "num_features"]
@@ -42,6 +42,9 @@ BOUND = 10.0
 
 # Units of what is learned: a step of an optimiser should not spoil a start that is nearly right.
 UNIT = 0.1
+
+# The spreads of the others are found by so many draws.
+NUM_SPREAD = 64
 
 # How many features are learned.
 NUM_LEARNED = 8
@@ -133,9 +136,9 @@ class SparseStep(SinglePass):
     """
 
     edges: Tensor
-    loc: Tensor
-    scale_tril: Tensor
-    start: Tensor
+    globals_frame: Tensor
+    start_frame: Tensor
+    unit_frame: Tensor
 
     def __init__(
         self, elimination: Elimination, loc: Tensor, scale_tril: Tensor, coefficients: Tensor
@@ -144,10 +147,10 @@ class SparseStep(SinglePass):
         self.elimination = elimination
         G, n = len(loc), len(elimination.order)
         self.num_globals, self.num_others, self.input_dim = G, n, G + n
-        self.register_buffer("edges", elimination.edges)
-        self.register_buffer("loc", loc)
-        self.register_buffer("scale_tril", scale_tril)
-        self.register_buffer("start", coefficients)
+        self.register_buffer("edges", elimination.edges.clone())
+        self.register_buffer("globals_frame", torch.cat([loc.unsqueeze(0), scale_tril]))
+        self.register_buffer("start_frame", coefficients.contiguous())  # as Pyro's store has it
+        self.register_buffer("unit_frame", _units(elimination, coefficients[0]))
         num_learned = NUM_LEARNED if G else 0
         self.changes = nn.Parameter(
             coefficients.new_zeros(len(coefficients) + num_learned, coefficients.shape[1])
@@ -158,28 +161,31 @@ class SparseStep(SinglePass):
 
     @property
     def _sources(self) -> tuple[object, ...]:
-        return (self.changes, self.bend, self.weight, self.loc, self.scale_tril, self.start)
+        frames = self.globals_frame, self.start_frame, self.unit_frame
+        return (self.changes, self.bend, self.weight, *frames)
+
+    @property
+    def loc(self) -> Tensor:
+        """Where the globals are if ``v`` is zero, of shape ``(G,)``."""
+        return self.globals_frame[0]
+
+    @property
+    def scale_tril(self) -> Tensor:
+        """The scale of the globals, of shape ``(G, G)``."""
+        return self.globals_frame[1:]
 
     def _given(self, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The means, logarithms of scales and coefficients for globals."""
         fixed, n = features(v), self.num_others
         F = fixed.shape[-1]
-        found = fixed @ (self.start + self._changes(slice(F)))
+        changes = self.changes * self.unit_frame
+        found = fixed @ (self.start_frame + changes[:F])
         if len(self.weight):
             learned = (v @ self.weight[:, :-1].mT + self.weight[:, -1]).tanh()
-            found = found + learned @ self._changes(slice(F, None))
+            found = found + learned @ changes[F:]
         mean, log_scale, coefficients = found.split([n, n, found.shape[-1] - 2 * n], -1)
         none = torch.zeros_like(mean[..., :1])
         return mean, log_scale, torch.cat([coefficients, none], -1)
-
-    def _changes(self, rows: slice) -> Tensor:
-        """Learned changes, in units in which a step of an optimiser is small for all of them."""
-        n = self.num_others
-        units = torch.cat([self.start[0, n : 2 * n].exp(), self.start.new_ones(1).expand(n)])
-        rest = self.start.new_ones(1).expand(self.start.shape[1] - 2 * n)
-        size = UNIT * min(1.0, (100 / n) ** 0.5)
-        changes: Tensor = self.changes[rows] * torch.cat([size * units, size * rest])
-        return changes
 
     def _compute(self, x: Tensor) -> tuple[Tensor, Tensor]:
         v, noise = x.split([self.num_globals, self.num_others], -1)
@@ -214,6 +220,13 @@ class SparseStep(SinglePass):
         """Adds ``by`` to the log weights of all tails."""
         self.bend[1].add_(by)
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        edges = self.edges
+        if not torch.equal(edges.cpu(), self.elimination.edges.cpu()):
+            found = eliminated(self.num_others, edges.tolist())
+            self.elimination = found.mapped(lambda index: index.to(edges.device))
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseStep:
         super()._apply(fn, recurse)
         self.elimination = self.elimination.mapped(fn)
@@ -226,6 +239,25 @@ class SparseStep(SinglePass):
             f"{self.num_others} others",
             f"{self.elimination.num_coefficients} coefficients",
         )
+
+
+@torch.no_grad()
+def _units(elimination: Elimination, start: Tensor) -> Tensor:
+    """In which units changes are learned, so that a step of an optimiser moves no draw by much.
+
+    Those of means are in units of the conditional scale, and those of coefficients of its ratio to
+    the spread of the parent, where that is larger.
+    """
+    n = len(elimination.order)
+    scale, coefficients = start[n : 2 * n].exp(), start[2 * n :]
+    generator = torch.Generator("cpu").manual_seed(0)
+    noise = torch.randn(NUM_SPREAD, n, generator=generator, device="cpu").to(start)
+    elimination = elimination.mapped(lambda index: index.to(start.device))
+    spread = elimination.draw(torch.cat([coefficients, start.new_zeros(1)]), scale * noise).std(0)
+    ratio = scale[elimination.children] / spread[elimination.parents]
+    units = torch.cat([scale, torch.ones_like(scale), ratio.clamp(max=1.0)])
+    units *= UNIT * min(1.0, (100 / n) ** 0.5)
+    return units
 
 
 class Coordinates(SinglePass):
@@ -265,6 +297,10 @@ class Coordinates(SinglePass):
         for run in self.runs:
             sums = sums.index_copy(-1, run.flatten(), y[..., run].cumsum(-1).flatten(-2))
         return sums[..., self.place.argsort()], torch.zeros_like(y)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.runs = _runs(self.before)
 
     def solve_transposed(self, x: Tensor, v: Tensor) -> Tensor:
         return _solved_by_inverse(self, x, v)

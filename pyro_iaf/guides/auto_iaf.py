@@ -28,15 +28,19 @@ from ..models import param_store
 from ..models.arguments import Args, Kwargs, Program
 from ..models.log_joint import LogJoint
 from ..models.matching import FixedLatents
-from ..models.traces import full_size
 from ..nn.univariate import UnivariateMap
 from ..solvers.path_score import draw_scored
-from .latents import joined, with_discrete
+from .latents import joined, refuse_subsamples, with_discrete
 from .mixture import Mixture, MixtureGuide
 from .pathfinder import Start, StartNotFound, further_starts, pathfinder
 from .site_delta import SiteDeltas
 from .structure import Structure, find_structure
-from .structured_transform import StructuredTransform, elbo_of, structured_start
+from .structured_transform import (
+    StructuredTransform,
+    elbo_of,
+    structured_start,
+    without_start,
+)
 from .transform import GuideTransform, Transform, entries_below
 
 __all__ = ["AutoIAF"]
@@ -199,7 +203,7 @@ class AutoIAF(MixtureGuide, AutoContinuous):
     # Building
 
     def _build(self, model: Program, args: Args, kwargs: Kwargs) -> None:
-        self._refuse_subsamples()
+        refuse_subsamples(self._latent_sites())
         loc = self._init_loc()
         transform = self._transform
         if self._encoder is not None:
@@ -219,17 +223,6 @@ class AutoIAF(MixtureGuide, AutoContinuous):
                 module.to(loc)  # a state may come from another device
         param_store.forget(f"{self._pyro_name}.mixture", self._adopt_parameters())
 
-    def _refuse_subsamples(self) -> None:
-        for name, site in self._latent_sites().items():
-            for frame in site["cond_indep_stack"]:
-                if frame.size != full_size(frame):
-                    raise NotImplementedError(
-                        f"Site '{name}' is local to plate '{frame.name}', which is subsampled: "
-                        f"{frame.size} of {full_size(frame)}. AutoIAF draws all latents as one "
-                        "vector, so it can't follow a subsample. Take AutoHierarchicalIAF(model), "
-                        "which can, or run the model on all the data."
-                    )
-
     def _init_loc(self) -> Tensor:
         sites = self._latent_sites().values()
         values = [biject_to(site["fn"].support).inv(site["value"].detach()) for site in sites]
@@ -247,12 +240,16 @@ class AutoIAF(MixtureGuide, AutoContinuous):
         def by_init() -> list[Transform]:
             return [self._fresh_transform(s, log_scale, context_dim) for s in (at_loc, *around)]
 
-        if self._start == "init" or param_store.has_from_file(f"{self._pyro_name}.transform"):
+        name = f"{self._pyro_name}.transform"
+        is_structured = param_store.has_from_file(name, "start_frame")
+        if not is_structured and (self._start == "init" or param_store.has_from_file(name)):
             return by_init()
         values = {name: site["value"] for name, site in self._latent_sites().items()}
         with FixedLatents(values, {}):
             trace = poutine.trace(model).get_trace(*args, **kwargs)  # with data and subsamples
         joint, dense = self.log_joint(model, trace, args, kwargs), self._is_dense(len(loc))
+        if is_structured and (found := self._found_structure(joint, loc.detach())) is not None:
+            return [without_start(found, loc.detach(), self) for _ in range(num)]
         structured = self._structured_near(joint, loc.detach()) if num == 1 else None
         try:
             if structured is not None:
@@ -274,11 +271,17 @@ class AutoIAF(MixtureGuide, AutoContinuous):
 
     def _structured_near(self, joint: LogJoint, loc: Tensor) -> StructuredTransform | None:
         """A transform with the structure of the model, if it has one; it starts near a point."""
-        if self._transform is None and self._looks_for_structure and self._encoder is None:
-            found = find_structure(joint, loc, [*self._unconstrained_shapes.values()])
-        else:
-            found = self.structure
-        return None if found is None else structured_start(joint, found, loc, self)
+        is_fresh = self._transform is None
+        try:
+            found = self._found_structure(joint, loc) if is_fresh else self.structure
+            return None if found is None else structured_start(joint, found, loc, self)
+        except Exception:  # a model may raise anything
+            return None
+
+    def _found_structure(self, joint: LogJoint, loc: Tensor) -> Structure | None:
+        if not self._looks_for_structure or self._encoder is not None:
+            return None
+        return find_structure(joint, loc, [*self._unconstrained_shapes.values()])
 
     @property
     def structure(self) -> Structure | None:

@@ -14,7 +14,7 @@ from .._validation import warn
 from ..models.arguments import Args, Kwargs, signature_error
 from ..models.masks import density_mask
 from ..models.matching import Mismatch
-from ..models.traces import handler_lock, is_point
+from ..models.traces import full_size, handler_lock, is_point
 from ..models.weighted import WeightedParticles
 from .init_loc import no_bijection
 from .plates import quoted
@@ -24,6 +24,7 @@ __all__ = [
     "check_loaded",
     "joined",
     "quantiles_of",
+    "refuse_subsamples",
     "warn_of_masks",
     "with_discrete",
 ]
@@ -123,3 +124,16 @@ def quantiles_of(draws: Tensor, levels: Tensor) -> Tensor:
     levels = levels.to(flat)
     parts = [part.quantile(levels, dim=0) for part in flat.split(at_once, 1)]
     return torch.cat(parts, 1).reshape(len(levels), *draws.shape[1:])
+
+
+def refuse_subsamples(latents: Mapping[str, Any]) -> None:
+    """Raises an error if a latent is in a plate that is subsampled."""
+    for name, site in latents.items():
+        for frame in site["cond_indep_stack"]:
+            if frame.size != full_size(frame):
+                raise NotImplementedError(
+                    f"Site '{name}' is local to plate '{frame.name}', which is subsampled: "
+                    f"{frame.size} of {full_size(frame)}. AutoIAF draws all latents as one "
+                    "vector, so it can't follow a subsample. Take AutoHierarchicalIAF(model), "
+                    "which can, or run the model on all the data."
+                )

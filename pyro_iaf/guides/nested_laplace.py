@@ -27,16 +27,18 @@ from .structure import Structure
 __all__ = ["NestedStart", "nested_laplace"]
 
 # Newton's method for the others takes at most so many steps, and ends when steps promise less.
-NUM_NEWTON, MIN_GAIN = 30, 1e-6
+NUM_NEWTON, MIN_GAIN = 30, 1e-8
 STEP_SIZES = (1.0, 0.5, 0.2, 0.05, 0.01)
 
-# Derivatives are averaged so often, over as many pairs of draws as make about so many points for all
-# globals. There are at most so many numbers in one run of the model.
+# Derivatives are averaged so often, over as many pairs of draws as make about so many points. There
+# are at most so many numbers in one run of the model.
 NUM_AVERAGES, FEWEST_PAIRS, MOST_PAIRS, NUM_POINTS = 3, 4, 64, 512
 MOST_NUMBERS = 2**20
 
 # The globals' search takes at most so many steps.
 NUM_STEPS = 60
+
+MIN_GAIN_OF_GLOBALS = 1e-5
 
 # Steps of finite differences, in units of about a standard deviation.
 DIFFERENCE = 0.05
@@ -74,9 +76,15 @@ class _Derivatives(NamedTuple):
 class _Conditional:
     """The density of the others in their coordinates, for many values of the globals at once."""
 
-    def __init__(self, joint: LogJoint, structure: Structure) -> None:
-        self.joint, self.structure = joint, structure
-        self.coordinates = Coordinates(structure.place, structure.before)
+    def __init__(self, joint: LogJoint, structure: Structure, device: torch.device) -> None:
+        self.joint, self.device = joint, device
+        with torch.device("cpu"):  # as the structure is, whatever the default
+            self._index(structure)
+
+    def _index(self, structure: Structure) -> None:
+        """Places, colours and edges in the order of drawing."""
+        device = self.device
+        self.coordinates = Coordinates(structure.place, structure.before).to(device)
         elimination = structure.elimination
         n = len(elimination.order)
         place = torch.empty(n, dtype=torch.long)
@@ -93,6 +101,8 @@ class _Conditional:
             [tuple(pair) in own for pair in pairs.tolist()], dtype=torch.bool
         )
         self.G, self.n = G, n
+        self.colours, self.is_edge = self.colours.to(device), self.is_edge.to(device)
+        self.elimination = elimination.mapped(lambda index: index.to(device))
 
     def value(self, g: Tensor, u: Tensor) -> Tensor:
         z = self.coordinates(torch.cat([g, u], -1))
@@ -115,14 +125,14 @@ class _Conditional:
                 total = (slope * (self.colours == colour).to(slope)).sum()
                 columns.append(torch.autograd.grad(total, u, retain_graph=True)[0])
         products = -torch.stack(columns, -1)  # (K, n, colours)
-        elimination = self.structure.elimination
-        diagonal = products[:, torch.arange(self.n), self.colours]
+        elimination = self.elimination
+        diagonal = products[:, torch.arange(self.n, device=self.device), self.colours]
         edges = products[:, elimination.children, self.colours[elimination.parents]]
         return _Derivatives(value.detach(), slope.detach(), diagonal, edges * self.is_edge)
 
     def factor(self, found: _Derivatives) -> Factor:
         """Factors of minus the second derivatives."""
-        return self.structure.elimination.factor(found.diagonal, found.edges)
+        return self.elimination.factor(found.diagonal, found.edges)
 
     @torch.no_grad()
     def solve(self, g: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Factor]:
@@ -183,7 +193,7 @@ def nested_laplace(joint: LogJoint, structure: Structure, loc: Tensor) -> Nested
         structure: Its globals, and the graph of the others.
         loc: Where the search begins, of shape ``(D,)``, in the model's order.
     """
-    conditional = _Conditional(joint, structure)
+    conditional = _Conditional(joint, structure, loc.device)
     G = conditional.G
     y = conditional.coordinates.inv(loc)
     g, u = y[:G].unsqueeze(0), y[G:].unsqueeze(0)
@@ -222,7 +232,7 @@ def _climb(
             slope = new_slope
             direction = inverse @ slope
             direction = direction * min(1.0, 3.0 / (direction.norm().item() + 1e-12))
-            if (slope @ direction).item() < 1e-3:
+            if (slope @ direction).item() < MIN_GAIN_OF_GLOBALS:
                 break
             sizes = torch.tensor([1.0, 0.5, 0.2, 0.05, 0.01]).to(g).unsqueeze(-1)
             ends = g + sizes * direction * scale
@@ -253,7 +263,7 @@ def _scale(conditional: _Conditional, g: Tensor, u: Tensor, scale: Tensor) -> Te
     h = 0.5 * scale
     if G > MOST_EXACT:
         return scale.diag()
-    j, k = torch.triu_indices(G, G, 1)
+    j, k = torch.triu_indices(G, G, 1, device=g.device)
     steps = h.diag()
     shifts = torch.cat(
         [torch.zeros_like(g), steps, -steps, steps[j] + steps[k], -steps[j] - steps[k]]

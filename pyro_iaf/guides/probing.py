@@ -42,13 +42,19 @@ class _SecondDerivatives:
             self.z = point.detach().requires_grad_()
             value = joint(self.z.unsqueeze(0)).sum()
             (self.slope,) = torch.autograd.grad(value, self.z, create_graph=True)
-        self.is_finite = bool(value.isfinite() and self.slope.isfinite().all())
+        is_finite = bool(value.isfinite() and self.slope.isfinite().all())
+        self.is_usable = is_finite and self.slope.requires_grad
 
     def times(self, v: Tensor, before: Tensor) -> Tensor:
-        """Their product with a vector of sums; entries at the size of rounding are zero."""
+        """Their product with a vector of sums; entries at the size of rounding are zero.
+
+        Vectors are on the CPU.
+        """
         D = len(before)
         padded = torch.cat([v, v.new_zeros(1)])
-        (w,) = torch.autograd.grad(self.slope, self.z, v - padded[before], retain_graph=True)
+        sums = (v - padded[before]).to(self.z)
+        (w,) = torch.autograd.grad(self.slope, self.z, sums, retain_graph=True)
+        w = w.cpu()
         found = w.index_add(0, before[before < D], -w[before < D])
         rounding = 1e4 * torch.finfo(w.dtype).eps * w.abs().max()
         return torch.where(found.abs() > rounding, found, 0.0)
@@ -71,8 +77,16 @@ def pattern_of(
     if int(is_global.sum()) > MOST_SMALL or is_global.all():
         return None
     second = _SecondDerivatives(joint, point)
-    if not second.is_finite:
+    if not second.is_usable:
         return None
+    with torch.device("cpu"):  # where indices are made, whatever the default
+        return _sparse_pattern(second, where, is_global.cpu())
+
+
+def _sparse_pattern(
+    second: _SecondDerivatives, where: Sequence[tuple[int, torch.Size]], is_global: Tensor
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    D = len(is_global)
     large = [(start, shape) for start, shape in where if shape.numel() > LARGE]
     before = torch.full((D,), D)
     for start, shape in large:
@@ -95,7 +109,7 @@ def pattern_of(
 def _touched(
     second: _SecondDerivatives, before: Tensor, place: int, is_global: Tensor
 ) -> list[int]:
-    v = torch.zeros_like(second.z)
+    v = torch.zeros(len(before), dtype=second.z.dtype)
     v[place] = 1.0
     touched = second.times(v, before).detach() != 0
     found: list[int] = (touched & ~is_global).nonzero().squeeze(-1).tolist()
@@ -191,7 +205,7 @@ def _holds(second: _SecondDerivatives, before: Tensor, is_global: Tensor, edges:
     """Whether a random product has no more than the edges tell."""
     colours = coloured(len(before), edges.tolist())
     others = ~is_global
-    v = torch.randn_like(second.z) * others
+    v = torch.randn(len(before), dtype=second.z.dtype) * others
     whole = second.times(v, before) * others
     told = torch.zeros_like(whole)
     for colour in range(int(colours.max()) + 1):

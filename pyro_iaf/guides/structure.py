@@ -59,7 +59,7 @@ class Structure:
 
     @classmethod
     def of(cls, is_global: Tensor, before: Tensor, edges: Tensor) -> Structure:
-        """That with these globals, runs and edges."""
+        """That with these globals, runs and edges, all on the CPU."""
         rest = (~is_global).nonzero().squeeze(-1)
         number = torch.full_like(before, -1)
         number[rest] = torch.arange(len(rest))
@@ -112,8 +112,13 @@ def find_structure(joint: LogJoint, loc: Tensor, shapes: Sequence[torch.Size]) -
         pattern = pattern_of(joint, loc + AWAY * torch.randn(D).to(loc), shapes)
         return None if pattern is None else _sparse(*pattern)
     curvature = _curvature(joint, loc)
-    if curvature is None:
-        return None
+    with torch.device("cpu"):  # where indices are made, whatever the default
+        return None if curvature is None else _sparsest(curvature.cpu(), shapes)
+
+
+def _sparsest(curvature: Tensor, shapes: Sequence[torch.Size]) -> Structure | None:
+    """The structure with the fewest coefficients, as written or in sums; None if it is dense."""
+    D = curvature.shape[-1]
     tried = []
     for before in (torch.full((D,), D), _summed(curvature, shapes)):
         touches = _touches(_in_sums(curvature, before))

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..flows.sparse_step import Coordinates, Leading, SparseStep
+from ..flows.sparse_step import Coordinates, Leading, SparseStep, num_features
 from ..models.log_joint import LogJoint
 from ..nn.made import MaskedAutoregressiveNetwork
 from ..nn.univariate import UnivariateMap
@@ -35,6 +35,7 @@ __all__ = [
     "structured_start",
     "structured_transform",
     "transform_from_state",
+    "without_start",
 ]
 
 # Starts are compared by so many draws.
@@ -68,7 +69,7 @@ class StructuredTransform(GuideTransform):
     @property
     def num_units(self) -> int:
         widths = [max(network.hidden_dims) for network in self.networks]
-        return max([*widths, self.sparse.start.shape[1]])
+        return max([*widths, self.sparse.start_frame.shape[1]])
 
     @property
     def is_dense(self) -> bool:
@@ -92,7 +93,7 @@ class StructuredTransform(GuideTransform):
     @property
     def origin(self) -> Tensor:
         sparse, coordinates = self.sparse, cast(Coordinates, self.parts[-1])
-        others = sparse.start[0, : sparse.num_others]
+        others = sparse.start_frame[0, : sparse.num_others]
         origin: Tensor = coordinates(torch.cat([sparse.loc, others]))
         return origin
 
@@ -156,6 +157,20 @@ def structured_start(
     return fresh if elbo_of(joint, fresh.posterior())[0] > -math.inf else None
 
 
+def without_start(structure: Structure, loc: Tensor, like: Any) -> StructuredTransform:
+    """A transform with a structure and a guide's settings; its values come from elsewhere."""
+    G, num = len(structure.globals), structure.elimination.num_coefficients
+    zeros = loc.new_zeros(num_features(G), 2 * len(structure.others) + num)
+    start = NestedStart(loc[structure.globals], torch.eye(G).to(loc), zeros)
+    return structured_transform(
+        start,
+        structure,
+        num_flows=like.num_flows,
+        hidden_dims=like.hidden_dims,
+        univariate=like.univariate,
+    )
+
+
 @torch.no_grad()
 def elbo_of(joint: LogJoint, posterior: Any) -> tuple[float, float]:
     """The ELBO of a distribution by a few draws, ``-inf`` where it is not finite, and their sd."""
@@ -187,7 +202,8 @@ def _structured_from_state(
     step = int(name.split(".")[1])
     coordinates = entries_below(state, f"parts.{step + 1}.")
     sizes = [v for k, v in state.items() if k.endswith(".network._extra_state")]
-    G = len(sparse["loc"])
+    loc, *rows = sparse["globals_frame"].clone()
+    G = len(loc)
     place, edges = coordinates["place"].cpu(), sparse["edges"].cpu()
     first, others = place.argsort().tensor_split([G])
     structure = Structure(
@@ -197,7 +213,8 @@ def _structured_from_state(
         others.sort().values[edges],
         eliminated(len(others), edges.tolist()),
     )
-    start = NestedStart(*(sparse[key].clone() for key in ("loc", "scale_tril", "start")))
+    scale_tril = torch.stack(rows) if rows else loc.new_zeros(0, 0)
+    start = NestedStart(loc, scale_tril, sparse["start_frame"].clone())
     return structured_transform(
         start,
         structure,

@@ -56,11 +56,12 @@ def parameters_of(module: nn.Module, name: str) -> dict[str, Tensor]:
     return {f"{name}$$${key}": value for key, value in own.items()}
 
 
-def has_from_file(name: str) -> bool:
-    """Whether the store has entries of this module that come from a file."""
+def has_from_file(name: str, ending: str = "") -> bool:
+    """Whether the store has entries of this module, with this ending, that come from a file."""
     entries = pyro.get_param_store()._params
     return not pyro.settings.get("module_local_params") and any(
-        key.startswith(f"{name}$$$") and value not in _owners for key, value in entries.items()
+        key.startswith(f"{name}$$$") and key.endswith(ending) and value not in _owners
+        for key, value in entries.items()
     )
 
 

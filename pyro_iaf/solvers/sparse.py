@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -112,11 +112,11 @@ class Elimination:
             diagonal: The diagonals, of shape ``(K, n)``, in the order of drawing.
             edges: The entries where there are coefficients, of shape ``(K, E)``.
         """
-        none = torch.zeros_like(edges[:, :1])
+        none = diagonal.new_zeros(len(diagonal), 1)
         diagonal, edges = diagonal.clone(), torch.cat([edges, none], 1)
         for each in reversed(self.rounds):
             pivots = diagonal[:, each.first : each.last]
-            smallest = 1e-10 * pivots.abs().amax(1, keepdim=True)
+            smallest = 1e-10 * pivots.abs().amax(1, keepdim=True) + 1e-30
             pivots = torch.maximum(pivots.abs(), smallest)  # of a matrix that is not definite
             diagonal[:, each.first : each.last] = pivots
             n, num_parents = each.parents.shape
@@ -187,7 +187,7 @@ def eliminated(num: int, edges: Iterable[tuple[int, int]]) -> Elimination:
                 near[p] -= {i, p}
         left -= set(chosen)
         rounds.append(sorted(chosen))
-    return _laid_out(rounds[::-1], parents, torch.tensor(edges, dtype=torch.long).view(-1, 2))
+    return _laid_out(rounds[::-1], parents, _index(edges).view(-1, 2))
 
 
 def _laid_out(rounds: list[list[int]], parents: dict[int, list[int]], edges: Tensor) -> Elimination:
@@ -212,13 +212,13 @@ def _laid_out(rounds: list[list[int]], parents: dict[int, list[int]], edges: Ten
                 [slot.get((p, q), none) for k, p in enumerate(every) for q in every[k + 1 :]]
             )
         n = len(chosen)
-        tensors = [torch.tensor(rows, dtype=torch.long).view(n, -1) for rows in (above, slots)]
+        tensors = [_index(rows).view(n, -1) for rows in (above, slots)]
         num_pairs = width * (width - 1) // 2
-        tensors.append(torch.tensor(pairs, dtype=torch.long).view(n, num_pairs))
+        tensors.append(_index(pairs).view(n, num_pairs))
         found.append(Round(first, *tensors))
         first += n
-    ends = torch.tensor(list(slot), dtype=torch.long).view(-1, 2)
-    return Elimination(torch.tensor(order), found, ends[:, 0], ends[:, 1], edges)
+    ends = _index(list(slot)).view(-1, 2)
+    return Elimination(_index(order), found, ends[:, 0], ends[:, 1], edges)
 
 
 def coloured(num: int, edges: Iterable[tuple[int, int]]) -> Tensor:
@@ -235,4 +235,9 @@ def coloured(num: int, edges: Iterable[tuple[int, int]]) -> Tensor:
     for i in range(num):
         taken = {colours[k] for j in near[i] for k in near[j]}
         colours[i] = next(c for c in range(num + 1) if c not in taken)
-    return torch.tensor(colours)
+    return _index(colours)
+
+
+def _index(numbers: Any) -> Tensor:
+    """Indices on the CPU, whatever the default device is; a module moves them."""
+    return torch.tensor(numbers, dtype=torch.long, device="cpu")

@@ -12,8 +12,12 @@ from torch.testing import assert_close
 
 from pyro_iaf import AutoIAF, DiagonalNormal, Gated, fit, inverse_autoregressive_flow
 from pyro_iaf.flows.base import SinglePass
+from pyro_iaf.flows.sparse_step import num_features
+from pyro_iaf.guides.nested_laplace import NestedStart
 from pyro_iaf.guides.pathfinder import Start
-from pyro_iaf.guides.transform import GuideTransform, fresh_transform, settings_of
+from pyro_iaf.guides.structure import Structure
+from pyro_iaf.guides.structured_transform import structured_transform, transform_from_state
+from pyro_iaf.guides.transform import GuideTransform, fresh_transform
 from pyro_iaf.nn.univariate import univariate_map
 
 LOC = torch.tensor([1.0, -2.0, 30.0], dtype=torch.float64)
@@ -78,6 +82,18 @@ def made(scale=None, context_dim=0, univariate="affine", dense=False, num_flows=
     )
 
 
+def structured(num_globals):
+    """The first are globals, and the last depends on the one before it."""
+    G, n = num_globals, 3 - num_globals
+    is_global, before = torch.arange(3) < G, torch.full((3,), 3)
+    structure = Structure.of(is_global, before, torch.tensor([[1, 2]]))
+    start = torch.zeros(num_features(G), 2 * n + structure.elimination.num_coefficients)
+    start[0, :n], start[0, n : 2 * n], start[0, 2 * n :] = LOC[structure.others], -1.0, 0.5
+    nested = NestedStart(LOC[:G], 0.5 * torch.eye(G).double(), start.double())
+    settings = {"num_flows": 2, "hidden_dims": [8], "univariate": univariate_map("affine")}
+    return structured_transform(nested, structure, **settings)
+
+
 TRANSFORMS = {
     "diagonal": made,
     "one flow": lambda: made(num_flows=1),
@@ -86,6 +102,8 @@ TRANSFORMS = {
     "gated": lambda: made(univariate="gated"),
     "gated otherwise": lambda: made(univariate=Gated(bias=0.5)),
     "conditional": lambda: made(context_dim=2),
+    "structured": lambda: structured(1),
+    "structured, no globals": lambda: structured(0),
     "toy": lambda: Toy(LOC),
 }
 
@@ -105,7 +123,7 @@ def test_it_says_what_it_is(transform):
     assert transform.context_dim == (2 if hasattr(transform, "condition") else 0)
     assert_close(transform.origin, LOC)
     assert not transform.origin.requires_grad
-    assert transform.num_units >= 8
+    assert transform.num_units >= max((max(n.hidden_dims) for n in transform.networks), default=1)
     assert isinstance(transform.is_dense, bool)
     params = {id(p) for p in transform.parameters()}
     assert all(id(p) in params for net in transform.networks for p in net.parameters())
@@ -156,12 +174,12 @@ def test_copies_do_the_same(transform):
 
 
 def test_a_state_says_of_which_make_it_is(transform):
-    make = settings_of(transform.state_dict())
+    maps = getattr(transform.parts[0], "univariate", univariate_map("affine"))
+    twin = transform_from_state(transform.state_dict(), maps)
     if isinstance(transform, Toy):
-        assert make is None  # its last step is not ours
+        assert twin is None  # its last step is not ours
         return
-    maps = transform.parts[0].univariate
-    twin = fresh_transform(**make, log_scale=0.0, univariate=maps)
+    assert twin.num_flows == transform.num_flows == len(transform.networks)
     twin.load_state_dict(transform.state_dict(), strict=True)
     x = transform.noise().sample((3,))
     assert_close(at_a_context(twin)(x), at_a_context(transform)(x))

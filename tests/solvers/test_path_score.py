@@ -12,7 +12,9 @@ from pyro_iaf import (
     inverse_autoregressive_flow,
 )
 from pyro_iaf.flows.sinh_arcsinh import LocScale
+from pyro_iaf.flows.sparse_step import Coordinates, Leading, SparseStep, num_features
 from pyro_iaf.solvers.path_score import draw_with_score
+from pyro_iaf.solvers.sparse import eliminated
 
 
 def guide_like(D, **settings):
@@ -21,6 +23,18 @@ def guide_like(D, **settings):
     root = torch.eye(D) + 0.1 * torch.randn(D, D).tril()
     stack.parts.append(LocScale(torch.randn(D), root, -0.3, True))
     return rough(stack, 0.1)
+
+
+def structured(num_globals, num_others):
+    """Flows over globals, then a chain of others, of which the first three are sums."""
+    G, D = num_globals, num_globals + num_others
+    over = [Leading(part, D) for part in guide_like(G).parts] if G else []
+    elimination = eliminated(num_others, [(i, i + 1) for i in range(num_others - 1)])
+    start = 0.1 * torch.randn(num_features(G), 2 * num_others + elimination.num_coefficients)
+    last = rough(SparseStep(elimination, torch.randn(G), 0.5 * torch.eye(G), start), 0.1)
+    before = torch.full((D,), D)
+    before[[1, 2]] = torch.tensor([0, 1])
+    return InverseAutoregressiveFlowStack([*over, last, Coordinates(torch.randperm(D), before)])
 
 
 def foreign(D):
@@ -51,6 +65,10 @@ STACKS = {
     "tanh": lambda: guide_like(4, activation="tanh", hidden_dims=[8, 16, 8]),
     "another order": lambda: guide_like(4, order=[2, 0, 3, 1]),
     "more than is written out": lambda: guide_like(70),
+    "globals and others": lambda: structured(2, 5),
+    "one global": lambda: structured(1, 4),
+    "no globals": lambda: structured(0, 6),
+    "many globals": lambda: structured(70, 5),
     "networks of other makes": lambda: foreign(4),
     "conditioned": lambda: rough(
         conditional_inverse_autoregressive_flow(4, 2, num_flows=2), 0.1
@@ -87,7 +105,7 @@ def test_the_value_and_its_density_have_the_gradients_of_a_pass(stack):
     x = torch.randn(6, stack.parts[0].input_dim)
     y, log_q, score, *_ = draw_with_score(stack.parts, x)
     weights = torch.randn_like(y)
-    params = [p for p in stack.parameters() if p.requires_grad]
+    params = [p for p in stack.parameters() if p.requires_grad and p.numel()]
     y_again = stack(x)
     log_det = stack.log_abs_det_jacobian(x, y_again)
     for ours, theirs in (((weights * y).sum(), (weights * y_again).sum()), (-log_q, log_det)):
