@@ -48,9 +48,6 @@ __all__ = ["AutoIAF"]
 # Medians and quantiles are computed from this many draws and their mirror images.
 NUM_MIRRORED = 5000
 
-# A start whose log weights spread by less, in nats, is not compared with others.
-SMALL_SPREAD = 3.0
-
 
 class AutoIAF(MixtureGuide, AutoContinuous):
     r"""A guide over all the continuous latents of a model, by inverse autoregressive flows.
@@ -253,8 +250,8 @@ class AutoIAF(MixtureGuide, AutoContinuous):
         structured = self._structured_near(joint, loc.detach()) if num == 1 else None
         try:
             if structured is not None:
-                elbo, spread = elbo_of(joint, structured.posterior())
-                if spread < SMALL_SPREAD:
+                elbo, is_near = elbo_of(joint, structured.posterior())
+                if is_near:
                     return [structured]
             first = pathfinder(joint, loc.detach(), dense)
             if structured is not None and elbo > elbo_of(joint, first.posterior())[0]:
@@ -271,9 +268,8 @@ class AutoIAF(MixtureGuide, AutoContinuous):
 
     def _structured_near(self, joint: LogJoint, loc: Tensor) -> StructuredTransform | None:
         """A transform with the structure of the model, if it has one; it starts near a point."""
-        is_fresh = self._transform is None
         try:
-            found = self._found_structure(joint, loc) if is_fresh else self.structure
+            found = self.structure if self._transform else self._found_structure(joint, loc)
             return None if found is None else structured_start(joint, found, loc, self)
         except Exception:  # a model may raise anything
             return None

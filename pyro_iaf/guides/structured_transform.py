@@ -41,6 +41,9 @@ __all__ = [
 # Starts are compared by so many draws.
 NUM_COMPARED = 50
 
+# A start whose log weights spread by less, in nats, is not compared with others.
+SMALL_SPREAD = 3.0
+
 
 class StructuredTransform(GuideTransform):
     """Flows over a few globals, and sparse conditionals of all other latents.
@@ -172,12 +175,15 @@ def without_start(structure: Structure, loc: Tensor, like: Any) -> StructuredTra
 
 
 @torch.no_grad()
-def elbo_of(joint: LogJoint, posterior: Any) -> tuple[float, float]:
-    """The ELBO of a distribution by a few draws, ``-inf`` where it is not finite, and their sd."""
+def elbo_of(joint: LogJoint, posterior: Any) -> tuple[float, bool]:
+    """The ELBO of a distribution by a few draws, and whether log weights spread by little.
+
+    It is ``-inf`` where it is not finite.
+    """
     z = posterior.sample((NUM_COMPARED,))
     log_weights: Tensor = joint(z) - posterior.log_prob(z)
     elbo, spread = log_weights.mean().item(), log_weights.std().item()
-    return (elbo, spread) if math.isfinite(elbo) else (-math.inf, math.inf)
+    return (elbo, spread < SMALL_SPREAD) if math.isfinite(elbo) else (-math.inf, False)
 
 
 def transform_from_state(
