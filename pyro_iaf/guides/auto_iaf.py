@@ -26,7 +26,6 @@ from ..flows.posterior import Posterior
 from ..flows.scored_guide import ScoredDraws
 from ..models import param_store
 from ..models.arguments import Args, Kwargs, Program
-from ..models.log_joint import LogJoint
 from ..models.matching import FixedLatents
 from ..nn.univariate import UnivariateMap
 from ..solvers.path_score import draw_scored
@@ -34,13 +33,7 @@ from .latents import joined, refuse_subsamples, with_discrete
 from .mixture import Mixture, MixtureGuide
 from .pathfinder import Start, StartNotFound, further_starts, pathfinder
 from .site_delta import SiteDeltas
-from .structure import Structure, find_structure
-from .structured_transform import (
-    StructuredTransform,
-    elbo_of,
-    structured_start,
-    without_start,
-)
+from .structured_transform import elbo_of, without_start
 from .transform import GuideTransform, Transform, entries_below
 
 __all__ = ["AutoIAF"]
@@ -265,25 +258,6 @@ class AutoIAF(MixtureGuide, AutoContinuous):
                 'start="init" to choose that without this warning.'
             )
             return by_init()
-
-    def _structured_near(self, joint: LogJoint, loc: Tensor) -> StructuredTransform | None:
-        """A transform with the structure of the model, if it has one; it starts near a point."""
-        try:
-            found = self.structure if self._transform else self._found_structure(joint, loc)
-            return None if found is None else structured_start(joint, found, loc, self)
-        except Exception:  # a model may raise anything
-            return None
-
-    def _found_structure(self, joint: LogJoint, loc: Tensor) -> Structure | None:
-        if not self._looks_for_structure or self._encoder is not None:
-            return None
-        return find_structure(joint, loc, [*self._unconstrained_shapes.values()])
-
-    @property
-    def structure(self) -> Structure | None:
-        """The globals and the sparse graph of the others, if the guide found them; or None."""
-        transform = self._transform
-        return transform.structure if isinstance(transform, StructuredTransform) else None
 
     # Drawing
 

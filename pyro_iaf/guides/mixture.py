@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ..flows.mixture import SMALLEST_WEIGHT, MixedPosterior
 from ..models import param_store
 from ..models.log_joint import LogJoint
-from .base import FlowGuide
 from .pathfinder import Start, start_near
+from .structured_guide import StructuredGuide
 from .transform import Transform, entries_below
 
 __all__ = ["MOST_COMPONENTS", "Mixture", "MixtureGuide"]
@@ -47,7 +47,7 @@ class Mixture(nn.Module):
         self.logits = nn.Parameter(torch.cat([before, log_share]))
 
 
-class MixtureGuide(FlowGuide):
+class MixtureGuide(StructuredGuide):
     """A guide over one vector, with one component or several.
 
     Attributes:
@@ -94,7 +94,7 @@ class MixtureGuide(FlowGuide):
             point: Where Pathfinder begins, of shape ``(D,)``.
             share: The weight of the component, between 0 and 1.
         """
-        transform = self._structured_near(joint, point)
+        transform: Any = self._structured_near(joint, point)
         if transform is None:
             start = start_near(joint, point, self._is_dense(len(point)))
             if start is None:

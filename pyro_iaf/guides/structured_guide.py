@@ -1,0 +1,51 @@
+"""What a guide over one vector does with the structure of its model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..models.log_joint import LogJoint
+from .base import FlowGuide
+from .structure import Structure, find_structure
+from .structured_transform import StructuredTransform, structured_start
+
+__all__ = ["StructuredGuide"]
+
+
+class StructuredGuide(FlowGuide):
+    """A guide that finds structure, and starts its transform by it.
+
+    A subclass sets ``_looks_for_structure``, and has its first transform as ``_transform``.
+    """
+
+    _looks_for_structure: bool
+    _unconstrained_shapes: dict[str, Any]
+
+    @property
+    def structure(self) -> Structure | None:
+        """The globals and the sparse graph of the other latents; None if the flow is over all.
+
+        Its ``str`` is in words; it is known after the setup.
+        """
+        transform = self._modules.get("transform")
+        return transform.structure if isinstance(transform, StructuredTransform) else None
+
+    def _found_structure(self, joint: LogJoint, loc: Tensor) -> Structure | None:
+        if not self._looks_for_structure or self._encoder is not None:
+            return None
+        return find_structure(joint, loc, [*self._unconstrained_shapes.values()])
+
+    def _structured_near(self, joint: LogJoint, loc: Tensor) -> StructuredTransform | None:
+        """A transform with the structure of the model, if it has one; it starts near a point."""
+        try:
+            is_fresh = self._modules.get("transform") is None
+            found = self._found_structure(joint, loc) if is_fresh else self.structure
+            return None if found is None else structured_start(joint, found, loc, self)
+        except Exception:  # a model may raise anything
+            return None
+
+    def __repr__(self) -> str:
+        found = self.structure
+        return super().__repr__() if found is None else f"{super().__repr__()}\n  {found}"
