@@ -358,6 +358,30 @@ def enumeration_steps():
 
 
 @said
+def structured_fits():
+    found = {(r["posterior"], r.get("contender")): r for r in rows("structure")}
+    names = list(dict.fromkeys(name for name, who in found if who == "structure"))
+    body = []
+    for name in names:
+        ours = found[name, "structure"]
+        cells = [ours["structure"] or "none", seconds_and_words(ours)]
+        cells += [f"{ours['parameters']:,}" if ours["parameters"] else "-"]
+        for who in ("dense", "numpyro"):
+            other = found.get((name, who))
+            cells.append("-" if other is None else seconds_and_words(other))
+        body.append([name, *cells])
+    columns = ["Posterior", "found", "seconds", "parameters", "one flow", "NUTS"]
+    return table(columns, body)
+
+
+def seconds_and_words(row):
+    """Seconds, and whether the draws hold."""
+    if row["failed"]:
+        return row["failed"]
+    return f"{row['seconds']:.1f}, {'holds' if row['holds'] else 'does not hold'}"
+
+
+@said
 def refined_draws():
     found = {(r["posterior"], r["contender"]): r for r in rows("refine")}
     body = []

@@ -32,6 +32,9 @@ SMALL = 1e-6
 # A latent that touches more than this share of all is a global; there are at most so many.
 MANY, MOST_GLOBALS = 0.25, 64
 
+# Up to so many latents that edges join are told as a row.
+MOST_IN_A_ROW = 16
+
 # A sparse factor has at most this share of a dense one's entries.
 MOST_SHARE = 0.25
 
@@ -76,10 +79,14 @@ class Structure:
     def __str__(self) -> str:
         G, n, D = len(self.globals), len(self.others), len(self.before)
         num_runs = int((self.before < D).sum())
-        rounds, width = len(self.elimination.rounds), self._width()
-        if not len(self.edges):
+        rounds = len(self.elimination.rounds)
+        width = max(each.parents.shape[1] for each in self.elimination.rounds)
+        largest = _largest_part(self.edges.tolist())
+        if largest == 1:
             how = "independent of each other"
-        elif width == 1 or (width == 2 and len(self.edges) < n):
+        elif largest <= MOST_IN_A_ROW:
+            how = f"in rows of at most {largest}"
+        elif width == 2 and len(self.edges) < n:
             how = "in chains"
         else:
             how = f"in a graph, each given at most {width}"
@@ -89,8 +96,23 @@ class Structure:
             f"round{'' if rounds == 1 else 's'}"
         )
 
-    def _width(self) -> int:
-        return max(each.parents.shape[1] for each in self.elimination.rounds)
+
+def _largest_part(edges: Sequence[Sequence[int]]) -> int:
+    """The most latents that edges join."""
+    near: dict[int, list[int]] = {}
+    for i, j in edges:
+        near.setdefault(i, []).append(j)
+        near.setdefault(j, []).append(i)
+    largest, seen = 1, set[int]()
+    for first in near:
+        part = [] if first in seen else [first]
+        seen.add(first)
+        for i in part:  # grows
+            new = [j for j in near[i] if j not in seen]
+            seen.update(new)
+            part += new
+        largest = max(largest, len(part))
+    return largest
 
 
 @torch.no_grad()

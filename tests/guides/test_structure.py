@@ -120,7 +120,7 @@ def disease_map():
 MODELS = {
     "series of steps": (local_level, 2, "60 latents in chains, in cumulative sums"),
     "walk": (walk, 1, "60 latents in chains,"),
-    "plate": (rows, 2, "90 latents in a graph, each given at most 2"),
+    "plate": (rows, 2, "90 latents in rows of at most 3"),
     "independent": (independent, 0, "50 latents independent of each other"),
     "item response": (item_response, 6, "80 latents independent of each other"),
     "map": (disease_map, 1, "64 latents in a graph, each given at most"),
