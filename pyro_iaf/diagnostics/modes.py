@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from ..guides.climbs import Climbs, are_joined, climb
+from ..guides.climbs import Climbs, are_joined, climb, climb_in
 from ..guides.covariances import Dense
 from ..guides.pathfinder import Density, narrowed, reach_of
 from ..importance import MAX_ROUNDING, rounding_message
@@ -214,7 +214,11 @@ class _Searcher:
     def search(self, num_evaluations: float) -> Search:
         starts = [start for start in self._starts() if start.point.isfinite().all()]
         points = torch.stack([start.point for start in starts])
-        climbs = climb(self.joint.gradient, points, self.scale, num_evaluations)
+        carry = getattr(self.particles.guide, "frame_of_climbs", None)
+        if carry is None:
+            climbs = climb(self.joint.gradient, points, self.scale, num_evaluations)
+        else:
+            climbs = climb_in(carry, self.joint.gradient, points, num_evaluations)
         num_ended = int(climbs.has_arrived.sum())
         summary = (
             f"searched by {len(starts)} climbs of all {len(self.loc)} latents, of which "

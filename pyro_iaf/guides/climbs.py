@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Climbs", "are_joined", "climb"]
+__all__ = ["Climbs", "are_joined", "climb", "climb_in"]
 
 # How many steps are remembered, and the most that are taken.
 NUM_HISTORY, NUM_STEPS = 8, 120
@@ -127,6 +127,36 @@ def climb(
         u[moved], value[moved] = ends[is_better], there[is_better]
         slope[moved] = slope_there[is_better]
     return Climbs(u * scale, value, has_arrived)
+
+
+def climb_in(
+    carry: Any,
+    gradient: Callable[[Tensor], tuple[Tensor, Tensor]],
+    points: Tensor,
+    num_evaluations: float,
+) -> Climbs:
+    """The same in the noise of a transform, where a density that it is near is nearly normal.
+
+    What is climbed is the density of the noise, which has a peak also where that of the latents
+    rises towards the end of a ridge.
+    """
+
+    def of_noise(x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            z = carry(x)
+            log_det = carry.log_abs_det_jacobian(x, z)
+            value, slope = gradient(z.detach())
+            slope = slope.where(slope.isfinite(), 0.0)
+            (found,) = torch.autograd.grad([z, log_det], x, [slope, torch.ones_like(log_det)])
+        return value + log_det.detach(), found
+
+    noise = carry.inv(points)
+    usable = noise.isfinite().all(-1, keepdim=True)
+    noise = torch.where(usable, noise, torch.randn_like(noise))
+    climbs = climb(of_noise, noise, torch.ones_like(noise[0]), num_evaluations)
+    z = carry(climbs.z).detach()
+    return Climbs(z, gradient(z)[0], climbs.has_arrived)
 
 
 def _usable(value: Tensor, slope: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

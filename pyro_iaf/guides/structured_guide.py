@@ -32,6 +32,12 @@ class StructuredGuide(FlowGuide):
         transform = self._modules.get("transform")
         return transform.structure if isinstance(transform, StructuredTransform) else None
 
+    @property
+    def frame_of_climbs(self) -> Any:
+        """The transform in whose noise climbs are short, where the guide has structure."""
+        several = self._modules.get("mixture") is not None
+        return None if self.structure is None or several else self._modules["transform"]
+
     def _found_structure(self, joint: LogJoint, loc: Tensor) -> Structure | None:
         if not self._looks_for_structure or self._encoder is not None:
             return None
