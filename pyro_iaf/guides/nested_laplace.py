@@ -300,8 +300,9 @@ def _regressed(
         ]
     )
     modes, value, factor = conditional.solve(g + v @ scale_tril.mT, u.expand(num, -1))
-    modes, factor = conditional.normal(g + v @ scale_tril.mT, modes, factor)
-    targets = torch.cat([modes, -factor.precisions.log() / 2, factor.coefficients[:, :-1]], 1)
+    laplace = _targets(modes, factor)
+    targets = _targets(*conditional.normal(g + v @ scale_tril.mT, modes, factor))
+    targets = torch.where(targets.isfinite().all(-1, keepdim=True), targets, laplace)
     usable = value.isfinite() & targets.isfinite().all(-1)
     if int(usable.sum()) < num_features:
         return None
@@ -309,3 +310,9 @@ def _regressed(
     weight = (-v[usable].square().sum(-1, keepdim=True) / 8).exp()
     found = torch.linalg.lstsq(weight * phi, weight * targets).solution
     return NestedStart(g[0], scale_tril, found)
+
+
+def _targets(means: Tensor, factor: Factor) -> Tensor:
+    """What features are fitted to: means, logarithms of scales, and coefficients."""
+    log_scales = -factor.precisions.log() / 2
+    return torch.cat([means, log_scales, factor.coefficients[:, :-1]], 1)
