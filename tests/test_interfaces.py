@@ -113,9 +113,10 @@ def test_guides_say_what_a_reader_would_ask_next():
 
     guide = AutoIAF(many)
     guide.setup()
-    lines = repr(guide).splitlines()
+    *lines, structure = repr(guide).splitlines()
     assert len(lines) == 12
     assert lines[-1] == "  and 30 sites more"
+    assert structure == "  0 globals; 40 latents independent of each other, drawn in 1 round"
     conditional = conditional_inverse_autoregressive_flow(3, 2)
     assert repr(conditional.condition(torch.ones(2))).startswith("InverseAutoregressiveFlow(")
     assert "tensor" not in repr(fit(many, guide, num_steps=3, progress=False))
