@@ -17,6 +17,7 @@ from ..models import param_store
 from ..models.log_joint import LogJoint
 from .pathfinder import Start, start_near
 from .structured_guide import StructuredGuide
+from .structured_transform import elbo_of
 from .transform import Transform, entries_below
 
 __all__ = ["MOST_COMPONENTS", "Mixture", "MixtureGuide"]
@@ -94,11 +95,12 @@ class MixtureGuide(StructuredGuide):
             point: Where Pathfinder begins, of shape ``(D,)``.
             share: The weight of the component, between 0 and 1.
         """
+        start = start_near(joint, point, self._is_dense(len(point)))
+        if start is None:
+            start = Start(point, torch.full_like(point, self._init_scale))
         transform: Any = self._structured_near(joint, point)
-        if transform is None:
-            start = start_near(joint, point, self._is_dense(len(point)))
-            if start is None:
-                start = Start(point, torch.full_like(point, self._init_scale))
+        least = elbo_of(joint, start.posterior())[0]
+        if transform is None or elbo_of(joint, transform.posterior())[0] < least:
             transform = self._fresh_transform(start, 0.0)
         if self._mixture is None:
             self.mixture = Mixture([], point.new_zeros(1))

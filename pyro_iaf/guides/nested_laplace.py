@@ -156,6 +156,9 @@ class _Conditional:
             if (best_u == u).all():
                 break
             u = best_u
+        else:
+            found = self.derivatives(g, u)
+            value, factor = found.value, self.factor(found)
         return u, value, factor
 
     @torch.no_grad()
@@ -185,8 +188,8 @@ class _Conditional:
 
 
 @torch.no_grad()
-def nested_laplace(joint: LogJoint, structure: Structure, loc: Tensor) -> NestedStart | None:
-    """The start of a structured guide; None if no mode is found.
+def nested_laplace(joint: LogJoint, structure: Structure, loc: Tensor) -> list[NestedStart]:
+    """Starts of a structured guide, by averages over draws and at modes; none if no mode is found.
 
     Args:
         joint: The log density.
@@ -200,7 +203,7 @@ def nested_laplace(joint: LogJoint, structure: Structure, loc: Tensor) -> Nested
     scale = loc.new_ones(G)
     value, u = conditional.marginal(g, u)
     if not value.isfinite().all():
-        return None
+        return []
     if G:
         g, u, scale = _climb(conditional, g, u, value)
     scale_tril = _scale(conditional, g, u, scale) if G else loc.new_zeros(0, 0)
@@ -221,7 +224,7 @@ def _climb(
             values, _ = conditional.marginal(g + shifts, u.expand(2 * G, -1))
             up, down = values.view(2, G)
             if not (up.isfinite() & down.isfinite()).all():
-                scale = scale / 2
+                scale, inverse, slope = scale / 2, torch.eye(G).to(g), None
                 continue
             new_slope = (up - down) / (2 * DIFFERENCE)  # in units of the scale
             if slope is not None:
@@ -287,7 +290,7 @@ def _scale(conditional: _Conditional, g: Tensor, u: Tensor, scale: Tensor) -> Te
 
 def _regressed(
     conditional: _Conditional, g: Tensor, u: Tensor, scale_tril: Tensor
-) -> NestedStart | None:
+) -> list[NestedStart]:
     """Modes and factors at draws of the globals, on their features."""
     G = conditional.G
     num_features = features(g).shape[-1]
@@ -300,16 +303,16 @@ def _regressed(
         ]
     )
     modes, value, factor = conditional.solve(g + v @ scale_tril.mT, u.expand(num, -1))
-    laplace = _targets(modes, factor)
-    targets = _targets(*conditional.normal(g + v @ scale_tril.mT, modes, factor))
-    targets = torch.where(targets.isfinite().all(-1, keepdim=True), targets, laplace)
-    usable = value.isfinite() & targets.isfinite().all(-1)
-    if int(usable.sum()) < num_features:
-        return None
-    phi, targets = features(v[usable]), targets[usable]
-    weight = (-v[usable].square().sum(-1, keepdim=True) / 8).exp()
-    found = torch.linalg.lstsq(weight * phi, weight * targets).solution
-    return NestedStart(g[0], scale_tril, found)
+    averaged = conditional.normal(g + v @ scale_tril.mT, modes, factor)
+    starts, weight = [], (-v.square().sum(-1, keepdim=True) / 8).exp()
+    for targets in (_targets(*averaged), _targets(modes, factor)):
+        usable = value.isfinite() & targets.isfinite().all(-1)
+        if int(usable.sum()) < num_features:
+            continue
+        phi, w = features(v[usable]), weight[usable]
+        found = torch.linalg.lstsq(w * phi, w * targets[usable]).solution
+        starts.append(NestedStart(g[0], scale_tril, found))
+    return starts
 
 
 def _targets(means: Tensor, factor: Factor) -> Tensor:

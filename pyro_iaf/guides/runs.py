@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["axes", "before_along", "blocks"]
+__all__ = ["SHORTEST_RUN", "axes", "before_along", "blocks"]
 
 # Along an axis of so many numbers sums are tried as coordinates.
 SHORTEST_RUN = 10

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..models.log_joint import LogJoint
 from ..solvers.sparse import Elimination, eliminated
 from .probing import pattern_of
-from .runs import axes, before_along, blocks
+from .runs import SHORTEST_RUN, axes, before_along, blocks
 
 __all__ = ["Structure", "find_structure"]
 
@@ -29,8 +29,9 @@ MOST_DENSE = 1200
 # Second derivatives below this share of the root of both diagonals count as zero.
 SMALL = 1e-6
 
-# A latent that touches more than this share of all is a global; there are at most so many.
-MANY, MOST_GLOBALS = 0.25, 64
+# A latent that touches more than this share of all is a global, or more than so many times as many
+# as usual; there are at most so many.
+MANY, MANY_TIMES, MOST_GLOBALS = 0.25, 8, 64
 
 # Up to so many latents that edges join are told as a row.
 MOST_IN_A_ROW = 16
@@ -38,8 +39,8 @@ MOST_IN_A_ROW = 16
 # A sparse factor has at most this share of a dense one's entries.
 MOST_SHARE = 0.25
 
-# At so many points, so far from the first, second derivatives are looked at.
-NUM_POINTS, AWAY = 2, 0.3
+# So far from a point second derivatives are looked at, twice each.
+AWAY = 0.3, 1.0
 
 
 @dataclass
@@ -124,14 +125,20 @@ def find_structure(joint: LogJoint, loc: Tensor, shapes: Sequence[torch.Size]) -
         loc: A point near which it is looked at.
         shapes: The shapes of the sites in unconstrained space, in order.
     """
-    D = len(loc)
-    if not FEWEST <= D <= MOST:
+    if not FEWEST <= len(loc) <= MOST:
         return None
+    with torch.random.fork_rng():  # the same for a model at each time
+        torch.manual_seed(0)
+        return _found(joint, loc, shapes)
+
+
+def _found(joint: LogJoint, loc: Tensor, shapes: Sequence[torch.Size]) -> Structure | None:
+    D = len(loc)
     points = torch.stack([loc, *(loc + torch.randn(6, D).to(loc))])
     if joint.check(points) is not None or not joint.at_once:
         return None
     if D > MOST_DENSE:
-        pattern = pattern_of(joint, loc + AWAY * torch.randn(D).to(loc), shapes)
+        pattern = pattern_of(joint, loc + AWAY[0] * torch.randn(D).to(loc), shapes)
         return None if pattern is None else _sparse(*pattern)
     curvature = _curvature(joint, loc)
     with torch.device("cpu"):  # where indices are made, whatever the default
@@ -144,7 +151,9 @@ def _sparsest(curvature: Tensor, shapes: Sequence[torch.Size]) -> Structure | No
     tried = []
     for before in (torch.full((D,), D), _summed(curvature, shapes)):
         touches = _touches(_in_sums(curvature, before))
-        is_global = touches.sum(1) > MANY * D
+        degree = touches.sum(1)
+        is_typical = degree <= MANY_TIMES * degree.median()
+        is_global = (degree > MANY * D) | (~is_typical & (degree >= SHORTEST_RUN))
         touches &= ~is_global & ~is_global.unsqueeze(1)
         tried.append(_sparse(is_global, before, touches.triu(1).nonzero()))
     found = [structure for structure in tried if structure is not None]
@@ -167,7 +176,7 @@ def _sparse(is_global: Tensor, before: Tensor, edges: Tensor) -> Structure | Non
 
 def _curvature(joint: LogJoint, loc: Tensor) -> Tensor | None:
     """Second derivatives at a few points, of shape ``(P, D, D)``."""
-    points = loc + AWAY * torch.randn(NUM_POINTS, len(loc)).to(loc)
+    points = torch.cat([loc + away * torch.randn(2, len(loc)).to(loc) for away in AWAY])
     rows = []
     for point in points:
         value, hessian = joint(point.unsqueeze(0)), joint.hessian(point.unsqueeze(0))[0]

@@ -39,10 +39,10 @@ __all__ = [
 ]
 
 # Starts are compared by so many draws.
-NUM_COMPARED = 50
+NUM_COMPARED = 200
 
-# A start whose log weights spread by less, in nats, is not compared with others.
-SMALL_SPREAD = 3.0
+# A start whose log weights spread by less, in nats, is near the posterior.
+SMALL_SPREAD = 0.7
 
 
 class StructuredTransform(GuideTransform):
@@ -147,17 +147,13 @@ def structured_start(
     joint: LogJoint, structure: Structure, loc: Tensor, like: Any
 ) -> StructuredTransform | None:
     """A fresh transform near a point, with the settings of a guide; None if none is found."""
-    start = nested_laplace(joint, structure, loc)
-    if start is None:
-        return None
-    fresh = structured_transform(
-        start,
-        structure,
-        num_flows=like.num_flows,
-        hidden_dims=like.hidden_dims,
-        univariate=like.univariate,
-    )
-    return fresh if elbo_of(joint, fresh.posterior())[0] > -math.inf else None
+    best, best_elbo = None, -math.inf
+    for start in nested_laplace(joint, structure, loc):
+        fresh = _with_settings(start, structure, like)
+        elbo, _ = elbo_of(joint, fresh.posterior())
+        if elbo > best_elbo:
+            best, best_elbo = fresh, elbo
+    return best
 
 
 def without_start(structure: Structure, loc: Tensor, like: Any) -> StructuredTransform:
@@ -165,13 +161,12 @@ def without_start(structure: Structure, loc: Tensor, like: Any) -> StructuredTra
     G, num = len(structure.globals), structure.elimination.num_coefficients
     zeros = loc.new_zeros(num_features(G), 2 * len(structure.others) + num)
     start = NestedStart(loc[structure.globals], torch.eye(G).to(loc), zeros)
-    return structured_transform(
-        start,
-        structure,
-        num_flows=like.num_flows,
-        hidden_dims=like.hidden_dims,
-        univariate=like.univariate,
-    )
+    return _with_settings(start, structure, like)
+
+
+def _with_settings(start: NestedStart, structure: Structure, like: Any) -> StructuredTransform:
+    settings = {key: getattr(like, key) for key in ("num_flows", "hidden_dims", "univariate")}
+    return structured_transform(start, structure, **settings)
 
 
 @torch.no_grad()

@@ -25,6 +25,10 @@ from torch import Tensor
 __all__ = ["Elimination", "Factor", "Round", "coloured", "eliminated"]
 
 
+# Pivots that are not positive are replaced by this share of the diagonal, if they are not larger.
+SMALLEST_PIVOT = 0.05
+
+
 class Round(NamedTuple):
     """Variables that are eliminated together, by their places in the order of drawing.
 
@@ -113,11 +117,13 @@ class Elimination:
             edges: The entries where there are coefficients, of shape ``(K, E)``.
         """
         none = diagonal.new_zeros(len(diagonal), 1)
+        # Of a matrix that is not definite, pivots of a size that its diagonal allows.
+        least = SMALLEST_PIVOT * diagonal.abs() + torch.finfo(diagonal.dtype).tiny
         diagonal, edges = diagonal.clone(), torch.cat([edges, none], 1)
         for each in reversed(self.rounds):
             pivots = diagonal[:, each.first : each.last]
-            smallest = 1e-10 * pivots.abs().amax(1, keepdim=True) + 1e-30
-            pivots = torch.maximum(pivots.abs(), smallest)  # of a matrix that is not definite
+            floor = least[:, each.first : each.last]
+            pivots = torch.where(pivots > 0, pivots, torch.maximum(pivots.abs(), floor))
             diagonal[:, each.first : each.last] = pivots
             n, num_parents = each.parents.shape
             if not num_parents:

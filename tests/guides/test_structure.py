@@ -300,7 +300,7 @@ def test_the_start_is_exact_where_the_posterior_is_normal(model):
     mean, covariance = normal_posterior(joint)
     shapes = [torch.Size([size]) for size in joint.sizes_of_sites]
     structure = find_structure(joint, torch.zeros(len(mean)), shapes)
-    start = nested_laplace(joint, structure, torch.randn(len(mean)))
+    start = nested_laplace(joint, structure, torch.randn(len(mean)))[0]
     step = SparseStep(structure.elimination, *start)
     coordinates = made(model).transform.parts[-1]
 
@@ -329,7 +329,7 @@ def test_means_and_scales_of_the_others_follow_the_globals():
     """At values of the globals, against the exact conditional of the series there."""
     joint = log_joint(local_level)
     structure = made(local_level).structure
-    start = nested_laplace(joint, structure, torch.zeros(62))
+    start = nested_laplace(joint, structure, torch.zeros(62))[0]
     step = SparseStep(structure.elimination, *start)
     coordinates = made(local_level).transform.parts[-1]
     for v in (torch.zeros(2), torch.tensor([1.0, -1.0]), torch.tensor([-1.5, 0.5])):
