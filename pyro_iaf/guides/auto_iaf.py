@@ -86,7 +86,7 @@ class AutoIAF(MixtureGuide, AutoContinuous):
         structure: With ``"auto"`` the guide looks for a few global latents and, given them, a
             sparse graph of the others among 40 to 3,000 latents, as rows of plates and series
             have. Where it finds one, the flows are over the globals alone, and the others are
-            drawn by a sparse factor that moves with the globals (:attr:`structure` tells). With
+            drawn by a sparse factor that moves with the globals; ``guide.structure`` tells. With
             False the flows are over all latents.
         start: Where a fresh guide starts: ``"pathfinder"``, at the Gaussian with the highest ELBO
             on a few short paths up the log joint density; or ``"init"``, at the values of
