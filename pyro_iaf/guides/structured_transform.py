@@ -42,7 +42,7 @@ __all__ = [
 NUM_COMPARED = 200
 
 # A start whose log weights spread by less, in nats, is near the posterior.
-SMALL_SPREAD = 0.7
+SMALL_SPREAD = 2.0
 
 
 class StructuredTransform(GuideTransform):
