@@ -1,13 +1,16 @@
 r"""The last step of a guide over many latents: a few globals, and given them sparse conditionals.
 
 .. math::
-    g = g_0 + R v, \qquad
-    u_i = m_i(v) + \sum_{p} a_{ip}(v) \, (u_p - m_p(v)) + s_i(v) \, b_i(\varepsilon_i)
+    g = g_0 + R v, \qquad x_i = u_i - m_i(v) =
+    \sum_{p} (a_{ip}(v) \, x_p + c_{ip} \, r_p^2)
+    + s_i(v) \, e^{\sum_p d_{ip} r_p} \, b_i(\varepsilon_i), \qquad r_p = \tau(x_p / \sigma_p)
 
-where :math:`p` are the few parents of :math:`i` (:mod:`pyro_iaf.solvers.sparse`), and :math:`b`
-bends each coordinate as in :mod:`pyro_iaf.flows.sinh_arcsinh`. So given the globals the others
-are nearly normal, with a precision whose triangular factor is sparse. Means, coefficients and
-logarithms of scales are linear in bounded features of the globals,
+where :math:`p` are the few parents of :math:`i` (:mod:`pyro_iaf.solvers.sparse`), of which
+:math:`\sigma_p` is the spread at the start, and :math:`b` bends each coordinate as in
+:mod:`pyro_iaf.flows.sinh_arcsinh`. With c and d of zero, as at the start, the others are normal
+given the globals, with a precision whose triangular factor is sparse. With them a parent may be the
+scale of its child, or bend it. Means, coefficients and logarithms of scales are linear in bounded
+features of the globals,
 
 .. math::
     \phi(v) = (1, \; \tau(v_j), \; \tau(v_j) \tau(v_k), \; \tau(v_j)^3, \;
@@ -32,10 +35,10 @@ from ..solvers.path_score import Solver, Step, Within
 from ..solvers.sparse import Elimination, eliminated
 from .base import SinglePass
 
-__all__ = ["Coordinates", "Leading", "SparseStep", "features", "num_features"]
+__all__ = ["Coordinates", "Leading", "SparseStep", "feature_degrees", "features"]
 
 # Up to so many globals there are features of their squares, products and cubes.
-MOST_SQUARED = 6
+MOST_SQUARED = 12
 
 # About so many standard deviations are told apart.
 BOUND = 10.0
@@ -50,9 +53,14 @@ NUM_SPREAD = 64
 NUM_LEARNED = 8
 
 
+def bounded_by_tanh(x: Tensor) -> Tensor:
+    """The identity near zero, and nowhere more than ``BOUND``."""
+    return BOUND * (x / BOUND).tanh()
+
+
 def features(v: Tensor) -> Tensor:
     """One, and bounded functions of globals of shape ``(..., G)``."""
-    bounded = BOUND * (v / BOUND).tanh()
+    bounded = bounded_by_tanh(v)
     found = [torch.ones_like(v[..., :1]), bounded]
     G = v.shape[-1]
     if 0 < G <= MOST_SQUARED:
@@ -61,10 +69,13 @@ def features(v: Tensor) -> Tensor:
     return torch.cat(found, -1) if G else v.new_ones(*v.shape[:-1], 1)
 
 
-def num_features(num_globals: int) -> int:
-    """How many there are."""
+def feature_degrees(num_globals: int) -> Tensor:
+    """The degree of each, on the CPU."""
     G = num_globals
-    return 1 + G + (G * (G + 1) // 2 + G if G <= MOST_SQUARED else 0)
+    of_degree = [1, G, *((G * (G + 1) // 2, G) if G <= MOST_SQUARED else ())]
+    return torch.arange(len(of_degree), device="cpu").repeat_interleave(
+        torch.tensor(of_degree, device="cpu")
+    )
 
 
 class Leading(SinglePass):
@@ -138,6 +149,7 @@ class SparseStep(SinglePass):
     edges: Tensor
     globals_frame: Tensor
     start_frame: Tensor
+    spread_frame: Tensor
     unit_frame: Tensor
 
     def __init__(
@@ -150,19 +162,23 @@ class SparseStep(SinglePass):
         self.register_buffer("edges", elimination.edges.clone())
         self.register_buffer("globals_frame", torch.cat([loc.unsqueeze(0), scale_tril]))
         self.register_buffer("start_frame", coefficients.contiguous())  # as Pyro's store has it
-        self.register_buffer("unit_frame", _units(elimination, coefficients[0]))
+        spread = _spread(elimination, coefficients[0])
+        self.register_buffer("spread_frame", spread)
+        self.register_buffer("unit_frame", _units(elimination, coefficients[0], spread))
         num_learned = NUM_LEARNED if G else 0
         self.changes = nn.Parameter(
             coefficients.new_zeros(len(coefficients) + num_learned, coefficients.shape[1])
         )
         self.bend = nn.Parameter(coefficients.new_zeros(2, n))  # skewness, log tail weight
+        # of parents on means and on logarithms of scales, beyond what is linear
+        self.by_parents = nn.Parameter(coefficients.new_zeros(2, elimination.num_coefficients))
         weight = torch.randn(num_learned, G + 1) / math.sqrt(G + 1)
         self.weight = nn.Parameter(weight.to(coefficients))
 
     @property
     def _sources(self) -> tuple[object, ...]:
-        frames = self.globals_frame, self.start_frame, self.unit_frame
-        return (self.changes, self.bend, self.weight, *frames)
+        frames = self.globals_frame, self.start_frame, self.spread_frame, self.unit_frame
+        return (self.changes, self.bend, self.by_parents, self.weight, *frames)
 
     @property
     def loc(self) -> Tensor:
@@ -187,14 +203,55 @@ class SparseStep(SinglePass):
         none = torch.zeros_like(mean[..., :1])
         return mean, log_scale, torch.cat([coefficients, none], -1)
 
+    def _of_parents(self, coefficients: Tensor) -> tuple[Tensor, ...]:
+        """What weighs each parent: linearly, squared, in log scales; and its spread.
+
+        They are as in :attr:`.Elimination.all_slots`.
+        """
+        elimination, n = self.elimination, self.num_others
+        slots, children = elimination.all_slots, elimination.children
+        of_mean = self.by_parents[0] * self.unit_frame[children]
+        of_scale = self.by_parents[1] * self.unit_frame[children + n]
+        none = of_mean.new_zeros(1)
+        return (
+            coefficients[..., slots],
+            torch.cat([of_mean, none])[slots],
+            torch.cat([of_scale, none])[slots],
+            self.spread_frame[elimination.all_parents],
+        )
+
     def _compute(self, x: Tensor) -> tuple[Tensor, Tensor]:
         v, noise = x.split([self.num_globals, self.num_others], -1)
         mean, log_scale, coefficients = self._given(v)
         skew, log_tail = self.bend
         bent = (log_tail.exp() * noise.asinh() + skew).sinh()
-        others = mean + self.elimination.draw(coefficients, log_scale.exp() * bent)
-        value = torch.cat([self.loc + v @ self.scale_tril.mT, others], -1)
+        others, log_scale = self._drawn(coefficients, log_scale, bent)
+        value = torch.cat([self.loc + v @ self.scale_tril.mT, mean + others], -1)
         return value, self._log_slope(v, noise, bent, log_scale)
+
+    def _drawn(
+        self, coefficients: Tensor, log_scale: Tensor, bent: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The others without their means, round by round, and the logarithms of their scales."""
+        elimination, x, log_scales = self.elimination, bent[..., :0], []
+        by_round = map(elimination.by_round, self._of_parents(coefficients))
+        for each, *of_parents in zip(elimination.rounds, *by_round, strict=True):
+            here = slice(each.first, each.last)
+            known, log_factor = (part.sum(-1) for part in _said(each.near(x), *of_parents))
+            log_scales.append(log_scale[..., here] + log_factor)
+            x = torch.cat([x, known + log_scales[-1].exp() * bent[..., here]], -1)
+        return x, torch.cat(log_scales, -1)
+
+    def _bent(self, coefficients: Tensor, log_scale: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The bent noise of the others without their means, and the logarithms of scales."""
+        elimination = self.elimination
+        near = x[..., elimination.all_parents]
+        known, log_factor = (
+            torch.cat([part.sum(-1) for part in elimination.by_round(said)], -1)
+            for said in _said(near, *self._of_parents(coefficients))
+        )
+        log_scale = log_scale + log_factor
+        return (x - known) * (-log_scale).exp(), log_scale
 
     def _log_slope(self, v: Tensor, noise: Tensor, bent: Tensor, log_scale: Tensor) -> Tensor:
         of_globals = self.scale_tril.diagonal().log().expand_as(v)
@@ -206,8 +263,7 @@ class SparseStep(SinglePass):
         away = (g - self.loc).unsqueeze(-1)
         v = torch.linalg.solve_triangular(self.scale_tril, away, upper=False).squeeze(-1)
         mean, log_scale, coefficients = self._given(v)
-        scaled = self.elimination.residual(coefficients, others - mean)
-        bent = scaled * (-log_scale).exp()
+        bent, log_scale = self._bent(coefficients, log_scale, others - mean)
         noise = ((bent.asinh() - self.bend[0]) / self.bend[1].exp()).sinh()
         x = torch.cat([v, noise], -1)
         return x, self._log_slope(v, noise, bent, log_scale)
@@ -241,19 +297,36 @@ class SparseStep(SinglePass):
         )
 
 
+def _said(
+    x: Tensor, linear: Tensor, squared: Tensor, of_scale: Tensor, spread: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What parents say of the mean and of the logarithm of the scale of a child."""
+    ratio = bounded_by_tanh(x / spread)
+    return linear * x + squared * ratio.square(), of_scale * ratio
+
+
 @torch.no_grad()
-def _units(elimination: Elimination, start: Tensor) -> Tensor:
+def _spread(elimination: Elimination, start: Tensor) -> Tensor:
+    """The spread of each of the others where the globals are at their loc."""
+    n = len(elimination.order)
+    scale, coefficients = start[n : 2 * n].exp(), start[2 * n :]
+    generator = torch.Generator("cpu").manual_seed(0)
+    noise = torch.randn(NUM_SPREAD, n, generator=generator, device="cpu").to(start)
+    elimination = elimination.mapped(lambda index: index.to(start.device))
+    padded = torch.cat([coefficients, start.new_zeros(1)])
+    return elimination.draw(padded, scale * noise).square().mean(0).sqrt()
+
+
+@torch.no_grad()
+def _units(elimination: Elimination, start: Tensor, spread: Tensor) -> Tensor:
     """In which units changes are learned, so that a step of an optimiser moves no draw by much.
 
     Those of means are in units of the conditional scale, and those of coefficients of its ratio to
     the spread of the parent, where that is larger.
     """
     n = len(elimination.order)
-    scale, coefficients = start[n : 2 * n].exp(), start[2 * n :]
-    generator = torch.Generator("cpu").manual_seed(0)
-    noise = torch.randn(NUM_SPREAD, n, generator=generator, device="cpu").to(start)
+    scale = start[n : 2 * n].exp()
     elimination = elimination.mapped(lambda index: index.to(start.device))
-    spread = elimination.draw(torch.cat([coefficients, start.new_zeros(1)]), scale * noise).std(0)
     ratio = scale[elimination.children] / spread[elimination.parents]
     units = torch.cat([scale, torch.ones_like(scale), ratio.clamp(max=1.0)])
     units *= UNIT * min(1.0, (100 / n) ** 0.5)

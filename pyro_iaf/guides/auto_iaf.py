@@ -29,7 +29,6 @@ from ..models.arguments import Args, Kwargs, Program
 from ..models.matching import FixedLatents
 from ..nn.univariate import UnivariateMap
 from ..solvers.path_score import draw_scored
-from .base import MAX_DENSE
 from .latents import joined, refuse_subsamples, with_discrete
 from .mixture import Mixture, MixtureGuide
 from .pathfinder import Start, StartNotFound, further_starts, pathfinder
@@ -248,11 +247,8 @@ class AutoIAF(MixtureGuide, AutoContinuous):
                 if is_near:
                     return [structured]
             first = pathfinder(joint, loc.detach(), dense)
-            if structured is not None:
-                # Where others depend on each other, a flow over some hundred latents learns more.
-                is_enough = len(loc) > MAX_DENSE or not len(structured.structure.edges)
-                if is_enough and elbo > elbo_of(joint, first.posterior())[0] - 1.0:
-                    return [structured]
+            if structured is not None and elbo > elbo_of(joint, first.posterior())[0] - 1.0:
+                return [structured]
             starts = [first, *further_starts(joint, first, dense, num - 1)]
             return [self._fresh_transform(start, 0.0, context_dim) for start in starts]
         except StartNotFound as why:

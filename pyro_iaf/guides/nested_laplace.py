@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..flows.sparse_step import Coordinates, features
+from ..flows.sparse_step import Coordinates, feature_degrees, features
 from ..models.log_joint import LogJoint
 from ..solvers.sparse import Factor, coloured
 from .structure import Structure
@@ -291,27 +291,28 @@ def _scale(conditional: _Conditional, g: Tensor, u: Tensor, scale: Tensor) -> Te
 def _regressed(
     conditional: _Conditional, g: Tensor, u: Tensor, scale_tril: Tensor
 ) -> list[NestedStart]:
-    """Modes and factors at draws of the globals, on their features."""
+    """Modes and factors at draws of the globals, on their features of each degree.
+
+    The highest degree is the nearest where the draws are, and may be the worst farther out.
+    """
     G = conditional.G
-    num_features = features(g).shape[-1]
-    num = DRAWS_PER_FEATURE * num_features if G else 1
-    v = WIDER * torch.randn(num, G).to(g) if G else g.new_zeros(1, 0)
-    v = torch.cat(
-        [
-            torch.zeros_like(v[:1]),
-            v[1:],
-        ]
-    )
+    degrees = feature_degrees(G).to(g.device)
+    num = DRAWS_PER_FEATURE * len(degrees) if G else 1
+    v = WIDER * torch.randn(num, G).to(g)
+    v[0] = 0.0
     modes, value, factor = conditional.solve(g + v @ scale_tril.mT, u.expand(num, -1))
     averaged = conditional.normal(g + v @ scale_tril.mT, modes, factor)
     starts, weight = [], (-v.square().sum(-1, keepdim=True) / 8).exp()
     for targets in (_targets(*averaged), _targets(modes, factor)):
         usable = value.isfinite() & targets.isfinite().all(-1)
-        if int(usable.sum()) < num_features:
-            continue
         phi, w = features(v[usable]), weight[usable]
-        found = torch.linalg.lstsq(w * phi, w * targets[usable]).solution
-        starts.append(NestedStart(g[0], scale_tril, found))
+        for degree in degrees.unique()[-3:].flip(0).tolist():
+            used = degrees <= degree
+            if len(phi) < int(used.sum()):
+                continue
+            found = targets.new_zeros(len(degrees), targets.shape[1])
+            found[used] = torch.linalg.lstsq(w * phi[:, used], w * targets[usable]).solution
+            starts.append(NestedStart(g[0], scale_tril, found))
     return starts
 
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..flows.sparse_step import Coordinates, Leading, SparseStep, num_features
+from ..flows.sparse_step import Coordinates, Leading, SparseStep, feature_degrees
 from ..models.log_joint import LogJoint
 from ..nn.made import MaskedAutoregressiveNetwork
 from ..nn.univariate import UnivariateMap
@@ -159,7 +159,7 @@ def structured_start(
 def without_start(structure: Structure, loc: Tensor, like: Any) -> StructuredTransform:
     """A transform with a structure and a guide's settings; its values come from elsewhere."""
     G, num = len(structure.globals), structure.elimination.num_coefficients
-    zeros = loc.new_zeros(num_features(G), 2 * len(structure.others) + num)
+    zeros = loc.new_zeros(len(feature_degrees(G)), 2 * len(structure.others) + num)
     start = NestedStart(loc[structure.globals], torch.eye(G).to(loc), zeros)
     return _with_settings(start, structure, like)
 

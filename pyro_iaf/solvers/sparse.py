@@ -49,6 +49,11 @@ class Round(NamedTuple):
         """The place after them."""
         return self.first + len(self.parents)
 
+    def near(self, x: Tensor) -> Tensor:
+        """The values of the parents in those of earlier places, of shape ``(..., n, P)``."""
+        found: Tensor = x[..., self.parents.flatten()].unflatten(-1, self.parents.shape)
+        return found
+
 
 @dataclass
 class Elimination:
@@ -59,6 +64,7 @@ class Elimination:
         rounds: The rounds in the order of drawing.
         children, parents: The places of both ends of each coefficient.
         edges: Pairs of variables with a non-zero, which it was made for, of shape ``(m, 2)``.
+        all_parents, all_slots: Those of all rounds, one after the other.
     """
 
     order: Tensor
@@ -66,6 +72,10 @@ class Elimination:
     children: Tensor
     parents: Tensor
     edges: Tensor
+
+    def __post_init__(self) -> None:
+        self.all_parents = torch.cat([each.parents.flatten() for each in self.rounds])
+        self.all_slots = torch.cat([each.slots.flatten() for each in self.rounds])
 
     @property
     def num_coefficients(self) -> int:
@@ -79,35 +89,25 @@ class Elimination:
             fn(self.order), rounds, fn(self.children), fn(self.parents), fn(self.edges)
         )
 
-    def forecast(self, coefficients: Tensor, x: Tensor, each: Round) -> Tensor:
-        """What the parents say of the variables of a round.
+    def by_round(self, of_slots: Tensor) -> Sequence[Tensor]:
+        """The part of each round in what ``all_slots`` indexed, of shape ``(..., n, P)``."""
+        parts = of_slots.split([each.parents.numel() for each in self.rounds], -1)
+        pairs = zip(parts, self.rounds, strict=True)
+        return [part.unflatten(-1, each.parents.shape) for part, each in pairs]
+
+    def draw(self, coefficients: Tensor, scaled: Tensor) -> Tensor:
+        """The ``x`` with ``x - A x = scaled``, round by round.
 
         Args:
             coefficients: Of shape ``(..., E + 1)``, with a last one of zero.
-            x: The values of at least all earlier places, in the order of drawing.
-            each: The round.
+            scaled: Of shape ``(..., n)``, in the order of drawing.
         """
-        if not each.parents.shape[1]:
-            return x.new_zeros(())
-        by = coefficients[..., each.slots.flatten()] * x[..., each.parents.flatten()]
-        found: Tensor = by.unflatten(-1, each.parents.shape).sum(-1)
-        return found
-
-    def draw(self, coefficients: Tensor, scaled: Tensor) -> Tensor:
-        """The ``x`` with ``x - A x = scaled``, round by round."""
         x = scaled[..., :0]
-        for each in self.rounds:
-            known = scaled[..., each.first : each.last]
-            x = torch.cat([x, known + self.forecast(coefficients, x, each)], -1)
+        by_round = self.by_round(coefficients[..., self.all_slots])
+        for each, by in zip(self.rounds, by_round, strict=True):
+            known = (by * each.near(x)).sum(-1)
+            x = torch.cat([x, scaled[..., each.first : each.last] + known], -1)
         return x
-
-    def residual(self, coefficients: Tensor, x: Tensor) -> Tensor:
-        """``x - A x``, all at once."""
-        parts = [
-            x[..., each.first : each.last] - self.forecast(coefficients, x, each)
-            for each in self.rounds
-        ]
-        return torch.cat(parts, -1)
 
     def factor(self, diagonal: Tensor, edges: Tensor) -> Factor:
         """Factors of matrices.

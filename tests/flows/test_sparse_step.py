@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from pyro_iaf import InverseAutoregressiveFlowStack, inverse_autoregressive_flow
 from pyro_iaf.flows.posterior import Posterior
 from pyro_iaf.flows.sinh_arcsinh import LocScale
-from pyro_iaf.flows.sparse_step import Coordinates, Leading, SparseStep, features, num_features
+from pyro_iaf.flows.sparse_step import Coordinates, Leading, SparseStep, feature_degrees, features
 from pyro_iaf.solvers.path_score import Within, draw_scored, draw_with_score
 from pyro_iaf.solvers.sparse import eliminated
 
@@ -32,9 +32,12 @@ def step(num_globals, edges, num_others=6, by=0.3):
     G, size = num_globals, 2 * num_others + elimination.num_coefficients
     # The higher a feature's degree, the smaller its coefficients, as far noise has large cubes.
     typical = features(3 * torch.ones(G)).unsqueeze(-1)
-    start = by * torch.randn(num_features(G), size) / typical
+    start = by * torch.randn(len(feature_degrees(G)), size) / typical
     tril = (0.3 * torch.randn(G, G)).tril(-1) + torch.diag(0.5 + torch.rand(G))
-    return rough(SparseStep(elimination, torch.randn(G), tril, start), 0.2)
+    found = rough(SparseStep(elimination, torch.randn(G), tril, start), 0.2)
+    with torch.no_grad():
+        found.by_parents *= 10  # they are in units of a tenth
+    return found
 
 
 def in_runs(place, *runs):
@@ -135,15 +138,24 @@ def test_a_step_is_what_its_formula_says():
         A[elimination.children, elimination.parents] = coefficients
         skew, log_tail = flow.bend
         bent = (log_tail.exp() * noise.asinh() + skew).sinh()
-        others = mean + torch.linalg.solve(torch.eye(n) - A, log_scale.exp() * bent)
-        assert_close(y, torch.cat([flow.loc + flow.scale_tril @ v, others]))
+        away = y[2:] - mean
+        C, D = torch.zeros(2, n, n)
+        units = flow.unit_frame[elimination.children], flow.unit_frame[n]
+        C[elimination.children, elimination.parents] = flow.by_parents[0] * units[0]
+        D[elimination.children, elimination.parents] = flow.by_parents[1] * units[1]
+        ratio = 10 * (away / flow.spread_frame / 10).tanh()
+        scale = (log_scale + D @ ratio).exp()
+        assert C.abs().max() > 0.1
+        assert D.abs().max() > 0.1
+        assert_close(away, A @ away + C @ ratio.square() + scale * bent)
+        assert_close(y[:2], flow.loc + flow.scale_tril @ v)
 
 
 @pytest.mark.parametrize("num_globals", [0, 1, 3, 6, 7, 20])
 def test_features_are_bounded_and_as_many_as_are_said(num_globals):
     for size in (1.0, 1e6):
         found = features(size * torch.randn(5, num_globals))
-        assert found.shape == (5, num_features(num_globals))
+        assert found.shape == (5, len(feature_degrees(num_globals)))
         assert (found[:, 0] == 1).all()
         assert found.abs().max() <= 1000
 
@@ -157,7 +169,7 @@ def test_near_zero_features_are_powers():
 
 def test_a_fresh_step_has_no_bend_and_no_changes():
     elimination = eliminated(6, CHAIN)
-    start = 0.2 * torch.randn(num_features(2), 12 + elimination.num_coefficients)
+    start = 0.2 * torch.randn(len(feature_degrees(2)), 12 + elimination.num_coefficients)
     flow = SparseStep(elimination, torch.zeros(2), torch.eye(2), start)
     at_zero = flow._call(torch.zeros(8))
     assert_close(at_zero, torch.cat([torch.zeros(2), start[0, :6]]))
@@ -580,7 +592,7 @@ def test_it_learns_a_target_with_its_structure():
     """A random walk with a scale that is a global: it is in the family, and so is found."""
     n = 6
     elimination = eliminated(n, CHAIN)
-    start = torch.zeros(num_features(1), 2 * n + elimination.num_coefficients)
+    start = torch.zeros(len(feature_degrees(1)), 2 * n + elimination.num_coefficients)
     flow = SparseStep(elimination, torch.zeros(1), torch.eye(1), start)
 
     def target(z):
@@ -607,3 +619,36 @@ def test_it_learns_a_target_with_its_structure():
     before = loss().item()
     optimizer.step(loss)
     assert divergence(torch.randn(1000, 1 + n)) < 0.02 * before  # the target is normalised
+
+
+def test_a_latent_may_be_the_scale_of_another():
+    """A funnel, without a global: it is in the family, and so is found."""
+    elimination = eliminated(4, [(0, 1), (2, 3)])
+    start = torch.zeros(1, 2 * 4 + elimination.num_coefficients)
+    flow = SparseStep(elimination, torch.zeros(0), torch.zeros(0, 0), start)
+
+    def target(z):
+        u = z[..., elimination.order.argsort()].unflatten(-1, (2, 2))
+        a, b = u.unbind(-1)
+        # whichever of the two is drawn first
+        log_scale, value = (a, b) if elimination.order[0] % 2 == 0 else (b, a)
+        of_value = dist.Normal(0.3 * log_scale**2, log_scale.exp()).log_prob(value)
+        return (dist.Normal(0.0, 0.7).log_prob(log_scale) + of_value).sum(-1)
+
+    def divergence(x):
+        y = flow(x)
+        log_q = standard_normal(4).log_prob(x) - flow.log_abs_det_jacobian(x, y)
+        return (log_q - target(y)).mean()
+
+    x = torch.randn(1000, 4)
+    optimizer = torch.optim.LBFGS(flow.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        found = divergence(x)
+        found.backward()
+        return found
+
+    before = loss().item()
+    optimizer.step(loss)
+    assert divergence(torch.randn(1000, 4)) < 0.02 * before

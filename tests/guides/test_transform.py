@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from pyro_iaf import AutoIAF, DiagonalNormal, Gated, fit, inverse_autoregressive_flow
 from pyro_iaf.flows.base import SinglePass
-from pyro_iaf.flows.sparse_step import num_features
+from pyro_iaf.flows.sparse_step import feature_degrees
 from pyro_iaf.guides.nested_laplace import NestedStart
 from pyro_iaf.guides.pathfinder import Start
 from pyro_iaf.guides.structure import Structure
@@ -87,7 +87,7 @@ def structured(num_globals):
     G, n = num_globals, 3 - num_globals
     is_global, before = torch.arange(3) < G, torch.full((3,), 3)
     structure = Structure.of(is_global, before, torch.tensor([[1, 2]]))
-    start = torch.zeros(num_features(G), 2 * n + structure.elimination.num_coefficients)
+    start = torch.zeros(len(feature_degrees(G)), 2 * n + structure.elimination.num_coefficients)
     start[0, :n], start[0, n : 2 * n], start[0, 2 * n :] = LOC[structure.others], -1.0, 0.5
     nested = NestedStart(LOC[:G], 0.5 * torch.eye(G).double(), start.double())
     settings = {"num_flows": 2, "hidden_dims": [8], "univariate": univariate_map("affine")}

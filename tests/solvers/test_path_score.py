@@ -12,7 +12,7 @@ from pyro_iaf import (
     inverse_autoregressive_flow,
 )
 from pyro_iaf.flows.sinh_arcsinh import LocScale
-from pyro_iaf.flows.sparse_step import Coordinates, Leading, SparseStep, num_features
+from pyro_iaf.flows.sparse_step import Coordinates, Leading, SparseStep, feature_degrees
 from pyro_iaf.solvers.path_score import draw_with_score
 from pyro_iaf.solvers.sparse import eliminated
 
@@ -30,7 +30,8 @@ def structured(num_globals, num_others):
     G, D = num_globals, num_globals + num_others
     over = [Leading(part, D) for part in guide_like(G).parts] if G else []
     elimination = eliminated(num_others, [(i, i + 1) for i in range(num_others - 1)])
-    start = 0.1 * torch.randn(num_features(G), 2 * num_others + elimination.num_coefficients)
+    num = 2 * num_others + elimination.num_coefficients
+    start = 0.1 * torch.randn(len(feature_degrees(G)), num)
     last = rough(SparseStep(elimination, torch.randn(G), 0.5 * torch.eye(G), start), 0.1)
     before = torch.full((D,), D)
     before[[1, 2]] = torch.tensor([0, 1])
