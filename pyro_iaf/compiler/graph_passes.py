@@ -37,13 +37,23 @@ class Refused(ValueError):  # noqa: N818
 
 
 def lift_tensors(module: fx.GraphModule) -> list[Tensor]:
-    """Turns the outside tensors of a graph into inputs, and returns them."""
+    """Turns the outside tensors of a graph into inputs, and returns them.
+
+    Raises:
+        Refused: If there is a generator of random numbers among them.
+    """
     graph = module.graph
     found: dict[int, tuple[fx.Node, Tensor]] = {}
     for node in list(graph.nodes):
         if node.op != "get_attr":
             continue
         tensor = getattr(module, node.target)
+        if isinstance(tensor, torch.Generator):
+            raise Refused(
+                "The model draws by a torch.Generator of its own, whose state a graph would "
+                "forget. Draw without it, or outside the model; or train by Trace_ELBO, or "
+                "fit(..., compile=False)."
+            )
         if any(user.target is torch.ops.aten.lift_fresh_copy.default for user in node.users):
             continue  # a constant, such as torch.tensor(1.0), in the code itself
         if id(tensor) not in found:

@@ -146,7 +146,7 @@ class SparseStep(SinglePass):
             coefficients of parents, of shape ``(F, 2 n + E)``.
     """
 
-    edges: Tensor
+    edges_frame: Tensor
     globals_frame: Tensor
     start_frame: Tensor
     spread_frame: Tensor
@@ -159,7 +159,7 @@ class SparseStep(SinglePass):
         self.elimination = elimination
         G, n = len(loc), len(elimination.order)
         self.num_globals, self.num_others, self.input_dim = G, n, G + n
-        self.register_buffer("edges", elimination.edges.clone())
+        self.register_buffer("edges_frame", elimination.edges.clone())
         self.register_buffer("globals_frame", torch.cat([loc.unsqueeze(0), scale_tril]))
         self.register_buffer("start_frame", coefficients.contiguous())  # as Pyro's store has it
         spread = _spread(elimination, coefficients[0])
@@ -278,7 +278,7 @@ class SparseStep(SinglePass):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        edges = self.edges
+        edges = self.edges_frame
         if not torch.equal(edges.cpu(), self.elimination.edges.cpu()):
             found = eliminated(self.num_others, edges.tolist())
             self.elimination = found.mapped(lambda index: index.to(edges.device))
@@ -344,36 +344,36 @@ class Coordinates(SinglePass):
         before: Of each latent the latent before it in its run, or D.
     """
 
-    place: Tensor
-    before: Tensor
+    place_frame: Tensor
+    before_frame: Tensor
 
     def __init__(self, place: Tensor, before: Tensor) -> None:
         super().__init__()
         self.input_dim = len(place)
-        self.register_buffer("place", place)
-        self.register_buffer("before", before)
+        self.register_buffer("place_frame", place)
+        self.register_buffer("before_frame", before)
         self.runs = _runs(before)
 
     @property
     def _sources(self) -> tuple[object, ...]:
-        return (self.place, self.before)
+        return (self.place_frame, self.before_frame)
 
     def _compute(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        sums = x[..., self.place]
+        sums = x[..., self.place_frame]
         if not self.runs:
             return sums, torch.zeros_like(sums)
         padded = torch.cat([sums, torch.zeros_like(sums[..., :1])], -1)
-        return sums - padded[..., self.before], torch.zeros_like(sums)
+        return sums - padded[..., self.before_frame], torch.zeros_like(sums)
 
     def _undo(self, y: Tensor, method: str = "auto") -> tuple[Tensor, Tensor]:
         sums = y
         for run in self.runs:
             sums = sums.index_copy(-1, run.flatten(), y[..., run].cumsum(-1).flatten(-2))
-        return sums[..., self.place.argsort()], torch.zeros_like(y)
+        return sums[..., self.place_frame.argsort()], torch.zeros_like(y)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self.runs = _runs(self.before)
+        self.runs = _runs(self.before_frame)
 
     def solve_transposed(self, x: Tensor, v: Tensor) -> Tensor:
         return _solved_by_inverse(self, x, v)

@@ -33,7 +33,7 @@ from .latents import joined, refuse_subsamples, with_discrete
 from .mixture import Mixture, MixtureGuide
 from .pathfinder import Start, StartNotFound, further_starts, pathfinder
 from .site_delta import SiteDeltas
-from .structured_transform import elbo_of, without_start
+from .structured_transform import elbo_of, has_structure, settings_like, structured_from
 from .transform import GuideTransform, Transform, entries_below
 
 __all__ = ["AutoIAF"]
@@ -230,16 +230,15 @@ class AutoIAF(MixtureGuide, AutoContinuous):
         def by_init() -> list[Transform]:
             return [self._fresh_transform(s, log_scale, context_dim) for s in (at_loc, *around)]
 
-        name = f"{self._pyro_name}.transform"
-        is_structured = param_store.has_from_file(name, "start_frame")
-        if not is_structured and (self._start == "init" or param_store.has_from_file(name)):
+        saved = param_store.all_from_file(f"{self._pyro_name}.transform")
+        if has_structure(saved) and self._looks_for_structure:
+            return [structured_from(saved, **settings_like(self)) for _ in range(num)]
+        if saved or self._start == "init":
             return by_init()
         values = {name: site["value"] for name, site in self._latent_sites().items()}
         with FixedLatents(values, {}):
             trace = poutine.trace(model).get_trace(*args, **kwargs)  # with data and subsamples
         joint, dense = self.log_joint(model, trace, args, kwargs), self._is_dense(len(loc))
-        if is_structured and (found := self._found_structure(joint, loc.detach())) is not None:
-            return [without_start(found, loc.detach(), self) for _ in range(num)]
         structured = self._structured_near(joint, loc.detach()) if num == 1 else None
         try:
             if structured is not None:

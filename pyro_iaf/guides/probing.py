@@ -7,6 +7,7 @@ holds.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -16,7 +17,7 @@ from ..models.log_joint import LogJoint
 from ..solvers.sparse import coloured
 from .runs import axes, before_along, blocks
 
-__all__ = ["pattern_of"]
+__all__ = ["holds", "pattern_of"]
 
 # So many columns of each large site are taken, a few of them to choose its coordinates.
 NUM_COLUMNS, NUM_COMPARED = 12, 3
@@ -61,38 +62,40 @@ class _SecondDerivatives:
 
 
 def pattern_of(
-    joint: LogJoint, point: Tensor, shapes: Sequence[torch.Size]
+    joint: LogJoint, points: Sequence[Tensor], shapes: Sequence[torch.Size]
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Which latents are global, the runs of sums, and the edges of the others; None if dense.
 
     Args:
         joint: The log density.
-        point: Where it is looked at, of shape ``(D,)``.
+        points: Where it is looked at, each of shape ``(D,)``; the first tells the runs.
         shapes: The shapes of the sites in unconstrained space.
     """
-    D, where = len(point), list(blocks(shapes))
+    D, where = len(points[0]), list(blocks(shapes))
     is_global = torch.zeros(D, dtype=torch.bool)
     for start, shape in where:
         is_global[start : start + shape.numel()] = shape.numel() <= LARGE
     if int(is_global.sum()) > MOST_SMALL or is_global.all():
         return None
-    second = _SecondDerivatives(joint, point)
-    if not second.is_usable:
+    found = [_SecondDerivatives(joint, point) for point in points]
+    if not all(second.is_usable for second in found):
         return None
     with torch.device("cpu"):  # where indices are made, whatever the default
-        return _sparse_pattern(second, where, is_global.cpu())
+        return _sparse_pattern(found, where, is_global.cpu())
 
 
 def _sparse_pattern(
-    second: _SecondDerivatives, where: Sequence[tuple[int, torch.Size]], is_global: Tensor
+    found: Sequence[_SecondDerivatives],
+    where: Sequence[tuple[int, torch.Size]],
+    is_global: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     D = len(is_global)
     large = [(start, shape) for start, shape in where if shape.numel() > LARGE]
     before = torch.full((D,), D)
     for start, shape in large:
-        before = _sparser(second, before, start, shape, is_global)
+        before = _sparser(found[0], before, start, shape, is_global)
     rules: set[tuple[int, ...]] = set()
-    for start, shape in large:
+    for second, (start, shape) in itertools.product(found, large):
         for place in _some(start, shape, NUM_COLUMNS):
             touched = _touched(second, before, place, is_global)
             if len(touched) > MOST_TOUCHED:
@@ -103,7 +106,8 @@ def _sparse_pattern(
                     return None
                 rules.add(rule)
     edges = _edges(rules, large)
-    return (is_global, before, edges) if _holds(second, before, is_global, edges) else None
+    all_told = all(_told(second, before, is_global, edges) for second in found)
+    return (is_global, before, edges) if all_told else None
 
 
 def _touched(
@@ -201,7 +205,16 @@ def _slices(
     return tuple(found)
 
 
-def _holds(second: _SecondDerivatives, before: Tensor, is_global: Tensor, edges: Tensor) -> bool:
+def holds(joint: LogJoint, point: Tensor, before: Tensor, is_global: Tensor, edges: Tensor) -> bool:
+    """Whether the edges of :func:`pattern_of` are all there are at another point."""
+    second = _SecondDerivatives(joint, point)
+    if not second.is_usable:
+        return True
+    with torch.device("cpu"):
+        return _told(second, before, is_global, edges)
+
+
+def _told(second: _SecondDerivatives, before: Tensor, is_global: Tensor, edges: Tensor) -> bool:
     """Whether a random product has no more than the edges tell."""
     colours = coloured(len(before), edges.tolist())
     others = ~is_global

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ..models.log_joint import LogJoint
 from ..solvers.sparse import Elimination, eliminated
-from .probing import pattern_of
+from .probing import holds, pattern_of
 from .runs import SHORTEST_RUN, axes, before_along, blocks
 
-__all__ = ["Structure", "find_structure"]
+__all__ = ["Structure", "find_structure", "has_all_edges"]
 
 # Structure is looked for among so many latents.
 FEWEST, MOST = 40, 20_000
@@ -117,30 +117,49 @@ def _largest_part(edges: Sequence[Sequence[int]]) -> int:
 
 
 @torch.no_grad()
-def find_structure(joint: LogJoint, loc: Tensor, shapes: Sequence[torch.Size]) -> Structure | None:
+def find_structure(
+    joint: LogJoint, loc: Tensor, shapes: Sequence[torch.Size], draws: Tensor | None = None
+) -> Structure | None:
     """The structure of a log joint density; None if it has none that helps.
 
     Args:
         joint: The log density.
         loc: A point near which it is looked at.
         shapes: The shapes of the sites in unconstrained space, in order.
+        draws: Further points where it is looked at.
     """
     if not FEWEST <= len(loc) <= MOST:
         return None
     with torch.random.fork_rng():  # the same for a model at each time
         torch.manual_seed(0)
-        return _found(joint, loc, shapes)
+        return _found(joint, loc, shapes, loc.new_zeros(0, len(loc)) if draws is None else draws)
 
 
-def _found(joint: LogJoint, loc: Tensor, shapes: Sequence[torch.Size]) -> Structure | None:
+def has_all_edges(joint: LogJoint, structure: Structure, draws: Tensor) -> bool:
+    """Whether no latents touch each other at these points that the structure holds apart.
+
+    A rectifier may hide what depends on what where the structure was looked for.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        is_global = torch.zeros(len(structure.before), dtype=torch.bool, device="cpu")
+        is_global[structure.globals] = True
+        rest = structure.before, is_global, structure.edges
+        return all(holds(joint, point, *rest) for point in draws)
+
+
+def _found(
+    joint: LogJoint, loc: Tensor, shapes: Sequence[torch.Size], draws: Tensor
+) -> Structure | None:
     D = len(loc)
     points = torch.stack([loc, *(loc + torch.randn(6, D).to(loc))])
     if joint.check(points) is not None or not joint.at_once:
         return None
     if D > MOST_DENSE:
-        pattern = pattern_of(joint, loc + AWAY[0] * torch.randn(D).to(loc), shapes)
+        near = loc + AWAY[0] * torch.randn(D).to(loc)
+        pattern = pattern_of(joint, [near, *draws], shapes)
         return None if pattern is None else _sparse(*pattern)
-    curvature = _curvature(joint, loc)
+    curvature = _curvature(joint, loc, draws)
     with torch.device("cpu"):  # where indices are made, whatever the default
         return None if curvature is None else _sparsest(curvature.cpu(), shapes)
 
@@ -174,9 +193,10 @@ def _sparse(is_global: Tensor, before: Tensor, edges: Tensor) -> Structure | Non
     return found
 
 
-def _curvature(joint: LogJoint, loc: Tensor) -> Tensor | None:
+def _curvature(joint: LogJoint, loc: Tensor, draws: Tensor) -> Tensor | None:
     """Second derivatives at a few points, of shape ``(P, D, D)``."""
-    points = torch.cat([loc + away * torch.randn(2, len(loc)).to(loc) for away in AWAY])
+    near = [loc + away * torch.randn(2, len(loc)).to(loc) for away in AWAY]
+    points = torch.cat([*near, draws])
     rows = []
     for point in points:
         value, hessian = joint(point.unsqueeze(0)), joint.hessian(point.unsqueeze(0))[0]

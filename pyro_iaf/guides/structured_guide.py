@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..models.log_joint import LogJoint
 from .base import FlowGuide
-from .structure import Structure, find_structure
+from .structure import Structure, find_structure, has_all_edges
 from .structured_transform import StructuredTransform, structured_start
 
 __all__ = ["StructuredGuide"]
+
+# At so many draws of a start the structure that it has is looked at again, and so often in all.
+NUM_DRAWS, NUM_LOOKS = 4, 3
 
 
 class StructuredGuide(FlowGuide):
@@ -38,19 +42,30 @@ class StructuredGuide(FlowGuide):
         several = self._modules.get("mixture") is not None
         return None if self.structure is None or several else self._modules["transform"]
 
-    def _found_structure(self, joint: LogJoint, loc: Tensor) -> Structure | None:
-        if not self._looks_for_structure or self._encoder is not None:
-            return None
-        return find_structure(joint, loc, [*self._unconstrained_shapes.values()])
-
     def _structured_near(self, joint: LogJoint, loc: Tensor) -> StructuredTransform | None:
         """A transform with the structure of the model, if it has one; it starts near a point."""
         try:
-            is_fresh = self._modules.get("transform") is None
-            found = self._found_structure(joint, loc) if is_fresh else self.structure
-            return None if found is None else structured_start(joint, found, loc, self)
+            if self._modules.get("transform") is not None:
+                found = self.structure
+                return None if found is None else structured_start(joint, found, loc, self)
+            return self._fresh_near(joint, loc)
         except Exception:  # a model may raise anything
             return None
+
+    def _fresh_near(self, joint: LogJoint, loc: Tensor) -> StructuredTransform | None:
+        if not self._looks_for_structure or self._encoder is not None:
+            return None
+        shapes, draws = [*self._unconstrained_shapes.values()], loc.new_zeros(0, len(loc))
+        for _ in range(NUM_LOOKS):
+            found = find_structure(joint, loc, shapes, draws)
+            start = None if found is None else structured_start(joint, found, loc, self)
+            if found is None or start is None:
+                return None
+            further = start.posterior().sample((NUM_DRAWS,))
+            if has_all_edges(joint, found, further):
+                return start
+            draws = torch.cat([draws, further])
+        return None
 
     def __repr__(self) -> str:
         found = self.structure

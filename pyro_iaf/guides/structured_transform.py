@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..flows.sparse_step import Coordinates, Leading, SparseStep, feature_degrees
+from ..flows.sparse_step import Coordinates, Leading, SparseStep
 from ..models.log_joint import LogJoint
 from ..nn.made import MaskedAutoregressiveNetwork
 from ..nn.univariate import UnivariateMap
@@ -32,10 +32,12 @@ from .transform import (
 __all__ = [
     "StructuredTransform",
     "elbo_of",
+    "has_structure",
+    "settings_like",
+    "structured_from",
     "structured_start",
     "structured_transform",
     "transform_from_state",
-    "without_start",
 ]
 
 # Starts are compared by so many draws.
@@ -88,10 +90,10 @@ class StructuredTransform(GuideTransform):
     def structure(self) -> Structure:
         """The globals and the graph of the others."""
         coordinates: Any = self.parts[-1]
-        first, others = coordinates.place.argsort().tensor_split([self.sparse.num_globals])
+        first, others = coordinates.place_frame.argsort().tensor_split([self.sparse.num_globals])
         numbers = others.sort().values
-        edges = numbers[self.sparse.edges]
-        return Structure(first, others, coordinates.before, edges, self.sparse.elimination)
+        edges = numbers[self.sparse.edges_frame]
+        return Structure(first, others, coordinates.before_frame, edges, self.sparse.elimination)
 
     @property
     def origin(self) -> Tensor:
@@ -149,24 +151,16 @@ def structured_start(
     """A fresh transform near a point, with the settings of a guide; None if none is found."""
     best, best_elbo = None, -math.inf
     for start in nested_laplace(joint, structure, loc):
-        fresh = _with_settings(start, structure, like)
+        fresh = structured_transform(start, structure, **settings_like(like))
         elbo, _ = elbo_of(joint, fresh.posterior())
         if elbo > best_elbo:
             best, best_elbo = fresh, elbo
     return best
 
 
-def without_start(structure: Structure, loc: Tensor, like: Any) -> StructuredTransform:
-    """A transform with a structure and a guide's settings; its values come from elsewhere."""
-    G, num = len(structure.globals), structure.elimination.num_coefficients
-    zeros = loc.new_zeros(len(feature_degrees(G)), 2 * len(structure.others) + num)
-    start = NestedStart(loc[structure.globals], torch.eye(G).to(loc), zeros)
-    return _with_settings(start, structure, like)
-
-
-def _with_settings(start: NestedStart, structure: Structure, like: Any) -> StructuredTransform:
-    settings = {key: getattr(like, key) for key in ("num_flows", "hidden_dims", "univariate")}
-    return structured_transform(start, structure, **settings)
+def settings_like(guide: Any) -> dict[str, Any]:
+    """What a guide says of its flows."""
+    return {key: getattr(guide, key) for key in ("num_flows", "hidden_dims", "univariate")}
 
 
 @torch.no_grad()
@@ -187,39 +181,45 @@ def transform_from_state(
     """A transform that fits a state; None if there is none in it."""
     if univariate is None:
         return None
-    if any(name.endswith(".edges") for name in state):
-        return _structured_from_state(state, univariate)
+    if has_structure(state):
+        sizes = [v for k, v in state.items() if k.endswith(".network._extra_state")]
+        widths = sizes[0].tolist()[3:] if sizes else None
+        return structured_from(
+            state, num_flows=len(sizes), hidden_dims=widths, univariate=univariate
+        )
     settings = settings_of(state)
     if settings is None:
         return None
     return fresh_transform(**settings, log_scale=0.0, univariate=univariate)
 
 
-def _structured_from_state(
-    state: Mapping[str, Tensor], univariate: UnivariateMap
-) -> StructuredTransform:
-    name = next(name for name in state if name.endswith(".edges"))
-    sparse = entries_below(state, name.removesuffix("edges"))
+def has_structure(state: Mapping[str, Tensor]) -> bool:
+    """Whether a state is of a transform with structure."""
+    return any(name.endswith(".edges_frame") for name in state)
+
+
+def structured_from(state: Mapping[str, Tensor], **settings: Any) -> StructuredTransform:
+    """A fresh transform with the structure and the start in a state.
+
+    Its flows are made as the settings say.
+    """
+    name = next(name for name in state if name.endswith(".edges_frame"))
+    sparse = entries_below(state, name.removesuffix("edges_frame"))
     step = int(name.split(".")[1])
     coordinates = entries_below(state, f"parts.{step + 1}.")
-    sizes = [v for k, v in state.items() if k.endswith(".network._extra_state")]
     loc, *rows = sparse["globals_frame"].clone()
     G = len(loc)
-    place, edges = coordinates["place"].cpu(), sparse["edges"].cpu()
-    first, others = place.argsort().tensor_split([G])
-    structure = Structure(
-        first,
-        others,
-        coordinates["before"].cpu(),
-        others.sort().values[edges],
-        eliminated(len(others), edges.tolist()),
+    place, before, edges = (
+        index.to("cpu", torch.long)  # a parameter store has them in double precision
+        for index in (
+            coordinates["place_frame"],
+            coordinates["before_frame"],
+            sparse["edges_frame"],
+        )
     )
+    first, others = place.argsort().tensor_split([G])
+    elimination = eliminated(len(others), edges.tolist())
+    structure = Structure(first, others, before, others.sort().values[edges], elimination)
     scale_tril = torch.stack(rows) if rows else loc.new_zeros(0, 0)
     start = NestedStart(loc, scale_tril, sparse["start_frame"].clone())
-    return structured_transform(
-        start,
-        structure,
-        num_flows=len(sizes),
-        hidden_dims=sizes[0].tolist()[3:] if sizes else None,
-        univariate=univariate,
-    )
+    return structured_transform(start, structure, **settings)

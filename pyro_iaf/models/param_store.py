@@ -25,11 +25,11 @@ from .._validation import warn
 
 __all__ = [
     "adopt",
+    "all_from_file",
     "declare",
     "declare_local",
     "forget",
     "from_file",
-    "has_from_file",
     "parameters_of",
     "unconstrained_params",
 ]
@@ -37,6 +37,7 @@ __all__ = [
 _owners = WeakIdKeyDictionary()  # a weak reference to the guide that put a parameter into the store
 _warned: weakref.WeakSet[PyroModule] = weakref.WeakSet()
 _leaves = WeakIdKeyDictionary()  # the leaf in the store that shares a frame's memory
+_index_copies = WeakIdKeyDictionary()  # the leaves that are copies of indices
 
 
 def parameters_of(module: nn.Module, name: str) -> dict[str, Tensor]:
@@ -44,25 +45,32 @@ def parameters_of(module: nn.Module, name: str) -> dict[str, Tensor]:
 
     The frame is not trained, but it is saved with the parameters, which are relative to it. Every
     entry of the store must have ``requires_grad``, so a frame is stored as a leaf that never gets a
-    gradient.
+    gradient, and one of indices as a copy in double precision.
     """
     named = module.named_parameters()  # under functional_call these are no Parameters
     own: dict[str, Tensor] = {key: p for key, p in named if isinstance(p, nn.Parameter)}
     for key, buffer in module.named_buffers() if own else ():
         if key.endswith("frame"):
             if buffer not in _leaves:
-                _leaves[buffer] = buffer.detach().requires_grad_()
+                is_index = not buffer.is_floating_point()
+                leaf = buffer.double() if is_index else buffer.detach()
+                _leaves[buffer] = leaf.requires_grad_()
+                if is_index:
+                    _index_copies[leaf] = True
             own[key] = _leaves[buffer]
     return {f"{name}$$${key}": value for key, value in own.items()}
 
 
-def has_from_file(name: str, ending: str = "") -> bool:
-    """Whether the store has entries of this module, with this ending, that come from a file."""
-    entries = pyro.get_param_store()._params
-    return not pyro.settings.get("module_local_params") and any(
-        key.startswith(f"{name}$$$") and key.endswith(ending) and value not in _owners
+def all_from_file(name: str) -> dict[str, Tensor]:
+    """The store's entries of this module that come from a file, by their names in the module."""
+    if pyro.settings.get("module_local_params"):
+        return {}
+    entries, prefix = pyro.get_param_store()._params, f"{name}$$$"
+    return {
+        key.removeprefix(prefix): value.detach()
         for key, value in entries.items()
-    )
+        if key.startswith(prefix) and value not in _owners
+    }
 
 
 def from_file(name: str) -> Tensor | None:
@@ -96,6 +104,9 @@ def adopt(guide: PyroModule, own: dict[str, Tensor]) -> None:
     ]
     if loaded:
         _check_entries(guide, own)
+    for name in loaded:
+        if own[name] in _index_copies and not own[name].equal(entries[name]):
+            raise _of_another_make(guide, f"{name} has other values there than here")
     for name in loaded:
         with torch.no_grad():
             own[name].copy_(entries[name])
@@ -144,12 +155,16 @@ def _check_entries(guide: PyroModule, own: dict[str, Tensor]) -> None:
     stored = {name for name, value in own.items() if value.requires_grad}  # the others are frozen
     if unlike := dict(theirs.items() - ours.items()).keys() | (stored - theirs.keys()):
         name = min(unlike)
-        raise ValueError(
-            f"The parameter store has entries of a guide named '{guide._pyro_name}' of another "
-            f"make: {name} has shape {theirs.get(name, 'missing')} there and "
-            f"{ours.get(name, 'missing')} here. Clear it with pyro.clear_param_store(), or give "
-            f"the guide a name of its own: {type(guide).__name__}(model, name=...)."
-        )
+        there, here = (shapes.get(name, "missing") for shapes in (theirs, ours))
+        raise _of_another_make(guide, f"{name} has shape {there} there and {here} here")
+
+
+def _of_another_make(guide: PyroModule, why: str) -> ValueError:
+    return ValueError(
+        f"The parameter store has entries of a guide named '{guide._pyro_name}' of another make: "
+        f"{why}. Clear it with pyro.clear_param_store(), or give the guide a name of its own: "
+        f"{type(guide).__name__}(model, name=...)."
+    )
 
 
 def _replace_entry(guide: PyroModule, name: str, value: Tensor) -> None:

@@ -328,6 +328,16 @@ def test_what_a_distribution_reads_is_refused_by_its_site():
         graph().loss_and_grads(model, guide_for(model, ()))
 
 
+def test_a_generator_of_the_model_is_refused():
+    def model():
+        y = torch.randn(3, generator=torch.Generator().manual_seed(0))
+        pyro.sample("y", dist.Normal(latent(), 1.0).expand([3]).to_event(1), obs=y)
+
+    guide = guide_for(model, ())
+    with pytest.raises(ValueError, match=r"a torch.Generator of its own"):
+        graph().loss_and_grads(model, guide)
+
+
 def test_numbers_of_arguments_with_gradients_are_refused():
     model = READS["item"]
     group, y = data()

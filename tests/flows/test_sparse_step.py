@@ -458,7 +458,7 @@ def test_nothing_is_stale_after_a_buffer_has_changed(name):
         if value.is_floating_point():
             value.data.mul_(1.1) if value.requires_grad else value.mul_(1.1)
     if name == "sums":
-        flow.place.copy_(flow.place.roll(1))
+        flow.place_frame.copy_(flow.place_frame.roll(1))
     if name != "leading":  # a change through .data has no version
         assert flow.inv(y) is not x
     assert_close(flow(flow.inv(y.clone()).detach().clone()), y)
