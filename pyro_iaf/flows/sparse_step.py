@@ -44,7 +44,8 @@ MOST_SQUARED = 12
 BOUND = 10.0
 
 # Units of what is learned: a step of an optimiser should not spoil a start that is nearly right.
-UNIT = 0.1
+# Changes that move with the globals are many.
+UNIT, UNIT_OF_MOVING = 0.3, 0.1
 
 # The spreads of the others are found by so many draws.
 NUM_SPREAD = 64
@@ -193,12 +194,10 @@ class SparseStep(SinglePass):
     def _given(self, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The means, logarithms of scales and coefficients for globals."""
         fixed, n = features(v), self.num_others
-        F = fixed.shape[-1]
-        changes = self.changes * self.unit_frame
-        found = fixed @ (self.start_frame + changes[:F])
-        if len(self.weight):
-            learned = (v @ self.weight[:, :-1].mT + self.weight[:, -1]).tanh()
-            found = found + learned @ changes[F:]
+        learned = (v @ self.weight[:, :-1].mT + self.weight[:, -1]).tanh()
+        moving = UNIT_OF_MOVING / UNIT * torch.cat([fixed[..., 1:], learned], -1)
+        changes = self.changes[0] + moving @ self.changes[1:]
+        found = fixed @ self.start_frame + changes * self.unit_frame
         mean, log_scale, coefficients = found.split([n, n, found.shape[-1] - 2 * n], -1)
         none = torch.zeros_like(mean[..., :1])
         return mean, log_scale, torch.cat([coefficients, none], -1)
