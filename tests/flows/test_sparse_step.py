@@ -36,7 +36,7 @@ def step(num_globals, edges, num_others=6, by=0.3):
     tril = (0.3 * torch.randn(G, G)).tril(-1) + torch.diag(0.5 + torch.rand(G))
     found = rough(SparseStep(elimination, torch.randn(G), tril, start), 0.2)
     with torch.no_grad():
-        found.by_parents *= 10  # they are in units of a tenth
+        found.by_parents *= 3
     return found
 
 
