@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._validation import warn
 from ..models.log_joint import LogJoint
 from .base import FlowGuide
 from .structure import Structure, find_structure, has_all_edges
@@ -49,7 +50,7 @@ class StructuredGuide(FlowGuide):
                 found = self.structure
                 return None if found is None else structured_start(joint, found, loc, self)
             return self._fresh_near(joint, loc)
-        except Exception:  # a model may raise anything
+        except Exception:  # a model may raise anything, also where it is differentiated twice
             return None
 
     def _fresh_near(self, joint: LogJoint, loc: Tensor) -> StructuredTransform | None:
@@ -58,13 +59,20 @@ class StructuredGuide(FlowGuide):
         shapes, draws = [*self._unconstrained_shapes.values()], loc.new_zeros(0, len(loc))
         for _ in range(NUM_LOOKS):
             found = find_structure(joint, loc, shapes, draws)
-            start = None if found is None else structured_start(joint, found, loc, self)
-            if found is None or start is None:
+            if found is None:
                 return None
+            start = structured_start(joint, found, loc, self)
+            if start is None:
+                break
             further = start.posterior().sample((NUM_DRAWS,))
             if has_all_edges(joint, found, further):
                 return start
             draws = torch.cat([draws, further])
+        warn(
+            f"AutoIAF found structure ({found}), but no start that has it: where it looked, the "
+            "others had no mode given the globals, or touched each other elsewhere. Its flows are "
+            "over all latents. Give structure=False to choose that without this warning."
+        )
         return None
 
     def __repr__(self) -> str:

@@ -218,6 +218,14 @@ def test_dependences_that_begin_far_from_the_start_are_edges():
     assert sorted(map(tuple, guide.structure.edges.sort(1).values.tolist())) == pairs
 
 
+def test_structure_without_a_start_is_told(monkeypatch):
+    monkeypatch.setattr("pyro_iaf.guides.structured_guide.structured_start", lambda *args: None)
+    guide = AutoIAF(local_level)
+    with pytest.warns(UserWarning, match=r"found structure \(2 globals; .* no start that has it"):
+        guide.setup()
+    assert guide.structure is None
+
+
 def test_a_chain_is_drawn_in_few_rounds():
     words = str(made(local_level).structure)
     assert "2 globals; 60 latents in chains, in cumulative sums, drawn in" in words
