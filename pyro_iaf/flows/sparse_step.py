@@ -54,14 +54,14 @@ NUM_SPREAD = 64
 NUM_LEARNED = 8
 
 
-def bounded_by_tanh(x: Tensor) -> Tensor:
+def _bounded(x: Tensor) -> Tensor:
     """The identity near zero, and nowhere more than ``BOUND``."""
     return BOUND * (x / BOUND).tanh()
 
 
 def features(v: Tensor) -> Tensor:
     """One, and bounded functions of globals of shape ``(..., G)``."""
-    bounded = bounded_by_tanh(v)
+    bounded = _bounded(v)
     found = [torch.ones_like(v[..., :1]), bounded]
     G = v.shape[-1]
     if 0 < G <= MOST_SQUARED:
@@ -162,7 +162,9 @@ class SparseStep(SinglePass):
         self.num_globals, self.num_others, self.input_dim = G, n, G + n
         self.register_buffer("edges_frame", elimination.edges.clone())
         self.register_buffer("globals_frame", torch.cat([loc.unsqueeze(0), scale_tril]))
-        self.register_buffer("start_frame", coefficients.contiguous())  # as Pyro's store has it
+        self.register_buffer(
+            "start_frame", coefficients.clone(memory_format=torch.contiguous_format)
+        )
         spread = _spread(elimination, coefficients[0])
         self.register_buffer("spread_frame", spread)
         self.register_buffer("unit_frame", _units(elimination, coefficients[0], spread))
@@ -202,8 +204,8 @@ class SparseStep(SinglePass):
         none = torch.zeros_like(mean[..., :1])
         return mean, log_scale, torch.cat([coefficients, none], -1)
 
-    def _of_parents(self, coefficients: Tensor) -> tuple[Tensor, ...]:
-        """What weighs each parent: linearly, squared, in log scales; and its spread.
+    def _parent_coefficients(self, coefficients: Tensor) -> tuple[Tensor, ...]:
+        """Coefficients of each parent: linear, of its square, of the log scale; and its spread.
 
         They are as in :attr:`.Elimination.all_slots`.
         """
@@ -233,21 +235,23 @@ class SparseStep(SinglePass):
     ) -> tuple[Tensor, Tensor]:
         """The others without their means, round by round, and the logarithms of their scales."""
         elimination, x, log_scales = self.elimination, bent[..., :0], []
-        by_round = map(elimination.by_round, self._of_parents(coefficients))
+        by_round = map(elimination.by_round, self._parent_coefficients(coefficients))
         for each, *of_parents in zip(elimination.rounds, *by_round, strict=True):
             here = slice(each.first, each.last)
-            known, log_factor = (part.sum(-1) for part in _said(each.near(x), *of_parents))
+            known, log_factor = (part.sum(-1) for part in _parent_terms(each.near(x), *of_parents))
             log_scales.append(log_scale[..., here] + log_factor)
             x = torch.cat([x, known + log_scales[-1].exp() * bent[..., here]], -1)
         return x, torch.cat(log_scales, -1)
 
-    def _bent(self, coefficients: Tensor, log_scale: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _bent_noise(
+        self, coefficients: Tensor, log_scale: Tensor, x: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """The bent noise of the others without their means, and the logarithms of scales."""
         elimination = self.elimination
         near = x[..., elimination.all_parents]
         known, log_factor = (
-            torch.cat([part.sum(-1) for part in elimination.by_round(said)], -1)
-            for said in _said(near, *self._of_parents(coefficients))
+            torch.cat([part.sum(-1) for part in elimination.by_round(terms)], -1)
+            for terms in _parent_terms(near, *self._parent_coefficients(coefficients))
         )
         log_scale = log_scale + log_factor
         return (x - known) * (-log_scale).exp(), log_scale
@@ -262,7 +266,7 @@ class SparseStep(SinglePass):
         away = (g - self.loc).unsqueeze(-1)
         v = torch.linalg.solve_triangular(self.scale_tril, away, upper=False).squeeze(-1)
         mean, log_scale, coefficients = self._given(v)
-        bent, log_scale = self._bent(coefficients, log_scale, others - mean)
+        bent, log_scale = self._bent_noise(coefficients, log_scale, others - mean)
         noise = ((bent.asinh() - self.bend[0]) / self.bend[1].exp()).sinh()
         x = torch.cat([v, noise], -1)
         return x, self._log_slope(v, noise, bent, log_scale)
@@ -296,11 +300,11 @@ class SparseStep(SinglePass):
         )
 
 
-def _said(
+def _parent_terms(
     x: Tensor, linear: Tensor, squared: Tensor, of_scale: Tensor, spread: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What parents say of the mean and of the logarithm of the scale of a child."""
-    ratio = bounded_by_tanh(x / spread)
+    """Terms of the mean and of the logarithm of the scale of a child, one for each parent."""
+    ratio = _bounded(x / spread)
     return linear * x + squared * ratio.square(), of_scale * ratio
 
 
@@ -350,7 +354,7 @@ class Coordinates(SinglePass):
         super().__init__()
         self.input_dim = len(place)
         self.register_buffer("place_frame", place)
-        self.register_buffer("before_frame", before)
+        self.register_buffer("before_frame", before.clone())
         self.runs = _runs(before)
 
     @property

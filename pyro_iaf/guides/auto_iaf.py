@@ -33,7 +33,14 @@ from .latents import joined, refuse_subsamples, with_discrete
 from .mixture import Mixture, MixtureGuide
 from .pathfinder import Start, StartNotFound, further_starts, pathfinder
 from .site_delta import SiteDeltas
-from .structured_transform import elbo_of, has_structure, settings_like, structured_from
+from .structured_transform import (
+    SMALL_SPREAD,
+    elbo_of,
+    has_structure,
+    settings_like,
+    structured_parts,
+    structured_transform,
+)
 from .transform import GuideTransform, Transform, entries_below
 
 __all__ = ["AutoIAF"]
@@ -231,8 +238,10 @@ class AutoIAF(MixtureGuide, AutoContinuous):
             return [self._fresh_transform(s, log_scale, context_dim) for s in (at_loc, *around)]
 
         saved = param_store.all_from_file(f"{self._pyro_name}.transform")
-        if has_structure(saved) and self._looks_for_structure:
-            return [structured_from(saved, **settings_like(self)) for _ in range(num)]
+        if has_structure(saved) and self._looks_for_structure and self._encoder is None:
+            parts, settings = structured_parts(saved), settings_like(self)
+            if len(parts.structure.before) == len(loc):
+                return [structured_transform(*parts, **settings) for _ in range(num)]
         if saved or self._start == "init":
             return by_init()
         values = {name: site["value"] for name, site in self._latent_sites().items()}
@@ -242,8 +251,8 @@ class AutoIAF(MixtureGuide, AutoContinuous):
         structured = self._structured_near(joint, loc.detach()) if num == 1 else None
         try:
             if structured is not None:
-                elbo, is_near = elbo_of(joint, structured.posterior())
-                if is_near:
+                elbo, spread = elbo_of(joint, structured.posterior())
+                if spread < SMALL_SPREAD:
                     return [structured]
             first = pathfinder(joint, loc.detach(), dense)
             if structured is not None and elbo > elbo_of(joint, first.posterior())[0] - 1.0:

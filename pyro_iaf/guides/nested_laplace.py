@@ -14,6 +14,7 @@ https://doi.org/10.1111/j.1467-9868.2008.00700.x)
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -188,8 +189,8 @@ class _Conditional:
 
 
 @torch.no_grad()
-def nested_laplace(joint: LogJoint, structure: Structure, loc: Tensor) -> list[NestedStart]:
-    """Starts of a structured guide, by averages over draws and at modes; none if no mode is found.
+def nested_laplace(joint: LogJoint, structure: Structure, loc: Tensor) -> Iterator[NestedStart]:
+    """Starts of a structured guide, at modes, then by averages; none if no mode is found.
 
     Args:
         joint: The log density.
@@ -203,11 +204,11 @@ def nested_laplace(joint: LogJoint, structure: Structure, loc: Tensor) -> list[N
     scale = loc.new_ones(G)
     value, u = conditional.marginal(g, u)
     if not value.isfinite().all():
-        return []
+        return
     if G:
         g, u, scale = _climb(conditional, g, u, value)
     scale_tril = _scale(conditional, g, u, scale) if G else loc.new_zeros(0, 0)
-    return _regressed(conditional, g, u, scale_tril)
+    yield from _regressed(conditional, g, u, scale_tril)
 
 
 def _climb(
@@ -290,8 +291,8 @@ def _scale(conditional: _Conditional, g: Tensor, u: Tensor, scale: Tensor) -> Te
 
 def _regressed(
     conditional: _Conditional, g: Tensor, u: Tensor, scale_tril: Tensor
-) -> list[NestedStart]:
-    """Modes and factors at draws of the globals, on their features of each degree.
+) -> Iterator[NestedStart]:
+    """Modes and factors at draws of the globals, and averages, on features of each degree.
 
     The highest degree is the nearest where the draws are, and may be the worst farther out.
     """
@@ -300,20 +301,21 @@ def _regressed(
     num = DRAWS_PER_FEATURE * len(degrees) if G else 1
     v = WIDER * torch.randn(num, G).to(g)
     v[0] = 0.0
-    modes, value, factor = conditional.solve(g + v @ scale_tril.mT, u.expand(num, -1))
-    averaged = conditional.normal(g + v @ scale_tril.mT, modes, factor)
-    starts, weight = [], (-v.square().sum(-1, keepdim=True) / 8).exp()
-    for targets in (_targets(*averaged), _targets(modes, factor)):
+    weight = (-v.square().sum(-1, keepdim=True) / 8).exp()
+    at = g + v @ scale_tril.mT
+    modes, value, factor = conditional.solve(at, u.expand(num, -1))
+    for is_averaged in (False, True):
+        found = conditional.normal(at, modes, factor) if is_averaged else (modes, factor)
+        targets = _targets(*found)
         usable = value.isfinite() & targets.isfinite().all(-1)
-        phi, w = features(v[usable]), weight[usable]
+        phi, w, wanted = features(v[usable]), weight[usable], weight[usable] * targets[usable]
         for degree in degrees.unique()[-3:].flip(0).tolist():
             used = degrees <= degree
             if len(phi) < int(used.sum()):
                 continue
-            found = targets.new_zeros(len(degrees), targets.shape[1])
-            found[used] = torch.linalg.lstsq(w * phi[:, used], w * targets[usable]).solution
-            starts.append(NestedStart(g[0], scale_tril, found))
-    return starts
+            coefficients = targets.new_zeros(len(degrees), targets.shape[1])
+            coefficients[used] = torch.linalg.lstsq(w * phi[:, used], wanted).solution
+            yield NestedStart(g[0], scale_tril, coefficients)
 
 
 def _targets(means: Tensor, factor: Factor) -> Tensor:

@@ -39,7 +39,7 @@ MOST_IN_A_ROW = 16
 # A sparse factor has at most this share of a dense one's entries.
 MOST_SHARE = 0.25
 
-# So far from a point second derivatives are looked at, twice each.
+# So far from a point second derivatives are looked at.
 AWAY = 0.3, 1.0
 
 
@@ -144,8 +144,7 @@ def has_all_edges(joint: LogJoint, structure: Structure, draws: Tensor) -> bool:
         torch.manual_seed(0)
         is_global = torch.zeros(len(structure.before), dtype=torch.bool, device="cpu")
         is_global[structure.globals] = True
-        rest = structure.before, is_global, structure.edges
-        return all(holds(joint, point, *rest) for point in draws)
+        return holds(joint, draws, structure.before, is_global, structure.edges)
 
 
 def _found(
@@ -195,7 +194,7 @@ def _sparse(is_global: Tensor, before: Tensor, edges: Tensor) -> Structure | Non
 
 def _curvature(joint: LogJoint, loc: Tensor, draws: Tensor) -> Tensor | None:
     """Second derivatives at a few points, of shape ``(P, D, D)``."""
-    near = [loc + away * torch.randn(2, len(loc)).to(loc) for away in AWAY]
+    near = [loc + away * torch.randn(1, len(loc)).to(loc) for away in AWAY]
     points = torch.cat([*near, draws])
     rows = []
     for point in points:

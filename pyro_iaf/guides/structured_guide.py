@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -45,35 +46,37 @@ class StructuredGuide(FlowGuide):
 
     def _structured_near(self, joint: LogJoint, loc: Tensor) -> StructuredTransform | None:
         """A transform with the structure of the model, if it has one; it starts near a point."""
-        try:
+        found, start = None, None
+        with suppress(Exception):  # a model may raise anything, also where it is differentiated
             if self._modules.get("transform") is not None:
-                found = self.structure
-                return None if found is None else structured_start(joint, found, loc, self)
-            return self._fresh_near(joint, loc)
-        except Exception:  # a model may raise anything, also where it is differentiated twice
-            return None
+                structure = self.structure
+                return None if structure is None else structured_start(joint, structure, loc, self)
+            if self._looks_for_structure and self._encoder is None:
+                found, start = self._found_near(joint, loc)
+        if found is not None and start is None:
+            warn(
+                f"AutoIAF found structure ({found}), but no start that has it: where it looked, "
+                "the others had no mode given the globals, or touched each other elsewhere. Its "
+                "flows are over all latents. Give structure=False to choose that without this "
+                "warning."
+            )
+        return start
 
-    def _fresh_near(self, joint: LogJoint, loc: Tensor) -> StructuredTransform | None:
-        if not self._looks_for_structure or self._encoder is not None:
-            return None
+    def _found_near(
+        self, joint: LogJoint, loc: Tensor
+    ) -> tuple[Structure | None, StructuredTransform | None]:
+        """The structure, and a start that has it also where it draws."""
         shapes, draws = [*self._unconstrained_shapes.values()], loc.new_zeros(0, len(loc))
         for _ in range(NUM_LOOKS):
             found = find_structure(joint, loc, shapes, draws)
-            if found is None:
-                return None
-            start = structured_start(joint, found, loc, self)
-            if start is None:
-                break
+            start = None if found is None else structured_start(joint, found, loc, self)
+            if found is None or start is None:
+                return found, None
             further = start.posterior().sample((NUM_DRAWS,))
             if has_all_edges(joint, found, further):
-                return start
+                return found, start
             draws = torch.cat([draws, further])
-        warn(
-            f"AutoIAF found structure ({found}), but no start that has it: where it looked, the "
-            "others had no mode given the globals, or touched each other elsewhere. Its flows are "
-            "over all latents. Give structure=False to choose that without this warning."
-        )
-        return None
+        return found, None
 
     def __repr__(self) -> str:
         found = self.structure

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -30,11 +30,12 @@ from .transform import (
 )
 
 __all__ = [
+    "SMALL_SPREAD",
     "StructuredTransform",
     "elbo_of",
     "has_structure",
     "settings_like",
-    "structured_from",
+    "structured_parts",
     "structured_start",
     "structured_transform",
     "transform_from_state",
@@ -43,8 +44,8 @@ __all__ = [
 # Starts are compared by so many draws.
 NUM_COMPARED = 200
 
-# A start whose log weights spread by less, in nats, is near the posterior.
-SMALL_SPREAD = 2.0
+# A start whose log weights spread by less, in nats, is near the posterior, or all but there.
+SMALL_SPREAD, TINY_SPREAD = 2.0, 0.3
 
 
 class StructuredTransform(GuideTransform):
@@ -152,9 +153,11 @@ def structured_start(
     best, best_elbo = None, -math.inf
     for start in nested_laplace(joint, structure, loc):
         fresh = structured_transform(start, structure, **settings_like(like))
-        elbo, _ = elbo_of(joint, fresh.posterior())
+        elbo, spread = elbo_of(joint, fresh.posterior())
         if elbo > best_elbo:
             best, best_elbo = fresh, elbo
+        if spread < TINY_SPREAD:
+            break
     return best
 
 
@@ -164,15 +167,15 @@ def settings_like(guide: Any) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def elbo_of(joint: LogJoint, posterior: Any) -> tuple[float, bool]:
-    """The ELBO of a distribution by a few draws, and whether log weights spread by little.
+def elbo_of(joint: LogJoint, posterior: Any) -> tuple[float, float]:
+    """The ELBO of a distribution by a few draws, and the deviation of log weights.
 
-    It is ``-inf`` where it is not finite.
+    They are ``-inf`` and ``inf`` where they are not finite.
     """
     z = posterior.sample((NUM_COMPARED,))
     log_weights: Tensor = joint(z) - posterior.log_prob(z)
     elbo, spread = log_weights.mean().item(), log_weights.std().item()
-    return (elbo, spread < SMALL_SPREAD) if math.isfinite(elbo) else (-math.inf, False)
+    return (elbo, spread) if math.isfinite(elbo) else (-math.inf, math.inf)
 
 
 def transform_from_state(
@@ -184,13 +187,12 @@ def transform_from_state(
     if has_structure(state):
         sizes = [v for k, v in state.items() if k.endswith(".network._extra_state")]
         widths = sizes[0].tolist()[3:] if sizes else None
-        return structured_from(
-            state, num_flows=len(sizes), hidden_dims=widths, univariate=univariate
-        )
-    settings = settings_of(state)
-    if settings is None:
+        settings: Any = {"num_flows": len(sizes), "hidden_dims": widths, "univariate": univariate}
+        return structured_transform(*structured_parts(state), **settings)
+    known = settings_of(state)
+    if known is None:
         return None
-    return fresh_transform(**settings, log_scale=0.0, univariate=univariate)
+    return fresh_transform(**known, log_scale=0.0, univariate=univariate)
 
 
 def has_structure(state: Mapping[str, Tensor]) -> bool:
@@ -198,11 +200,15 @@ def has_structure(state: Mapping[str, Tensor]) -> bool:
     return any(name.endswith(".edges_frame") for name in state)
 
 
-def structured_from(state: Mapping[str, Tensor], **settings: Any) -> StructuredTransform:
-    """A fresh transform with the structure and the start in a state.
+class StructuredParts(NamedTuple):
+    """What a transform with structure is made of, besides its settings."""
 
-    Its flows are made as the settings say.
-    """
+    start: NestedStart
+    structure: Structure
+
+
+def structured_parts(state: Mapping[str, Tensor]) -> StructuredParts:
+    """The start and the structure in a state."""
     name = next(name for name in state if name.endswith(".edges_frame"))
     sparse = entries_below(state, name.removesuffix("edges_frame"))
     step = int(name.split(".")[1])
@@ -210,7 +216,7 @@ def structured_from(state: Mapping[str, Tensor], **settings: Any) -> StructuredT
     loc, *rows = sparse["globals_frame"].clone()
     G = len(loc)
     place, before, edges = (
-        index.to("cpu", torch.long)  # a parameter store has them in double precision
+        index.to("cpu", torch.long)  # a parameter store has them in floating point
         for index in (
             coordinates["place_frame"],
             coordinates["before_frame"],
@@ -222,4 +228,4 @@ def structured_from(state: Mapping[str, Tensor], **settings: Any) -> StructuredT
     structure = Structure(first, others, before, others.sort().values[edges], elimination)
     scale_tril = torch.stack(rows) if rows else loc.new_zeros(0, 0)
     start = NestedStart(loc, scale_tril, sparse["start_frame"].clone())
-    return structured_transform(start, structure, **settings)
+    return StructuredParts(start, structure)

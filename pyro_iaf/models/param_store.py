@@ -37,7 +37,7 @@ __all__ = [
 _owners = WeakIdKeyDictionary()  # a weak reference to the guide that put a parameter into the store
 _warned: weakref.WeakSet[PyroModule] = weakref.WeakSet()
 _leaves = WeakIdKeyDictionary()  # the leaf in the store that shares a frame's memory
-_index_copies = WeakIdKeyDictionary()  # the leaves that are copies of indices
+_copied = WeakIdKeyDictionary()  # which version of a frame of indices a leaf is a copy of
 
 
 def parameters_of(module: nn.Module, name: str) -> dict[str, Tensor]:
@@ -45,20 +45,26 @@ def parameters_of(module: nn.Module, name: str) -> dict[str, Tensor]:
 
     The frame is not trained, but it is saved with the parameters, which are relative to it. Every
     entry of the store must have ``requires_grad``, so a frame is stored as a leaf that never gets a
-    gradient, and one of indices as a copy in double precision.
+    gradient, and one of indices as a copy in floating point.
     """
     named = module.named_parameters()  # under functional_call these are no Parameters
     own: dict[str, Tensor] = {key: p for key, p in named if isinstance(p, nn.Parameter)}
     for key, buffer in module.named_buffers() if own else ():
         if key.endswith("frame"):
-            if buffer not in _leaves:
-                is_index = not buffer.is_floating_point()
-                leaf = buffer.double() if is_index else buffer.detach()
-                _leaves[buffer] = leaf.requires_grad_()
-                if is_index:
-                    _index_copies[leaf] = True
-            own[key] = _leaves[buffer]
+            own[key] = _leaf(buffer)
     return {f"{name}$$${key}": value for key, value in own.items()}
+
+
+def _leaf(buffer: Tensor) -> Tensor:
+    """The leaf for a frame, or the copy of one of indices, as it is now."""
+    is_index = not buffer.is_floating_point()
+    leaf: Tensor | None = _leaves.get(buffer)
+    if leaf is None or (is_index and _copied[leaf] != buffer._version):
+        leaf = (buffer.float() if is_index else buffer.detach()).requires_grad_()
+        _leaves[buffer] = leaf
+        if is_index:
+            _copied[leaf] = buffer._version
+    return leaf
 
 
 def all_from_file(name: str) -> dict[str, Tensor]:
@@ -102,10 +108,14 @@ def adopt(guide: PyroModule, own: dict[str, Tensor]) -> None:
         for name, value in own.items()
         if entries.get(name, value) is not value and entries[name] not in _owners
     ]
-    if loaded:
+    prefixes = _prefixes(own)
+    if loaded or any(
+        name.startswith(prefixes) and name not in own and value not in _owners
+        for name, value in entries.items()
+    ):
         _check_entries(guide, own)
     for name in loaded:
-        if own[name] in _index_copies and not own[name].equal(entries[name]):
+        if own[name] in _copied and not own[name].equal(entries[name].to(own[name])):
             raise _of_another_make(guide, f"{name} has other values there than here")
     for name in loaded:
         with torch.no_grad():
@@ -147,8 +157,13 @@ def _statement(name: str, value: Tensor, **_: Any) -> Tensor:
     return value
 
 
+def _prefixes(own: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """What the names of a guide's entries begin with."""
+    return tuple({name.partition("$$$")[0] + "$$$" for name in own})
+
+
 def _check_entries(guide: PyroModule, own: dict[str, Tensor]) -> None:
-    prefixes = tuple({name.partition("$$$")[0] + "$$$" for name in own})
+    prefixes = _prefixes(own)
     entries = pyro.get_param_store()._params
     theirs = {name: tuple(p.shape) for name, p in entries.items() if name.startswith(prefixes)}
     ours = {name: tuple(value.shape) for name, value in own.items()}
