@@ -27,10 +27,12 @@ from .discrete import EXACTLY, Discrete, is_discrete
 from .masks import masks_of
 from .matching import Mismatch, unchecked
 from .packed import Table
-from .particles import MAX_NUMBERS
 from .vectorized_markov import WITHOUT_NAMES, Chain, chains_among, is_past
 
 __all__ = ["Enumerated", "InPlates"]
+
+# The most values that discrete latents take together.
+MAX_VALUES = 2**24
 
 # PyTorch's tensors have at most so many dimensions.
 MOST_DIMS = 60
@@ -127,9 +129,9 @@ class Enumerated(EnumMessenger):
         shape = msg["fn"].batch_shape
         left = len(shape) + self.first + 1
         sizes = [*shape[: max(0, left)], *shape[max(0, len(shape) - self.discrete.nesting) :]]
-        if math.prod(sizes) > MAX_NUMBERS:
+        if math.prod(sizes) > MAX_VALUES:
             raise ValueError(
-                f"The values that discrete latents take together should be at most {MAX_NUMBERS}; "
+                f"The values that discrete latents take together should be at most {MAX_VALUES}; "
                 f"at site '{msg['name']}' there are {math.prod(sizes)}, in a table of shape "
                 f"{tuple(shape)}. Let it depend on fewer of them, put independent ones in a "
                 "pyro.plate and a chain in pyro.markov, or sum them out by hand."

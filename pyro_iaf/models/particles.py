@@ -18,7 +18,7 @@ from .traces import quietly, samples
 __all__ = ["MAX_NUMBERS", "NUM_PROBED", "Particles", "mapped", "numbers_in", "threads_for"]
 
 # The most numbers in the sites of one run, and in the graph of a Hessian's rows.
-MAX_NUMBERS = 2**24
+MAX_NUMBERS = 2**21
 
 # Where operations take fewer numbers, they run in one thread. Others gain nothing there, and each
 # operation waits for them if their cores are busy.
