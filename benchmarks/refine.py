@@ -32,6 +32,11 @@ NUM_STEPS = 1000
 WANTED = 1000
 
 
+def are_small(errors, size):
+    """Whether errors of a mean or of a deviation hold, by effective draws of this size."""
+    return errors < 0.05 + 3 / size**0.5
+
+
 def judged(posterior, chains):
     """The errors of chains by site, and the smallest effective sample size."""
     from pyro_iaf.diagnostics.convergence import ess, rhat
@@ -49,8 +54,7 @@ def judged(posterior, chains):
             continue
         size, flat = ess(draws), draws.flatten(0, 1)
         error, ratio = ((flat.mean(0) - mean) / sd).abs(), (flat.std(0) / sd - 1).abs()
-        more = 3 / size.sqrt()
-        holds &= bool((error < 0.05 + more).all() and (ratio < 0.05 + more).all())
+        holds &= bool(are_small(error, size).all() and are_small(ratio, size).all())
         means.append(error.max().item())
         spreads.append(ratio.max().item())
         sizes.append(size.min().item())

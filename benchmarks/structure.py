@@ -464,11 +464,10 @@ def errors(posterior, guide):
             sums[site] += np.stack([units.sum(0), (units**2).sum(0)])
     mean, square = np.concatenate(list(sums.values()), -1) / NUM_DRAWS
     of_mean, of_sd = np.abs(mean).max(), np.abs(np.sqrt(square - mean**2) - 1).max()
-    more = 3 / math.sqrt(NUM_DRAWS)
     return {
         "mean_error": round(float(of_mean), 3),
         "sd_error": round(float(of_sd), 3),
-        "holds": bool(of_mean < 0.05 + more and of_sd < 0.05 + more),
+        "holds": all(bool(refine.are_small(e, NUM_DRAWS)) for e in (of_mean, of_sd)),
     }
 
 

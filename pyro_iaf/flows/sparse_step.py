@@ -165,6 +165,7 @@ class SparseStep(SinglePass):
         self.register_buffer(
             "start_frame", coefficients.clone(memory_format=torch.contiguous_format)
         )
+        elimination = elimination.mapped(lambda index: index.to(coefficients.device))
         spread = _spread(elimination, coefficients[0])
         self.register_buffer("spread_frame", spread)
         self.register_buffer("unit_frame", _units(elimination, coefficients[0], spread))
@@ -315,7 +316,6 @@ def _spread(elimination: Elimination, start: Tensor) -> Tensor:
     scale, coefficients = start[n : 2 * n].exp(), start[2 * n :]
     generator = torch.Generator("cpu").manual_seed(0)
     noise = torch.randn(NUM_SPREAD, n, generator=generator, device="cpu").to(start)
-    elimination = elimination.mapped(lambda index: index.to(start.device))
     padded = torch.cat([coefficients, start.new_zeros(1)])
     return elimination.draw(padded, scale * noise).square().mean(0).sqrt()
 
@@ -329,7 +329,6 @@ def _units(elimination: Elimination, start: Tensor, spread: Tensor) -> Tensor:
     """
     n = len(elimination.order)
     scale = start[n : 2 * n].exp()
-    elimination = elimination.mapped(lambda index: index.to(start.device))
     ratio = scale[elimination.children] / spread[elimination.parents]
     units = torch.cat([scale, torch.ones_like(scale), ratio.clamp(max=1.0)])
     units *= UNIT * min(1.0, (100 / n) ** 0.5)

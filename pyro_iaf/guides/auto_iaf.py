@@ -238,7 +238,7 @@ class AutoIAF(MixtureGuide, AutoContinuous):
             return [self._fresh_transform(s, log_scale, context_dim) for s in (at_loc, *around)]
 
         saved = param_store.all_from_file(f"{self._pyro_name}.transform")
-        if has_structure(saved) and self._looks_for_structure and self._encoder is None:
+        if has_structure(saved) and self._may_have_structure:
             parts, settings = structured_parts(saved), settings_like(self)
             if len(parts.structure.before) == len(loc):
                 return [structured_transform(*parts, **settings) for _ in range(num)]

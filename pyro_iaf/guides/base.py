@@ -39,7 +39,7 @@ from .plates import GivenSubsamples, quoted
 from .structured_transform import transform_from_state
 from .transform import Transform, entries_below, fresh_transform
 
-__all__ = ["MAX_DENSE", "FlowGuide"]
+__all__ = ["FlowGuide"]
 
 # The most latents that have a dense scale by default.
 MAX_DENSE = 400

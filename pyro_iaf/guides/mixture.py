@@ -99,8 +99,11 @@ class MixtureGuide(StructuredGuide):
         if start is None:
             start = Start(point, torch.full_like(point, self._init_scale))
         transform: Any = self._structured_near(joint, point)
-        least = elbo_of(joint, start.posterior())[0]
-        if transform is None or elbo_of(joint, transform.posterior())[0] < least:
+        if transform is not None:
+            least = elbo_of(joint, start.posterior())[0]
+            if elbo_of(joint, transform.posterior())[0] < least:
+                transform = None
+        if transform is None:
             transform = self._fresh_transform(start, 0.0)
         if self._mixture is None:
             self.mixture = Mixture([], point.new_zeros(1))

@@ -118,7 +118,7 @@ def _largest_part(edges: Sequence[Sequence[int]]) -> int:
 
 @torch.no_grad()
 def find_structure(
-    joint: LogJoint, loc: Tensor, shapes: Sequence[torch.Size], draws: Tensor | None = None
+    joint: LogJoint, loc: Tensor, shapes: Sequence[torch.Size], draws: Sequence[Tensor] = ()
 ) -> Structure | None:
     """The structure of a log joint density; None if it has none that helps.
 
@@ -126,13 +126,13 @@ def find_structure(
         joint: The log density.
         loc: A point near which it is looked at.
         shapes: The shapes of the sites in unconstrained space, in order.
-        draws: Further points where it is looked at.
+        draws: Further points where it is looked at, each of shape ``(D,)``.
     """
     if not FEWEST <= len(loc) <= MOST:
         return None
     with torch.random.fork_rng():  # the same for a model at each time
         torch.manual_seed(0)
-        return _found(joint, loc, shapes, loc.new_zeros(0, len(loc)) if draws is None else draws)
+        return _found(joint, loc, shapes, draws)
 
 
 def has_all_edges(joint: LogJoint, structure: Structure, draws: Tensor) -> bool:
@@ -148,7 +148,7 @@ def has_all_edges(joint: LogJoint, structure: Structure, draws: Tensor) -> bool:
 
 
 def _found(
-    joint: LogJoint, loc: Tensor, shapes: Sequence[torch.Size], draws: Tensor
+    joint: LogJoint, loc: Tensor, shapes: Sequence[torch.Size], draws: Sequence[Tensor]
 ) -> Structure | None:
     D = len(loc)
     points = torch.stack([loc, *(loc + torch.randn(6, D).to(loc))])
@@ -192,12 +192,11 @@ def _sparse(is_global: Tensor, before: Tensor, edges: Tensor) -> Structure | Non
     return found
 
 
-def _curvature(joint: LogJoint, loc: Tensor, draws: Tensor) -> Tensor | None:
+def _curvature(joint: LogJoint, loc: Tensor, draws: Sequence[Tensor]) -> Tensor | None:
     """Second derivatives at a few points, of shape ``(P, D, D)``."""
-    near = [loc + away * torch.randn(1, len(loc)).to(loc) for away in AWAY]
-    points = torch.cat([*near, draws])
+    near = [loc + away * torch.randn(len(loc)).to(loc) for away in AWAY]
     rows = []
-    for point in points:
+    for point in (*near, *draws):
         value, hessian = joint(point.unsqueeze(0)), joint.hessian(point.unsqueeze(0))[0]
         if value.isfinite().all() and hessian.isfinite().all():
             rows.append(hessian)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .._validation import warn
@@ -30,6 +29,11 @@ class StructuredGuide(FlowGuide):
     _unconstrained_shapes: dict[str, Any]
 
     @property
+    def _may_have_structure(self) -> bool:
+        """Whether it is wanted; flows that depend on a context are over all latents."""
+        return self._looks_for_structure and self._encoder is None
+
+    @property
     def structure(self) -> Structure | None:
         """The globals and the sparse graph of the other latents; None if the flow is over all.
 
@@ -51,7 +55,7 @@ class StructuredGuide(FlowGuide):
             if self._modules.get("transform") is not None:
                 structure = self.structure
                 return None if structure is None else structured_start(joint, structure, loc, self)
-            if self._looks_for_structure and self._encoder is None:
+            if self._may_have_structure:
                 found, start = self._found_near(joint, loc)
         if found is not None and start is None:
             warn(
@@ -66,7 +70,7 @@ class StructuredGuide(FlowGuide):
         self, joint: LogJoint, loc: Tensor
     ) -> tuple[Structure | None, StructuredTransform | None]:
         """The structure, and a start that has it also where it draws."""
-        shapes, draws = [*self._unconstrained_shapes.values()], loc.new_zeros(0, len(loc))
+        shapes, draws = [*self._unconstrained_shapes.values()], list[Tensor]()
         for _ in range(NUM_LOOKS):
             found = find_structure(joint, loc, shapes, draws)
             start = None if found is None else structured_start(joint, found, loc, self)
@@ -75,7 +79,7 @@ class StructuredGuide(FlowGuide):
             further = start.posterior().sample((NUM_DRAWS,))
             if has_all_edges(joint, found, further):
                 return found, start
-            draws = torch.cat([draws, further])
+            draws.extend(further)
         return found, None
 
     def __repr__(self) -> str:
