@@ -163,6 +163,6 @@ if not args.smoke:
 # %% [markdown]
 # ## When it is not found
 #
-# From 40 latents on the guide looks for structure in the second derivatives of the model at a few
+# From 8 latents on the guide looks for structure in the second derivatives of the model at a few
 # points. A regression with many slopes has none: there each slope touches all others, and the flow
 # is over all latents. `guide.structure` is then None.

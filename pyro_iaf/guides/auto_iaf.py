@@ -90,7 +90,7 @@ class AutoIAF(MixtureGuide, AutoContinuous):
             function; ``fit`` draws as often from each. ``TraceMeanField_ELBO`` takes one component
             only, and of several :class:`~pyro_iaf.TraceSTL_ELBO` takes the ordinary gradient.
         structure: With ``"auto"`` the guide looks for a few global latents and, given them, a
-            sparse graph of the others among 40 to 20,000 latents, as rows of plates and series
+            sparse graph of the others among 8 to 20,000 latents, as rows of plates and series
             have. Where it finds one, the flows are over the globals alone, and the others are
             drawn by a sparse factor that moves with the globals; ``guide.structure`` tells. With
             False the flows are over all latents.

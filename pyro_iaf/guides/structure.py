@@ -21,7 +21,7 @@ from .runs import SHORTEST_RUN, axes, before_along, blocks
 __all__ = ["Structure", "find_structure", "has_all_edges"]
 
 # Structure is looked for among so many latents.
-FEWEST, MOST = 40, 20_000
+FEWEST, MOST = 8, 20_000
 
 # Among up to so many, by all second derivatives.
 MOST_DENSE = 1200
@@ -29,9 +29,9 @@ MOST_DENSE = 1200
 # Second derivatives below this share of the root of both diagonals count as zero.
 SMALL = 1e-6
 
-# A latent that touches more than this share of all is a global, or more than so many times as many
-# as usual; there are at most so many.
-MANY, MANY_TIMES, MOST_GLOBALS = 0.25, 8, 64
+# A latent that touches more than this share of all, and more than so many, is a global, or one that
+# touches more than so many times as many as usual; there are at most so many globals.
+MANY, MANY_AT_LEAST, MANY_TIMES, MOST_GLOBALS = 0.25, 4, 8, 64
 
 # Up to so many latents that edges join are told as a row.
 MOST_IN_A_ROW = 16
@@ -171,7 +171,7 @@ def _sparsest(curvature: Tensor, shapes: Sequence[torch.Size]) -> Structure | No
         touches = _touches(_in_sums(curvature, before))
         degree = touches.sum(1)
         is_typical = degree <= MANY_TIMES * degree.median()
-        is_global = (degree > MANY * D) | (~is_typical & (degree >= SHORTEST_RUN))
+        is_global = (degree > max(MANY * D, MANY_AT_LEAST)) | (~is_typical & (degree >= SHORTEST_RUN))
         touches &= ~is_global & ~is_global.unsqueeze(1)
         tried.append(_sparse(is_global, before, touches.triu(1).nonzero()))
     found = [structure for structure in tried if structure is not None]
