@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from ..guides.climbs import Climbs, are_joined, climb, climb_in
+from ..guides.climbs import Climbs, are_joined, climb
 from ..guides.covariances import Dense
 from ..guides.pathfinder import Density, narrowed, reach_of
 from ..importance import MAX_ROUNDING, rounding_message
@@ -215,10 +215,7 @@ class _Searcher:
         starts = [start for start in self._starts() if start.point.isfinite().all()]
         points = torch.stack([start.point for start in starts])
         carry = getattr(self.particles.guide, "frame_of_climbs", None)
-        if carry is None:
-            climbs = climb(self.joint.gradient, points, self.scale, num_evaluations)
-        else:
-            climbs = climb_in(carry, self.joint.gradient, points, num_evaluations)
+        climbs = climb(self.joint.gradient, points, self.scale, num_evaluations, carry)
         num_ended = int(climbs.has_arrived.sum())
         summary = (
             f"searched by {len(starts)} climbs of all {len(self.loc)} latents, of which "

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Climbs", "are_joined", "climb", "climb_in"]
+__all__ = ["Climbs", "are_joined", "climb"]
 
 # How many steps are remembered, and the most that are taken.
 NUM_HISTORY, NUM_STEPS = 8, 120
@@ -75,6 +75,7 @@ def climb(
     points: Tensor,
     scale: Tensor,
     num_evaluations: float = math.inf,
+    carry: Any = None,
 ) -> Climbs:
     """Climbs from points of shape ``(K, D)``.
 
@@ -83,7 +84,17 @@ def climb(
         points: Where the climbs begin.
         scale: About how far the density reaches in each latent, of shape ``(D,)``.
         num_evaluations: The climbs stop when they have taken so many gradients together.
+        carry: A transform in whose noise climbs begin again that have found no end by half of them.
+            There they are short, but lead where its draws are.
     """
+    if carry is not None:
+        found = climb(gradient, points, scale, num_evaluations / 2)
+        rest = ~found.has_arrived
+        if rest.any():
+            again = _climb_in(carry, gradient, points[rest], num_evaluations / 2)
+            for ours, theirs in zip(found, again, strict=True):
+                ours[rest] = theirs
+        return found
     K, D = points.shape
     eps = torch.finfo(points.dtype).eps
     u, (value, slope) = points / scale, _usable(*gradient(points), scale)
@@ -129,7 +140,7 @@ def climb(
     return Climbs(u * scale, value, has_arrived)
 
 
-def climb_in(
+def _climb_in(
     carry: Any,
     gradient: Callable[[Tensor], tuple[Tensor, Tensor]],
     points: Tensor,

@@ -171,7 +171,9 @@ def _sparsest(curvature: Tensor, shapes: Sequence[torch.Size]) -> Structure | No
         touches = _touches(_in_sums(curvature, before))
         degree = touches.sum(1)
         is_typical = degree <= MANY_TIMES * degree.median()
-        is_global = (degree > max(MANY * D, MANY_AT_LEAST)) | (~is_typical & (degree >= SHORTEST_RUN))
+        is_global = (degree > max(MANY * D, MANY_AT_LEAST)) | (
+            ~is_typical & (degree >= SHORTEST_RUN)
+        )
         touches &= ~is_global & ~is_global.unsqueeze(1)
         tried.append(_sparse(is_global, before, touches.triu(1).nonzero()))
     found = [structure for structure in tried if structure is not None]

@@ -18,6 +18,9 @@ __all__ = ["StructuredGuide"]
 # At so many draws of a start the structure that it has is looked at again, and so often in all.
 NUM_DRAWS, NUM_LOOKS = 4, 3
 
+# Among fewer latents flows over all of them do as well, so that nobody needs to know.
+FEWEST_TOLD = 40
+
 
 class StructuredGuide(FlowGuide):
     """A guide that finds structure, and starts its transform by it.
@@ -57,7 +60,7 @@ class StructuredGuide(FlowGuide):
                 return None if structure is None else structured_start(joint, structure, loc, self)
             if self._may_have_structure:
                 found, start = self._found_near(joint, loc)
-        if found is not None and start is None:
+        if found is not None and start is None and len(loc) >= FEWEST_TOLD:
             warn(
                 f"AutoIAF found structure ({found}), but no start that has it: where it looked, "
                 "the others had no mode given the globals, or touched each other elsewhere. Its "
