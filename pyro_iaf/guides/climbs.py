@@ -88,13 +88,13 @@ def climb(
             There they are short, but lead where its draws are.
     """
     if carry is not None:
-        found = climb(gradient, points, scale, num_evaluations / 2)
-        rest = ~found.has_arrived
+        first = climb(gradient, points, scale, num_evaluations / 2)
+        rest = ~first.has_arrived
         if rest.any():
             again = _climb_in(carry, gradient, points[rest], num_evaluations / 2)
-            for ours, theirs in zip(found, again, strict=True):
+            for ours, theirs in zip(first, again, strict=True):
                 ours[rest] = theirs
-        return found
+        return first
     K, D = points.shape
     eps = torch.finfo(points.dtype).eps
     u, (value, slope) = points / scale, _usable(*gradient(points), scale)
