@@ -91,8 +91,8 @@ def climb(
         first = climb(gradient, points, scale, num_evaluations / 2)
         rest = ~first.has_arrived
         if rest.any():
-            again = _climb_in(carry, gradient, points[rest], num_evaluations / 2)
-            for ours, theirs in zip(first, again, strict=True):
+            second = _climb_in(carry, gradient, points[rest], num_evaluations / 2)
+            for ours, theirs in zip(first, second, strict=True):
                 ours[rest] = theirs
         return first
     K, D = points.shape
