@@ -14,6 +14,7 @@ from .diagnostics.modes import Mode
 from .diagnostics.plots import plot_loss, plot_pairs
 from .diagnostics.refine import Refined, refine
 from .distributions import DiagonalNormal
+from .elbo.anchor import Anchor
 from .elbo.compiled import CompiledTrace_ELBO
 from .elbo.stl import TraceSTL_ELBO
 from .flows.autoregressive import (
@@ -37,6 +38,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Affine",
+    "Anchor",
     "AutoHierarchicalIAF",
     "AutoIAF",
     "CompiledTrace_ELBO",

@@ -11,17 +11,17 @@ numbers a second recording is made beside the first, and so on.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten
 
 from .capture import Refused, kind_of_tensor
 
 __all__ = ["KEEPS_CHANGING", "MAX_BUILDS", "MAX_GRAPHS", "Recorder", "by_hash", "compare"]
-__all__ += ["disagreement", "flatten_tensors", "kind_of"]
+__all__ += ["disagreement", "kind_of"]
 
 # Types of arguments, besides tensors, that become constants of a graph.
 PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, nn.Module)
@@ -203,23 +203,6 @@ class Recorder(Generic[Call, Recording]):
         if len(self.recordings) > MAX_GRAPHS:
             self._uses.pop(id(self.recordings.popitem(last=False)[1]), None)
         return recording
-
-
-def flatten_tensors(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[list[Tensor], Callable[[list[Tensor]], Any]]:
-    """The tensors among arguments, and a function that returns arguments with other tensors."""
-    if not args and not kwargs:
-        return [], lambda _: ((), {})
-    leaves, spec = tree_flatten((args, kwargs))
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-
-    def rebuild(others: list[Tensor]) -> Any:
-        rest = iter(others)
-        filled = [next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        return tree_unflatten(filled, spec)
-
-    return tensors, rebuild
 
 
 def kind_of(

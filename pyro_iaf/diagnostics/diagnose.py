@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from ..importance import (
 from ..models.arguments import check_call, check_pair
 from ..models.traces import handler_lock
 from ..models.weighted import Draws, WeightedParticles
+from ..models.whole import particles_on_all
 from .modes import Mode, search_modes
 
 __all__ = ["Diagnosis", "conclude", "diagnose", "judge", "judged"]
@@ -39,8 +40,9 @@ SMALL_SHARE = 0.05
 # So many numbers in the sites of all draws are the most for that.
 MORE, MOST_NUMBERS = 8, 2**24
 
-# From this shape of a tail on, the mean is infinite.
-NO_MEAN = 1.0
+# From this shape of a tail on, the mean is infinite. Draws far out that add a share of the variance
+# cost half as many nats, so that below this gap they add nothing.
+NO_MEAN, TINY_GAP = 1.0, 1e-3
 
 # The guide is usable whatever k-hat says from this effective sample size on, as a share of the
 # draws, where gap and changes are as small as those of a good guide.
@@ -182,7 +184,7 @@ class Diagnosis:
             self.gap < SMALL_GAP
             and self.largest_change < SMALL_CHANGE
             and self.share_moved < SMALL_SHARE
-            and self.spread_khat < NO_MEAN
+            and (self.spread_khat < NO_MEAN or self.gap < TINY_GAP)
             and bool(self.log_weights.isfinite().all())
         )
         is_tight = khat < min(GOOD_KHAT, self.threshold) or self.hardly_differ
@@ -300,6 +302,7 @@ def diagnose(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
+    data: Iterable[Any] | None = None,
     num_samples: int = 4000,
     search: bool = True,
 ) -> Diagnosis:
@@ -309,6 +312,9 @@ def diagnose(
     climbed from up to 132 points further apart, and each end that the guide misses is weighed. This
     finds no mode at which no climb ends, such as a narrow one far out. A guide that is a point gets
     no verdict.
+
+    A model that subsamples rows by its plates is run on all of them, where it takes them from its
+    data by the plate's indices and no latent belongs to a row.
 
     Costs ``num_samples`` runs of guide and model, vectorised if the model can be, and for the
     search a quarter as many gradients of the model, or some thousands of a small model. Where k-hat
@@ -321,13 +327,15 @@ def diagnose(
         guide: A guide for it: one of ours, one of Pyro's, or your own.
         args: Positional arguments of both.
         kwargs: Keyword arguments of both.
+        data: Minibatches, as for :func:`~pyro_iaf.fit`, instead of ``args``. The weights are on all
+            of them together.
         num_samples: The number of draws.
         search: Whether to search for modes that the guide misses.
 
     Raises:
         ValueError: If ``num_samples`` is not positive, if ``search`` is not True or False, if model
-            and guide are swapped or not callable, or if the guide's sites or their shapes differ
-            from the model's latents.
+            and guide are swapped or not callable, if the guide's sites or their shapes differ from
+            the model's latents, or if minibatches don't add up to all data.
         TypeError: If the model does not take these arguments.
         RuntimeError: If the model raises an error at every draw.
 
@@ -354,9 +362,11 @@ def diagnose(
     if not isinstance(search, bool):
         raise ValueError(f"search should be True or False; got {search!r}.")
     check_pair("diagnose", model, guide)
-    args, kwargs = check_call(args, kwargs, model)
+    if data is not None and args:
+        raise ValueError("Give args or data, not both: data holds the model's arguments.")
+    args, kwargs = check_call(args, kwargs, model if data is None else None)
     with handler_lock:
-        particles = WeightedParticles(model, guide, args, kwargs)
+        particles = particles_on_all(model, guide, args, kwargs, data)
         return conclude(particles, num_samples, num_samples / 4 if search else None)
 
 
@@ -410,7 +420,7 @@ def conclude(
     if num_evaluations is not None and not (found.is_point or found.improper):
         search = search_modes(particles, draws, num_evaluations)
         found.modes, found.searched, found.peaks, found.is_sure = search
-    is_small = MORE * num_samples * particles.num_numbers <= MOST_NUMBERS
+    is_small = MORE * num_samples * particles.work <= MOST_NUMBERS
     can_be_more = is_small and particles.at_once and not particles.subsampled
     # Of weights that hardly differ, few draws show a longer tail than there is.
     has_odd_tail = found.hardly_differ and found.khat >= GOOD_KHAT and found.verdict != "none"

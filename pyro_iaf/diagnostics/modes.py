@@ -185,7 +185,7 @@ def search_modes(particles: WeightedParticles, draws: Draws, num_evaluations: fl
     numbers = ALONE
     if particles.at_once:
         numbers = AT_ONCE
-        num_evaluations = max(num_evaluations, CHEAP / particles.num_numbers)
+        num_evaluations = max(num_evaluations, CHEAP / particles.work)
     numbers = numbers.at_most(num_evaluations)
     try:
         with threads_for(numbers.starts * particles.num_numbers):

@@ -21,6 +21,7 @@ from ..models.arguments import check_call, check_pair
 from ..models.particles import threads_for
 from ..models.traces import handler_lock, latent_sites, quietly
 from ..models.weighted import WeightedParticles
+from ..models.whole import particles_on_all
 from .chains import Chains
 from .convergence import ess, rhat
 from .diagnose import SMALL_SHARE
@@ -208,7 +209,7 @@ def refine(
     began = time.perf_counter()
     with handler_lock:
         _set_seed(seed)
-        particles = WeightedParticles(model, guide, args, kwargs)
+        particles = particles_on_all(model, guide, args, kwargs)
         _check(particles)
         _set_seed(seed)  # the guide may be built by now, or was before
         with quietly(), torch.no_grad(), threads_for(NUM_CHAINS * particles.num_numbers):

@@ -18,11 +18,13 @@ from torch import Tensor
 from ..compiler.capture import Refused
 from ..flows.scored_guide import ScoredGuide
 from ..importance import pareto_k
-from ..models.arguments import Args, Batch, Kwargs, Program
+from ..models.arguments import Args, Kwargs, Program
 from ..models.log_joint import LogJoint
 from ..models.matching import LatentCheck, check_guide_site
 from ..models.particles import threads_for
+from ..models.rows import RowsInTurn
 from ..models.traces import is_latent
+from .anchor import Anchor
 from .compiled import CompiledTrace_ELBO
 from .stl import TraceSTL_ELBO
 from .trace import Call, recordable_loss
@@ -33,8 +35,8 @@ __all__ = ["RECORDABLE", "LatentLoss", "Loss", "TraceLoss"]
 RECORDABLE = (Trace_ELBO, CompiledTrace_ELBO, TraceSTL_ELBO)
 
 # Amounts to add to the tails' log weight, tried in turn; the largest cost in nats; the Pareto k-hat
-# to reach; and the number of draws that it is estimated from.
-TAILS, TAIL_COST, GOOD_K, NUM_TAIL = (0.01, 0.02, 0.04), 0.02, 0.5, 4000
+# to reach; and the number of draws that it is estimated from, each of at most so many numbers.
+TAILS, TAIL_COST, GOOD_K, NUM_TAIL, MOST_WORK = (0.01, 0.02, 0.04), 0.02, 0.5, 4000, 2**15
 
 
 class Loss:
@@ -45,14 +47,23 @@ class Loss:
         flow_dim: The number of latents of the guide's flows; 0 if unknown.
         relative_ess: The effective sample size of the particles, as a share of their number,
             averaged over some hundred steps.
+        rows: Says which rows a step sees, where plates subsample.
+        anchor: A point at which all rows are known.
     """
 
     mass_covering: bool | Tensor = False
     flow_dim = 0
+    rows = RowsInTurn()
+    anchor: Anchor | None = None
 
     def __init__(self, model: Program, guide: Any) -> None:
         self.model, self.guide = model, guide
         self.relative_ess = torch.zeros((), dtype=torch.float64)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Tensors besides parameters and arguments whose values change between its calls."""
+        return [*self.rows.tensors, *([] if self.anchor is None else self.anchor.tensors)]
 
     def __call__(self, args: Args, kwargs: Kwargs, weight: float | Tensor) -> Tensor:
         """An estimate of the loss, in nats. Its gradient is added to that of the parameters.
@@ -65,6 +76,15 @@ class Loss:
         """The same, in operations that a graph can hold; raises Refused if there are none."""
         return self(args, kwargs, weight)
 
+    def fit_weights(self) -> None:
+        """Sets the weights of a guide with components to their shares of the posterior."""
+
+    def adjust_tails(self) -> None:
+        """Makes the guide's tails heavier if importance weights need it and the ELBO hardly falls.
+
+        Training draws few points in the tails, but they decide on the largest importance weights.
+        """
+
 
 class TraceLoss(Loss):
     """The loss of any model and guide, by a Pyro ELBO."""
@@ -75,7 +95,8 @@ class TraceLoss(Loss):
 
     def __call__(self, args: Args, kwargs: Kwargs, weight: float | Tensor) -> Tensor:
         model, guide = self._weighted(weight)
-        return torch.as_tensor(self.elbo.loss_and_grads(model, guide, *args, **kwargs))
+        with self.rows:
+            return torch.as_tensor(self.elbo.loss_and_grads(model, guide, *args, **kwargs))
 
     def recordable(self, args: Args, kwargs: Kwargs, weight: float | Tensor) -> Tensor:
         if type(self.elbo) not in RECORDABLE:
@@ -83,7 +104,8 @@ class TraceLoss(Loss):
                 f"{type(self.elbo).__name__} can't be compiled. fit compiles its own loss, "
                 "Trace_ELBO and TraceSTL_ELBO; with another, give compile=False."
             )
-        loss = recordable_loss(self.elbo, Call(*self._weighted(weight), args, kwargs))
+        with self.rows:
+            loss = recordable_loss(self.elbo, Call(*self._weighted(weight), args, kwargs))
         loss.backward()
         return loss.detach()
 
@@ -133,7 +155,8 @@ class LatentLoss(Loss):
     Its gradient sticks the landing: it goes through the draws alone, without the gradient of the
     guide's density in its parameters. It is unbiased, and of small variance near the posterior. If
     ``mass_covering`` is set, it is importance-weighted, so that it covers mass that the guide
-    misses. ``joint`` is the model's log density in unconstrained space.
+    misses. ``joint`` is the model's log density in unconstrained space, of one
+    minibatch; ``whole`` that of all rows, if it can be had.
     """
 
     def __init__(
@@ -141,6 +164,7 @@ class LatentLoss(Loss):
     ) -> None:
         super().__init__(model, guide)
         self.num_particles, self.joint = num_particles, joint
+        self.whole: LogJoint | None = None
         self.flow_dim = joint.latent_dim
 
     def __call__(self, args: Args, kwargs: Kwargs, weight: float | Tensor) -> Tensor:
@@ -149,14 +173,9 @@ class LatentLoss(Loss):
         held = None if weights is None else weights.detach()
         z, log_q, score = draws[0], draws[1].detach(), draws[2].detach()
         share = 1 / len(z) if held is None else held.unsqueeze(-1)
-        latent = z.detach().requires_grad_()
-        log_p = self.joint.with_data(args, kwargs, weight).density(latent)
-        slope = weight * share * score
-        if log_p.requires_grad:  # not so with flat priors and no data
-            (-_mean(log_p, held)).backward()
-            assert latent.grad is not None
-            slope = latent.grad + slope
-        log_w = log_p.detach() - weight * log_q
+        log_p, slope = self._of_model(z.detach(), held, args, kwargs, weight)
+        slope = slope + weight * share * score
+        log_w = log_p - weight * log_q
         loss = -_mean(log_w, held)
         if len(z) > 1:
             alike = log_w if held is None else log_w + (len(z) * held).log()
@@ -171,29 +190,45 @@ class LatentLoss(Loss):
         surrogate.backward()
         return loss
 
-    def fit_weights(self, next_batch: Callable[[], Batch]) -> None:
-        """Sets the weights of a guide with components to their shares of the posterior."""
+    def _of_model(
+        self, z: Tensor, held: Tensor | None, args: Args, kwargs: Kwargs, weight: float | Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The model's log densities at draws, and the gradient of minus their mean in each."""
+        joint, anchor = self.joint.with_data(args, kwargs, weight), self.anchor
+        joint.turn = self.rows
+        latent = z if anchor is None else torch.cat([z, anchor.point.unsqueeze(0)])
+        latent = latent.detach().requires_grad_()
+        log_p = joint.density(latent)
+        objective = -_mean(log_p[: len(z)], held)
+        if log_p.requires_grad:  # not so with flat priors and no data
+            (objective if anchor is None else objective - log_p[-1]).backward()
+        slope = torch.zeros_like(latent) if latent.grad is None else latent.grad
+        log_p = log_p.detach()
+        if anchor is None:
+            return log_p, slope
+        corrected, more = anchor.correct(log_p[:-1], z, log_p[-1], -slope[-1])
+        share = 1 / len(z) if held is None else held.unsqueeze(-1)
+        return corrected, slope[:-1] - share * more
+
+    def fit_weights(self) -> None:
         fit = getattr(self.guide, "fit_weights", None)
-        if fit is not None and not self.joint.subsampled:
-            fit(self.joint.with_data(*next_batch()))
+        if fit is not None and self.whole is not None:
+            fit(self.whole)
 
     @torch.no_grad()
-    def adjust_tails(self, next_batch: Callable[[], Batch]) -> None:
-        """Makes the guide's tails heavier if importance weights need it and the ELBO hardly falls.
-
-        Training draws few points in the tails, but they decide on the largest importance weights.
-        """
-        widen, joint = getattr(self.guide, "widen_tails", None), self.joint
-        if widen is None or joint.subsampled or joint.num_at_once < NUM_TAIL / 100:
+    def adjust_tails(self) -> None:
+        widen = getattr(self.guide, "widen_tails", None)
+        whole = self.whole
+        if widen is None or whole is None or not whole.at_once or whole.work > MOST_WORK:
             return
-        log_weights = self._log_weights(*next_batch(), NUM_TAIL)
+        log_weights = self._log_weights(whole, NUM_TAIL)
         if pareto_k(log_weights) < GOOD_K:
             return
         state = torch.get_rng_state()
         for more in TAILS:
             torch.set_rng_state(state)
             undo = widen(more)
-            wider = self._log_weights(*next_batch(), NUM_TAIL)
+            wider = self._log_weights(whole, NUM_TAIL)
             is_cheap = not log_weights.mean() - wider.mean() > TAIL_COST  # also if both are -inf
             if is_cheap and pareto_k(wider) < GOOD_K:
                 return
@@ -201,10 +236,9 @@ class LatentLoss(Loss):
             if not is_cheap:
                 return
 
-    def _log_weights(self, args: Args, kwargs: Kwargs, num_draws: int) -> Tensor:
+    def _log_weights(self, joint: LogJoint, num_draws: int) -> Tensor:
         """Log importance weights of new draws."""
-        joint = self.joint.with_data(args, kwargs)
-        posterior = self.guide.get_posterior(*args, **kwargs)
+        posterior = self.guide.get_posterior(*joint.args, **joint.kwargs)
         sizes = joint.sizes(num_draws)
         with threads_for(max(sizes) * joint.num_numbers):
             draws = (posterior.sample((size,)) for size in sizes)

@@ -35,6 +35,7 @@ from ..models.traces import is_point
 from ..solvers.fixed_point import runs_eagerly
 from ..solvers.implicit import leaves_of
 from ..solvers.path_score import Drawn, draw_with_score
+from .anchor import Anchor
 from .marginal import MarginalELBO
 from .moving_support import support_moves
 
@@ -63,6 +64,7 @@ class TraceSTL_ELBO(MarginalELBO):  # noqa: N801  # as Pyro's
         num_particles: Number of draws for each gradient.
         max_plate_nesting: As for ``Trace_ELBO``.
         vectorize_particles: Whether to draw them at once.
+        anchor: An :class:`~pyro_iaf.Anchor`, which takes the noise of minibatches away.
         settings: Further arguments of ``Trace_ELBO``.
 
     Raises:
@@ -96,8 +98,14 @@ class TraceSTL_ELBO(MarginalELBO):  # noqa: N801  # as Pyro's
         num_particles: int = 1,
         max_plate_nesting: float = float("inf"),
         vectorize_particles: bool = False,
+        anchor: Anchor | None = None,
         **settings: Any,
     ) -> None:
+        if not isinstance(anchor, Anchor | None):
+            raise ValueError(
+                f"anchor should be an Anchor, as Anchor(model, guide.median()); got {anchor!r}."
+            )
+        self.anchor = anchor
         super().__init__(
             num_particles=check_size("num_particles", num_particles),
             max_plate_nesting=max_plate_nesting,
@@ -146,6 +154,10 @@ class TraceSTL_ELBO(MarginalELBO):  # noqa: N801  # as Pyro's
         surrogate = _surrogate(live, frozen, _detached_draws(guide_trace))
         loss: Tensor = (live + frozen).detach()
         return loss + surrogate - surrogate.detach()
+
+    def _get_traces(self, model: Program, guide: Program, args: Args, kwargs: Kwargs) -> Any:
+        anchored = model if self.anchor is None else self.anchor(model)
+        return super()._get_traces(anchored, guide, args, kwargs)
 
     def _get_trace(self, model: Program, guide: Program, args: Args, kwargs: Kwargs) -> Any:
         if isinstance(poutine.unwrap(guide), Messenger):

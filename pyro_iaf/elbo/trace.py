@@ -17,9 +17,9 @@ from torch import Tensor
 from .._validation import warn
 from ..compiler.capture import Graph, Refused, record
 from ..compiler.lowering import Replay, choose_backend, lower
-from ..compiler.recorder import Recorder, by_hash, compare, disagreement, flatten_tensors, kind_of
+from ..compiler.recorder import Recorder, by_hash, compare, disagreement, kind_of
 from ..models import param_store
-from ..models.arguments import Args, Kwargs, Program
+from ..models.arguments import Args, Kwargs, Program, flatten_tensors
 from ..models.traces import quietly, samples
 from ..solvers.implicit import leaves_of
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
 from pyro.distributions.util import broadcast_shape
 from pyro.infer.autoguide.guides import AutoContinuous
 from pyro.poutine.runtime import am_i_wrapped
@@ -26,7 +25,6 @@ from ..flows.posterior import Posterior
 from ..flows.scored_guide import ScoredDraws
 from ..models import param_store
 from ..models.arguments import Args, Kwargs, Program
-from ..models.matching import FixedLatents
 from ..nn.univariate import UnivariateMap
 from ..solvers.path_score import draw_scored
 from .latents import joined, refuse_subsamples, with_discrete
@@ -244,10 +242,7 @@ class AutoIAF(MixtureGuide, AutoContinuous):
                 return [structured_transform(*parts, **settings) for _ in range(num)]
         if saved or self._start == "init":
             return by_init()
-        values = {name: site["value"] for name, site in self._latent_sites().items()}
-        with FixedLatents(values, {}):
-            trace = poutine.trace(model).get_trace(*args, **kwargs)  # with data and subsamples
-        joint, dense = self.log_joint(model, trace, args, kwargs), self._is_dense(len(loc))
+        joint, dense = self._joint_of_start(model, args, kwargs), self._is_dense(len(loc))
         structured = self._structured_near(joint, loc.detach()) if num == 1 else None
         try:
             if structured is not None:

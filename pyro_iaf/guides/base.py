@@ -29,7 +29,7 @@ from ..models.log_joint import LogJoint
 from ..models.masks import Unmasked, masked_log_probs, sites_to_unmask
 from ..models.tables import check_tables
 from ..models.traces import full_size, handler_lock, is_latent
-from ..models.weighted import WeightedParticles
+from ..models.whole import particles_on_all
 from ..nn.made import MaskedAutoregressiveNetwork
 from ..nn.univariate import Affine, UnivariateMap, map_of_repr, univariate_map
 from .init_loc import or_draw
@@ -401,7 +401,7 @@ class FlowGuide(AutoGuide):
     def _resampled(self, num_samples: int, args: Args, kwargs: Kwargs) -> dict[str, Tensor]:
         """Draws chosen by their importance weights from four times as many."""
         with handler_lock:
-            particles = WeightedParticles(self.model, self, args, kwargs)
+            particles = particles_on_all(self.model, self, args, kwargs)
             draws = particles.weighted(max(4 * num_samples, 1000))
         return draws.resampled(num_samples)
 

@@ -81,7 +81,7 @@ NUM_DRAWS, NUM_BEST, NUM_DRAWS_BEST = 20, 10, 200
 SHRINKING = (1.0, 0.4, 0.16, 0.06)
 
 # Bound on the numbers that the model's sites hold over all those draws together.
-MAX_WORK = 2**28
+MAX_WORK = 2**25
 
 # Bound on the numbers that the sites of all paths hold; with more data there are fewer paths.
 MAX_NUMBERS = 2**18
@@ -232,7 +232,7 @@ def _refined(density: Density, loc: Tensor) -> list[_Gaussian]:
 def _beginnings(density: Density, loc: Tensor) -> Tensor:
     """Where the paths begin: points of finite density, ``loc`` first if it is one."""
     joint = density.joint
-    num_paths = max(1, min(NUM_PATHS if joint.at_once else 2, MAX_NUMBERS // joint.num_numbers))
+    num_paths = max(1, min(NUM_PATHS if joint.at_once else 2, MAX_NUMBERS // joint.work))
     for reach in (2.0, 0.5, 0.05):
         around = torch.empty(8 * num_paths, len(loc), dtype=torch.float64).uniform_(-reach, reach)
         points = torch.cat([loc.unsqueeze(0), around.to(loc)]).double()
@@ -246,7 +246,7 @@ def _beginnings(density: Density, loc: Tensor) -> Tensor:
 def _ends(density: Density, loc: Tensor, exact: bool, most: int = NUM_ENDS) -> Tensor:
     """Ends of climbs from draws of the prior, those with most mass by their curvature."""
     joint, none = density.joint, loc.new_zeros(0, len(loc)).double()
-    if not joint.at_once or NUM_CLIMBED * joint.num_numbers > MAX_NUMBERS:
+    if not joint.at_once or NUM_CLIMBED * joint.work > MAX_NUMBERS:
         return none
     points = joint.prior_draws(NUM_CLIMBED).to(loc)
     points = points[points.isfinite().all(-1)]
@@ -401,7 +401,7 @@ def _shorten(density: Density, paths: list[_Path]) -> None:
 
 def _best(density: Density, gaussians: list[_Gaussian]) -> _Gaussian | None:
     """The Gaussian with the highest ELBO, if any has a finite one."""
-    gaussians = _thinned(gaussians, max(8, MAX_WORK // density.joint.num_numbers // NUM_DRAWS))
+    gaussians = _thinned(gaussians, max(8, MAX_WORK // density.joint.work // NUM_DRAWS))
     few, many = (NUM_DRAWS, NUM_DRAWS_BEST) if density.joint.at_once else (4, 40)
     for factor in SHRINKING:
         shrunk = [_Gaussian(loc, covariance.shrunk(factor)) for loc, covariance in gaussians]
@@ -412,7 +412,8 @@ def _best(density: Density, gaussians: list[_Gaussian]) -> _Gaussian | None:
             # On the way into a funnel a point has correlations that the funnel as a whole lacks.
             best += [_Gaussian(g.loc, LowRank(g.covariance.scale.square(), [])) for g in best]
             best += _narrowed(density, best[0])
-            elbos = _elbos(density, best, many)
+            affordable = MAX_WORK // density.joint.work // len(best)
+            elbos = _elbos(density, best, max(few, min(many, affordable)))
             return best[max(range(len(best)), key=elbos.__getitem__)]
     return None
 

@@ -23,8 +23,8 @@ __all__ = ["Structure", "find_structure", "has_all_edges"]
 # Structure is looked for among so many latents.
 FEWEST, MOST = 8, 20_000
 
-# Among up to so many, by all second derivatives.
-MOST_DENSE = 1200
+# Among up to so many, by all second derivatives, if these take runs of at most so many numbers.
+MOST_DENSE, MOST_NUMBERS = 1200, 2**25
 
 # Second derivatives below this share of the root of both diagonals count as zero.
 SMALL = 1e-6
@@ -154,7 +154,7 @@ def _found(
     points = torch.stack([loc, *(loc + torch.randn(6, D).to(loc))])
     if joint.check(points) is not None or not joint.at_once:
         return None
-    if D > MOST_DENSE:
+    if D > MOST_DENSE or D * joint.work > MOST_NUMBERS:
         near = loc + AWAY[0] * torch.randn(D).to(loc)
         pattern = pattern_of(joint, [near, *draws], shapes)
         return None if pattern is None else _sparse(*pattern)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
+from pyro import poutine
 from torch import Tensor
 
 from .._validation import warn
+from ..models.arguments import Args, Kwargs, Program
 from ..models.log_joint import LogJoint
+from ..models.matching import FixedLatents
+from ..models.rows import Part, all_rows, chosen_rows, some_rows
 from .base import FlowGuide
 from .structure import Structure, find_structure, has_all_edges
 from .structured_transform import StructuredTransform, structured_start
@@ -21,6 +26,9 @@ NUM_DRAWS, NUM_LOOKS = 4, 3
 # Among fewer latents flows over all of them do as well, so that nobody needs to know.
 FEWEST_TOLD = 40
 
+# With more rows the start is found from about so many random ones.
+MOST_ROWS = 2**18
+
 
 class StructuredGuide(FlowGuide):
     """A guide that finds structure, and starts its transform by it.
@@ -30,6 +38,9 @@ class StructuredGuide(FlowGuide):
 
     _looks_for_structure: bool
     _unconstrained_shapes: dict[str, Any]
+
+    # Parts of the data, if the guide is set up by a minibatch: the start is found from them.
+    parts_of_data: Sequence[Part] = ()
 
     @property
     def _may_have_structure(self) -> bool:
@@ -50,6 +61,20 @@ class StructuredGuide(FlowGuide):
         """The transform in whose noise climbs are short, where the guide has structure."""
         several = self._modules.get("mixture") is not None
         return None if self.structure is None or several else self._modules["transform"]
+
+    def _joint_of_start(self, model: Program, args: Args, kwargs: Kwargs) -> LogJoint:
+        """The log joint density to start at, of all rows or many random ones."""
+        values = {name: site["value"] for name, site in self._latent_sites().items()}
+        run = poutine.trace(FixedLatents(values, {})(model))
+        trace = run.get_trace(*args, **kwargs)  # with data and subsamples
+        rows = {} if self.parts_of_data else all_rows(model, trace, args, kwargs)
+        if not rows:
+            joint = self.log_joint(model, trace, args, kwargs)
+            return joint.on_parts(self.parts_of_data) if self.parts_of_data else joint
+        rows = some_rows(rows, MOST_ROWS)
+        with chosen_rows(rows):
+            trace = run.get_trace(*args, **kwargs)
+        return self.log_joint(model, trace, args, kwargs).on_parts([Part(1.0, rows)])
 
     def _structured_near(self, joint: LogJoint, loc: Tensor) -> StructuredTransform | None:
         """A transform with the structure of the model, if it has one; it starts near a point."""

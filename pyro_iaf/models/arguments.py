@@ -9,9 +9,21 @@ from typing import Any
 from pyro import poutine
 from pyro.infer.autoguide.guides import AutoGuide
 from pyro.poutine.guide import GuideMessenger
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-__all__ = ["Args", "Batch", "Kwargs", "Program", "check_call", "check_pair", "signature_error"]
+__all__ = [
+    "Args",
+    "Batch",
+    "Kwargs",
+    "Program",
+    "batch_of",
+    "check_call",
+    "check_pair",
+    "flatten_tensors",
+    "num_rows",
+    "signature_error",
+]
 
 # A model or a guide, and its arguments.
 Program = Callable[..., Any]
@@ -68,3 +80,32 @@ def check_pair(caller: str, model: Any, guide: Any) -> None:
                 f"{caller}(model, AutoIAF(model)); got as {name} "
                 f"{type(value) if is_callable else value!r}."
             )
+
+
+def flatten_tensors(
+    args: Args, kwargs: Kwargs
+) -> tuple[list[Tensor], Callable[[list[Tensor]], Any]]:
+    """The tensors among arguments, and a function that returns arguments with other tensors."""
+    if not args and not kwargs:
+        return [], lambda _: ((), {})
+    leaves, spec = tree_flatten((args, kwargs))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+    def rebuild(others: list[Tensor]) -> Any:
+        rest = iter(others)
+        filled = [next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        return tree_unflatten(filled, spec)
+
+    return tensors, rebuild
+
+
+def batch_of(item: Any, kwargs: Kwargs) -> Batch:
+    """The arguments that a minibatch stands for: a tuple, a dict, or the one argument."""
+    if isinstance(item, Mapping):
+        return (), {**kwargs, **item}
+    return tuple(item) if isinstance(item, tuple | list) else (item,), kwargs
+
+
+def num_rows(batch: Batch) -> int:
+    """The length of the first tensor of a minibatch that is no single number."""
+    return next((len(tensor) for tensor in flatten_tensors(*batch)[0] if tensor.dim()), 1)

@@ -10,11 +10,13 @@ for one after the other if the model does not broadcast.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.autograd import grad
 from torch.distributions import biject_to
@@ -23,6 +25,7 @@ from torch.distributions.transforms import identity_transform
 from .arguments import Args, Kwargs, Program
 from .matching import FixedLatents, Mismatch
 from .particles import MAX_NUMBERS, Particles, mapped, numbers_in
+from .rows import FirstRows, Part, chosen_rows, times_of
 from .traces import (
     compute_log_prob,
     is_subsampled,
@@ -74,6 +77,14 @@ class LogJoint(Particles):
             self._layout.append((name, to_support, padded, shape.numel()))
         self.latent_dim = sum(self.sizes_of_sites)
         self.weight: float | Tensor = 1.0
+        self.turn: Messenger = Messenger()
+        self.rows: Mapping[str, Tensor] = {}
+        self.parts: Sequence[Part] = ()
+        self._work = self._usual = self.num_numbers
+
+    @property
+    def work(self) -> int:
+        return self._work
 
     @property
     def sizes_of_sites(self) -> list[int]:
@@ -86,6 +97,30 @@ class LogJoint(Particles):
         other.args, other.kwargs, other.subsamples, other.weight = args, kwargs, {}, weight
         return other
 
+    def on_parts(self, parts: Sequence[Part]) -> LogJoint:
+        """The same density of these parts of the rows together."""
+        other = copy.copy(self)
+        other.subsamples, other.subsampled, other.turn = {}, False, FirstRows()
+        other.num_numbers = math.ceil(self.num_numbers * max(times_of(parts)))
+        other._work = math.ceil(self.num_numbers * sum(times_of(parts)))
+        if len(parts) > 1:
+            other.parts, other._usual = parts, self.num_numbers
+        else:
+            other._go_to(parts[0])
+        return other
+
+    def _go_to(self, part: Part) -> None:
+        self.parts, self.rows = (), part.rows
+        self.args, self.kwargs = part.batch or (self.args, self.kwargs)
+
+    def _of_parts(self) -> Iterator[tuple[float, LogJoint]]:
+        """The densities of parts, each with its share: their mean is that of all."""
+        for part in self.parts:
+            other = copy.copy(self)
+            other._go_to(part)
+            other.num_numbers = math.ceil(self._usual * part.times)
+            yield part.share, other
+
     def __call__(self, z: Tensor, group_size: int = 1) -> Tensor:
         """The log densities; ``-inf`` for particles at which the model raises an error.
 
@@ -93,6 +128,8 @@ class LogJoint(Particles):
             z: Latents of shape ``(K, D)``.
             group_size: An error at one particle makes its whole group of this size ``-inf``.
         """
+        if self.parts:  # the outer loop, as they may be read from a disk
+            return sum((w * part(z, group_size) for w, part in self._of_parts()), z.new_zeros(()))
         if len(z) > max(self.num_at_once, group_size):
             size = group_size * max(1, self.num_at_once // group_size)
             return torch.cat([self(part, group_size) for part in z.split(size)])
@@ -109,6 +146,11 @@ class LogJoint(Particles):
 
     def density(self, z: Tensor) -> Tensor:
         """The log densities of all particles in one run; the model's errors are raised."""
+        if self.parts:
+            total = z.new_zeros(len(z))
+            for share, part in self._of_parts():
+                total = total + share * part.density(z)
+            return total
         if self.mapped:
             with quietly():  # checks of values can't be mapped
                 found: Tensor = mapped(lambda row: self._scored(row.unsqueeze(0), False)[0], z)
@@ -138,6 +180,12 @@ class LogJoint(Particles):
 
     def gradient(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Values and gradients, of shapes ``(K,)`` and ``(K, D)``."""
+        if self.parts:  # one after the other, so that no graph has all rows
+            value, slope = z.new_zeros(len(z)), torch.zeros_like(z)
+            for share, part in self._of_parts():
+                own_value, own_slope = part.gradient(z)
+                value, slope = value + share * own_value, slope + share * own_slope
+            return value, slope
         if len(z) > self.num_at_once:
             parts = [self.gradient(part) for part in z.split(self.num_at_once)]
             values, slopes = zip(*parts, strict=True)
@@ -205,7 +253,7 @@ class LogJoint(Particles):
         if not at_once:
             values = {name: value.reshape(self._shapes[name]) for name, value in values.items()}
         fixed = FixedLatents(values, self.subsamples, self._shapes)
-        with poutine.block(expose_types=["param"]), fixed:
+        with poutine.block(expose_types=["param"]), fixed, self.turn, chosen_rows(self.rows):
             trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
             compute_log_prob(trace)
         return trace
@@ -255,6 +303,19 @@ class LogJoint(Particles):
             return torch.cat(draws)
         value = next(iter(self.latents.values()))["value"]
         return value.new_zeros(0, self.latent_dim)  # type: ignore[no-any-return]
+
+    def vectors(self, values: Mapping[str, Tensor]) -> tuple[Tensor, list[int]]:
+        """Vectors of shape ``(K, D)`` of values in a run, and the shape of one number for each.
+
+        In a run for many draws at once their dimension is left of all plates, where that shape has
+        it too.
+        """
+        name, shape = next(iter(self._shapes.items()))
+        num = max(values[n].numel() // max(1, own.numel()) for n, own in self._shapes.items())
+        is_one = num == 1 and values[name].dim() == len(shape)
+        lead = [] if is_one else [num, *[1] * self.nesting]
+        sites = {n: self.unpadded(values[n], own, num) for n, own in self._shapes.items()}
+        return self.unconstrained(sites), lead
 
     def unconstrained(self, sites: Mapping[str, Tensor]) -> Tensor:
         """The vectors of shape ``(K, D)`` of draws whose sites have ``K`` in front."""

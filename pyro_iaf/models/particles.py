@@ -68,6 +68,11 @@ class Particles:
         self.at_once, self.mapped = True, False
 
     @property
+    def work(self) -> int:
+        """How many numbers are computed for one draw, if necessary in several runs."""
+        return self.num_numbers
+
+    @property
     def broadcasts(self) -> bool:
         """Whether the model itself takes draws in a dimension left of its plates."""
         return self.at_once and not self.mapped

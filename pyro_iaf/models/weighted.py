@@ -393,11 +393,11 @@ class WeightedParticles(Particles):
             with torch.no_grad(), quietly(), poutine.block():
                 drawn = self.values(self.run_guide(NUM_PROBED), NUM_PROBED)
                 self.probe(NUM_PROBED, log_probs)
-                # Subsamples and auxiliary sites of the model may differ from draw to draw, and a
-                # guide that cancels masked priors runs the model for all draws at once.
+                # Auxiliary sites of the model may differ from draw to draw, and a guide that
+                # cancels masked priors runs the model for all draws at once.
                 others = auxiliary.keys() - subsamples(self.first_model).keys()
                 corrections: Sequence[str] = getattr(self.guide, "corrections", ())
-                if self.mapped and (self.subsampled or others or corrections):
+                if self.mapped and (others or corrections):
                     self.at_once = self.mapped = False
         except Exception:  # any error of a guide that doesn't broadcast
             self.at_once = self.mapped = False

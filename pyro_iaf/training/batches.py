@@ -12,9 +12,17 @@ import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from ..compiler.recorder import flatten_tensors
-from ..models.arguments import Args, Batch, Kwargs, Program, signature_error
+from ..models.arguments import (
+    Args,
+    Batch,
+    Kwargs,
+    Program,
+    batch_of,
+    flatten_tensors,
+    signature_error,
+)
 from ..models.traces import quietly
 
 __all__ = ["Batches", "odd_data", "simulated"]
@@ -128,9 +136,41 @@ class Batches:
                 f"them, or the one argument; got {item!r}."
             )
         self._taken += 1
-        if isinstance(item, Mapping):
-            return (), {**self.kwargs, **item}
-        return tuple(item) if isinstance(item, tuple | list) else (item,), self.kwargs
+        return batch_of(item, self.kwargs)
+
+    @property
+    def can_repeat(self) -> bool:
+        """Whether all minibatches can be had beside those of the steps."""
+        data = self.data
+        is_alone = getattr(data, "persistent_workers", False)  # which serve one iterator at a time
+        if data is None or self.simulate or is_alone or isinstance(data, Iterator):
+            return False
+        return isinstance(data, DataLoader) or iter(data) is not iter(data)
+
+    def epoch(self, anew: bool = False) -> Iterator[Batch]:
+        """All minibatches once, without a change of any generator.
+
+        Args:
+            anew: Whether in another order than that of the next epoch, if that is random.
+        """
+        assert self.data is not None
+        ours = self.generators()
+        for generator in self._generators() if anew else ():
+            generator.manual_seed(1 + generator.initial_seed())
+        theirs, iterator = self.generators(), None
+        self.set_generators(ours)
+        while True:
+            ours = self.generators()
+            self.set_generators(theirs)
+            try:
+                iterator = iter(self.data) if iterator is None else iterator
+                item = next(iterator, END)
+            finally:
+                theirs = self.generators()
+                self.set_generators(ours)
+            if item is END:
+                return
+            yield batch_of(item, self.kwargs)
 
     def _generators(self) -> list[torch.Generator]:
         things = [self.data, *(getattr(self.data, a, None) for a in ("sampler", "batch_sampler"))]

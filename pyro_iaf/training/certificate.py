@@ -23,6 +23,8 @@ from ..diagnostics.modes import Mode
 from ..importance import MAX_KHAT
 from ..models.arguments import Args, Kwargs, Program
 from ..models.weighted import WeightedParticles
+from .averages import Averages
+from .schedule import Schedule
 
 __all__ = ["Certificate", "can_judge", "missing_modes", "particles_or_none", "shared_peaks"]
 
@@ -40,8 +42,19 @@ FEWEST_LOOKS, FEWEST_LOOKS_AT_PACE = 4, 5
 # Draws of the verdict, and of a look for each step that was taken: if they run at once, or not.
 NUM_DRAWS, DRAWS_A_STEP, DRAWS_A_STEP_ALONE = 4000, 10, 2
 
-# The search for modes takes this share of the evaluations of the model that training took.
-SHARE_OF_SEARCH = 0.2
+# Before its first step a guide is looked at as after so many.
+STEPS_AHEAD = 100
+
+# There are fewer where the sites of all draws would hold more numbers, but at least so many.
+MOST_NUMBERS, FEWEST_DRAWS = 2**25, 500
+
+# A guide whose ELBO lacks at most so many nats is kept, and comes back where training loses so much
+# of it that a good guide would not be good any more, and more than so many standard errors.
+NEAR, NUM_ERRORS = 0.5, 3.0
+
+# The search for modes takes this share of the evaluations of the model that training took, or fewer
+# where each takes long.
+SHARE_OF_SEARCH, FEWEST_EVALUATIONS = 0.2, 300
 
 # At this look a guide that can grow is searched before it is certified: to train one component to
 # cover two modes takes long.
@@ -107,6 +120,8 @@ class Certificate:
         particles: The model and its guide.
         adjust_tails: Makes the guide's tails heavier if importance weights need it.
         num_particles: How many evaluations of the model a step takes.
+        averages: Keeps the guide where it is near, and has it back.
+        schedule: Takes smaller steps where training makes it worse.
         has_own_loss: Whether the guide is trained by a loss of the user's, without components.
 
     Attributes:
@@ -120,18 +135,46 @@ class Certificate:
         particles: WeightedParticles,
         adjust_tails: Callable[[], None],
         num_particles: int,
+        averages: Averages,
+        schedule: Schedule,
         has_own_loss: bool = False,
     ) -> None:
         self.particles, self.adjust_tails = particles, adjust_tails
+        self.averages, self.schedule = averages, schedule
         self.num_particles, self.has_own_loss = num_particles, has_own_loss
+        self.kept: Sequence[float] | None = None  # the ELBO then, and its standard error
         self.elbos: list[Sequence[float]] = []
         self.reason = ""
         self.diagnosis: Diagnosis | None = None
+
+    def look_ahead(self) -> None:
+        """Keeps a guide that is near before its first step; if it is there, steps are small."""
+        with torch.random.fork_rng():
+            found = judge(self.particles, self._num_draws(STEPS_AHEAD))
+        self._is_worse(found)
+        if found.verdict == "good" and found.hardly_differ and _changes_nothing(found):
+            self.schedule.slow_down()
+
+    def _is_worse(self, found: Diagnosis) -> bool:
+        """Whether the guide was better when it was kept; keeps it if it is near and better now."""
+        if self.kept is not None:
+            elbo, error = self.kept
+            visible = max(SMALL_GAP, NUM_ERRORS * math.hypot(error, found.elbo_se))
+            if not elbo - found.elbo <= visible:
+                return True
+        if found.gap < NEAR and (self.kept is None or found.elbo > self.kept[0]):
+            self.kept = found.elbo, found.elbo_se
+            self.averages.keep()
+        return False
 
     def look(self, step: int, num_rounds_left: int) -> bool:
         """Whether to stop after so many steps, where so many rounds may follow."""
         num_draws = self._num_draws(step)
         found = judge(self.particles, num_draws)
+        if self._is_worse(found):
+            self.averages.restore()
+            self.schedule.slow_down()
+            found = judge(self.particles, num_draws)
         gap = found.gap
         if found.khat >= GOOD_KHAT and _changes_nothing(found):
             self.adjust_tails()
@@ -156,6 +199,14 @@ class Certificate:
             return is_usable or len(self.elbos) >= FEWEST_LOOKS_AT_PACE or num_rounds_left == 0
         return True
 
+    def state(self) -> list[list[float]]:
+        """What a checkpoint holds of it: the ELBO of the kept guide, if any, and the others."""
+        return [list(self.kept or ()), *map(list, self.elbos)]
+
+    def go_on(self, state: Sequence[Sequence[float]]) -> None:
+        """Goes on from a state."""
+        self.kept, self.elbos = state[0] or None, [*state[1:]]
+
     @property
     def may_grow(self) -> bool:
         """Whether the guide may get components."""
@@ -174,7 +225,8 @@ class Certificate:
 
     def _conclude(self, step: int) -> Diagnosis:
         """The verdict after so many steps, with a search for modes."""
-        num_evaluations = SHARE_OF_SEARCH * step * self.num_particles
+        affordable = max(FEWEST_EVALUATIONS, 4 * MOST_NUMBERS / self.particles.work)
+        num_evaluations = min(SHARE_OF_SEARCH * step * self.num_particles, affordable)
         return conclude(self.particles, self._num_draws(math.inf), num_evaluations)
 
     def _is_out_of_reach(self, gap: float, num_rounds_left: int) -> bool:
@@ -189,9 +241,11 @@ class Certificate:
         return gap - SMALL_GAP > num_rounds_left * max(0.0, after - before)
 
     def _num_draws(self, step: float) -> int:
-        if self.particles.at_once:
-            return int(min(NUM_DRAWS, DRAWS_A_STEP * step))
-        return int(min(NUM_DRAWS // 4, DRAWS_A_STEP_ALONE * step))
+        particles = self.particles
+        affordable = max(FEWEST_DRAWS, MOST_NUMBERS // particles.work)
+        if particles.at_once:
+            return int(min(NUM_DRAWS, DRAWS_A_STEP * step, affordable))
+        return int(min(NUM_DRAWS // 4, DRAWS_A_STEP_ALONE * step, affordable))
 
     def _has_settled(self, gap: float) -> bool:
         """Whether the ELBO rose by less than its standard error from look to look, twice."""

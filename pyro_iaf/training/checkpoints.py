@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Checkpoint", "load", "prepare", "save", "settings_of"]
 
-FORMAT = "pyro_iaf.fit 6"
+FORMAT = "pyro_iaf.fit 7"
 
 # The length of the hash at the end of a file, in bytes.
 LENGTH_OF_HASH = 64
@@ -35,8 +35,8 @@ LENGTH_OF_HASH = 64
 # The entries of every checkpoint, besides the states of modules.
 PARTS = (
     "averages", "backend", "batches", "batches_before", "data", "generators", "generators_before",
-    "looks", "losses", "observed", "optimizer", "params", "place", "progress", "recordings",
-    "relative_ess", "rows", "settings", "sites", "stage", "weights",
+    "kept", "looks", "losses", "minibatches", "observed", "optimizer", "params", "place",
+    "progress", "recordings", "relative_ess", "rows", "settings", "sites", "stage", "weights",
 )  # fmt: skip
 
 
@@ -101,6 +101,7 @@ class Checkpoint:
             "step": self.run.step,
             "generators": {"torch": torch.get_rng_state(), "cuda": cuda},
             "batches": self.run.batches.state(),
+            "minibatches": self.run.minibatches.state(),
             "recordings": self.run.steps.state(),
         }
 
@@ -123,14 +124,16 @@ class Checkpoint:
             "params": {name: param.detach() for name, param in run.params.items()},
             "optimizer": run.optimizer.state_dict(),
             "rows": run.rows.state(),
-            "averages": run.averages,
+            "averages": run.averages.values,
+            "kept": run.averages.kept,
+            "minibatches": self._place["minibatches"],
             "losses": torch.tensor(run.losses, dtype=torch.float64),
             "relative_ess": run.loss.relative_ess.item(),
             "backend": run.backend,
             "recordings": self._place["recordings"],
             "progress": list(progress),
             "place": schedule.place,
-            "looks": [] if run.certificate is None else [*map(list, run.certificate.elbos)],
+            "looks": [[]] if run.certificate is None else run.certificate.state(),
             "weights": {k: weight for k, weight in schedule.weights.items() if k < run.step},
             "generators": {**generators(), **self._place["generators"]},
             "batches": self._place["batches"],
@@ -189,12 +192,14 @@ class Checkpoint:
                 run.params[name].copy_(value)
         run.optimizer.load_state_dict(saved["optimizer"])
         run.rows.restore(saved["rows"])
-        run.averages = {n: v.to(run.params[n]) for n, v in saved["averages"].items()}
+        for values, name in ((run.averages.values, "averages"), (run.averages.kept, "kept")):
+            values.update({n: v.to(run.params[n]) for n, v in saved[name].items()})
+        run.minibatches.restore(saved["minibatches"])
         run.losses = saved["losses"].tolist()
         run.step, run.skipped, run.skipped_in_a_row = saved["progress"]
         schedule.place = saved["place"]
         if run.certificate is not None:
-            run.certificate.elbos = saved["looks"]
+            run.certificate.go_on(saved["looks"])
         run.loss.relative_ess = run.loss.relative_ess.new_tensor(saved["relative_ess"])
         run.backend = saved["backend"]
         schedule.weights = dict(saved["weights"])
@@ -217,6 +222,7 @@ class Checkpoint:
             "annealing": "a function" if callable(schedule.annealing) else schedule.annealing,
             "loss": settings_of(run.elbo),
             "simulate": run.batches.simulate,
+            "anchor": run.anchor,
             "seed": run.seed,
             "default dtype": str(torch.get_default_dtype()),
         }

@@ -29,11 +29,10 @@ from ..compiler.recorder import (
     by_hash,
     compare,
     disagreement,
-    flatten_tensors,
     kind_of,
 )
 from ..elbo.objectives import Loss
-from ..models.arguments import Args, Kwargs
+from ..models.arguments import Args, Kwargs, flatten_tensors
 from ..models.traces import quietly
 from .digests import digest
 from .optimizers import BETAS, Adam, FlatAdam
@@ -75,6 +74,7 @@ class Built(NamedTuple):
     backend: str
     run: Lowered | None  # None until its constants come again
     counts: list[int]  # of its operations and numbers
+    own: list[Tensor]  # the tensors of the loss
 
 
 # By guide, so that another fit finds the steps of an earlier one.
@@ -224,6 +224,9 @@ class CompiledSteps(Recorder[StepCall, Built]):
     def is_current(self, recording: Built) -> bool:
         if recording.run is None or not recording.graph.is_current:
             return False
+        own = self.loss.tensors  # another fit of the guide has others
+        if [*map(id, own)] != [*map(id, recording.own)]:
+            return False
         held = {id(tensor) for tensor in recording.graph.tensors}
         return all(id(self.params.get(name)) in held for name in recording.live)
 
@@ -259,7 +262,7 @@ class CompiledSteps(Recorder[StepCall, Built]):
         graph, live = self._graph_of(call)
         counts = _counts_of(graph, self._params_of(live))
         if self.change and not graph.fits_all and not self._come_again(name, graph):
-            return Built(graph, live, "", None, counts)
+            return Built(graph, live, "", None, counts, self.loss.tensors)
         self._live = self._live or live
         if live != self._live:  # FlatAdam has the state of one set of parameters
             self._left_out.add(name)
@@ -282,7 +285,7 @@ class CompiledSteps(Recorder[StepCall, Built]):
             run, found = lowering.lower(whole, example, backend)
         if found != backend:
             self._failed.add(name)
-        built = Built(graph, live, found, run, counts)
+        built = Built(graph, live, found, run, counts, self.loss.tensors)
         self.check(built, call)
         self._known[self.kind(call), backend] = built
         return built

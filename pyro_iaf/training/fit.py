@@ -49,6 +49,7 @@ def fit(
     annealing: int | Callable[[int], float] | None = None,
     early_stop: bool = True,
     compile: bool | str = "auto",  # noqa: A002
+    anchor: bool = True,
     seed: int | None = None,
     progress: bool = True,
     checkpoint: str | Path | None = None,
@@ -69,9 +70,16 @@ def fit(
     gets a component there, up to eight, and the rounds begin again with all of them. So do they
     where the guide is not close and climbs from its own draws end at several peaks.
 
-    Some weights do not tell how good a guide is: those of minibatches or subsamples, which are
-    noise, of a point, or where the ``loss`` sums latents out. Such a run has one round, ends when
-    the losses have settled, after 3,000 steps at most, and has no verdict.
+    Some weights do not tell how good a guide is: those of a point, where the ``loss`` sums latents
+    out, or of minibatches that have latents of their own, or can be had once only. Such a run has
+    one round, ends when the losses have settled, after 3,000 steps at most, and has no verdict.
+
+    On minibatches, by ``data`` or by a plate that subsamples, the guide starts at all rows, and its
+    weights are on all rows, which are gone through at each look. Plates go through their rows in
+    turn. An :class:`~pyro_iaf.Anchor` takes nearly all noise of minibatches away, where the model
+    has no parameters and the loss is fit's own; ``result.noise`` tells. A guide that is there at
+    its first step is trained by small steps, and one that training makes worse goes back to where
+    it was near, and on by smaller ones.
 
     In each round the learning rate rises, stays, falls after four tenths of the steps, and ends at
     a hundredth; the parameters of the last fifth of the steps are averaged. With ``num_steps``
@@ -128,6 +136,8 @@ def fit(
             parameters or random numbers, or on numbers that differ from one minibatch to the next.
             Numbers that they compute from the same data at each step, as ``int(group.max())``, are
             constants of the step.
+        anchor: Whether to take the noise of minibatches away by an :class:`~pyro_iaf.Anchor`, where
+            that is worthwhile.
         seed: The seed of the generators of PyTorch, NumPy and Python, which are left alone if None.
         progress: Whether to show a bar, with the ELBO, its trend and the steps per second.
         checkpoint: A file in which the state of the run is saved regularly. If it exists, the run
@@ -180,7 +190,8 @@ def fit(
     clip_norm = _check_positive("clip_norm", clip_norm)
     if annealing is not None and not callable(annealing):
         annealing = check_size("annealing", annealing)
-    for name, switch in {"early_stop": early_stop, "progress": progress}.items():
+    switches = {"early_stop": early_stop, "progress": progress, "anchor": anchor}
+    for name, switch in switches.items():
         if switch not in (True, False):
             raise ValueError(f"{name} should be True or False; got {switch!r}.")
     check_pair("fit", model, guide)
@@ -215,6 +226,7 @@ def fit(
             clip_norm=clip_norm,
             elbo=loss,
             compile=_compile_of(loss) if compile == "auto" else compile,
+            anchor=bool(anchor),
             seed=seed,
             checkpoint=path,
             checkpoint_every=checkpoint_every,

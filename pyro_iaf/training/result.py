@@ -30,6 +30,9 @@ class FitResult:
         num_averaged: The number of steps, the last ones, whose parameters were averaged; None means
             a fifth of all.
         diagnosis: How good the guide is, if the run went on until that was known, or None.
+        noise: The variance of the gradient over minibatches, first without an anchor and then with
+            it: in each latent, in units of the guide's standard deviation, averaged over latents.
+            None without minibatches, or where no anchor could be placed.
 
     Example:
         >>> result = FitResult(torch.full((100,), 2.5), 100, "all steps were taken", 0, 1.0)
@@ -48,6 +51,7 @@ class FitResult:
     resumed_at: int = 0
     num_averaged: int | None = None
     diagnosis: Diagnosis | None = None
+    noise: tuple[float, float] | None = None
 
     @property
     def settled(self) -> tuple[float, float]:

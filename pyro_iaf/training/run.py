@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,11 +42,13 @@ from ..models.param_store import unconstrained_params
 from ..models.particles import threads_for
 from ..models.traces import quietly
 from ..models.weighted import WeightedParticles, check_latents
+from .averages import Averages
 from .batches import Batches, odd_data
 from .certificate import Certificate, can_judge, particles_or_none
 from .checkpoints import Checkpoint, settings_of
 from .compiled_step import Built, CompiledSteps
 from .interrupts import Interrupts
+from .minibatches import Minibatches
 from .optimizers import Adam, RowAdam
 from .result import AVERAGED, FitResult
 from .schedule import Rounds, Schedule
@@ -88,6 +90,7 @@ class Run:
         clip_norm: float,
         elbo: Any,
         compile: bool | str,  # noqa: A002
+        anchor: bool,
         seed: int | None,
         checkpoint: Path | None,
         checkpoint_every: int,
@@ -96,16 +99,17 @@ class Run:
         self.stage = stage
         self.model, self.guide, self.batches = model, guide, batches
         self.num_particles, self.clip_norm, self.elbo = num_particles, clip_norm, elbo
-        self.schedule, self.compile, self.seed = schedule, compile, seed
+        self.schedule, self.compile, self.anchor, self.seed = schedule, compile, anchor, seed
         self.checkpoint = Checkpoint(self, checkpoint, checkpoint_every)
         self.step, self.resumed_at = 0, 0
         self.is_consistent = True  # False within a step, while it changes the state
         self.losses: list[float] = []
         self.skipped, self.skipped_in_a_row = 0, 0
         self.params: dict[str, Tensor] = {}
-        self.averages: dict[str, Tensor] = {}
+        self.averages = Averages(self.params)
         self.particles: WeightedParticles | None = None
         self.certificate: Certificate | None = None
+        self.minibatches = Minibatches(self.model, self.guide, batches)
         self.backend = "eager"
         self.chunk = FIRST_CHUNK
 
@@ -123,6 +127,8 @@ class Run:
 
     def _take_steps(self, first: Batch, saved: dict[str, Any] | None, progress: bool) -> FitResult:
         self.waiting = [first] if saved is None else []  # a resumed run goes on with the next batch
+        if saved is None and self.certificate is not None:
+            self.certificate.look_ahead()
         bar, size = progress_bar(self.schedule.end, self.step, progress), self._size_of_step()
         with bar, Interrupts() as self.interrupts:
             try:
@@ -148,9 +154,9 @@ class Run:
             self.steps.stop()
             bar.total = self.step
         if self.certificate is None:
-            self._set_params(self.averages)
-            self._fit_weights()
-            self._adjust_tails()
+            self.averages.set(self.averages.values)
+            self.loss.fit_weights()
+            self.loss.adjust_tails()
         return self._result()
 
     def _has_arrived(self) -> bool:
@@ -162,35 +168,23 @@ class Run:
             return True
         self.checkpoint.save()
         self.steps.stop()
-        last = {name: param.detach().clone() for name, param in self.params.items()}
-        self._set_params(self.averages)
+        last = self.averages.now()
+        self.averages.set(self.averages.values)
         try:
             with self.interrupts.open(), torch.random.fork_rng():  # the same draws if resumed here
-                self._fit_weights()
+                self.loss.fit_weights()
                 is_annealed = schedule.weight(self.step - 1) < 1 and not schedule.is_last
                 if not is_annealed and self.certificate.look(self.step, schedule.num_rounds_left):
                     return True
         except BaseException:
-            self._set_params(last)
+            self.averages.set(last)
             raise
-        self._set_params(self.averages)  # without what the look has changed
-        self.averages.clear()
+        self.averages.set(self.averages.values)  # without what the look has changed
+        self.averages.values.clear()
+        self.minibatches.follow()
         schedule.next_round()
         self.steps.expect(schedule.num_left(self.step))
         return False
-
-    @torch.no_grad()
-    def _set_params(self, values: Mapping[str, Tensor]) -> None:
-        for name, value in values.items():
-            self.params[name].copy_(value)
-
-    def _fit_weights(self) -> None:
-        if isinstance(self.loss, LatentLoss) and not self.batches.change:
-            self.loss.fit_weights(self.batches.next)
-
-    def _adjust_tails(self) -> None:
-        if isinstance(self.loss, LatentLoss) and not self.batches.change:
-            self.loss.adjust_tails(self.batches.next)
 
     def _size_of_step(self) -> float:
         """The numbers that the largest operations of a step take; infinite if that is unknown."""
@@ -205,7 +199,13 @@ class Run:
         saved = self.checkpoint.open()
         first = self.batches.next()
         self.batches.check(*first)
+        if self.anchor or self.schedule.asked is None:
+            self.minibatches.look()
         self.loss = self._make_loss(*first)
+        self.minibatches.serve(self.loss)
+        is_plain = self.elbo is None and self.schedule.annealing is None
+        if saved is None and self.anchor and is_plain:
+            self.minibatches.place_anchor()
         if self.rows.tables and self.compile is not False:
             if self.compile != "auto":
                 raise Refused(
@@ -245,6 +245,7 @@ class Run:
             resumed_at=self.resumed_at,
             num_averaged=int(AVERAGED * (self.step - begin)),
             diagnosis=None if certificate is None else certificate.diagnosis,
+            noise=self.minibatches.noise,
         )
 
     # Before the first step
@@ -260,7 +261,8 @@ class Run:
 
         def look() -> None:
             if goes_through_draws(self.guide) and hasattr(self.guide, "setup"):
-                self.guide.setup(*args, **kwargs)  # outside no_grad, as training needs it
+                with self.minibatches.as_start():
+                    self.guide.setup(*args, **kwargs)  # outside no_grad, as training needs it
             with torch.no_grad():
                 elbo.loss(model(), self.guide, *args, **kwargs)
 
@@ -283,11 +285,13 @@ class Run:
                     raise error from None
         self._make_optimizer(capture.trace)
         if self.elbo is not None:
-            if isinstance(self.schedule, Rounds):
-                self.particles = particles_or_none(self.model, self.guide, args, kwargs)
+            self.particles = particles_or_none(self.model, self.guide, args, kwargs)
+            if self.particles is not None:
+                self.minibatches.see_all(self.particles)
             self._make_certificate()
             return TraceLoss(model(), self.guide, self.elbo)
         self.particles = particles = WeightedParticles(self.model, self.guide, args, kwargs)
+        self.minibatches.see_all(particles)
         self._make_certificate()
         if not particles.at_once and self.num_particles > 1:
             warn(
@@ -307,12 +311,18 @@ class Run:
 
     def _make_certificate(self) -> None:
         if isinstance(self.schedule, Rounds):
-            if self.particles is None or self.batches.change or not can_judge(self.particles):
+            whole = self.minibatches.whole
+            if whole is None or not can_judge(whole):
                 self.schedule = self.schedule.all_at_once()
             else:
                 has_own_loss = self.elbo is not None or not isinstance(self.guide, ScoredGuide)
                 self.certificate = Certificate(
-                    self.particles, self._adjust_tails, self.num_particles, has_own_loss
+                    whole,
+                    lambda: self.loss.adjust_tails(),
+                    self.num_particles,
+                    self.averages,
+                    self.schedule,
+                    has_own_loss,
                 )
 
     def _make_optimizer(self, seen: poutine.Trace) -> None:
@@ -353,6 +363,7 @@ class Run:
         self.backend = "eager"
         self.steps.stop()
         rate, weight, mass_covering, _ = self._numbers(self.step)
+        self.minibatches.step()
         self.optimizer.zero_grad()
         self.loss.mass_covering = bool(mass_covering)
         ess = self.loss.relative_ess
@@ -373,7 +384,7 @@ class Run:
         if math.isfinite(value) and math.isfinite(size):
             self.optimizer.step([rate * factor for factor in RATES])
             self.rows.step(rate * RATE_OF_ROWS)
-        self._update_averages(self.step + 1, self.params)
+        self.averages.update(self.step + 1, self.params, self.schedule)
         self._record([(value, size)], args, kwargs)
         self.is_consistent = True
 
@@ -400,8 +411,9 @@ class Run:
                             break
                         take = self.steps.bind(built, *batch)
                     self.is_consistent = False
+                    self.minibatches.step()
                     pairs.append(take(numbers))
-                    self._update_averages(step + 1, params)
+                    self.averages.update(step + 1, params, self.schedule)
                     self.is_consistent = True
         finally:  # after an error, too, the steps that were taken count
             self.step = steps.start
@@ -435,6 +447,7 @@ class Run:
                     self._give_up(args, kwargs)
             if self.step % self.schedule.stretch == 0 and self.rows.visits >= FEWEST_VISITS:
                 self.schedule.settle(self.step, self.losses)
+                self.minibatches.follow()
 
     def _give_up(self, args: Args, kwargs: Kwargs) -> None:
         fault = describe_nonfinite(self.model, self.guide, args, kwargs, self.params)
@@ -451,19 +464,6 @@ class Run:
         schedule = self.schedule
         mass_covering = step >= schedule.falls_at and not self.batches.change
         return schedule.rate(step), schedule.weight(step), float(mass_covering), self.clip_norm
-
-    def _update_averages(self, done: int, params: Mapping[str, Tensor]) -> None:
-        """Adds the parameters after ``done`` steps to the averages, if these are among the last."""
-        begin, end = self.schedule.begin, self.schedule.end
-        taken = done - (end - int(AVERAGED * (end - begin)))
-        if taken <= 0:
-            return
-        for name, param in params.items():
-            value = param.detach()
-            if name in self.averages:
-                self.averages[name].lerp_(value, 1 / taken)
-            else:
-                self.averages[name] = value.clone()
 
 
 def _next_multiple(step: int, size: int) -> int:

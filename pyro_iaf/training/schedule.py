@@ -26,6 +26,9 @@ __all__ = ["Rounds", "Schedule"]
 # The steps of the rise, the share of steps of the fall, and the factor at its end.
 WARM_UP, FALL, FLOOR = 100, 0.6, 0.01
 
+# The factor by which rates become smaller where the guide is near and training makes it worse.
+SLOWER = 0.1
+
 # How many weights of an annealing function are saved, to tell it from another one.
 NUM_SAVED = 20
 
@@ -45,6 +48,7 @@ class Schedule:
         falls_at: The step at which the rate begins to fall.
         end: The step after the last one of the round.
         asked: The number of steps that the user gave, or None.
+        factor: What all learning rates are multiplied by.
 
     Args:
         num_steps: The largest number of steps.
@@ -66,12 +70,17 @@ class Schedule:
         # Of an annealing function, at some steps.
         self.weights: dict[int, float] = {}
         self.asked: int | None = num_steps
+        self.factor = 1.0
         self._start(0, num_steps)
 
     def _start(self, begin: int, end: int) -> None:
         """Starts a round with the usual fall."""
         self.begin, self.end = begin, end
         self.falls_at = begin + math.ceil((1 - FALL) * (end - begin))
+
+    def slow_down(self) -> None:
+        """Has smaller learning rates from now on."""
+        self.factor *= SLOWER
 
     def num_left(self, step: int) -> int:
         """How many steps are still to come at most, as far as that is decided."""
@@ -85,13 +94,14 @@ class Schedule:
         return "the ELBO had settled" if is_early else "all steps were taken"
 
     @property
-    def place(self) -> list[int]:
+    def place(self) -> list[float]:
         """What a checkpoint holds of it."""
-        return [self.begin, self.falls_at, self.end]
+        return [self.begin, self.falls_at, self.end, self.factor]
 
     @place.setter
-    def place(self, saved: Sequence[int]) -> None:
-        self.begin, self.falls_at, self.end = saved
+    def place(self, saved: Sequence[float]) -> None:
+        *steps, self.factor = saved
+        self.begin, self.falls_at, self.end = map(int, steps)
 
     @property
     def _num_rising(self) -> int:
@@ -99,7 +109,7 @@ class Schedule:
 
     def rate(self, step: int) -> float:
         """The learning rate of a step."""
-        rise = self.lr * min(1.0, (step + 1 - self.begin) / self._num_rising)
+        rise = self.factor * self.lr * min(1.0, (step + 1 - self.begin) / self._num_rising)
         if step < self.falls_at:
             return rise
         fallen = (step - self.falls_at) / max(1, self.end - self.falls_at)

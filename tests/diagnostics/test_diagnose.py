@@ -104,7 +104,8 @@ def diagnosis_with(**changes):
         ({"khat": 0.3, "elbo": EVIDENCE - 0.3}, "usable"),  # half of a mode may be missing
         ({"sites": {"z": (0.12, 1.0)}}, "usable"),
         ({"sites": {"z": (0.0, 0.88)}}, "usable"),
-        ({"spread_khat": 1.1}, "usable"),
+        ({"spread_khat": 1.1}, "good"),  # far draws that cost next to nothing add nothing
+        ({"spread_khat": 1.1, "elbo": EVIDENCE - 0.02}, "usable"),
         ({"is_point": True}, "none"),
         ({"improper": ("z",)}, "none"),
     ],
@@ -215,9 +216,17 @@ def test_estimates_lie_within_their_standard_errors():
     assert sum(ess) / len(ess) == pytest.approx(500 / squares, rel=0.02)
 
 
+def of_one_size():
+    """Like subsampled_data, but it can't be run on all rows."""
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", 10, subsample_size=4) as i:
+        y = torch.linspace(0, 1, 10)[i]
+        pyro.sample("y", dist.Normal(z, 0.5), obs=y + 0 * torch.zeros(4))
+
+
 def test_the_standard_error_knows_of_subsamples():
     guide = normal_guide(0.5, 0.15)
-    runs = [diagnose(subsampled_data, guide, num_samples=200) for _ in range(10)]
+    runs = [diagnose(of_one_size, guide, num_samples=200) for _ in range(10)]
     assert runs[0].subsampled
     assert "subsamples its data" in str(runs[0])
     elbos = torch.tensor([run.elbo for run in runs])

@@ -1,5 +1,6 @@
 """Fits without a number of steps: they go on until they are certified, and say why they stopped."""
 
+import itertools
 import math
 import subprocess
 import sys
@@ -14,11 +15,13 @@ from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 from torch.testing import assert_close
 
-from pyro_iaf import AutoIAF, fit
+from pyro_iaf import AutoHierarchicalIAF, AutoIAF, fit
 from pyro_iaf.compiler.lowering import BACKENDS, Backend
 from pyro_iaf.diagnostics import diagnose as diagnosing
 from pyro_iaf.training import certificate, checkpoints, schedule
+from pyro_iaf.training.averages import Averages
 from pyro_iaf.training.certificate import Certificate
+from pyro_iaf.training.schedule import Rounds
 
 Y = torch.tensor([1.0, 2.0, 0.5, 1.5])
 
@@ -94,7 +97,8 @@ def test_a_hard_posterior_has_a_bound(short_rounds):
 
 
 def certificate_after(*elbos, error=0.01):
-    made = Certificate(SimpleNamespace(at_once=True), lambda: None, 16)
+    particles = SimpleNamespace(at_once=True)
+    made = Certificate(particles, lambda: None, 16, Averages({}), Rounds(1e-3, None))
     made.elbos = [(elbo, error) for elbo in elbos]
     return made
 
@@ -206,7 +210,7 @@ def test_a_loss_of_pyros_is_certified_too():
     assert result.diagnosis.verdict == "good"
 
 
-def test_minibatches_go_on_until_the_elbo_has_settled(monkeypatch, tmp_path):
+def test_minibatches_that_are_had_once_go_on_until_the_elbo_has_settled(monkeypatch):
     monkeypatch.setattr(schedule, "MAX_STEPS", 60)
 
     def model(y):
@@ -214,24 +218,47 @@ def test_minibatches_go_on_until_the_elbo_has_settled(monkeypatch, tmp_path):
         with pyro.plate("data", 4, subsample_size=2):
             pyro.sample("y", dist.Normal(z, 1.0), obs=y)
 
-    settings = {"data": [(Y[:2],), (Y[2:],)], "checkpoint": tmp_path / "run"}
-    result = quick(model, AutoIAF(model), **settings)
+    result = quick(model, AutoIAF(model), data=itertools.cycle([(Y[:2],), (Y[2:],)]))
     assert result.num_steps == 60
     assert result.diagnosis is None
-    assert quick(model, AutoIAF(model), **settings).resumed_at == 60
 
 
-def test_a_model_that_subsamples_does_too(monkeypatch):
+def test_a_model_with_latents_of_its_rows_does_too(monkeypatch):
     monkeypatch.setattr(schedule, "MAX_STEPS", 60)
 
     def model():
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
         with pyro.plate("data", 4, subsample_size=2) as rows:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("y", dist.Normal(z, 1.0), obs=Y[rows])
 
-    result = quick(model, AutoIAF(model))
+    result = quick(model, AutoHierarchicalIAF(model))
     assert result.num_steps == 60
     assert result.diagnosis is None
+
+
+def test_a_round_that_makes_a_guide_worse_is_taken_back(monkeypatch):
+    """Where it starts at the posterior, large steps with a noisy gradient lead away from it."""
+    monkeypatch.setattr(schedule, "SLOWER", 1e-3)
+    guide = AutoIAF(conjugate)
+    guide.setup()
+    result = quick(conjugate, guide, lr=1.0)
+    assert result.diagnosis.verdict == "good"
+
+
+def test_what_was_kept_comes_back():
+    params = {"a": torch.tensor([1.0])}
+    averages, rounds = Averages(params), Rounds(1e-3, None)
+    made = Certificate(SimpleNamespace(at_once=True), lambda: None, 16, averages, rounds)
+    near = SimpleNamespace(elbo=-5.0, elbo_se=0.01, gap=0.1)
+    assert not made._is_worse(near)
+    params["a"].fill_(2.0)
+    assert made._is_worse(SimpleNamespace(elbo=-5.2, elbo_se=0.01, gap=0.3))
+    assert not made._is_worse(SimpleNamespace(elbo=-5.02, elbo_se=0.01, gap=0.3))
+    averages.restore()
+    assert params["a"].item() == 1.0
+    before = rounds.rate(10)
+    rounds.slow_down()
+    assert rounds.rate(10) == pytest.approx(schedule.SLOWER * before)
 
 
 @pytest.mark.parametrize("num_steps", [0, -1, 1.5, True, "100"])

@@ -13,8 +13,10 @@ from pyro_iaf import AutoHierarchicalIAF, AutoIAF, diagnose, fit
 from pyro_iaf.guides import mixture
 from pyro_iaf.models.weighted import WeightedParticles
 from pyro_iaf.training import checkpoints, schedule
+from pyro_iaf.training.averages import Averages
 from pyro_iaf.training.certificate import Certificate
 from pyro_iaf.training.run import Run
+from pyro_iaf.training.schedule import Rounds
 
 PEAKS = torch.tensor([[-3.0, 0.0], [3.0, 1.0], [0.0, -4.0]])
 
@@ -167,7 +169,8 @@ def test_a_loss_of_ones_own_is_not_cut_short_by_a_search():
     guide.setup()
     particles = WeightedParticles(two_modes, guide, (), {})
     for has_own_loss in (False, True):
-        found = Certificate(particles, lambda: None, 16, has_own_loss)
+        rest = Averages({}), Rounds(1e-3, None), has_own_loss
+        found = Certificate(particles, lambda: None, 16, *rest)
         assert found._finds_more(200) != has_own_loss
 
 
