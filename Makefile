@@ -50,7 +50,11 @@ bench: $(VENV)/bench.stamp  ## measure everything again, in hours
 	$(BIN)/python -m benchmarks.posteriors
 	$(BIN)/python -m benchmarks.certified
 	$(BIN)/python -m benchmarks.multimodal
+	$(BIN)/python -m benchmarks.structure --references
+	$(BIN)/python -m benchmarks.structure
 	$(BIN)/python -m benchmarks.enumeration
+	$(BIN)/python -m benchmarks.minibatches --references
+	$(BIN)/python -m benchmarks.minibatches
 	$(BIN)/python -m benchmarks.gradients
 	$(BIN)/python -m benchmarks.svi_step
 	$(BIN)/python -m benchmarks.hierarchical

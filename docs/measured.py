@@ -358,6 +358,29 @@ def enumeration_steps():
 
 
 @said
+def minibatch_fits():
+    found = {}
+    for row in rows("minibatches"):
+        found.setdefault((row["posterior"], row["contender"]), []).append(row)
+    names = {"plate": "a plate", "data": "a `DataLoader`", "pyro": "Pyro", "numpyro": "NumPyro"}
+    body = []
+    for (posterior, contender), fits in found.items():
+        seconds = statistics.median(row["seconds"] for row in fits)
+        errors = [max(row[key] for row in fits) for key in ("mean_error", "sd_error")]
+        holds = f"{sum(row['holds'] for row in fits)} of {len(fits)}"
+        name = names.get(contender, contender)
+        body.append([posterior, name, f"{seconds:.0f}", *(f"{e:.2f}" for e in errors), holds])
+    body.sort(key=lambda cells: list(found).index(next(k for k in found if k[0] == cells[0])))
+    return table(["", "minibatches by", "seconds", "mean", "deviation", "hold"], body)
+
+
+@said
+def noise_left():
+    shares = [row["noise"][1] / row["noise"][0] for row in rows("minibatches") if row["noise"]]
+    return f"{min(shares):.0e} to {max(shares):.0e}"
+
+
+@said
 def structured_fits():
     found = {(r["posterior"], r.get("contender")): r for r in rows("structure")}
     names = list(dict.fromkeys(name for name, who in found if who == "structure"))
