@@ -98,7 +98,7 @@ class Anchor:
             epoch = epoch_of(model, data, lambda anew=False: (batch_of(i, named) for i in data))
             if epoch is None:
                 raise ValueError(CANNOT_ANCHOR)
-            usual, named = (usual, named) if epoch is None else epoch[0].batch
+            usual, named = epoch[0].batch
         with torch.no_grad(), quietly(), poutine.block():
             trace = poutine.trace(model).get_trace(*usual, **named)
         if any(site["type"] == "param" for site in trace.nodes.values()):

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from .arguments import Batch, Program, flatten_tensors, num_rows
-from .rows import NUM_EPS, Part, are_parts, log_density
+from .rows import Part, are_parts, are_same, log_density
 from .traces import full_size, latent_sites, quietly
 
 __all__ = ["Epoch", "epoch_of"]
@@ -156,12 +156,11 @@ def _is_the_same_again(model: Program, values: dict[str, Any], epoch: Epoch) -> 
     )
     if sum(other.sizes) != sum(epoch.sizes):
         return False
-    found = [
+    one, again = (
         math.fsum(part.share * log_density(model, values, part) for part in parts)
         for parts in (epoch, other)
-    ]
-    eps = max(torch.finfo(v.dtype).eps for v in values.values() if v.is_floating_point())
-    return abs(found[0] - found[1]) <= NUM_EPS * eps * (1 + abs(found[0]))
+    )
+    return are_same(values, one, again, abs(one))
 
 
 def _are_alike(some: Batch, other: Batch) -> bool:

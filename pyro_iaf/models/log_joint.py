@@ -146,11 +146,6 @@ class LogJoint(Particles):
 
     def density(self, z: Tensor) -> Tensor:
         """The log densities of all particles in one run; the model's errors are raised."""
-        if self.parts:
-            total = z.new_zeros(len(z))
-            for share, part in self._of_parts():
-                total = total + share * part.density(z)
-            return total
         if self.mapped:
             with quietly():  # checks of values can't be mapped
                 found: Tensor = mapped(lambda row: self._scored(row.unsqueeze(0), False)[0], z)

@@ -33,12 +33,12 @@ from .traces import (
 )
 
 __all__ = [
-    "NUM_EPS",
     "FirstRows",
     "Part",
     "RowsInTurn",
     "all_rows",
     "are_parts",
+    "are_same",
     "chosen_rows",
     "log_density",
     "parts_of",
@@ -182,9 +182,18 @@ def are_parts(
         one, other, together = (log_density(model, latents, part) for part in (first, second, both))
     except Exception:  # whatever a model raises for rows that it does not have
         return False
-    eps = max(torch.finfo(v.dtype).eps for v in latents.values() if v.is_floating_point())
     mean = first.share * one + second.share * other
-    return one != other and abs(mean - together) <= NUM_EPS * eps * (1 + abs(one))
+    return one != other and are_same(latents, mean, together, abs(one))
+
+
+def are_same(latents: Mapping[str, Tensor], some: float, other: float, size: float) -> bool:
+    """Whether two log densities of about this size are the same up to rounding.
+
+    That is of the precision of the latents; discrete ones have none.
+    """
+    floats = [value.dtype for value in latents.values() if value.is_floating_point()]
+    eps = max(torch.finfo(dtype).eps for dtype in floats or [torch.get_default_dtype()])
+    return abs(some - other) <= NUM_EPS * eps * (1 + size)
 
 
 def some_rows(rows: Mapping[str, Tensor], most: int) -> dict[str, Tensor]:

@@ -203,8 +203,8 @@ class Run:
             self.minibatches.look()
         self.loss = self._make_loss(*first)
         self.minibatches.serve(self.loss)
-        is_plain = self.elbo is None and self.schedule.annealing is None
-        if saved is None and self.anchor and is_plain:
+        is_plain = saved is None and self.elbo is None and self.schedule.annealing is None
+        if self.anchor and is_plain:
             self.minibatches.place_anchor()
         if self.rows.tables and self.compile is not False:
             if self.compile != "auto":
@@ -285,9 +285,10 @@ class Run:
                     raise error from None
         self._make_optimizer(capture.trace)
         if self.elbo is not None:
-            self.particles = particles_or_none(self.model, self.guide, args, kwargs)
-            if self.particles is not None:
-                self.minibatches.see_all(self.particles)
+            found = particles_or_none(self.model, self.guide, args, kwargs)
+            if found is not None:
+                self.minibatches.see_all(found)
+            self.particles = found if isinstance(self.schedule, Rounds) else None
             self._make_certificate()
             return TraceLoss(model(), self.guide, self.elbo)
         self.particles = particles = WeightedParticles(self.model, self.guide, args, kwargs)
@@ -311,8 +312,7 @@ class Run:
 
     def _make_certificate(self) -> None:
         if isinstance(self.schedule, Rounds):
-            whole = self.minibatches.whole
-            if whole is None or not can_judge(whole):
+            if (whole := self.minibatches.whole) is None or not can_judge(whole):
                 self.schedule = self.schedule.all_at_once()
             else:
                 has_own_loss = self.elbo is not None or not isinstance(self.guide, ScoredGuide)

@@ -550,6 +550,18 @@ def test_a_subsample_is_diagnosed_on_all_rows():
     assert diagnosis.elbo_se < 0.05
 
 
+def test_a_model_of_discrete_latents_alone_is_diagnosed_on_all_rows():
+    def model():
+        z = pyro.sample("z", dist.Categorical(torch.ones(2)))
+        with pyro.plate("rows", N, subsample_size=B) as rows:
+            pyro.sample("y", dist.Normal(z, 100.0), obs=data()[1][rows])
+
+    def guide():
+        pyro.sample("z", dist.Categorical(torch.ones(2)))
+
+    assert not diagnose(model, guide, num_samples=200, search=False).subsampled
+
+
 def test_minibatches_are_diagnosed_on_all_data():
     guide = AutoIAF(given_rows)
     fit(given_rows, guide, data=loader(shuffle=True), **QUIET)
